@@ -1,0 +1,1 @@
+"""What only the scripts need: the tiny world, benchmarks, chaos, pages. Nothing in train/ imports it."""
