@@ -1,0 +1,192 @@
+"""YAML files and `key=value` overrides into frozen dataclasses: closed, strict, with suggestions.
+
+OmegaConf does the merging and the interpolation; this file adds what it is lenient about: a value of the
+wrong type is refused instead of converted, and a misspelt key is answered with the nearest one anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.exits import ExitCode, Halt
+
+T = TypeVar("T")
+
+# Environment variables a config may refer to as ${oc.env:NAME}; locations only, so that no secret gets in.
+ENVIRONMENT = ("ANIX_DATA", "ANIX_MODELS", "ANIX_RUNS")
+_MAX_BYTES = 1 << 20
+
+
+def load_into(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
+    """An instance of the frozen dataclass `schema` from files (later win) and overrides (win over files).
+
+    Raises Halt(USAGE) for a missing file, unknown key, wrong type, bad choice or missing value.
+    """
+    merged = merge_sources(paths, overrides)
+    problems = list(_problems(schema, OmegaConf.to_container(merged, resolve=False), "", all_keys(schema)))
+    if problems:
+        raise Halt(ExitCode.USAGE, "; ".join(problems))
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), merged)
+        missing = sorted(OmegaConf.missing_keys(config))
+        if missing:
+            raise Halt(ExitCode.USAGE, f"missing value for {', '.join(missing)}: set it in the YAML or as key=value")
+        return typing.cast(T, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None)
+        first_line = str(error).splitlines()[0]
+        raise Halt(ExitCode.USAGE, f"{key}: {first_line}" if key else first_line) from error
+
+
+def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> DictConfig:
+    """The files and overrides merged into one untyped config, references unresolved."""
+    if not paths:
+        raise Halt(ExitCode.USAGE, "no config given: --config FILE")
+    merged = OmegaConf.create({})
+    for path in paths:
+        merged = OmegaConf.merge(merged, _load_yaml(Path(path)))
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key.strip():
+            raise Halt(ExitCode.USAGE, f"override {override!r} is not of the form key=value")
+    try:
+        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+    except Exception as error:  # the YAML scanner raises its own family here
+        raise Halt(ExitCode.USAGE, f"cannot read the overrides {list(overrides)}: {error}") from error
+    _refuse_references(OmegaConf.to_yaml(merged, resolve=False))
+    return typing.cast(DictConfig, merged)
+
+
+def _load_yaml(path: Path) -> DictConfig:
+    if not path.is_file():
+        raise Halt(ExitCode.USAGE, f"config file {path} does not exist")
+    if path.stat().st_size > _MAX_BYTES:
+        raise Halt(ExitCode.USAGE, f"config file {path} is larger than {_MAX_BYTES} bytes")
+    try:
+        config = OmegaConf.load(path)
+    except Exception as error:  # python tags, alias bombs and bad syntax each raise their own kind
+        raise Halt(ExitCode.USAGE, f"config file {path} cannot be read: {error}") from error
+    if not isinstance(config, DictConfig):
+        raise Halt(ExitCode.USAGE, f"config file {path} must hold keys and values")
+    return config
+
+
+def _refuse_references(text: str) -> None:
+    for name, argument in re.findall(r"\$\{\s*([\w.]+)\s*:\s*([^}]*)\}", text):
+        variable = argument.split(",")[0].strip()
+        if name != "oc.env" or variable not in ENVIRONMENT:
+            raise Halt(
+                ExitCode.USAGE,
+                f"reference ${{{name}:{argument}}} is refused: only ${{oc.env:NAME}} with {', '.join(ENVIRONMENT)}",
+            )
+
+
+def all_keys(schema: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a schema."""
+    keys = []
+    for name, hint in _hints(schema).items():
+        keys.append(prefix + name)
+        if dataclasses.is_dataclass(hint):
+            keys += all_keys(typing.cast(type, hint), f"{prefix}{name}.")
+    return keys
+
+
+def _hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def _problems(hint: Any, value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
+    """Messages for everything in `value` that does not fit the annotation `hint`."""
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        return  # references and missing values are judged after resolution
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        yield from _section_problems(typing.cast(type, hint), value, key, known)
+    elif origin is dict:
+        if not isinstance(value, dict):
+            yield f"{key} must hold keys and values"
+            return
+        for name, inner in value.items():
+            yield from _problems(arguments[1], inner, f"{key}.{name}", known)
+    elif origin in (list, tuple):
+        if not isinstance(value, list | tuple):
+            yield f"{key} is {value!r}, must be a list"
+        elif origin is tuple and arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            yield f"{key} is {value!r}, must hold {len(arguments)} values"
+        else:
+            for number, inner in enumerate(value):
+                element = arguments[0] if origin is list or arguments[-1] is Ellipsis else arguments[number]
+                yield from _problems(element, inner, f"{key}[{number}]", known)
+    elif not _fits(hint, value):
+        yield f"{key} is {value!r}, must be {_describe(hint)}"
+
+
+def _section_problems(schema: type, value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
+    if not isinstance(value, dict):
+        yield f"{key or 'the config'} must hold keys and values, not {value!r}"
+        return
+    hints = _hints(schema)
+    for name, inner in value.items():
+        full = f"{key}.{name}" if key else str(name)
+        if name not in hints:
+            yield f"unknown key {full}{_suggestion(full, known, key)}"
+        else:
+            yield from _problems(hints[name], inner, full, known)
+
+
+def _suggestion(unknown: str, known: Sequence[str], section: str) -> str:
+    """The nearest key: of the same section first, then any key whose words match (noise_offset: noise.offset)."""
+    last = unknown.rsplit(".", 1)[-1]
+    inside = section.rsplit(".", 1)[-1] if section else ""
+    siblings = {k.rsplit(".", 1)[-1]: k for k in known if k.rpartition(".")[0].rsplit(".", 1)[-1] == inside}
+    near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
+    if near:
+        found = f"{section}.{near[0]}" if section else near[0]
+        return f": did you mean {found}?"
+    words = {k.replace(".", "_"): k for k in known} | {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
+    near = difflib.get_close_matches(unknown.replace(".", "_"), words, n=1, cutoff=0.6)
+    near = near or difflib.get_close_matches(last, words, n=1, cutoff=0.6)
+    if near:
+        return f": did you mean {words[near[0]]}?"
+    return f": {section or 'the top level'} knows {', '.join(sorted(siblings)) or 'no keys'}"
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(option, value) for option in arguments)
+    if origin is Literal:
+        return value in arguments and not isinstance(value, bool)
+    if origin in (list, tuple, dict):
+        return not list(_problems(hint, value, "", ()))
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, dict)
+    if hint is types.NoneType:
+        return value is None
+    if isinstance(value, bool) or hint is bool:
+        return isinstance(value, bool) and hint is bool
+    if hint is float:
+        return isinstance(value, int | float)
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_describe(option) for option in arguments)
+    if origin is Literal:
+        return "one of " + ", ".join(str(choice) for choice in arguments)
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
+    return names.get(hint, str(hint))
