@@ -32,6 +32,10 @@ class Halt(Exception):
         self.code = ExitCode(code)
         self.message = message
 
+    def __reduce__(self) -> tuple[type[Halt], tuple[ExitCode, str]]:
+        """Halts travel from data workers to the trainer, so they must survive pickling by multiprocessing."""
+        return Halt, (self.code, self.message)
+
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code; a Halt becomes one message on stderr, not a traceback."""

@@ -1,0 +1,117 @@
+"""The shipped stage configs against the model card's tables, typed from the card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.config import StageConfig, load_stage
+from train.plan import Plan, tiles_per_update
+from train.schedule import lr_at
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Model card of Animagine XL 3.1, "Hyperparameters": epochs, U-Net lr, trains text encoders, batch size, gradient
+# accumulation, GPUs, noise offset, optimizer, schedule.
+CARD = {
+    "pretrain": (10, 1e-5, True, 16, 3, 2, 0.0, "adamw", "cosine_restarts"),
+    "ft1": (10, 2e-6, False, 48, 1, 1, 0.0357, "adafactor", "constant_with_warmup"),
+    "ft2": (15, 1e-6, False, 48, 1, 1, 0.0357, "adafactor", "constant_with_warmup"),
+}
+
+
+def shipped(name: str) -> StageConfig:
+    return load_stage([ROOT / "configs" / f"{name}.yaml"])
+
+
+@pytest.mark.parametrize("stage", CARD)
+def test_card_row(stage: str) -> None:
+    epochs, lr, encoders, micro, accumulation, gpus, offset, optimizer, schedule = CARD[stage]
+    config = shipped(stage)
+    assert config.stage == stage
+    assert config.epochs == epochs
+    assert config.optimizer.unet_lr == lr
+    assert config.model.train_text_encoders is encoders
+    assert config.optimizer.text_encoder_lr == (1e-5 if encoders else None)
+    assert (config.batch.micro, config.batch.effective) == (micro, micro * accumulation * gpus)
+    assert tiles_per_update(config.batch.micro, config.batch.effective, gpus) == (accumulation * gpus, accumulation)
+    assert config.noise.offset == offset
+    assert config.optimizer.name == optimizer
+    assert config.schedule.name == schedule
+
+
+def test_pretraining_arguments() -> None:
+    """Card: weight decay 0.1, betas (0.9, 0.99); 10 cycles, min lr 1e-6, decay 0.9, first cycle 9,099 steps."""
+    config = shipped("pretrain")
+    assert config.optimizer.weight_decay == 0.1
+    assert config.optimizer.betas == (0.9, 0.99)
+    assert config.schedule.cycles == 10
+    assert config.schedule.min_lr == 1e-6
+    assert config.schedule.decay == 0.9
+    assert config.schedule.cycle_steps == "epoch"
+    assert config.schedule.unit == "optimizer_step"
+
+
+@pytest.mark.parametrize("stage", ["ft1", "ft2"])
+def test_adafactor_arguments(stage: str) -> None:
+    """The card's 3.0 column: scale_parameter, relative_step, warmup_init all False; 100 warmup steps."""
+    config = shipped(stage)
+    arguments = config.optimizer
+    assert (arguments.scale_parameter, arguments.relative_step, arguments.warmup_init) == (False, False, False)
+    assert config.schedule.warmup_steps == 100
+
+
+def test_previous_column_of_the_card() -> None:
+    """3.0: lr 7.5e-6 / 3.75e-6, 48 x 1 x 2, Adafactor, constant with 100 warmup steps, 10 epochs."""
+    config = shipped("animagine_3_0/pretrain")
+    assert (config.optimizer.unet_lr, config.optimizer.text_encoder_lr) == (7.5e-6, 3.75e-6)
+    assert (config.batch.micro, config.batch.effective, config.epochs) == (48, 96, 10)
+    assert config.optimizer.name == "adafactor"
+    assert not (config.optimizer.scale_parameter or config.optimizer.relative_step or config.optimizer.warmup_init)
+    assert (config.schedule.name, config.schedule.warmup_steps) == ("constant_with_warmup", 100)
+    assert 1_271_990 // config.batch.effective * config.epochs == 132_490
+
+
+def test_stages_follow_each_other() -> None:
+    pretrain, ft1, ft2 = (shipped(stage) for stage in CARD)
+    assert ft1.model.init_from == pretrain.output_dir
+    assert ft2.model.init_from == ft1.output_dir
+    assert len({pretrain.seed, ft1.seed, ft2.seed}) == 3
+    assert all(c.data.separator == "|||" and c.data.shuffle_tags and c.data.max_tokens == 225 for c in (pretrain, ft1, ft2))
+    assert all(c.precision == "fp16" and c.optimizer.max_grad_norm == 1.0 for c in (pretrain, ft1, ft2))
+
+
+def test_one_cycle_is_one_epoch() -> None:
+    """873,504 images / 96 = 9,099 updates, exactly one cycle of the schedule; 90,990 in all."""
+    config = shipped("pretrain")
+    images = 873_504
+    plan = Plan(
+        np.arange(images, dtype=np.uint64),
+        np.full(images, 1024, dtype=np.int16),
+        np.full(images, 1024, dtype=np.int16),
+        seed=config.seed,
+        tile_images=config.batch.micro,
+        tiles_per_update=config.tiles_per_update,
+        epochs=config.epochs,
+    )
+    assert (plan.updates_per_epoch, plan.total_updates) == (9_099, 90_990)
+    lr = [
+        lr_at(k, peak=config.optimizer.unet_lr, config=config.schedule, cycle_updates=plan.updates_per_epoch)
+        for k in (1, 9_098, 9_099, 90_989)
+    ]
+    assert lr == pytest.approx([9.99999973e-06, 1.00000027e-06, 9e-06, 1.00000009e-06], rel=1e-8)
+
+
+def test_every_number_of_a_stage_names_its_source() -> None:
+    for name in (*CARD, "animagine_3_0/pretrain"):
+        for line in (ROOT / "configs" / f"{name}.yaml").read_text().splitlines():
+            value = line.split("#")[0].partition(":")[2].strip()
+            if value and value.strip("[]").replace(".", "").replace(",", "").replace(" ", "").replace("e-", "").isdigit():
+                assert any(f"# {word}" in line for word in ("card", "notebook", "ours", "assumption")), (name, line)
+
+
+def test_stage_files_are_short() -> None:
+    for name in CARD:
+        assert len((ROOT / "configs" / f"{name}.yaml").read_text().splitlines()) <= 60
