@@ -1,0 +1,338 @@
+"""The dataset config: every key of `configs/dataset.yaml`, its default and its meaning.
+
+Loaded like a stage config (files, then `key=value`; an unknown key is an error with a suggestion), frozen and
+complete after loading. Steps take the section they need.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from omegaconf import MISSING
+
+from train.exits import ExitCode, Halt
+from train.schema import load_into
+
+STEPS = ("ingest", "probe", "score", "tag", "dedupe", "label", "select", "latents", "report")
+
+
+@dataclass(frozen=True)
+class BucketsConfig:
+    """The table of training sizes, as in the recipe."""
+
+    area_px: int = 1048576
+    min_px: int = 512
+    max_px: int = 2048
+    step_px: int = 64
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One place that images and their metadata come from."""
+
+    name: str = MISSING  # first half of every key, `<name>:<id>`
+    adapter: Literal[
+        "danbooru", "table", "sidecar", "sd_scripts", "imagefolder", "webdataset", "danbooru2023", "e621", "gelbooru"
+    ] = MISSING
+    path: str = MISSING  # folder or file with the metadata
+    images: str | None = None  # the source root that files are looked up in; null = `path` or its folder
+    columns: dict[str, str] = field(default_factory=dict)  # our column: theirs
+    tag_separator: str | None = None  # of tags joined in one string; null = the adapter's
+    dictionary: str | None = None  # CSV (name, category, count, aliases) that gives uncategorised tags a category
+    rating_scheme: Literal["gsqe", "sqe"] | None = None  # sqe: s means safe; null = the adapter's
+    assume_rating: Literal["g", "s"] | None = None  # of records without any rating; never overrides one
+    escaped: bool = False  # tags carry backslashes before brackets
+    on_bad_tag: Literal["error", "drop", "replace"] = "error"
+    on_second_separator: Literal["error", "fork", "suffix"] = "error"
+
+
+@dataclass(frozen=True)
+class QualityConfig:
+    """Quality tags from the score within the rating."""
+
+    source: Literal["table", "empirical", "none"] = "table"
+    table: str = "full"  # full | after_5m | path of a JSON file {g: [six thresholds], s: ..., q: ..., e: ...}
+    group_by: list[str] = field(default_factory=lambda: ["rating"])  # empirical: [rating] or [rating, year]
+    min_group: int = 200  # smaller groups use the pooled thresholds
+    min_distinct: int = 7  # so do groups with fewer distinct scores
+    min_age_days: int = 0  # younger posts get no quality tag
+
+
+@dataclass(frozen=True)
+class YearRange:
+    """Posts of the years first..last get `tag`."""
+
+    tag: str = MISSING
+    first: int = MISSING
+    last: int = MISSING
+
+
+def _card_years() -> list[YearRange]:
+    return [
+        YearRange("oldest", 2005, 2010),
+        YearRange("early", 2011, 2014),
+        YearRange("mid", 2015, 2017),
+        YearRange("recent", 2018, 2020),
+        YearRange("newest", 2021, 2024),
+    ]
+
+
+@dataclass(frozen=True)
+class YearConfig:
+    """Year tags."""
+
+    ranges: list[YearRange] = field(default_factory=_card_years)  # card
+    before: Literal["none", "clamp"] = "none"  # years before the first range
+    after: Literal["none", "clamp"] = "none"  # years after the last range
+
+
+@dataclass(frozen=True)
+class AestheticConfig:
+    """Aesthetic tags; thresholds belong to one classifier."""
+
+    thresholds: tuple[float, float, float] = (0.71, 0.45, 0.27)  # card
+
+
+@dataclass(frozen=True)
+class StringsConfig:
+    """How a tag is written."""
+
+    underscore: Literal["len3", "kaomoji"] = "len3"
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """From metadata to caption. A switch left null has the preset's value."""
+
+    preset: Literal["default", "animagine31"] = "default"
+    meta_blacklist: Literal["per_tag", "whole_group"] | None = None
+    year_source: Literal["media_or_post", "media"] | None = None
+    year_fallback: Literal["none", "early"] | None = None
+    aesthetic_edges: Literal["lower_bin", "very_displeasing"] | None = None
+    aesthetic_skip_substring: bool | None = None
+    banned_artist: Literal["drop", "keep"] | None = None
+    missing_rating_or_score: Literal["omit", "raise"] | None = None
+    rating_words: Literal["accept", "raise"] | None = None
+    empty_tags: Literal["remove", "keep"] | None = None
+    duplicate_tags: Literal["first", "all"] | None = None
+    quality: QualityConfig = field(default_factory=QualityConfig)
+    year: YearConfig = field(default_factory=YearConfig)
+    aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
+    strings: StringsConfig = field(default_factory=StringsConfig)
+
+
+@dataclass(frozen=True)
+class ExcludeConfig:
+    """Filters of the user's. The hard exclusions are code and have no key."""
+
+    deleted: bool = True
+    banned: bool = True
+    tags: list[str] = field(default_factory=list)  # as in the source, underscored
+
+
+@dataclass(frozen=True)
+class ProbeConfig:
+    """Which files are accepted; everything else is quarantined with a reason."""
+
+    formats: list[str] = field(default_factory=lambda: ["jpeg", "png", "webp", "bmp", "gif", "avif"])
+    max_pixels: int = 200_000_000  # refused from the header, before decoding
+    max_aspect: float = 4.0  # 2048/512: beyond it the crop grows without limit
+    min_area_px: int | None = None  # null = small images are enlarged and counted
+    animated: Literal["refuse", "first"] = "refuse"
+    allow_truncated: bool = False
+    timeout_s: float = 60.0  # per file
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """Where aesthetic scores come from."""
+
+    source: Literal["none", "column", "hf_image_classification"] = "none"
+    path: str | None = None  # column: parquet or CSV with `key` and `column`
+    column: str = "score"
+    model: str | None = None  # folder of an image-classification model, or the name that a column's scores carry
+    label: str = "hq"  # class whose probability is the score
+    batch: int = 8
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class TagConfig:
+    """Where tags come from for pictures that have none."""
+
+    source: Literal["none", "column", "wd"] = "none"
+    path: str | None = None  # column: parquet or CSV with `key` and `column`
+    column: str = "tags"
+    model: str | None = None  # wd: folder with model.onnx and selected_tags.csv, or a name for the column's tags
+    general_threshold: float = 0.35
+    character_threshold: float = 0.85
+    use: Literal["missing", "all"] = "missing"  # missing = only pictures without any tag
+    batch: int = 8
+
+
+@dataclass(frozen=True)
+class DedupeConfig:
+    """Equal files and equal pixels are always reduced to one; similar ones are reported or dropped."""
+
+    phash: Literal["report", "drop"] = "report"
+    phash_distance: int = 3  # bits of 64; at most 4
+
+
+@dataclass(frozen=True)
+class QuotaConfig:
+    """Shares of a column's values in a selection of `total` images."""
+
+    by: str = MISSING
+    shares: dict[str, float] = field(default_factory=dict)
+    total: int = MISSING
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """What one stage trains on."""
+
+    where: list[str] = field(default_factory=list)  # `column op value`, all must hold
+    allow: str | None = None  # file of keys that skip the predicates
+    deny: str | None = None  # file of keys that are never taken; wins over allow
+    caps: dict[str, int] = field(default_factory=dict)  # most images per artist, character, ...
+    quota: QuotaConfig | None = None
+    repeats: int = 1
+    seed: int | None = None  # null = the dataset's
+    min_bucket: int = 16  # smaller buckets are merged; the stage's micro-batch
+
+
+@dataclass(frozen=True)
+class LatentsConfig:
+    """How images are encoded and stored."""
+
+    vae: str | None = None  # folder or single file; needed by the step `latents`
+    dtype: Literal["fp16", "bf16"] = "fp16"  # of the stored values
+    encode: Literal["fp32", "fp16", "bf16"] = "fp32"  # of the VAE; fp16 needs the fp16-fix VAE
+    content: Literal["sample", "mean", "moments"] = "sample"
+    resize: Literal["lanczos", "area"] = "lanczos"
+    backend: Literal["pillow", "pyvips"] = "pillow"
+    batch: int = 8
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class FailIfConfig:
+    """A larger share than this makes the report exit 7."""
+
+    hard_excluded: float = 0.0  # in any selection
+    quarantine_errors: float = 0.02
+    missing_rating: float = 0.05  # of rows whose source carries ratings
+    over_225_tokens: float = 0.05
+    empty_captions: float = 0.01
+    masterpiece: float = 0.25  # within a rating of at least quality.min_group rows
+    unreadable_latents: float = 0.0
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The health report."""
+
+    pictures: Literal["safe", "all", "none"] = "safe"  # safe = ratings g and s only
+    fail_if: FailIfConfig = field(default_factory=FailIfConfig)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """From raw images to a training set."""
+
+    name: str = MISSING
+    root: str = "data"  # the dataset is <root>/<name>
+    seed: int = 0
+    tokenizers: str | None = None  # folder with tokenizer/ and tokenizer_2/; null = token counts are left out
+    buckets: BucketsConfig = field(default_factory=BucketsConfig)
+    sources: list[SourceConfig] = field(default_factory=list)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    exclude: ExcludeConfig = field(default_factory=ExcludeConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    tag: TagConfig = field(default_factory=TagConfig)
+    dedupe: DedupeConfig = field(default_factory=DedupeConfig)
+    select: dict[str, SelectConfig] = field(default_factory=lambda: {"pretrain": SelectConfig()})
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    max_quarantine_fraction: float = 0.02
+    workers: int = 4
+
+
+def load_settings(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> DatasetConfig:
+    """Load a dataset config from YAML files (later win) and `key=value` overrides.
+
+    Raises Halt(USAGE) naming the key; nothing is repaired.
+    """
+    settings = load_into(DatasetConfig, paths, overrides)
+    problems = _problems(settings)
+    if problems:
+        raise Halt(ExitCode.USAGE, "; ".join(problems))
+    return settings
+
+
+def dataset_dir(settings: DatasetConfig) -> Path:
+    """`<root>/<name>`, where all tables and shards of this dataset live."""
+    return Path(settings.root) / settings.name
+
+
+def _problems(settings: DatasetConfig) -> list[str]:
+    names = [source.name for source in settings.sources]
+    stages = list(settings.select)
+    buckets = settings.buckets
+    rules = [
+        (not _is_name(settings.name), f"name is {settings.name!r}: letters, digits, . - and _ only, it names a folder"),
+        (settings.seed < 0, "seed must be at least 0"),
+        (not settings.sources, "sources is empty: name at least one source"),
+        (len(set(names)) != len(names), f"sources: two have the same name in {names}"),
+        (not all(map(_is_name, stages)), f"select: {stages}: letters, digits, . - and _ only, they name files"),
+        (not 0 < buckets.min_px <= buckets.max_px, "buckets.min_px must be above 0 and at most buckets.max_px"),
+        (buckets.step_px <= 0 or buckets.step_px % 8 != 0, "buckets.step_px must be a multiple of 8"),
+        (not 0 <= settings.max_quarantine_fraction <= 1, "max_quarantine_fraction must be in [0, 1]"),
+        (settings.workers < 0, "workers must be at least 0"),
+        (not 0 <= settings.dedupe.phash_distance <= 4, "dedupe.phash_distance must be in 0..4"),
+        (settings.probe.max_aspect < 1, "probe.max_aspect must be at least 1"),
+        (settings.score.source == "column" and not settings.score.path, "score.source: column needs score.path"),
+        (settings.score.source == "hf_image_classification" and not settings.score.model,
+         "score.source: hf_image_classification needs score.model, a folder"),
+        (settings.tag.source == "column" and not settings.tag.path, "tag.source: column needs tag.path"),
+        (settings.tag.source == "wd" and not settings.tag.model, "tag.source: wd needs tag.model, a folder"),
+        (settings.tag.character_threshold < settings.tag.general_threshold,
+         "tag.character_threshold must be at least tag.general_threshold"),
+    ]  # fmt: skip
+    found = [message for broken, message in rules if broken]
+    for number, source in enumerate(settings.sources):
+        if not _is_name(source.name) or ":" in source.name:
+            found.append(f"sources[{number}].name is {source.name!r}: letters, digits, . - and _ only")
+        if source.adapter == "table" and not source.columns:
+            found.append(f"sources[{number}].columns is needed by adapter table: our column: theirs")
+    for stage, select in settings.select.items():
+        if select.repeats < 1 or select.min_bucket < 1:
+            found.append(f"select.{stage}: repeats and min_bucket must be at least 1")
+    return found + _policy_problems(settings.policy)
+
+
+def _policy_problems(policy: PolicyConfig) -> list[str]:
+    high, mid, low = policy.aesthetic.thresholds
+    groups = [list(option) for option in (("rating",), ("rating", "year"))]
+    years = policy.year.ranges
+    rules = [
+        (not 1 >= high > mid > low >= 0, "policy.aesthetic.thresholds must fall, within 0..1"),
+        (list(policy.quality.group_by) not in groups, "policy.quality.group_by must be [rating] or [rating, year]"),
+        (policy.quality.min_group < 1, "policy.quality.min_group must be at least 1"),
+        (policy.quality.min_distinct < 1, "policy.quality.min_distinct must be at least 1"),
+        (policy.quality.min_age_days < 0, "policy.quality.min_age_days must be at least 0"),
+        (any(r.first > r.last for r in years) or any(a.last >= b.first for a, b in itertools.pairwise(years)),
+         "policy.year.ranges must rise without overlap"),
+        (any(r.tag == "old" for r in years), "policy.year.ranges: `old` is a real general tag, use another word"),
+    ]  # fmt: skip
+    return [message for broken, message in rules if broken]
+
+
+def _is_name(text: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None
