@@ -1,0 +1,88 @@
+"""Captions as two lists of tags, fixed and flex, and what one image's caption is in one epoch.
+
+Order of operations as in the original trainer: dropout of the whole caption, token warmup, shuffle of the flex tags,
+dropout of single flex tags. Fixed tags are never moved or dropped, and the separator never reaches the text.
+Imports the standard library and our generator only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from train import rng
+from train.rng import Stream
+
+
+@dataclass(frozen=True)
+class DrawOptions:
+    """What is drawn from a caption; the defaults draw nothing but the shuffle, as the recipe does."""
+
+    shuffle: bool = True
+    tag_dropout: float = 0.0  # probability for each flex tag alone
+    caption_dropout: float = 0.0  # probability for the whole caption
+    caption_dropout_every_epochs: int = 0  # every N-th epoch (the N-th, 2N-th, ...) without captions; 0 = off
+    warmup_min: int = 1  # flex tags kept at update 0
+    warmup_updates: int = 0  # updates until all flex tags are kept; 0 = off
+
+
+def split(text: str, separator: str = "|||") -> tuple[list[str], list[str]]:
+    """(fixed tags, flex tags): split at the first separator, then at commas; stripped, empty ones left out.
+
+    Without a separator every tag is flex. A second separator is refused where captions are read in, not here.
+    """
+    fixed, found, flex = text.partition(separator)
+    return (_tags(fixed), _tags(flex)) if found else ([], _tags(text))
+
+
+def _tags(text: str) -> list[str]:
+    return [stripped for tag in text.split(",") if (stripped := tag.strip())]
+
+
+def join(tags: Sequence[str]) -> str:
+    """The text the tokenizer gets."""
+    return ", ".join(tags)
+
+
+def render(fixed: Sequence[str], flex: Sequence[str], separator: str = "|||") -> str:
+    """The written form `1girl, miku, ||| smile`; it starts `, ||| ` without fixed tags and `split` reads it back."""
+    return f"{join(fixed)}, {separator} {join(flex)}"
+
+
+def warmup_length(steps: float, total_updates: int) -> int:
+    """`data.token_warmup_steps` in updates: a value below 1 is a share of all updates, rounded down."""
+    return int(steps * total_updates) if steps < 1 else int(steps)
+
+
+def draw(
+    fixed: Sequence[str], flex: Sequence[str], options: DrawOptions, *, seed: int, uid: int, epoch: int, update: int
+) -> tuple[list[str], list[str]]:
+    """(fixed, flex) of one image in one epoch; both empty when the whole caption is dropped.
+
+    `update` is the plan step, used by the warmup alone. The same arguments always give the same tags.
+    """
+    if _caption_dropped(options, seed, uid, epoch):
+        return [], []
+    kept = range(_warm_count(len(flex), options, update))
+    order = rng.shuffled(kept, seed, uid, epoch) if options.shuffle else list(kept)
+    if options.tag_dropout > 0:
+        # by the place before the shuffle, so that what is dropped does not depend on whether it is on
+        word_of = rng.words(seed, Stream.TAG_DROP, uid, epoch, len(kept)).tolist()
+        order = [place for place in order if word_of[place] >= rng.threshold(options.tag_dropout)]
+    return list(fixed), [flex[place] for place in order]
+
+
+def _caption_dropped(options: DrawOptions, seed: int, uid: int, epoch: int) -> bool:
+    every = options.caption_dropout_every_epochs
+    if every > 0 and (epoch + 1) % every == 0:  # the original counts epochs from 1
+        return True
+    if options.caption_dropout <= 0:
+        return False
+    return int(rng.words(seed, Stream.CAPTION_DROP, uid, epoch, 1)[0]) < rng.threshold(options.caption_dropout)
+
+
+def _warm_count(count: int, options: DrawOptions, update: int) -> int:
+    """Flex tags kept at this update: from `warmup_min`, linearly to all."""
+    if update >= options.warmup_updates or count <= options.warmup_min:
+        return count
+    return update * (count - options.warmup_min) // options.warmup_updates + options.warmup_min
