@@ -1,0 +1,289 @@
+"""metrics.jsonl is complete whatever happens to disks, outlets and networks; logging never waits."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train import outlets
+from train.config import TrackingConfig
+from train.outlet_process import flatten
+from train.outlets import Outlet, outlet_modes
+from train.tracking import MetricsFile, StarvationWatch, Tracker, loss_by_decile, read_metrics
+
+ECHO = "import sys; print('ready', flush=True); open({out!r}, 'a').writelines(sys.stdin.readlines()[1:])"
+
+
+def tracker(folder: Path, *, total: int = 5, resume: int = 0, **options: Any) -> Tracker:
+    return Tracker(
+        folder, TrackingConfig(**options), is_main=True, run_name="test", config_flat={"batch.micro": 2},
+        total_updates=total, resume_update=resume,
+    )  # fmt: skip
+
+
+def fake_child(monkeypatch: pytest.MonkeyPatch, *programs: str) -> list[str]:
+    """Outlet processes run `programs`, one after the other; returns the wandb modes asked for."""
+    asked: list[str] = []
+
+    def start(settings: dict[str, Any]) -> subprocess.Popen[bytes]:
+        program = programs[min(len(asked), len(programs) - 1)]
+        asked.append(settings["wandb"])
+        child = subprocess.Popen(
+            [sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+        )
+        assert child.stdin is not None
+        child.stdin.write(json.dumps(settings).encode() + b"\n")
+        return child
+
+    monkeypatch.setattr(outlets, "_start_child", start)
+    return asked
+
+
+def test_one_line_per_update_flushed_at_once(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    for update in range(1, 4):
+        run.log({"step": update, "update": update, "loss": torch.tensor(0.5), "images": np.int64(4), "skipped": False})
+        lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+        assert len(lines) == update
+    run.close()
+    assert json.loads(lines[0]) == {"step": 1, "update": 1, "loss": 0.5, "images": 4, "skipped": False}
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    run = Tracker(
+        tmp_path, TrackingConfig(wandb="online"), is_main=False, run_name="x", config_flat={}, total_updates=1
+    )
+    run.log({"update": 1})
+    run.alert("x")
+    run.images(1, [])
+    run.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_lines_of_a_resumed_run_follow_and_a_torn_one_is_cut(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"update": 1}\n{"update": 2}\n{"upda')
+    run = tracker(tmp_path, resume=2)
+    run.log({"update": 3})
+    run.close()
+    assert [r["update"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"update": 1}\n{"update": 2}\n{"update": 3}\n'
+
+
+def test_values_json_has_no_word_for(tmp_path: Path) -> None:
+    run = tracker(tmp_path)
+    run.log({"update": 1, "loss": float("nan"), "grad_norm": float("inf"), "loss_by_decile": [None, 0.1]})
+    run.close()
+    assert read_metrics(tmp_path / "metrics.jsonl") == [
+        {"update": 1, "loss": "nan", "grad_norm": "inf", "loss_by_decile": [None, 0.1]}
+    ]
+
+
+def test_full_disk_loses_no_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    real = file._file
+
+    class Full:
+        """Writes half of what it is given, then fails, as a full disk does."""
+
+        def write(self, data: bytes) -> int:
+            real.write(data[: len(data) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+    file.append('{"update": 1}')
+    file._file = Full()  # type: ignore[assignment]
+    file.append('{"update": 2}')
+    file.append('{"update": 3}')
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"update": 1}\n'
+    file._file = real
+    file.append('{"update": 4}')
+    file.close()
+    assert [r["update"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert len([r for r in caplog.records if "tried again" in r.message]) == 1
+
+
+def test_outlet_gets_everything_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    assert fake_child(monkeypatch, ECHO.format(out=str(out))) == []
+    picture = tmp_path / "00.png"
+    run = tracker(tmp_path, wandb="offline")
+    run.log({"update": 1})
+    run.alert("loss spike")
+    run.images(1, [picture])
+    run.close()
+    sent = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [m["kind"] for m in sent] == ["metrics", "alert", "images"]
+    assert sent[2]["files"] == [str(picture)]
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "import sys; sys.exit(3)",
+        "print('UsageError: no key', flush=True)",
+        "import time; time.sleep(60)",
+        "import os, signal; print('ready', flush=True); os.kill(os.getpid(), signal.SIGKILL)",
+    ],
+    ids=["dies", "refuses", "hangs", "killed"],
+)
+def test_a_failing_outlet_goes_offline_with_one_warning(
+    bad: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    asked = fake_child(monkeypatch, bad, ECHO.format(out=str(out)))
+    outlet = Outlet({"run_dir": str(tmp_path)}, ("online", "offline"), ready_s=0.5)
+    for number in range(20):
+        outlet.put({"kind": "metrics", "record": {"update": number}})
+        time.sleep(0.03)
+    outlet.close(10)
+    assert asked == ["online", "offline"]
+    assert len(caplog.records) == 1
+    assert "going on with wandb offline" in caplog.text
+    sent = [json.loads(line)["record"]["update"] for line in out.read_text().splitlines()]
+    assert sent == sorted(sent)
+    assert sent[-1] == 19  # the later ones always arrive; what a killed process had read is gone
+
+
+def test_hanging_outlet_costs_neither_time_nor_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_child(monkeypatch, "import time; print('ready', flush=True); time.sleep(60)")
+    monkeypatch.setattr(outlets, "QUEUE_LENGTH", 8)
+    run = tracker(tmp_path, total=2000, wandb="offline")
+    pad = "x" * 1000  # 2 MB in all, more than a pipe holds
+    slowest = 0.0
+    started = time.perf_counter()
+    for update in range(1, 2001):
+        before = time.perf_counter()
+        run.log({"step": update, "update": update, "pad": pad})
+        slowest = max(slowest, time.perf_counter() - before)
+    mean_s = (time.perf_counter() - started) / 2000
+    outlet = run._outlet
+    assert outlet is not None
+    child = outlet._child
+    before = time.monotonic()
+    run.close(timeout_s=1.0)
+    assert time.monotonic() - before < 5
+    assert child is not None
+    assert child.poll() == -signal.SIGKILL
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2000
+    assert outlet.dropped > 1000
+    assert mean_s < 0.002
+    assert slowest < 0.5  # generous: other processes share the cores
+
+
+def test_injected_faults_stay_in_the_outlet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setenv("ANIX_FAULT", "track@2:raise=ConnectionError")
+    fake_child(monkeypatch, ECHO.format(out=str(out)))
+    run = tracker(tmp_path, wandb="offline")
+    for update in range(1, 4):
+        run.log({"step": update, "update": update})
+    run.close()
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+    assert "ConnectionError" in caplog.text
+
+
+def test_random_states_are_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_child(monkeypatch, ECHO.format(out=str(tmp_path / "out")))
+    before = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index]
+    run = tracker(tmp_path, wandb="offline", tensorboard=True)
+    run.log({"update": 1, "loss": 0.1})
+    run.alert("x")
+    run.close()
+    after = (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # type: ignore[index]
+    assert before == after
+
+
+def test_modes() -> None:
+    assert outlet_modes(TrackingConfig()) == ()
+    assert outlet_modes(TrackingConfig(wandb="online")) == ("online", "offline")
+    assert outlet_modes(TrackingConfig(tensorboard=True))[0] == "disabled"
+
+
+def test_secrets_are_masked_in_alerts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "canary-of-a-secret")
+    run = tracker(tmp_path)
+    run.alert("failed with canary-of-a-secret")
+    run.close()
+    assert "canary-of-a-secret" not in capsys.readouterr().err
+
+
+def test_flatten() -> None:
+    assert flatten({"a": 1, "b": [2, None, {"c": 3}], "d": None}) == {"a": 1, "b/0": 2, "b/2/c": 3}
+
+
+def test_deciles_literal() -> None:
+    deciles = loss_by_decile([0, 99, 100, 999], [1.0, 3.0, 5.0, 7.0])
+    assert deciles == [2.0, 5.0, None, None, None, None, None, None, None, 7.0]
+
+
+@given(st.lists(st.tuples(st.integers(0, 999), st.floats(0, 10)), min_size=1, max_size=50))
+def test_deciles_keep_the_sum(pairs: list[tuple[int, float]]) -> None:
+    timesteps, losses = [t for t, _ in pairs], [x for _, x in pairs]
+    counts = [sum(t // 100 == d for t in timesteps) for d in range(10)]
+    total = sum((mean or 0.0) * n for mean, n in zip(loss_by_decile(timesteps, losses), counts, strict=True))
+    assert total == pytest.approx(sum(losses))
+
+
+def test_starvation_is_said_once_a_while() -> None:
+    watch = StarvationWatch(window=10, limit=0.25, quiet=100)
+    assert [watch.see(0.1, 1.0) for _ in range(30)] == [None] * 30
+    said = [text for _ in range(100) if (text := watch.see(0.5, 1.0))]
+    assert len(said) == 1
+    assert "50%" in said[0]
+    assert "data.workers" in said[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_real_wandb(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Online means a server that refuses connections: the run ends offline, complete."""
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789" * 4)
+    run = tracker(tmp_path, wandb=mode)
+    assert run._outlet is not None
+    run._outlet._ready_s = 8.0
+    run.log({"step": 1, "update": 1, "loss": 0.5})
+    run.close(60)
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert ("going on with wandb offline" in caplog.text) == (mode == "online")
+    written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"0123456789" * 4 not in written
+
+
+@pytest.mark.slow
+def test_real_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    run = tracker(tmp_path, tensorboard=True)
+    run.log({"step": 1, "update": 1, "loss": 0.5, "loss_by_decile": [0.25, None]})
+    run.close(60)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    code = (
+        "from tensorboard.backend.event_processing.event_accumulator import EventAccumulator as E; import sys; "
+        "e = E(sys.argv[1]); e.Reload(); print(e.Scalars('loss'), e.Scalars('loss_by_decile/0'), e.Tags()['tensors'])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code, str(events)], capture_output=True, text=True, check=True)
+    assert "step=1, value=0.5" in shown.stdout
+    assert "value=0.25" in shown.stdout
+    assert "config/batch.micro" in shown.stdout
