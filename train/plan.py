@@ -1,0 +1,315 @@
+"""Which images form update s: a pure function of the selection, the seed and the batch shape.
+
+    perm(b, e)  images of bucket b sorted by (ORDER(e, uid), uid)
+    stream(b)   perm(b, 0) + perm(b, 1) + ...; the epoch of position p is p // n_b
+    tile k of b positions k*m .. (k+1)*m-1 of stream(b); it belongs to the epoch in which it ends
+    tiles(e)    all tiles of epoch e sorted by (TILE(e, id), id), id = w << 48 | h << 32 | k
+    update s    tiles s*T .. s*T+T-1 of tiles(0) + tiles(1) + ...
+
+It knows nothing of ranks, workers or time: they only slice it. A sample's key is (uid, epoch of its position), and no
+pair occurs twice. That is `carry`; with `keep` (short tiles, as in the original) and `drop` every epoch stands alone.
+Numpy and the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from train import rng
+from train.exits import ExitCode, Halt
+from train.rng import Stream
+
+Remainder = Literal["carry", "keep", "drop"]
+Size = tuple[int, int]
+I64 = npt.NDArray[np.int64]
+U64 = npt.NDArray[np.uint64]
+
+PLAN_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Images of one shape that run through the network together: the slots of one micro-batch."""
+
+    width: int
+    height: int
+    number: int  # k, counted per bucket over the whole run
+    rows: I64  # [n] positions in the arrays the plan was made from
+    uids: U64  # [n]
+    epochs: I64  # [n] epoch of each slot; two values where the tile spans an epoch boundary
+
+
+class Plan:
+    """Update number -> tiles. Epochs are sorted when first asked for, so any update is quick from cold."""
+
+    def __init__(
+        self,
+        uids: npt.ArrayLike,
+        widths: npt.ArrayLike,
+        heights: npt.ArrayLike,
+        *,
+        seed: int,
+        tile_images: int,
+        tiles_per_update: int,
+        epochs: int,
+        remainder: Remainder = "carry",
+        max_updates: int | None = None,
+    ) -> None:
+        """`uids` uint64[N], bucket `widths` and `heights` [N]; tile_images = m, tiles_per_update = T.
+
+        Raises Halt(MISMATCH) when two uids are equal (naming their positions) or when the images do not fill one
+        update and max_updates is not given.
+        """
+        self._uids = np.asarray(uids, dtype=np.uint64)
+        self._seed, self._m, self._t, self._remainder = seed, tile_images, tiles_per_update, remainder
+        if same := duplicate_uids(self._uids):
+            pairs = ", ".join(f"{first} and {second}" for first, second in same[:5])
+            raise Halt(
+                ExitCode.MISMATCH, f"{len(same)} equal uids, at positions {pairs}: each image may come only once"
+            )
+        self._buckets, self._rows = _group_by_bucket(self._uids, np.asarray(widths), np.asarray(heights))
+        self._counts = [len(rows) for rows in self._rows]
+        self._perms: dict[tuple[int, int], I64] = {}  # (bucket index, epoch) -> rows
+        self._orders: dict[int, tuple[I64, I64]] = {}  # epoch -> (bucket index, tile number) of each of its tiles
+        self.images = len(self._uids)
+        self.updates_per_epoch, self.total_updates = self._lengths(epochs, max_updates)
+
+    def _lengths(self, epochs: int, max_updates: int | None) -> tuple[int, int]:
+        """(updates per epoch, total). `carry`: the carried tiles of epochs to come fill the last update up."""
+        if self._remainder == "carry":
+            per_epoch = self.images // (self._m * self._t)
+            total = epochs * per_epoch
+        else:
+            tiles = self._tiles_before(1)
+            per_epoch, total = tiles // self._t, epochs * tiles // self._t
+        if per_epoch == 0 and max_updates is None:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{self.images} images do not fill one update of {self._m * self._t} (batch.effective): "
+                "select more images, lower batch.effective, or give max_updates",
+            )
+        if self._tiles_before(self._m) == 0:  # `carry` fills a tile from as many epochs at the latest
+            raise Halt(
+                ExitCode.MISMATCH, f"no tile of {self._m} images (batch.micro) can be filled: select more images"
+            )
+        if max_updates is not None:
+            total = min(total, max_updates) if per_epoch else max_updates
+        return per_epoch, total
+
+    def _tiles_before(self, epoch: int) -> int:
+        """Number of tiles in all epochs before this one."""
+        return sum(self._tile_bound(bucket, epoch) for bucket in range(len(self._counts)))
+
+    def _tile_bound(self, bucket: int, epoch: int) -> int:
+        """First tile number of a bucket that belongs to this epoch or a later one."""
+        count = self._counts[bucket]
+        if self._remainder == "carry":
+            return epoch * count // self._m
+        per_epoch = -(-count // self._m) if self._remainder == "keep" else count // self._m
+        return epoch * per_epoch
+
+    def epoch_of(self, update: int) -> int:
+        """Epoch of an update's first tile."""
+        position, above = update * self._t, 1
+        while self._tiles_before(above) <= position:
+            above *= 2
+        return bisect_right(range(above + 1), position, key=self._tiles_before) - 1
+
+    def update(self, s: int) -> tuple[Tile, ...]:
+        """The T tiles of update s, 0 <= s < total_updates, in order."""
+        if not 0 <= s < self.total_updates:
+            raise IndexError(f"update {s} is outside the plan's 0..{self.total_updates - 1}")
+        tiles: list[Tile] = []
+        epoch = self.epoch_of(s)
+        at = s * self._t - self._tiles_before(epoch)
+        while len(tiles) < self._t:
+            buckets, numbers = self._order(epoch)
+            part = slice(at, at + self._t - len(tiles))
+            pairs = zip(buckets[part].tolist(), numbers[part].tolist(), strict=True)
+            tiles += [self._tile(bucket, number) for bucket, number in pairs]
+            epoch, at = epoch + 1, 0
+        return tuple(tiles)
+
+    def _order(self, epoch: int) -> tuple[I64, I64]:
+        """Bucket index and number of each tile of an epoch, in training order."""
+        if epoch not in self._orders:
+            bounds = [(self._tile_bound(b, epoch), self._tile_bound(b, epoch + 1)) for b in range(len(self._counts))]
+            numbers = np.concatenate([np.arange(low, high, dtype=np.int64) for low, high in bounds])
+            buckets = np.repeat(np.arange(len(bounds)), [high - low for low, high in bounds])
+            ids = np.array([w << 48 | h << 32 for w, h in self._buckets], dtype=np.uint64)[buckets]
+            ids |= numbers.astype(np.uint64)
+            # ids ascend already (buckets are sorted), so a stable sort settles equal keys by id
+            order = np.argsort(rng.sort_keys(self._seed, Stream.TILE, ids, epoch), kind="stable")
+            self._orders[epoch] = buckets[order], numbers[order]
+            self._forget(epoch)
+        return self._orders[epoch]
+
+    def _tile(self, bucket: int, number: int) -> Tile:
+        count = self._counts[bucket]
+        if self._remainder == "carry":
+            positions = np.arange(number * self._m, (number + 1) * self._m)
+        else:
+            per_epoch = self._tile_bound(bucket, 1)
+            epoch, inside = divmod(number, per_epoch)
+            first = epoch * count + inside * self._m
+            positions = np.arange(first, min(first + self._m, (epoch + 1) * count))
+        epochs, places = np.divmod(positions, count)
+        rows = np.empty(len(positions), dtype=np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            here = epochs == epoch
+            rows[here] = self._permutation(bucket, epoch)[places[here]]
+        width, height = self._buckets[bucket]
+        return Tile(width, height, number, rows, self._uids[rows], epochs)
+
+    def _permutation(self, bucket: int, epoch: int) -> I64:
+        if (bucket, epoch) not in self._perms:
+            rows = self._rows[bucket]
+            # rows ascend by uid, so a stable sort settles equal keys by uid
+            order = np.argsort(rng.sort_keys(self._seed, Stream.ORDER, self._uids[rows], epoch), kind="stable")
+            self._perms[bucket, epoch] = rows[order]
+        return self._perms[bucket, epoch]
+
+    def _forget(self, epoch: int) -> None:
+        """Drop what lies far from this epoch; it would be made again if asked for."""
+        self._orders = {e: order for e, order in self._orders.items() if abs(e - epoch) <= 1}
+        self._perms = {(b, e): rows for (b, e), rows in self._perms.items() if abs(e - epoch) <= 1}
+
+
+def _group_by_bucket(uids: U64, widths: npt.NDArray[Any], heights: npt.NDArray[Any]) -> tuple[list[Size], list[I64]]:
+    """Sizes present, sorted by (w, h), and per size its rows in ascending uid."""
+    if not len(uids) == len(widths) == len(heights):
+        raise ValueError(f"lengths differ: {len(uids)} uids, {len(widths)} widths, {len(heights)} heights")
+    sizes = (widths.astype(np.int64) << 32) | heights.astype(np.int64)
+    order = np.lexsort((uids, sizes))
+    values, starts = np.unique(sizes[order], return_index=True)
+    buckets = [(value >> 32, value & 0xFFFFFFFF) for value in values.tolist()]
+    return buckets, np.split(order, starts[1:]) if len(order) else []
+
+
+def duplicate_uids(uids: npt.ArrayLike) -> list[tuple[int, int]]:
+    """Pairs of positions that hold the same uid, each against the first of its kind; empty when all differ."""
+    array = np.asarray(uids, dtype=np.uint64)
+    order = np.argsort(array, kind="stable")
+    equal = np.flatnonzero(array[order][1:] == array[order][:-1])
+    if not len(equal):
+        return []
+    first: dict[int, int] = {}
+    for at in equal.tolist():
+        first.setdefault(int(array[order[at]]), int(order[at]))
+    return sorted((first[int(array[order[at + 1]])], int(order[at + 1])) for at in equal.tolist())
+
+
+def tiles_per_update(micro: int, effective: int, world: int) -> tuple[int, int]:
+    """(T, accumulation): tiles per update = effective / micro, and how many of them each of `world` processes runs.
+
+    Raises Halt(MISMATCH) listing the valid choices unless micro x accumulation x world = effective.
+    """
+    if effective % micro:
+        valid = ", ".join(str(choice) for choice in divisors(effective))
+        raise Halt(ExitCode.MISMATCH, f"batch.micro {micro} does not divide batch.effective {effective}: use {valid}")
+    tiles = effective // micro
+    if tiles % world:
+        valid = ", ".join(str(choice) for choice in divisors(tiles))
+        micros = ", ".join(str(choice) for choice in divisors(effective) if (effective // choice) % world == 0)
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{world} processes cannot share the {tiles} tiles of an update (batch.effective {effective} / "
+            f"batch.micro {micro}): valid numbers of processes are {valid}; with {world} processes "
+            + (f"batch.micro may be {micros}" if micros else f"batch.effective must be a multiple of {world}"),
+        )
+    return tiles, tiles // world
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def virtual_ranks(tiles: int) -> int:
+    """Largest power of two dividing T: the fixed number of partial sums in which `strict` adds gradients."""
+    return tiles & -tiles
+
+
+def merge_small_buckets(counts: Mapping[Size, int], min_bucket: int) -> dict[Size, Size]:
+    """Final bucket of every non-empty bucket, itself included, when none may hold fewer than `min_bucket` images.
+
+    The smallest (then the smaller size) joins the bucket of nearest ln(w/h) (then larger area, then smaller size),
+    until all are large enough or one is left.
+    """
+    left = {size: count for size, count in counts.items() if count > 0}
+    target = {size: size for size in left}
+    while len(left) > 1:
+        small = min(left, key=lambda size: (left[size], size))
+        if left[small] >= min_bucket:
+            break
+        others = [size for size in left if size != small]
+        nearest = min(others, key=lambda size: (_aspect_distance(small, size), -size[0] * size[1], size))
+        left[nearest] += left.pop(small)
+        target = {size: nearest if final == small else final for size, final in target.items()}
+    return target
+
+
+def _aspect_distance(one: Size, other: Size) -> float:
+    return round(abs(math.log(one[0] / one[1]) - math.log(other[0] / other[1])), 9)
+
+
+def check_buckets(counts: Mapping[Size, int], min_bucket: int) -> None:
+    """Refuse a prepared selection in which a bucket is too small: merging means another crop, so other latents.
+
+    Raises Halt(MISMATCH) naming the steps to rerun and the `batch.min_bucket` that takes the buckets as they are.
+    """
+    moved = [size for size, final in merge_small_buckets(counts, min_bucket).items() if size != final]
+    if moved:
+        smallest = min(count for count in counts.values() if count)
+        names = ", ".join(f"{w}x{h} ({counts[w, h]} images)" for w, h in sorted(moved))
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"batch.min_bucket is {min_bucket}, so {names} would be merged into other buckets: set "
+            f"select.<stage>.min_bucket: {min_bucket} and rerun prepare.py select and prepare.py latents, or set "
+            f"batch.min_bucket={smallest} to train with the buckets as they are",
+        )
+
+
+def trace_lines(s: int, tile: Tile, timesteps: Sequence[int] | npt.NDArray[Any]) -> str:
+    """`s wxh uid epoch t`, one line per slot, uid in 16 hex digits: two runs train alike when these lines are equal."""
+    slots = zip(tile.uids.tolist(), tile.epochs.tolist(), timesteps, strict=True)
+    return "".join(f"{s} {tile.width}x{tile.height} {uid:016x} {epoch} {int(t)}\n" for uid, epoch, t in slots)
+
+
+def plan_fingerprint(
+    *,
+    seed: int,
+    tile_images: int,
+    tiles_per_update: int,
+    remainder: str,
+    min_bucket: int,
+    dataset: str,
+    selection: str,
+    tokenizers: str,
+) -> str:
+    """sha256 hex over everything that decides the plan and the captions; not ranks, workers, paths or `batch.split`.
+
+    `dataset`: the dataset fingerprint; `selection`: sha256 of the selection after the held-out split; `tokenizers`:
+    their identity hash.
+    """
+    fields = {
+        "plan_version": PLAN_VERSION,
+        "seed": seed,
+        "m": tile_images,
+        "T": tiles_per_update,
+        "remainder": remainder,
+        "min_bucket": min_bucket,
+        "dataset": dataset,
+        "selection": selection,
+        "tokenizers": tokenizers,
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
