@@ -45,6 +45,7 @@ class Tracker:
         if not is_main:
             return
         self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl")
+        self._trace = (Path(run_dir) / "trace.txt").open("a") if tracking.trace else None
         self._bar = _make_bar(run_name, total_updates, resume_update)
         modes = outlet_modes(tracking)
         if modes:
@@ -57,16 +58,26 @@ class Tracker:
             }
             self._outlet = Outlet(settings, modes)
 
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Append one update's record: step, update, epoch, images, loss, lr_unet, ... (numbers, text, lists)."""
+    def log(self, record: Mapping[str, Any], transient: Mapping[str, Any] | None = None) -> None:
+        """Append one update's record: step, update, epoch, images, loss, lr_unet, ... (numbers, text, lists).
+
+        `transient` goes to the outlets only: times and sizes of this machine, which no other run would repeat.
+        """
         if not self.is_main:
             return
         plain = {key: _plain(value) for key, value in record.items()}
         self._metrics.append(json.dumps(plain))
         if self._outlet:
-            self._outlet.put({"kind": "metrics", "record": plain})
+            extra = {key: _plain(value) for key, value in (transient or {}).items()}
+            self._outlet.put({"kind": "metrics", "record": plain | extra})
         self._bar.set_postfix_str(_postfix(plain), refresh=False)
         self._bar.update(max(int(plain.get("update", self._bar.n + 1)) - self._bar.n, 0))
+
+    def trace(self, lines: str) -> None:
+        """Append to trace.txt which images an update used, where the config asks for it."""
+        if self.is_main and self._trace is not None:
+            self._trace.write(lines)
+            self._trace.flush()
 
     def alert(self, text: str) -> None:
         """One line above the bar, and in the outlets. Secrets are masked."""
@@ -90,6 +101,8 @@ class Tracker:
             return
         self._bar.close()
         self._metrics.close()
+        if self._trace is not None:
+            self._trace.close()
         if self._outlet:
             self._outlet.close(timeout_s)
             self._outlet = None
