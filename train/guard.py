@@ -1,0 +1,124 @@
+"""Stops before damage: non-finite updates are recorded and not applied, replicas are compared, spikes flagged.
+
+Works with and without torch.distributed; every process takes the same decision from the same reduced numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from train.exits import ExitCode, Halt
+from train.plan import Tile
+from train.rundir import RunDir, write_json
+
+SPIKE_SIGMAS = 6.0
+SPIKE_WINDOW = 128  # updates
+_SPIKE_LEAST = 8  # losses before anything can be called unusual
+_BIT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per element: integer dtype
+
+
+# --- non-finite updates ------------------------------------------------------------------------------
+
+
+def bad_step_record(
+    step: int, tiles: Sequence[Tile], timesteps: Sequence[int], losses: Sequence[float], **more: Any
+) -> dict[str, Any]:
+    """Everything needed to look at, and recompute, plan step `step`: one entry per image in plan order.
+
+    JSON has no NaN: non-finite numbers become the strings nan, inf, -inf; finite ones keep all their digits.
+    """
+    slots: list[dict[str, Any]] = []
+    for number, tile in enumerate(tiles):
+        for row, uid, epoch in zip(tile.rows, tile.uids, tile.epochs, strict=True):
+            slots.append(
+                {
+                    "tile": number,
+                    "bucket": f"{tile.width}x{tile.height}",
+                    "row": int(row),
+                    "uid": f"{int(uid):016x}",
+                    "epoch": int(epoch),
+                    "t": int(timesteps[len(slots)]),
+                    "loss": json_number(float(losses[len(slots)])),
+                }
+            )
+    return {"step": step, **{k: json_number(v) if isinstance(v, float) else v for k, v in more.items()}, "slots": slots}
+
+
+def halt_non_finite(run: RunDir, record: Mapping[str, Any], what: str) -> Halt:
+    """The Halt(NON_FINITE) to raise; rank 0 leaves `bad_step.json`. No weight has been changed."""
+    bad = [s for s in record["slots"] if isinstance(s["loss"], str)]
+    named = ", ".join(f"{s['uid']}@{s['epoch']} t {s['t']} ({s['loss']})" for s in bad[:8])
+    text = f"update {record['step']}: {what} is not finite; the weights are those of the update before. "
+    if bad:
+        text += f"Images (uid@epoch): {named}{' ...' if len(bad) > 8 else ''}. "
+    if run.rank == 0:
+        write_json(run.path / "bad_step.json", record)
+    text += f"See bad_step.json; scripts/show.py step {run.path.name} --update {record['step']} --recompute repeats it"
+    return Halt(ExitCode.NON_FINITE, text)
+
+
+def json_number(value: float) -> float | str:
+    """`value`, or its name when JSON has no such number."""
+    if math.isfinite(value):
+        return value
+    return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+
+
+# --- loss spikes -------------------------------------------------------------------------------------
+
+
+def spike_sigmas(history: Sequence[float], loss: float) -> float | None:
+    """How many standard deviations `loss` lies above the last 128 losses, if that is a spike, else None.
+
+    A spike (6 sigma) is reported and counted; the run goes on unchanged. `history` excludes `loss`.
+    """
+    window = [value for value in history[-SPIKE_WINDOW:] if math.isfinite(value)]
+    if len(window) < _SPIKE_LEAST or not math.isfinite(loss):
+        return None
+    mean = math.fsum(window) / len(window)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in window) / (len(window) - 1))
+    deviation = max(deviation, abs(mean) * 1e-6)  # equal losses: rounding is not a spike
+    sigmas = (loss - mean) / deviation if deviation > 0 else 0.0
+    return sigmas if sigmas > SPIKE_SIGMAS else None
+
+
+# --- replicas ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def checksums(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """int64 [n]: per tensor the wrapping sum of its bit patterns, on the tensors' device, in sorted-name order."""
+    sums = []
+    for name in sorted(tensors):
+        flat = tensors[name].detach().contiguous().reshape(-1)
+        sums.append(flat.view(_BIT_VIEWS[flat.element_size()]).sum(dtype=torch.int64))
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def differing_replicas(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names whose bits are not the same on all processes; [] on one process. One collective."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return []
+    own = checksums(tensors)
+    both = torch.cat([own, -own])  # max of the negated sums is minus their min: one collective instead of two
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    highest, lowest = both[: len(own)], -both[len(own) :]
+    different = (highest != lowest).cpu().tolist()
+    return [name for name, differs in zip(sorted(tensors), different, strict=True) if differs]
+
+
+def require_equal_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
+    """Halt(PEER_LOST) on every process when any parameter differs between them; nothing is saved then."""
+    names = differing_replicas(tensors)
+    if names:
+        raise Halt(
+            ExitCode.PEER_LOST,
+            f"update {step}: the processes hold different weights in {len(names)} of {len(tensors)} tensors, such as "
+            f"{', '.join(names[:3])}. One device computes wrongly; nothing was saved. Test the devices, then start "
+            "again from the last checkpoint",
+        )
