@@ -1,0 +1,241 @@
+"""One tile of the plan as tensors: latents, noise, timesteps, token ids and size numbers.
+
+Everything random about a slot is a function of (seed, uid, epoch), so it does not matter which process or worker
+makes it. Shape legend: B images of a tile, C latent channels, H W latent rows and columns, N text chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from train import faults, rng
+from train.buckets import crop_condition
+from train.captions import DrawOptions, draw, warmup_length
+from train.config import DataConfig, NoiseConfig, StageConfig
+from train.exits import ExitCode, Halt
+from train.index import Index
+from train.latents import ShardReader
+from train.noise import slot_noise
+from train.plan import Plan, Tile
+from train.rng import Stream
+from train.text import TagTokenizer, size_vector
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A tile, or a part of one. Tensors first; the rest says where it came from."""
+
+    latents_BCHW: torch.Tensor  # fp32, scaled as the U-Net sees them
+    noise_BCHW: torch.Tensor  # fp32, the target's noise (offset included)
+    input_noise_BCHW: torch.Tensor  # fp32, what is added; differs from noise only with input perturbation
+    timesteps_B: torch.Tensor  # int64
+    ids_1_BN77: torch.Tensor  # int64, encoder 1
+    ids_2_BN77: torch.Tensor  # int64, encoder 2
+    size_B6: torch.Tensor  # fp32: original h w, crop top left, target h w
+    slots_B: torch.Tensor  # int64, place of each image in its update
+    step: int  # plan step
+    tile: Tile
+    tags_dropped: int  # cut at the token limit
+    substituted: tuple[str, ...] = ()  # keys that could not be read and were replaced
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`; asynchronous from pinned memory."""
+        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in self.tensors().items()})
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by the data loader on CUDA machines)."""
+        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Field name to tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def parts(self, count: int) -> list[Batch]:
+        """The tile cut into `count` equal runs of images, in order (a short tile: as equal as it goes)."""
+        if count == 1:
+            return [self]
+        images = len(self.slots_B)
+        bounds = [images * i // count for i in range(count + 1)]
+        return [
+            replace(self, **{name: tensor[a:b] for name, tensor in self.tensors().items()})
+            for a, b in zip(bounds, bounds[1:], strict=False)
+            if b > a
+        ]
+
+
+class TileDataset(Dataset[Batch | Halt]):
+    """Map-style dataset over (plan step, tile of the update)."""
+
+    def __init__(
+        self,
+        index: Index,
+        plan: Plan,
+        reader: ShardReader,
+        tokenizer: TagTokenizer,
+        *,
+        seed: int,
+        data: DataConfig,
+        noise: NoiseConfig,
+        scaling: float,
+        total_updates: int,
+    ) -> None:
+        self.index, self.plan, self.reader, self.tokenizer = index, plan, reader, tokenizer
+        self.seed, self.data, self.noise, self.scaling = seed, data, noise, scaling
+        self.options = draw_options(data, total_updates)
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch | Halt:
+        """Tile `place[1]` of plan step `place[0]`, or the reason why it cannot be made.
+
+        A Halt is returned, not raised: the loader rebuilds a worker's exception from its text and loses the code.
+        """
+        step, number = place
+        try:
+            faults.at("worker", step)
+            tiles = self.plan.update(step)
+            first_slot = sum(len(tile.rows) for tile in tiles[:number])
+            return self.make(tiles[number], step, first_slot)
+        except Halt as halt:
+            return halt
+
+    def make(self, tile: Tile, step: int, first_slot: int) -> Batch:
+        """The tensors of one tile whose images occupy slots first_slot.. of update `step`."""
+        latents_BCHW, substituted = self._latents(tile, step)
+        shape = tuple(latents_BCHW.shape[1:])
+        low, high = self.noise.timesteps
+        pairs = list(zip(tile.uids.tolist(), tile.epochs.tolist(), strict=True))
+        noises = [
+            slot_noise(self.noise, self.seed, uid, epoch, shape, latent_mean=latent.mean(dim=(1, 2)).numpy())
+            for (uid, epoch), latent in zip(pairs, latents_BCHW, strict=True)
+        ]
+        ids, dropped = self._token_ids(tile, step)
+        return Batch(
+            latents_BCHW=latents_BCHW,
+            noise_BCHW=torch.from_numpy(np.stack([target for target, _ in noises])),
+            input_noise_BCHW=torch.from_numpy(np.stack([added for _, added in noises])),
+            timesteps_B=torch.from_numpy(rng.timesteps(self.seed, tile.uids, tile.epochs, low, high)),
+            ids_1_BN77=torch.from_numpy(np.stack([one for one, _ in ids])),
+            ids_2_BN77=torch.from_numpy(np.stack([two for _, two in ids])),
+            size_B6=torch.tensor([self._size(row, tile) for row in tile.rows.tolist()], dtype=torch.float32),
+            slots_B=torch.arange(first_slot, first_slot + len(pairs)),
+            step=step,
+            tile=tile,
+            tags_dropped=dropped,
+            substituted=substituted,
+        )
+
+    def _latents(self, tile: Tile, step: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+        faults.at("read", step)
+        rows, substituted = list(tile.rows.tolist()), []
+        try:
+            raw_BCHW, first = self._read(rows)
+        except Halt:
+            if self.data.on_read_error == "stop":
+                raise
+            rows, substituted = self._readable(rows, tile)
+            raw_BCHW, first = self._read(rows)
+        expected = (tile.height // 8, tile.width // 8)
+        if tuple(raw_BCHW.shape[2:]) != expected:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"latents of bucket {tile.width}x{tile.height} in {first} are {tuple(raw_BCHW.shape[2:])}, "
+                f"not {expected}: run scripts/prepare.py latents again",
+            )
+        if self.index.content == "moments":
+            raw_BCHW = _draw_moments(raw_BCHW, self.seed, tile)
+        return raw_BCHW * self.scaling, tuple(substituted)
+
+    def _read(self, rows: Sequence[int]) -> tuple[torch.Tensor, str]:
+        places = [self.index.latent(row) for row in rows]
+        return self.reader.read([shard for shard, _ in places], [place for _, place in places]), places[0][0]
+
+    def _readable(self, rows: list[int], tile: Tile) -> tuple[list[int], list[str]]:
+        """Each unreadable row replaced by the next uid of its bucket, in uid order; the slot's key stays."""
+        in_bucket = np.flatnonzero((self.index.bucket_w == tile.width) & (self.index.bucket_h == tile.height))
+        order = in_bucket[np.argsort(self.index.uids[in_bucket])].tolist()
+        result, replaced = [], []
+        for row in rows:
+            start = order.index(row)
+            candidates = order[start:] + order[:start]
+            good = next((c for c in candidates if self._can_read(c)), None)
+            if good is None:
+                raise Halt(ExitCode.MISMATCH, f"no readable latents in bucket {tile.width}x{tile.height}")
+            if good != row:
+                replaced.append(self.index.key(row))
+            result.append(good)
+        return result, replaced
+
+    def _can_read(self, row: int) -> bool:
+        try:
+            self._read([row])
+        except Halt:
+            return False
+        return True
+
+    def _token_ids(self, tile: Tile, step: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+        ids, dropped = [], 0
+        for row, uid, epoch in zip(tile.rows.tolist(), tile.uids.tolist(), tile.epochs.tolist(), strict=True):
+            fixed, flex = self.index.caption(row)
+            fixed, flex = draw(fixed, flex, self.options, seed=self.seed, uid=uid, epoch=epoch, update=step)
+            content, cut = self.tokenizer.fit(fixed, flex, self.data.max_tokens, self.data.overflow)
+            ids.append(self.tokenizer.chunk_ids(content, self.data.max_tokens))
+            dropped += cut
+        return ids, dropped
+
+    def _size(self, row: int, tile: Tile) -> tuple[int, ...]:
+        index = self.index
+        original = (int(index.orig_w[row]), int(index.orig_h[row]))
+        crop = (int(index.crop_top[row]), int(index.crop_left[row]))
+        top, left = crop_condition(self.data.crop_conditioning, *original, tile.width, tile.height, *crop)
+        return size_vector(*original, top, left, tile.width, tile.height)
+
+
+def draw_options(data: DataConfig, total_updates: int) -> DrawOptions:
+    """What is drawn from a caption; a warmup below 1 is a share of all updates."""
+    return DrawOptions(
+        shuffle=data.shuffle_tags,
+        tag_dropout=data.tag_dropout,
+        caption_dropout=data.caption_dropout,
+        caption_dropout_every_epochs=data.caption_dropout_every_epochs,
+        warmup_min=data.token_warmup_min,
+        warmup_updates=warmup_length(data.token_warmup_steps, total_updates),
+    )
+
+
+def make_plan(index: Index, config: StageConfig) -> Plan:
+    """The plan of a stage over its selection."""
+    return Plan(
+        index.uids,
+        index.bucket_w,
+        index.bucket_h,
+        seed=config.seed,
+        tile_images=config.batch.micro,
+        tiles_per_update=config.tiles_per_update,
+        epochs=config.epochs,
+        remainder=config.batch.remainder,
+        max_updates=config.max_updates,
+    )
+
+
+def trace_timesteps(seed: int, noise: NoiseConfig, tiles: Sequence[Tile]) -> list[np.ndarray]:
+    """Timesteps of each tile, as the dataset draws them: for traces made without reading data."""
+    low, high = noise.timesteps
+    return [rng.timesteps(seed, tile.uids, tile.epochs, low, high) for tile in tiles]
+
+
+def _draw_moments(moments_BCHW: torch.Tensor, seed: int, tile: Tile) -> torch.Tensor:
+    """A fresh VAE sample for each (image, epoch) from stored mean and log-variance."""
+    mean, logvar = moments_BCHW.chunk(2, dim=1)
+    shape = tuple(mean.shape[1:])
+    normals = np.stack(
+        [
+            rng.normals(seed, Stream.VAE_SAMPLE, uid, epoch, shape)
+            for uid, epoch in zip(tile.uids.tolist(), tile.epochs.tolist(), strict=True)
+        ]
+    )
+    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * torch.from_numpy(normals)

@@ -1,0 +1,173 @@
+"""Brings the tiles of this process to its device, in plan order, from any plan step on.
+
+The order comes from the plan alone; worker count, prefetch depth and restarts of the worker pool cannot change it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from train.config import DataConfig
+from train.dataset import Batch, TileDataset
+from train.exits import ExitCode, Halt
+from train.signals import reset_in_worker
+
+log = logging.getLogger("anix")
+POOL_RETRIES = 2
+
+
+class PlaceSampler(Sampler[tuple[int, int]]):
+    """Places (plan step, tile number) of one process from `first_step` on."""
+
+    def __init__(self, first_step: int, last_step: int, tiles: range) -> None:
+        self.first_step, self.last_step, self.tiles = first_step, last_step, tiles
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for step in range(self.first_step, self.last_step):
+            for number in self.tiles:
+                yield step, number
+
+    def __len__(self) -> int:
+        return max(self.last_step - self.first_step, 0) * len(self.tiles)
+
+
+class Feed:
+    """Owner of the worker pool. `next_update()` gives the batches of the next plan step for this process.
+
+    A worker that dies or stays silent is replaced together with its pool, from the place reached; after
+    two such repairs in a row it is Halt(UNEXPECTED) naming the images in flight.
+    """
+
+    def __init__(
+        self,
+        dataset: TileDataset,
+        data: DataConfig,
+        device: torch.device,
+        *,
+        tiles: range,
+        first_step: int,
+        last_step: int,
+    ) -> None:
+        self.dataset, self.data, self.device, self.tiles = dataset, data, device, tiles
+        self.last_step = last_step
+        self.step = first_step
+        self.wait_s = 0.0  # time the training waited for data in the last update
+        self._number = 0  # tiles of `step` already handed out
+        self._waiting: Batch | None = None
+        self._first = first_step
+        self._loader: Iterator[Batch | Halt] | None = None
+
+    def next_update(self) -> Iterator[Batch]:
+        """The batches of the next plan step, on the device, one copy ahead of use."""
+        self.wait_s = 0.0
+        for number in range(len(self.tiles)):
+            started = time.perf_counter()
+            batch = self._waiting if self._waiting is not None else self._take()
+            last = self.step + 1 >= self.last_step and number + 1 == len(self.tiles)
+            # The next copy is queued before this batch is computed on, so it overlaps with the computation.
+            self._waiting = None if last or self.device.type != "cuda" else self._take()
+            self.wait_s += time.perf_counter() - started
+            if batch.substituted:
+                log.warning("unreadable images replaced in update %d: %s", batch.step, ", ".join(batch.substituted))
+            yield batch
+        self.step += 1
+
+    def close(self) -> None:
+        """Stop the workers."""
+        loader, self._loader = self._loader, None
+        if loader is not None and hasattr(loader, "_shutdown_workers"):
+            loader._shutdown_workers()
+
+    def _take(self) -> Batch:
+        for attempt in range(POOL_RETRIES + 1):
+            try:
+                if self._loader is None:
+                    self._loader = self._open()
+                batch = next(self._loader)
+                if isinstance(batch, Halt):
+                    raise batch
+                self._number += 1
+                return batch.to(self.device) if self.device.type != "cpu" else batch
+            except Halt:
+                self.close()
+                raise
+            except (RuntimeError, OSError) as error:
+                self.close()
+                if not _pool_failure(error) or attempt == POOL_RETRIES:
+                    raise self._explain(error) from error
+                log.warning("data workers failed (%s); starting them again", str(error).splitlines()[0])
+        raise AssertionError("unreachable")
+
+    def _place(self) -> tuple[int, int]:
+        """(plan step, index into this process's tiles) of the next batch to take."""
+        return self._first + self._number // len(self.tiles), self._number % len(self.tiles)
+
+    def _open(self) -> Iterator[Batch | Halt]:
+        """An iterator over the places that have not been handed out yet."""
+        step, skip = self._place()
+        places = _Tail(PlaceSampler(step, self.last_step, self.tiles), skip)
+        # The loader would draw its workers' seed from the global generator.
+        generator = torch.Generator().manual_seed(0)
+        workers: dict[str, Any] = {}
+        if self.data.workers:
+            workers = {
+                "prefetch_factor": self.data.prefetch,
+                "timeout": self.data.worker_timeout_s,
+                "multiprocessing_context": "fork",
+                "worker_init_fn": _start_worker,
+            }
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_size=None,
+                sampler=places,
+                num_workers=self.data.workers,
+                pin_memory=self.device.type == "cuda",
+                generator=generator,
+                **workers,
+            )
+        )
+
+    def _explain(self, error: Exception) -> Halt:
+        step, number = self._place()
+        uids: Sequence[int] = self.dataset.plan.update(step)[self.tiles[number]].uids.tolist()
+        listed = ", ".join(f"{uid:016x}" for uid in uids)
+        return Halt(
+            ExitCode.UNEXPECTED,
+            f"data for update {step} could not be made: {error}; images in flight (uids): {listed}; "
+            "fewer data.workers or data.workers=0 may help",
+        )
+
+
+class _Tail(Sampler[tuple[int, int]]):
+    """A sampler without its first `skip` places: where a replaced pool goes on inside an update."""
+
+    def __init__(self, inner: PlaceSampler, skip: int) -> None:
+        self.inner, self.skip = inner, skip
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        places = iter(self.inner)
+        for _ in range(self.skip):
+            next(places)
+        return places
+
+    def __len__(self) -> int:
+        return len(self.inner) - self.skip
+
+
+def _start_worker(_: int) -> None:
+    # Workers only slice memory maps and draw numbers; more threads would fight with the training for cores.
+    torch.set_num_threads(1)
+    reset_in_worker()
+
+
+def _pool_failure(error: Exception) -> bool:
+    """Whether the pool broke (dead or silent worker, no shared memory), as opposed to an error in our code."""
+    text = str(error)
+    return "DataLoader" in text or "shared memory" in text or isinstance(error, OSError)

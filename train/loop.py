@@ -1,0 +1,229 @@
+"""The training loop of a stage: learning rate, gradients, decision, step, record, save. Nothing else.
+
+Position and learning rate come from two integers, the plan step and the updates applied; so a resumed loop is the
+same loop.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from train import faults, guard, optim, rng
+from train.checkpoint import Progress
+from train.config import StageConfig
+from train.ema import Ema
+from train.exits import ExitCode, Halt
+from train.feed import Feed
+from train.plan import Plan, Tile, trace_lines
+from train.previews import Previews
+from train.rundir import RunDir
+from train.scaler import LossScale
+from train.schedule import lr_at
+from train.signals import StopFlag, grace_warning
+from train.snapshot import Saver
+from train.tracking import Tracker, loss_by_decile
+from train.update import Diffusion, Gradients, Outcome, Place, compute_update
+
+
+@dataclass
+class Session:
+    """What a running stage owns. `progress`, `scale` and `update_s` change with every update, the rest stays."""
+
+    config: StageConfig
+    place: Place
+    plan: Plan
+    feed: Feed
+    gradients: Gradients
+    diffusion: Diffusion
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, torch.nn.Parameter]  # trained ones by canonical name
+    ema: Ema | None
+    tracker: Tracker
+    saver: Saver | None  # on the main process
+    stop: StopFlag
+    run: RunDir
+    state: Callable[[Session], dict[str, Any]]  # what state.json says beside the progress
+    previews: Previews
+    validate: Callable[[Session], None]
+    progress: Progress
+    scale: LossScale
+    cycle_updates: int
+    last_step: int
+    update_s: float = 0.0
+    losses: list[float] = field(default_factory=list)  # of the last updates, for telling what is unusual
+
+
+def run_updates(session: Session) -> Progress:
+    """Train from the progress reached to the last plan step. Raises Halt(STOPPED) after a signal, saved."""
+    config, plan = session.config, session.plan
+    while session.progress.step < session.last_step:
+        step, started = session.progress.step, time.perf_counter()
+
+        # Learning rate: a closed form of the updates applied, the same on every machine and after every resume.
+        rates = learning_rates(config, session.progress.updates, session.cycle_updates)
+        optim.set_lrs(session.optimizer, rates)
+
+        # Gradients of the plan's next update, clipped; one read tells every process the same.
+        tiles = plan.update(step)
+        images = sum(len(tile.rows) for tile in tiles)
+        outcome = compute_update(
+            session.gradients,
+            session.feed.next_update(),
+            diffusion=session.diffusion,
+            scale=session.scale,
+            images=images,
+            tiles_here=len(session.feed.tiles),
+            tiles_in_update=len(tiles),
+            step=step,
+            max_grad_norm=config.optimizer.max_grad_norm,
+            stop_asked=bool(session.stop),
+        )
+        applied = outcome.losses_finite and math.isfinite(outcome.grad_norm)
+        if not outcome.losses_finite or (not applied and not session.scale.enabled):
+            raise refuse_update(session, step, tiles, outcome)
+
+        # The step itself. An overflow of fp16 gradients skips it: the plan moves on, the learning rate does not.
+        if applied:
+            if session.saver is not None:
+                session.saver.before_step()  # a background save may still be copying the weights
+            faults.at("optimizer", step)
+            session.optimizer.step()
+            if session.ema is not None:
+                session.ema.update(session.parameters, session.progress.updates + 1)
+        session.scale = session.scale.after(overflowed=not applied)
+        session.progress = session.progress.after(images, applied=applied)
+        if session.scale.exhausted:
+            raise refuse_update(session, step, tiles, outcome)
+
+        # Record, look, save.
+        session.update_s = time.perf_counter() - started
+        log_update(session, tiles, outcome, rates)
+        after_update(session, outcome)
+    return session.progress
+
+
+def peaks(config: StageConfig) -> dict[str, float]:
+    """Parameter group to peak learning rate."""
+    groups = {"unet": config.optimizer.unet_lr}
+    if config.model.train_text_encoders and config.optimizer.text_encoder_lr is not None:
+        groups |= dict.fromkeys(("text_encoder", "text_encoder_2"), config.optimizer.text_encoder_lr)
+    return groups
+
+
+def learning_rates(config: StageConfig, updates: int, cycle_updates: int) -> dict[str, float]:
+    """Learning rate of every parameter group after `updates` applied updates."""
+    return {
+        group: lr_at(updates, peak=peak, config=config.schedule, cycle_updates=cycle_updates)
+        for group, peak in peaks(config).items()
+    }
+
+
+def after_update(session: Session, outcome: Outcome) -> None:
+    """Previews, validation, checkpoints and the agreed stop, each when it is due."""
+    config, done = session.config, session.progress.step
+    last = done >= session.last_step
+    if config.sampling.every_steps and done % config.sampling.every_steps == 0:
+        session.previews.write(done, session.ema, session.tracker, session.stop)
+    if config.validation.every_steps and done % config.validation.every_steps == 0:
+        session.validate(session)
+    if outcome.stop_asked and not last:
+        save(session, now=True)
+        raise Halt(ExitCode.STOPPED, f"stopped by a signal after update {done}; saved: the same command goes on")
+    if done % config.checkpoint.every_steps == 0 and not last:
+        save(session)
+    if session.saver is not None:
+        session.saver.raise_failures()
+        report_saves(session, session.saver)
+
+
+def save(session: Session, *, now: bool = False, permanent: bool = False) -> None:
+    """Save the present progress: in the background, or before returning with `now`."""
+    guard.require_equal_replicas(session.parameters, session.progress.step)
+    if session.saver is None:
+        return
+    tensors = {"model": {name: parameter.detach() for name, parameter in session.parameters.items()}}
+    tensors["optimizer"] = optim.state_tensors(session.optimizer, session.parameters)
+    if session.ema is not None:
+        tensors["ema"] = dict(session.ema.average)
+    if now:
+        session.saver.save_now(session.progress, tensors, session.state(session), permanent=permanent)
+    else:
+        session.saver.save(session.progress, tensors, session.state(session))
+
+
+def report_saves(session: Session, saver: Saver) -> None:
+    """Say what became of the saves that ended, and whether a stop would leave time for one."""
+    for report in saver.reports():
+        if report.path is None:
+            session.tracker.alert(f"checkpoint of step {report.step} not written: {report.reason}")
+            continue
+        warning = grace_warning(session.update_s, report.write_s, session.config.launch.grace_s)
+        if warning:
+            session.tracker.alert(warning)
+
+
+def refuse_update(session: Session, step: int, tiles: tuple[Tile, ...], outcome: Outcome) -> Halt:
+    """Write bad_step.json and say what happened; the weights are those of the update before."""
+    record = guard.bad_step_record(
+        step,
+        tiles,
+        slot_timesteps(session, tiles).tolist(),
+        outcome.losses_G.tolist(),
+        updates=session.progress.updates,
+        grad_norm=outcome.grad_norm,
+        loss_scale=session.scale.scale,
+    )
+    what = "a loss" if not outcome.losses_finite else "the gradient norm"
+    if session.scale.exhausted:
+        what = f"the gradient norm, in {session.scale.skips_in_a_row} updates in a row, and lowering the loss scale"
+    return guard.halt_non_finite(session.run, record, what)
+
+
+def slot_timesteps(session: Session, tiles: tuple[Tile, ...]) -> np.ndarray:
+    """Timesteps of the update's slots in plan order, recomputed from the plan."""
+    low, high = session.config.noise.timesteps
+    uids = np.concatenate([tile.uids for tile in tiles])
+    epochs = np.concatenate([tile.epochs for tile in tiles])
+    return rng.timesteps(session.config.seed, uids, epochs, low, high)
+
+
+def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rates: dict[str, float]) -> None:
+    """One line of metrics.jsonl; everything but the speed is the same for any number of processes."""
+    progress, images = session.progress, len(outcome.losses_G)
+    timesteps = slot_timesteps(session, tiles)
+    session.tracker.trace("".join(_trace(progress.step - 1, tiles, timesteps)))
+    sigmas = guard.spike_sigmas(session.losses, outcome.mean_loss)
+    if sigmas is not None:
+        session.tracker.alert(f"loss {outcome.mean_loss:.4f} at update {progress.step - 1} is {sigmas:.1f} sigma high")
+    session.losses = [*session.losses[1 - guard.SPIKE_WINDOW :], outcome.mean_loss]
+    session.tracker.log(
+        {
+            "step": progress.step,
+            "update": progress.updates,
+            "epoch": session.plan.epoch_of(progress.step - 1),
+            "images": progress.images,
+            "loss": outcome.mean_loss,
+            "lr_unet": rates["unet"],
+            "lr_text_encoder": rates.get("text_encoder"),
+            "grad_norm": outcome.grad_norm,
+            "images_per_s": images / session.update_s,
+            "skipped": progress.skipped,
+            "loss_scale": session.scale.scale,
+            "loss_by_decile": loss_by_decile(timesteps.tolist(), outcome.losses_G.tolist()),
+        },
+        transient={"data_wait_s": session.feed.wait_s},
+    )
+
+
+def _trace(step: int, tiles: tuple[Tile, ...], timesteps: np.ndarray) -> Iterator[str]:
+    start = 0
+    for tile in tiles:
+        yield trace_lines(step, tile, timesteps[start : start + len(tile.rows)])
+        start += len(tile.rows)

@@ -1,0 +1,86 @@
+"""Before the first update: every shape of the run once forward and backward, so memory runs out now or never.
+
+Shape legend: B images of a tile (or of the part in which it is executed), C H W latent, N text chunks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from train.dataset import Batch
+from train.exits import ExitCode, Halt
+from train.plan import Plan, Tile
+from train.text import TagTokenizer
+from train.update import Diffusion, Place, image_losses
+
+log = logging.getLogger("anix")
+ADAM_STATES = 2  # fp32 values per trained parameter that the first step allocates
+
+
+def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
+    """Buckets to run: all of them where memory is the card's, the largest alone where it is the host's."""
+    largest_first = sorted(plan.buckets, key=lambda size: (-size[0] * size[1], size))
+    return largest_first if device.type == "cuda" else largest_first[:1]
+
+
+def run_shapes(
+    model: nn.Module,
+    parameters: Iterable[nn.Parameter],
+    plan: Plan,
+    tokenizer: TagTokenizer,
+    diffusion: Diffusion,
+    place: Place,
+    *,
+    images: int,
+    max_tokens: int,
+    reserve_bytes: int,
+) -> int:
+    """Forward and backward of each shape with the longest caption; the peak in bytes (0 on a CPU).
+
+    `reserve_bytes` stands for the optimizer's state, which does not exist before the first step. Gradients are
+    dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket.
+    """
+    parameters = list(parameters)
+    reserve = torch.empty(reserve_bytes if place.device.type == "cuda" else 0, dtype=torch.uint8, device=place.device)
+    target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    for width, height in shapes_to_try(plan, place.device):
+        part = synthetic_part(width, height, images, tokenizer, max_tokens).to(place.device)
+        try:
+            image_losses(target, part, diffusion).sum().backward()
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise Halt(
+                ExitCode.OUT_OF_MEMORY,
+                f"bucket {width}x{height} with {images} images does not fit the memory: {error}; "
+                "raise batch.split, set model.gradient_checkpointing=full, or use an overlay of configs/memory/",
+            ) from error
+        finally:
+            for parameter in parameters:
+                parameter.grad = None
+    del reserve
+    return torch.cuda.max_memory_allocated(place.device) if place.device.type == "cuda" else 0
+
+
+def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:
+    """A batch of that shape with the longest possible caption; values are fixed and unimportant."""
+    shape = (images, 4, height // 8, width // 8)
+    ids_1, ids_2 = tokenizer.chunk_ids([tokenizer.eos - 2] * max_tokens, max_tokens)
+    noise_BCHW = torch.linspace(-1.0, 1.0, int(np.prod(shape))).reshape(shape)
+    rows = np.zeros(images, dtype=np.int64)
+    return Batch(
+        latents_BCHW=noise_BCHW.flip(0) * 0.5,
+        noise_BCHW=noise_BCHW,
+        input_noise_BCHW=noise_BCHW,
+        timesteps_B=torch.full((images,), 500),
+        ids_1_BN77=torch.from_numpy(ids_1).expand(images, -1, -1).clone(),
+        ids_2_BN77=torch.from_numpy(ids_2).expand(images, -1, -1).clone(),
+        size_B6=torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(images, -1).clone(),
+        slots_B=torch.arange(images),
+        step=-1,
+        tile=Tile(width, height, 0, rows, rows.astype(np.uint64), rows),
+        tags_dropped=0,
+    )

@@ -1,0 +1,113 @@
+#!/usr/bin/env python
+"""One stage of the recipe: `accelerate launch train/run.py --config configs/ft1.yaml [key=value ...]`.
+
+Reads as the recipe, top to bottom in `train_stage`:
+the selection and its plan (plan.py), captions with their separator (captions.py, dataset.py), the predecessor's
+weights (hub.py), U-Net and text encoders as one module (models.py), AdamW or Adafactor (optim.py), noise offset
+(noise.py), restart schedule (schedule.py), the loop (loop.py), checkpoints (checkpoint.py) and the hand-off to the
+next stage (export.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:  # started as a file: train/ is first on sys.path, and its modules would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+PARENT = os.getppid()  # as early as can be: a launcher that dies before we ask is noticed by a change
+
+# Only the light core here: a locked or read-only run directory must answer before torch is loaded.
+from train import faults, signals
+from train.config import StageConfig, config_hash, load_stage, unresolved_yaml
+from train.exits import ExitCode, Halt, run_cli
+from train.rundir import RunDir, open_run_dir
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run or resume one stage; the exit code also stands in the run directory's exit.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", action="append", required=True, type=Path, help="stage YAML; later ones win")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="wins over the files")
+    arguments = parser.parse_intermixed_args(argv)
+
+    config = load_stage(arguments.config, arguments.overrides)
+    faults.warn_if_set()
+    run = open_run_dir(config.output_dir, config.stage, rank=int(os.environ.get("RANK", "0")))
+    if run.done is not None:
+        print(f"stage {config.stage} is already done: {run.path}", file=sys.stderr)
+        return ExitCode.DONE
+    stop = signals.StopFlag().install()
+    signals.watch_parent(stop, PARENT)
+    progress = {"update": 0}
+    try:
+        run.check_attempts(config_hash(config), config.resume.accept)
+        train_stage(config, run, stop, unresolved_yaml(arguments.config, arguments.overrides), progress)
+        run.write_exit(ExitCode.DONE, "done", "", progress["update"], None)
+        return ExitCode.DONE
+    except BaseException as error:
+        halt = as_halt(error)
+        status = stop.status if halt.code == ExitCode.STOPPED else "failed"
+        run.write_exit(halt.code, status, halt.message, progress["update"], None)
+        run.count_attempt(halt.code, halt.message, progress["update"], config_hash(config))
+        if halt is error:
+            raise
+        if halt.code == ExitCode.UNEXPECTED:
+            raise
+        raise halt from error
+    finally:
+        run.close()
+
+
+def as_halt(error: BaseException) -> Halt:
+    """The exit code that an exception stands for."""
+    if isinstance(error, Halt):
+        return error
+    kind = type(error).__name__
+    if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return Halt(
+            ExitCode.OUT_OF_MEMORY,
+            f"out of memory: {error}; try model.gradient_checkpointing=full, batch.split=2 or configs/memory/",
+        )
+    if kind in ("DistBackendError", "DistNetworkError", "DistStoreError"):
+        return Halt(ExitCode.PEER_LOST, f"another process is gone or silent: {error}")
+    return Halt(ExitCode.UNEXPECTED, f"{kind}: {error}")
+
+
+def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: str, reached: dict[str, int]) -> None:
+    """The recipe of one stage, from the dataset to the files the next stage starts from."""
+    from train import handoff, loop, preflight, stage
+
+    # Processes: the update's tiles divide among them.
+    machine = stage.open_machine(config)
+
+    # Model: the predecessor's weights (hash checked), U-Net and text encoders as one module.
+    source, components = handoff.open_source(config)
+    networks = stage.open_networks(config, components, machine)
+
+    # Data: the stage's selection, held-out images apart, in the order of the plan; captions behind the separator.
+    data = stage.open_data(config, source)
+
+    # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
+    session = stage.open_session(config, run, machine, data, source, components, networks, stop)
+    run.write_config(yaml)
+    with stage.closing(session):
+        preflight.check(session)
+
+        # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.
+        try:
+            loop.run_updates(session)
+        finally:
+            reached["update"] = session.progress.step
+
+        # Hand-off: last checkpoint, diffusers folder and single file, lineage, then DONE.
+        loop.save(session, now=True, permanent=True)
+        handoff.finish(session, source, components)
+
+
+if __name__ == "__main__":
+    run_cli(main)
