@@ -83,6 +83,11 @@ class Plan:
         self.images = len(self._uids)
         self.updates_per_epoch, self.total_updates = self._lengths(epochs, max_updates)
 
+    @property
+    def buckets(self) -> list[Size]:
+        """Sizes that hold images, sorted by (w, h)."""
+        return list(self._buckets)
+
     def _lengths(self, epochs: int, max_updates: int | None) -> tuple[int, int]:
         """(updates per epoch, total). `carry`: the carried tiles of epochs to come fill the last update up."""
         if self._remainder == "carry":

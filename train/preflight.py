@@ -6,17 +6,16 @@ Shape legend: B images of a tile (or of the part in which it is executed), C H W
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 from torch import nn
 
 from train.dataset import Batch
 from train.exits import ExitCode, Halt
+from train.loop import Session
 from train.plan import Plan, Tile
 from train.text import TagTokenizer
-from train.update import Diffusion, Place, image_losses
+from train.update import image_losses
 
 log = logging.getLogger("anix")
 ADAM_STATES = 2  # fp32 values per trained parameter that the first step allocates
@@ -28,30 +27,23 @@ def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
     return largest_first if device.type == "cuda" else largest_first[:1]
 
 
-def run_shapes(
-    model: nn.Module,
-    parameters: Iterable[nn.Parameter],
-    plan: Plan,
-    tokenizer: TagTokenizer,
-    diffusion: Diffusion,
-    place: Place,
-    *,
-    images: int,
-    max_tokens: int,
-    reserve_bytes: int,
-) -> int:
+def check(session: Session, tokenizer: TagTokenizer) -> int:
     """Forward and backward of each shape with the longest caption; the peak in bytes (0 on a CPU).
 
-    `reserve_bytes` stands for the optimizer's state, which does not exist before the first step. Gradients are
-    dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket.
+    The optimizer's state, which does not exist before the first step, is stood in for by an allocation of its size.
+    Gradients are dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket.
     """
-    parameters = list(parameters)
-    reserve = torch.empty(reserve_bytes if place.device.type == "cuda" else 0, dtype=torch.uint8, device=place.device)
+    device, model = session.place.device, session.gradients.model
     target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    for width, height in shapes_to_try(plan, place.device):
-        part = synthetic_part(width, height, images, tokenizer, max_tokens).to(place.device)
+    images = -(-session.config.batch.micro // session.diffusion.split)
+    on_gpu = device.type == "cuda"
+    trained_values = sum(parameter.numel() for parameter in session.parameters.values())
+    pending_bytes = ADAM_STATES * 4 * trained_values if on_gpu and not session.optimizer.state else 0
+    reserve = torch.empty(pending_bytes, dtype=torch.uint8, device=device)
+    for width, height in shapes_to_try(session.plan, device):
+        part = synthetic_part(width, height, images, tokenizer, session.config.data.max_tokens).to(device)
         try:
-            image_losses(target, part, diffusion).sum().backward()
+            image_losses(target, part, session.diffusion).sum().backward()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise Halt(
                 ExitCode.OUT_OF_MEMORY,
@@ -59,10 +51,9 @@ def run_shapes(
                 "raise batch.split, set model.gradient_checkpointing=full, or use an overlay of configs/memory/",
             ) from error
         finally:
-            for parameter in parameters:
-                parameter.grad = None
+            session.gradients.clear()
     del reserve
-    return torch.cuda.max_memory_allocated(place.device) if place.device.type == "cuda" else 0
+    return torch.cuda.max_memory_allocated(device) if on_gpu else 0
 
 
 def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:

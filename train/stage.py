@@ -7,6 +7,7 @@ import datetime
 import logging
 import os
 import platform
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from train import checkpoint, fast, hub, loop, optim, reduce, resume, rng, schedule, tensorfile, text, validation
+from train import checkpoint, fast, loop, optim, reduce, resume, rng, schedule, tensorfile, text, validation
 from train.checkpoint import Progress
 from train.checkpointing import set_checkpointing, set_text_checkpointing
 from train.config import StageConfig, config_hash, flatten
@@ -24,6 +25,7 @@ from train.dataset import TileDataset, make_plan
 from train.ema import Ema
 from train.exits import ExitCode, Halt
 from train.feed import Feed
+from train.hub import LocalModel
 from train.index import Index
 from train.latents import ShardReader
 from train.loop import Session
@@ -101,15 +103,15 @@ def open_machine(config: StageConfig) -> Machine:
     return Machine(place, accelerator, range(rank * accumulation, (rank + 1) * accumulation), virtual_per_rank)
 
 
-def open_data(config: StageConfig, folder: Path) -> Data:
-    """Selection, held-out split and plan. `folder` is where the model's tokenizers are."""
+def open_data(config: StageConfig, source: LocalModel) -> Data:
+    """Selection, held-out split and plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
     index = Index.open(config.data.path, config.selection)
     held = validation.held_out(index.uids, config.validation.share)
     kept, held_out = index.select(~held), index.select(held)
-    sizes = list(zip(kept.bucket_w.tolist(), kept.bucket_h.tolist(), strict=True))
-    check_buckets({size: sizes.count(size) for size in set(sizes)}, config.batch.min_bucket or config.batch.micro)
+    counts = Counter(zip(kept.bucket_w.tolist(), kept.bucket_h.tolist(), strict=True))
+    check_buckets(counts, config.batch.min_bucket or config.batch.micro)
     plan = make_plan(kept, config)
-    tokenizer = text.load_tag_tokenizer(folder)
+    tokenizer = text.load_tag_tokenizer(source.tokenizers)
     fingerprint = plan_fingerprint(
         seed=config.seed,
         tile_images=config.batch.micro,
@@ -158,7 +160,7 @@ def make_optimizer(config: StageConfig, networks: Networks) -> torch.optim.Optim
 
 
 def expectations(
-    config: StageConfig, data: Data, source: hub.LocalModel, networks: Networks, ema: Ema | None
+    config: StageConfig, data: Data, source: LocalModel, networks: Networks, ema: Ema | None
 ) -> resume.Expectations:
     """What a checkpoint of this run must have been written under, and what the next one says about itself."""
     model = tensorfile.specs(trained_parameters(networks))
@@ -219,9 +221,9 @@ def open_session(
     run: RunDir,
     machine: Machine,
     data: Data,
-    source: hub.LocalModel,
+    source: LocalModel,
+    components: Components,
     networks: Networks,
-    previews: Previews,
     stop: StopFlag,
 ) -> Session:
     """Everything the loop owns, at the point where the run stands."""
@@ -283,7 +285,7 @@ def open_session(
         stop=stop,
         run=run,
         state=state,
-        previews=previews,
+        previews=Previews(config, components, networks, place),
         validate=lambda session: None,
         progress=progress,
         scale=loss_scale(config.precision, loaded.state.get("scaler") if loaded else None),
@@ -292,7 +294,7 @@ def open_session(
     )
 
 
-def open_feed(config: StageConfig, machine: Machine, data: Data, source: hub.LocalModel, first_step: int) -> Feed:
+def open_feed(config: StageConfig, machine: Machine, data: Data, source: LocalModel, first_step: int) -> Feed:
     """Latents, noise and captions of this process's tiles, from the plan step reached."""
     dataset = TileDataset(
         data.index,

@@ -90,6 +90,14 @@ class Gradients:
         """DDP averages over processes; our constant is the number of images, so its division is undone."""
         return self.place.world if self.flat is None else 1
 
+    def clear(self) -> None:
+        """Forget what was accumulated."""
+        if self.flat is not None:
+            self.flat.zero()
+        else:
+            for parameter in self.parameters:
+                parameter.grad = None
+
     def accumulate(self, batches: Iterable[Batch], tiles: int, step: int, backward: TileBackward) -> None:
         """Run every tile forward and backward and leave the sum over all processes in `.grad`."""
         if self.flat is None:
@@ -98,8 +106,7 @@ class Gradients:
             self._accumulate_strict(batches, tiles, step, backward, self.flat)
 
     def _accumulate_ddp(self, batches: Iterable[Batch], tiles: int, step: int, backward: TileBackward) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
+        self.clear()
         for number, batch in enumerate(batches, 1):
             parts = batch.parts(backward.diffusion.split)
             for part_number, part in enumerate(parts, 1):
