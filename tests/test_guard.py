@@ -27,8 +27,8 @@ def tiles():
 def test_bad_step_is_json_and_exact(tmp_path):
     run = rundir.open_run_dir(tmp_path, "s")
     losses = [float(np.float32(0.1)), float("nan"), float("-inf")]
-    record = guard.bad_step_record(7, tiles(), [1, 22, 333], losses, grad_norm=float("inf"))
-    halt = guard.halt_non_finite(run, record, "the loss")
+    numbers = {"timesteps": np.array([1, 22, 333]), "losses": losses, "grad_norm": float("inf"), "scale": 2.0}
+    halt = guard.bad_step(run, step=7, updates=6, tiles=tiles(), **numbers)
     assert halt.code == ExitCode.NON_FINITE
     assert "update 7" in halt.message
     assert "0000000000000001@0 t 22 (nan)" in halt.message
@@ -42,7 +42,10 @@ def test_bad_step_is_json_and_exact(tmp_path):
 
 def test_only_rank_0_leaves_the_file(tmp_path):
     run = rundir.open_run_dir(tmp_path, "s", rank=1)
-    guard.halt_non_finite(run, guard.bad_step_record(1, tiles(), [0] * 3, [0.0] * 3), "the gradient")
+    halt = guard.bad_step(
+        run, step=1, updates=1, tiles=tiles(), timesteps=[0] * 3, losses=[0.0] * 3, grad_norm=float("nan")
+    )
+    assert "the gradient" in halt.message
     assert not (tmp_path / "bad_step.json").exists()
 
 
@@ -58,10 +61,28 @@ def test_spike_is_six_sigma_and_nothing_less():
     assert guard.spike_sigmas([0.0] * 20, 0.0) is None
 
 
+def test_the_detector_remembers_128_losses_and_forgets_older_ones():
+    detector = guard.SpikeDetector([1.0, 1.1] * 10)
+    assert detector.check(1.05) is None
+    assert "sigma above" in detector.check(50.0)
+    for _ in range(128):
+        detector.check(1.0)
+    assert len(detector.history) == 128
+    assert detector.check(2.0) is not None
+
+
 def test_ordinary_noise_gives_no_false_alarm():
     draw = random.Random(3)
     losses = [draw.gauss(0.1, 0.02) for _ in range(3000)]
     assert not [i for i in range(50, 3000) if guard.spike_sigmas(losses[:i], losses[i])]
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "expected"),
+    [(True, 1.0, True), (False, 1.0, False), (True, float("inf"), False), (True, float("nan"), False)],
+)
+def test_weights_change_only_when_everything_is_finite(losses, norm, expected):
+    assert guard.may_apply(losses, norm) is expected
 
 
 def test_a_checksum_sees_every_single_bit():
@@ -80,18 +101,18 @@ def test_a_checksum_sees_every_single_bit():
 
 
 def test_one_process_has_no_peer_to_differ_from():
-    guard.require_equal_replicas({"a": torch.ones(3)}, 1)
+    guard.check_replicas({"a": torch.ones(3)}, 1)
 
 
 def _replica(rank: int, where: str, out) -> None:
     store = dist.FileStore(where, 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
     tensors = {"same": torch.arange(5.0), "zero": torch.tensor([0.0])}
-    guard.require_equal_replicas(tensors, 1)
+    guard.check_replicas(tensors, 1)
     if rank == 1:
         tensors["zero"] = torch.tensor([-0.0])  # equal as a number, other bits
     try:
-        guard.require_equal_replicas(tensors, 2)
+        guard.check_replicas(tensors, 2)
     except Halt as halt:
         out.put((rank, int(halt.code), halt.message))
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ it has room for (`train.memory` predicts the room).
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 from train.exits import ExitCode, Halt
 
@@ -22,13 +22,6 @@ CHECKPOINT_STEPS: tuple[tuple[str, ...], ...] = (
 )
 PARTIAL_STEPS = 3  # what `partial` means: every 1280-channel block is kept, 8 % recomputed instead of 26 %
 MODES = ("full", "partial", "none", "auto")
-
-
-class TextEncoder(Protocol):
-    """What we need of a transformers text encoder."""
-
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, bool]) -> None: ...
-    def gradient_checkpointing_disable(self) -> None: ...
 
 
 def exempt_steps_of(mode: str, exempt_steps: int | None = None) -> int:
@@ -70,12 +63,14 @@ def set_checkpointing(unet: Any, mode: str, exempt_steps: int | None = None) -> 
     return steps
 
 
-def set_text_checkpointing(encoder: TextEncoder, on: bool) -> None:
+def set_text_checkpointing(encoder: Any, on: bool) -> None:
     """Turn checkpointing of every layer of a transformers text encoder on or off (it acts in train mode only)."""
+    # transformers 5.2x renamed the pair and warns about the old names; 5.17 has only the old ones.
+    prefix = "activation" if hasattr(encoder, "activation_checkpointing_enable") else "gradient"
     if on:
-        encoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        getattr(encoder, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
     else:
-        encoder.gradient_checkpointing_disable()
+        getattr(encoder, f"{prefix}_checkpointing_disable")()
 
 
 def recomputing_modules(unet: Any) -> list[str]:

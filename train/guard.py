@@ -6,9 +6,11 @@ Works with and without torch.distributed; every process takes the same decision 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -26,7 +28,7 @@ _BIT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # 
 
 
 def bad_step_record(
-    step: int, tiles: Sequence[Tile], timesteps: Sequence[int], losses: Sequence[float], **more: Any
+    step: int, tiles: Sequence[Tile], timesteps: Sequence[int] | np.ndarray, losses: Sequence[float], **more: Any
 ) -> dict[str, Any]:
     """Everything needed to look at, and recompute, plan step `step`: one entry per image in plan order.
 
@@ -49,17 +51,38 @@ def bad_step_record(
     return {"step": step, **{k: json_number(v) if isinstance(v, float) else v for k, v in more.items()}, "slots": slots}
 
 
-def halt_non_finite(run: RunDir, record: Mapping[str, Any], what: str) -> Halt:
-    """The Halt(NON_FINITE) to raise; rank 0 leaves `bad_step.json`. No weight has been changed."""
+def may_apply(losses_finite: bool, grad_norm: float) -> bool:
+    """Whether the weights may change: all losses and the norm over all gradients are finite."""
+    return losses_finite and math.isfinite(grad_norm)
+
+
+def bad_step(
+    run: RunDir,
+    *,
+    step: int,
+    updates: int,
+    tiles: Sequence[Tile],
+    timesteps: Sequence[int] | np.ndarray,
+    losses: Sequence[float],
+    grad_norm: float,
+    scale: float = 1.0,
+) -> Halt:
+    """The Halt(NON_FINITE) to raise before the weights change; the main process leaves `bad_step.json`.
+
+    `timesteps` and `losses` hold one number per image in plan order.
+    """
+    record = bad_step_record(step, tiles, timesteps, losses, updates=updates, grad_norm=grad_norm, loss_scale=scale)
     bad = [s for s in record["slots"] if isinstance(s["loss"], str)]
     named = ", ".join(f"{s['uid']}@{s['epoch']} t {s['t']} ({s['loss']})" for s in bad[:8])
-    text = f"update {record['step']}: {what} is not finite; the weights are those of the update before. "
-    if bad:
-        text += f"Images (uid@epoch): {named}{' ...' if len(bad) > 8 else ''}. "
+    what = f"the loss of {len(bad)} images" if bad else f"the gradient (loss scale {scale:g})"
     if run.rank == 0:
         write_json(run.path / "bad_step.json", record)
-    text += f"See bad_step.json; scripts/show.py step {run.path.name} --update {record['step']} --recompute repeats it"
-    return Halt(ExitCode.NON_FINITE, text)
+    return Halt(
+        ExitCode.NON_FINITE,
+        f"update {step}: {what} is not finite; the weights are those of the update before. "
+        + (f"Images (uid@epoch): {named}{' ...' if len(bad) > 8 else ''}. " if bad else "")
+        + f"All is in bad_step.json; scripts/show.py step {run.path} --update {step} --recompute repeats it",
+    )
 
 
 def json_number(value: float) -> float | str:
@@ -72,12 +95,12 @@ def json_number(value: float) -> float | str:
 # --- loss spikes -------------------------------------------------------------------------------------
 
 
-def spike_sigmas(history: Sequence[float], loss: float) -> float | None:
+def spike_sigmas(history: Collection[float], loss: float) -> float | None:
     """How many standard deviations `loss` lies above the last 128 losses, if that is a spike, else None.
 
     A spike (6 sigma) is reported and counted; the run goes on unchanged. `history` excludes `loss`.
     """
-    window = [value for value in history[-SPIKE_WINDOW:] if math.isfinite(value)]
+    window = [value for value in list(history)[-SPIKE_WINDOW:] if math.isfinite(value)]
     if len(window) < _SPIKE_LEAST or not math.isfinite(loss):
         return None
     mean = math.fsum(window) / len(window)
@@ -85,6 +108,19 @@ def spike_sigmas(history: Sequence[float], loss: float) -> float | None:
     deviation = max(deviation, abs(mean) * 1e-6)  # equal losses: rounding is not a spike
     sigmas = (loss - mean) / deviation if deviation > 0 else 0.0
     return sigmas if sigmas > SPIKE_SIGMAS else None
+
+
+class SpikeDetector:
+    """Owner of the last losses. A resumed run may hand in those of its `metrics.jsonl`."""
+
+    def __init__(self, history: Iterable[float] = ()) -> None:
+        self.history = deque(history, maxlen=SPIKE_WINDOW)
+
+    def check(self, loss: float) -> str | None:
+        """What is unusual about this update's loss, else None; then it counts as seen."""
+        sigmas = spike_sigmas(self.history, loss)
+        self.history.append(loss)
+        return None if sigmas is None else f"loss {loss:.4g} lies {sigmas:.1f} sigma above the last {SPIKE_WINDOW}"
 
 
 # --- replicas ----------------------------------------------------------------------------------------
@@ -112,7 +148,7 @@ def differing_replicas(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     return [name for name, differs in zip(sorted(tensors), different, strict=True) if differs]
 
 
-def require_equal_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
+def check_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
     """Halt(PEER_LOST) on every process when any parameter differs between them; nothing is saved then."""
     names = differing_replicas(tensors)
     if names:

@@ -165,6 +165,16 @@ def cut_metrics(metrics: Path, step: int) -> int:
     return len(lines) - kept
 
 
+def cut_trace(trace: Path, step: int) -> int:
+    """Drop the lines of plan steps from `step` on from trace.txt: they will be written again; how many they were."""
+    if not trace.is_file():
+        return 0
+    lines = trace.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and int(line.split(" ", 1)[0]) < step]
+    trace.write_text("".join(kept))
+    return len(lines) - len(kept)
+
+
 def _belongs(line: bytes, step: int) -> bool:
     try:
         record = json.loads(line)

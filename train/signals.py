@@ -14,6 +14,7 @@ from train.exits import ExitCode
 
 SECOND_INTERRUPT_S = 2.0  # a terminal and a launcher may both deliver one Ctrl-C
 _PR_SET_PDEATHSIG = 1
+_IMPORTED_BY = (os.getpid(), os.getppid())  # so early that the parent was certainly alive
 # Only these start us as their child and vanish without a word; a shell's end must not stop a run under nohup.
 _LAUNCHER_MARKS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "ANIX_LAUNCHED")
 
@@ -27,7 +28,9 @@ class StopFlag:
         self._interrupted_at: float | None = None
         self._before: dict[int, object] = {}
 
-    def __bool__(self) -> bool:
+    @property
+    def asked(self) -> bool:
+        """Whether a stop was asked for."""
         return self.name is not None
 
     @property
@@ -61,6 +64,15 @@ class StopFlag:
                 os._exit(ExitCode.STOPPED)  # the last committed checkpoint stays valid whatever was under way
             self._interrupted_at = self._interrupted_at or now
         self.ask(signal.Signals(number).name)
+
+
+def install(*, orphan: bool = False) -> StopFlag:
+    """Handlers in place; with `orphan` also SIGTERM when a launcher dies. Main thread only."""
+    stop = StopFlag().install()
+    if orphan:
+        pid, parent = _IMPORTED_BY
+        watch_parent(stop, parent if pid == os.getpid() else os.getppid())
+    return stop
 
 
 def reset_in_worker() -> None:

@@ -194,17 +194,18 @@ def restore(
     networks: Networks,
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
+    config: StageConfig,
     *,
-    verify: str,
     is_main: bool,
 ) -> checkpoint.Loaded | None:
     """Load the newest sound checkpoint into the networks, the optimizer and the average; None for a new run."""
     resume.check_accept(expected.accept, expected.config)
-    loaded = checkpoint.load_newest(run, expected, verify=verify)
+    loaded = checkpoint.load_newest(run, expected, verify=config.checkpoint.verify)
     if loaded is None:
         return None
     overlay(networks, loaded.tensors("model"), loaded.path / "model.safetensors")
-    optim.load_state_tensors(optimizer, trained_parameters(networks), loaded.tensors("optimizer"))
+    state = loaded.tensors("optimizer")
+    optim.load_state_tensors(optimizer, trained_parameters(networks), state, name=config.optimizer.name, source=loaded.path)
     if ema is not None:
         ema.load(loaded.tensors("ema"))
     if is_main:
@@ -232,9 +233,7 @@ def open_session(
     parameters = trained_parameters(networks)
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
     expected = expectations(config, data, source, networks, ema)
-    loaded = restore(
-        run, expected, networks, optimizer, ema, verify=config.checkpoint.verify, is_main=place.is_main
-    )
+    loaded = restore(run, expected, networks, optimizer, ema, config, is_main=place.is_main)
     progress = loaded.progress if loaded else Progress()
     history = [*(loaded.state.get("history", []) if loaded else []), [progress.step, place.world]]
     cycle_updates = schedule.cycle_length(

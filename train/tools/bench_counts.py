@@ -6,7 +6,8 @@ speed options are compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 SDXL_UNET: dict[str, Any] = {
     "sample_size": 128,
@@ -58,7 +60,6 @@ CLIP_BIGG = {
     "hidden_act": "gelu",
     "projection_dim": 1280,
 }
-TEXT_IDS = 3 * 77  # three chunks per caption
 
 
 def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
@@ -167,7 +168,7 @@ class LikeAutocast(TorchFunctionMode):
         return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
-def saved_bytes(model: nn.Module, forward: Callable[[], torch.Tensor]) -> int:
+def saved_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
     """Bytes of the distinct storages, parameters aside, that one forward of `model` keeps for its backward."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -192,5 +193,43 @@ def unet_saved_bytes(
     for batch in (1, 2):
         kwargs = unet_inputs(unet, batch, width_px, height_px, context, text_grad=text_grad, dtype=dtype)
         with LikeAutocast(autocast):
-            found.append(saved_bytes(unet, lambda kwargs=kwargs: unet(**kwargs).sample))  # type: ignore[misc]
+            found.append(saved_bytes(unet, partial(unet, return_dict=False, **kwargs)))
     return found[1] - found[0], 2 * found[0] - found[1]
+
+
+def text_encoders() -> nn.ModuleList:
+    """Both full-size text encoders on the meta device, in train mode."""
+    with torch.device("meta"):
+        first = CLIPTextModel(CLIPTextConfig(**CLIP_L))
+        second = CLIPTextModelWithProjection(CLIPTextConfig(**CLIP_BIGG))
+    return nn.ModuleList([first, second]).train()
+
+
+def text_forward(encoders: nn.ModuleList, batch: int, *, pooled: bool) -> torch.Tensor:
+    """Penultimate states of `batch` captions of three chunks (and the pooled vectors' sum), for counting only."""
+    ids = torch.zeros(3 * batch, 77, dtype=torch.long, device="meta")
+    first = encoders[0](ids, output_hidden_states=True).hidden_states[11]
+    second = encoders[1](ids, output_hidden_states=True)
+    context = torch.cat([first, second.hidden_states[-2]], -1)
+    return context.sum() + second.text_embeds.sum() if pooled else context
+
+
+def text_saved_bytes(encoders: nn.ModuleList) -> tuple[int, int]:
+    """(bytes per image, fixed bytes) both trained encoders keep for backward, from batches of 1 and 2."""
+    found = []
+    for batch in (1, 2):
+        with LikeAutocast():
+            found.append(saved_bytes(encoders, partial(text_forward, encoders, batch, pooled=True)))
+    return found[1] - found[0], 2 * found[0] - found[1]
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of values in a model's parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def adafactor_state_bytes(parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of Adafactor's factored second moments: rows and columns of the last two dimensions, in fp32."""
+    sizes = [p.shape for p in parameters]
+    factored = sum(s.numel() // s[-1] + s.numel() // s[-2] for s in sizes if len(s) >= 2)
+    return 4 * (factored + sum(s.numel() for s in sizes if len(s) < 2))

@@ -1,0 +1,32 @@
+"""Draws the tiny world: pictures with booru posts, and a tiny SDXL to start from. Nothing is downloaded."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+
+from train.exits import ExitCode, Halt, run_cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("data/tiny_world"), help="folder to write")
+    parser.add_argument("--images", type=int, default=640, help="pictures to draw")
+    parser.add_argument("--seed", type=int, default=1, help="another seed is another world")
+    options = parser.parse_args()
+    if options.images < 1:
+        raise Halt(ExitCode.USAGE, f"--images is {options.images}, must be at least 1")
+    from train.tools.tiny_world import write_world  # after --help, which needs no Pillow
+
+    drawn = write_world(options.out, options.images, options.seed)
+    print(f"{options.out / 'images'}: {options.images} pictures {'drawn' if drawn else 'are there already'}")
+    from train.tools.tiny_model import write_model
+
+    built = write_model(options.out / "model")
+    print(f"{options.out / 'model'}: tiny SDXL {'built' if built else 'is there already'}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,102 @@
+"""The real full-size SDXL modules, counted on the meta device, against the tables of `train.memory`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from train import memory
+from train.buckets import make_buckets
+from train.checkpointing import set_checkpointing, set_text_checkpointing
+from train.memory import Setup
+from train.tools import bench_counts as counts
+
+pytestmark = pytest.mark.filterwarnings("ignore:There are modules in UNet2DConditionModel:UserWarning")
+AREAS = sorted({w * h: (w, h) for w, h in make_buckets()}.values())
+
+
+@pytest.fixture(scope="module")
+def unet() -> Iterator[torch.nn.Module]:
+    yield counts.sdxl_unet()
+
+
+def check_flops(unet: torch.nn.Module, bucket: tuple[int, int], steps: int, context: int = 227) -> None:
+    set_checkpointing(unet, "partial", steps)
+    for text_grad in (True, False):
+        kwargs = counts.unet_inputs(unet, 1, *bucket, context, text_grad=text_grad, dtype=torch.float32)
+        found = counts.count_flops(lambda kwargs=kwargs: unet(**kwargs).sample, backward=True)
+        assert found == memory.train_flops(*bucket, steps, trains_text=text_grad, context=context)
+
+
+def check_bytes(unet: torch.nn.Module, bucket: tuple[int, int], steps: int, context: int = 227) -> None:
+    set_checkpointing(unet, "partial", steps)
+    pure = next(unet.parameters()).dtype != torch.float32
+    for text_grad in (True, False):
+        setup = Setup(text_grad, "adamw", "bf16", "bf16" if pure else "fp32", context=context)
+        found = counts.unet_saved_bytes(unet, *bucket, context, text_grad=text_grad, autocast=not pure)
+        assert found == memory.kept_bytes(*bucket, steps, setup)
+
+
+def test_parameters(unet: torch.nn.Module) -> None:
+    encoders = counts.text_encoders()
+    assert counts.parameters(unet) == memory.PARAMETERS["unet"]
+    assert counts.parameters(encoders[0]) == memory.PARAMETERS["text_encoder"]
+    assert counts.parameters(encoders[1]) == memory.PARAMETERS["text_encoder_2"]
+    unread = [p for n, p in encoders[0].named_parameters() if "layers.11." in n or "final_layer_norm" in n]
+    assert sum(p.numel() for p in unread) == memory.UNUSED_TEXT_PARAMETERS
+    adafactor = Setup(False, "adafactor", "fp16")
+    assert counts.adafactor_state_bytes(unet.parameters()) == memory.optimizer_bytes(adafactor)
+    read = [p for n, p in encoders[0].named_parameters() if "layers.11." not in n and "final_layer_norm" not in n]
+    trained = [*unet.parameters(), *read, *encoders[1].parameters()]
+    assert counts.adafactor_state_bytes(trained) == memory.optimizer_bytes(Setup(True, "adafactor", "fp16"))
+
+
+@pytest.mark.parametrize("steps", [0, 5])
+def test_one_bucket_two_modes(unet: torch.nn.Module, steps: int) -> None:
+    check_flops(unet, (832, 1216), steps)
+    check_bytes(unet, (832, 1216), steps)
+
+
+def test_text_flops() -> None:
+    encoders = counts.text_encoders()
+    forward = counts.count_flops(lambda: counts.text_forward(encoders, 1, pooled=False), backward=False)
+    assert forward == 333_484_830_720 == memory.text_flops(trained=False)
+    both = counts.count_flops(lambda: counts.text_forward(encoders, 1, pooled=False), backward=True)
+    assert both == 975_436_861_440 == memory.text_flops(trained=True)
+
+
+def test_text_bytes() -> None:
+    encoders = counts.text_encoders()
+    for checkpointed in (False, True):
+        for encoder in encoders:
+            set_text_checkpointing(encoder, checkpointed)
+        found = counts.text_saved_bytes(encoders)
+        assert found == (memory._TEXT_KEPT[checkpointed], memory._TEXT_CASTS[checkpointed])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bucket", AREAS)
+def test_every_area_forward(unet: torch.nn.Module, bucket: tuple[int, int]) -> None:
+    set_checkpointing(unet, "none")
+    for context in (77, 227, 231):
+        kwargs = counts.unet_inputs(unet, 1, *bucket, context, text_grad=False, dtype=torch.float32)
+        found = counts.count_flops(lambda kwargs=kwargs: unet(**kwargs).sample, backward=False)
+        assert found == memory.forward_flops(*bucket, context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", range(6))
+def test_every_mode(unet: torch.nn.Module, steps: int) -> None:
+    for bucket, context in (((1024, 1024), 227), ((832, 1216), 227), ((512, 1856), 231)):
+        check_flops(unet, bucket, steps, context)
+        check_bytes(unet, bucket, steps, context)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", range(6))
+def test_every_mode_with_16_bit_weights(steps: int) -> None:
+    unet = counts.sdxl_unet(torch.bfloat16)
+    for bucket, context in (((1024, 1024), 227), ((1216, 832), 77)):
+        check_bytes(unet, bucket, steps, context)

@@ -1,0 +1,207 @@
+"""A diffusers SDXL folder: its weights as blobs by canonical name, its configs, its tokenizers, and writing one.
+
+Canonical names are "<network>.<tensor>", with the `text_model.` prefix in both text encoders (see `sdxl.canonical`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from train import sdxl, weightfile
+from train.exits import ExitCode, Halt
+from train.rundir import fsync_dir, read_json, replace_file, write_json
+from train.weightfile import Blob
+
+FILES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+    "text_encoder_2": "model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+}
+TOKENIZERS = ("tokenizer", "tokenizer_2")
+NAMED = 8  # of a long list of tensors, so many are named
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
+
+Weights = dict[str, Blob]
+
+
+def read_weights(folder: Path, *, vae: Path | None = None, networks: Iterable[str] = sdxl.NETWORKS) -> Weights:
+    """Weights by canonical name of a diffusers folder, sharded or not; fp16 variants only where nothing else is."""
+    weights: Weights = {}
+    for network in networks:
+        place = vae if network == "vae" and vae else folder / network
+        for file in weight_files(place):
+            opened = weightfile.open_file(file)
+            refuse_types(file, opened.blobs)
+            for key, blob in opened.blobs.items():
+                if not key.endswith("position_ids"):
+                    weights[sdxl.canonical(network, key)] = blob
+    return weights
+
+
+def weight_files(place: Path) -> list[Path]:
+    """The safetensors files that make up one network's folder. Halt(MISMATCH) when there are none."""
+    plain = sorted(p for p in place.glob("*.safetensors") if ".fp16" not in p.name and ".non_ema" not in p.name)
+    shards = [p for p in plain if "-of-" in p.name]
+    files = shards or plain[:1] or sorted(place.glob("*.fp16.safetensors"))
+    if files:
+        return files
+    pickles = sorted(p.name for p in place.glob("*") if p.suffix in weightfile.PICKLE_SUFFIXES)
+    hint = f"; {pickles[0]} is a pickle and is not read, because reading one can run any code" if pickles else ""
+    raise Halt(ExitCode.MISMATCH, f"{place} holds no .safetensors weights{hint}")
+
+
+def read_configs(folder: Path, *, vae: Path | None = None) -> sdxl.Configs:
+    """The networks' configs and the scheduler's, from a diffusers folder."""
+    configs: dict[str, Mapping[str, Any]] = {}
+    for network in sdxl.NETWORKS:
+        path = (vae if network == "vae" and vae else folder / network) / "config.json"
+        config = read_json(path)
+        if config is None:
+            raise Halt(
+                ExitCode.MISMATCH, f"{path} is missing or damaged: {folder} is no complete diffusers SDXL folder"
+            )
+        configs[network] = config
+    configs["scheduler"] = read_json(folder / "scheduler/scheduler_config.json") or sdxl.STANDARD["scheduler"]
+    return configs
+
+
+def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config without the place it was loaded from, which tells a user's name."""
+    return {key: value for key, value in config.items() if key != "_name_or_path"}
+
+
+def write_networks(
+    folder: Path, weights: Mapping[str, Blob], configs: sdxl.Configs, *, dtype: str | None = None
+) -> dict[str, str]:
+    """Write configs and weights of every network that `weights` holds, into subfolders; sha256 by relative path."""
+    hashes = {}
+    for network, name in FILES.items():
+        own = {key.partition(".")[2]: blob for key, blob in weights.items() if key.startswith(f"{network}.")}
+        if not own:
+            continue
+        if dtype:
+            own = {key: weightfile.cast(blob, dtype, f"{network}.{key}") for key, blob in own.items()}
+        (folder / network).mkdir()
+        write_json(folder / network / "config.json", without_paths(configs[network]))
+        hashes[f"{network}/{name}"] = weightfile.write(folder / network / name, own, {"format": "pt"})
+    return hashes
+
+
+def copy_tokenizers(source: Path, folder: Path) -> None:
+    """Copy tokenizer/ and tokenizer_2/ of `source`, each readable by transformers 4 too (vocab.json, merges.txt)."""
+    for name in TOKENIZERS:
+        place = source / name
+        if not (place / "tokenizer.json").is_file() and not (place / "vocab.json").is_file():
+            raise Halt(ExitCode.USAGE, f"{source} has no {name}/: model.tokenizers needs tokenizer/ and tokenizer_2/")
+        (folder / name).mkdir()
+        for file in _TOKENIZER_FILES:
+            if (place / file).is_file():
+                shutil.copyfile(place / file, folder / name / file)
+        _add_vocabulary(folder / name)
+
+
+def _add_vocabulary(place: Path) -> None:
+    """vocab.json and merges.txt from tokenizer.json: 4.x reads nothing else, and 5.x no longer writes them."""
+    whole = read_json(place / "tokenizer.json")
+    if whole is None or (place / "vocab.json").is_file():
+        return
+    vocabulary = dict(whole["model"]["vocab"])
+    for token in whole.get("added_tokens", []):
+        vocabulary.setdefault(token["content"], token["id"])
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]]
+    replace_file(place / "vocab.json", json.dumps(vocabulary, ensure_ascii=False))
+    replace_file(place / "merges.txt", "\n".join(["#version: 0.2", *merges]) + "\n")
+
+
+def write_pipeline(folder: Path, scheduler: Mapping[str, Any]) -> None:
+    """Scheduler config and model_index.json, so that StableDiffusionXLPipeline.from_pretrained finds the parts."""
+    (folder / "scheduler").mkdir()
+    write_json(folder / "scheduler/scheduler_config.json", without_paths(scheduler))
+    present = all((folder / name).is_dir() for name in TOKENIZERS)
+    tokenizer = ["transformers", "CLIPTokenizer"] if present else [None, None]
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "_diffusers_version": version("diffusers"),
+        "feature_extractor": [None, None],
+        "force_zeros_for_empty_prompt": True,
+        "image_encoder": [None, None],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    write_json(folder / "model_index.json", index)
+
+
+def refuse_existing(out: Path) -> None:
+    """Halt(USAGE) when writing `out` would replace something, or its parent folder is missing."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise Halt(ExitCode.USAGE, f"{out} exists; nothing is written over. Remove it or choose another name")
+    if not out.parent.is_dir():
+        raise Halt(ExitCode.USAGE, f"{out.parent} is no folder; make it first")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` at the end, synced, or vanishes with the first error."""
+    tmp = out.with_name(out.name + ".tmp")
+    shutil.rmtree(tmp, ignore_errors=True)
+    try:
+        tmp.mkdir(parents=True)
+        yield tmp
+        for place, _, _ in os.walk(tmp):
+            fsync_dir(place)
+        if out.exists():
+            out.rmdir()
+        os.rename(tmp, out)
+        fsync_dir(out.parent)
+    except OSError as error:
+        raise Halt(ExitCode.CANNOT_WRITE, f"{out}: {error.strerror}") from error
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+def refuse_types(path: Path, blobs: Mapping[str, Blob]) -> None:
+    """Halt(MISMATCH) for weights that are not fp32, fp16 or bf16."""
+    other = sorted(f"{name} ({blob.dtype})" for name, blob in blobs.items() if blob.dtype not in weightfile.EXPONENTS
+                   and not name.endswith("position_ids"))  # fmt: skip
+    if other:
+        raise Halt(ExitCode.MISMATCH, f"{path} holds quantised or integer weights: {some(other)}; use the original")
+
+
+def check_weights(have: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], whose: str) -> None:
+    """Halt(MISMATCH) naming missing tensors, foreign tensors and wrong shapes, all three at once."""
+    problems = []
+    if missing := sorted(wanted.keys() - have.keys()):
+        problems.append(f"{len(missing)} tensors are missing: {some(missing)}")
+    if foreign := sorted(have.keys() - wanted.keys()):
+        problems.append(f"{len(foreign)} tensors are foreign: {some(foreign)}")
+    wrong = [
+        f"{name} is {list(have[name])}, not {list(wanted[name])}"
+        for name in sorted(wanted.keys() & have.keys())
+        if tuple(have[name]) != tuple(wanted[name])
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} tensors have another shape: {some(wrong)}")
+    if problems:
+        raise Halt(ExitCode.MISMATCH, f"{whose} is no SDXL model of this architecture: {'; '.join(problems)}")
+
+
+def some(names: list[str]) -> str:
+    """The first of many names, and how many more."""
+    # file contents are untrusted: control characters must not reach a terminal
+    shown = [ascii(name)[1:-1][:200] for name in names[:NAMED]]
+    return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -1,0 +1,167 @@
+"""Files of a source: where its root is, which of them are images, and reading one without leaving the root.
+
+User files are only ever read. Paths in tables are relative to the source root with forward slashes; the root stands in
+the config alone, so a dataset can be moved.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tarfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from train.exits import ExitCode, Halt
+from train.prepare.records import Quarantine
+from train.prepare.settings import SourceConfig
+
+IMAGE_SUFFIXES = frozenset(
+    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".jxl"]
+)
+MAX_IMAGE_BYTES = 1 << 30
+
+
+class UnsafePath(ValueError):
+    """A path that is absolute, leaves the source root, or holds characters no table can hold."""
+
+
+def source_root(source: SourceConfig) -> Path:
+    """The folder that `uri` is relative to: `images`, else `path`, or the folder of `path` where it is a file."""
+    if source.images is not None:
+        return Path(source.images)
+    path = Path(source.path)
+    return path if path.is_dir() else path.parent
+
+
+def require_source(source: SourceConfig) -> Path:
+    """`path` as a Path. Raises Halt(USAGE) when it, or `images`, does not exist."""
+    for key, value in (("path", source.path), ("images", source.images)):
+        if value is not None and not Path(value).exists():
+            raise Halt(ExitCode.USAGE, f"sources {source.name}: {key} {value} does not exist")
+    return Path(source.path)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name has the suffix of an image, in any case."""
+    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def check_relative(uri: str) -> str:
+    """`uri` itself, if it is a relative path of printable text that does not climb. Raises UnsafePath."""
+    if not uri or any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in uri):
+        raise UnsafePath(f"{ascii(uri)} is empty or holds control characters or bytes that are not UTF-8")
+    path = PurePosixPath(uri.replace("\\", "/"))
+    if path.is_absolute() or ".." in path.parts or (len(uri) > 1 and uri[1] == ":"):
+        raise UnsafePath(f"{uri!r} is not a relative path inside the source root")
+    return uri
+
+
+def resolve_inside(root: Path, uri: str) -> Path:
+    """The file below `root`, symbolic links followed. Raises UnsafePath when that leads out of the root."""
+    path = root / check_relative(uri)
+    real = os.path.realpath(path)
+    base = _real_root(str(root))
+    if real != base and not real.startswith(base.rstrip(os.sep) + os.sep):
+        raise UnsafePath(f"{uri!r} is a link that leaves the source root")
+    return path
+
+
+@lru_cache(maxsize=64)
+def _real_root(root: str) -> str:
+    return os.path.realpath(root)
+
+
+def walk(source: SourceConfig, root: Path) -> Iterator[str | Quarantine]:
+    """Relative paths of all regular files below `root`, sorted; links out of it and unreadable names as Quarantine.
+
+    Hidden folders are skipped. Links to folders inside the root are skipped too: their files are met at home.
+    """
+    yield from _walk(source, root, "")
+
+
+def _walk(source: SourceConfig, root: Path, below: str) -> Iterator[str | Quarantine]:
+    with os.scandir(root / below) as entries:
+        ordered = sorted(entries, key=lambda entry: entry.name)
+    for entry in ordered:
+        uri = f"{below}/{entry.name}" if below else entry.name
+        try:
+            resolve_inside(root, uri)
+        except UnsafePath as error:
+            shown = uri.encode("utf-8", "backslashreplace").decode()
+            printable = "".join(c if ord(c) >= 32 else repr(c)[1:-1] for c in shown)
+            reason = "outside_root" if entry.is_symlink() else "bad_record"
+            yield Quarantine(f"{source.name}:{printable}", "ingest", reason, str(error))  # type: ignore[arg-type]
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            if not entry.name.startswith("."):
+                yield from _walk(source, root, uri)
+        elif not entry.is_dir():
+            yield uri
+
+
+def read_image(source: SourceConfig, uri: str, member: str | None = None) -> bytes:
+    """The bytes of a record's image, wherever it is kept.
+
+    `member` is a name inside the tar `uri`, or `row:<n>:<column>` of the parquet file `uri`. Raises UnsafePath,
+    FileNotFoundError, or OSError.
+    """
+    path = resolve_inside(source_root(source), uri)
+    if member is None:
+        return _read_file(path)
+    if member.startswith("row:"):
+        return _read_cell(path, member)
+    return _read_member(path, member)
+
+
+def _read_file(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        info = os.fstat(file.fileno())
+        if not stat.S_ISREG(info.st_mode):
+            raise OSError(f"{path} is not a regular file")
+        if info.st_size > MAX_IMAGE_BYTES:
+            raise OSError(f"{path} holds {info.st_size} bytes, more than {MAX_IMAGE_BYTES}")
+        return file.read()
+
+
+def _read_member(path: Path, member: str) -> bytes:
+    """One regular file of a tar; the table of contents is kept for the tar read last."""
+    offset, size = _members(str(path), path.stat().st_mtime_ns).get(member, (-1, 0))
+    if offset < 0:
+        raise FileNotFoundError(f"{member} is not a regular file in {path}")
+    with open(path, "rb") as file:
+        file.seek(offset)
+        data = file.read(size)
+    if len(data) != size:
+        raise OSError(f"{path} ends inside {member}")
+    return data
+
+
+@lru_cache(maxsize=4)
+def _members(path: str, mtime_ns: int) -> dict[str, tuple[int, int]]:
+    found: dict[str, tuple[int, int]] = {}
+    with tarfile.open(path, "r:") as archive:
+        for info in archive:
+            if info.isreg() and info.size <= MAX_IMAGE_BYTES:
+                found.setdefault(info.name, (info.offset_data, info.size))
+    return found
+
+
+def _read_cell(path: Path, member: str) -> bytes:
+    """The bytes of a `{bytes, path}` cell, or of a binary cell, of a parquet file."""
+    import pyarrow.parquet as pq
+
+    _, row_text, column = member.split(":", 2)
+    row = int(row_text)
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            rows = file.metadata.row_group(group).num_rows
+            if row < rows:
+                value = file.read_row_group(group, columns=[column]).column(column)[row].as_py()
+                data = value.get("bytes") if isinstance(value, dict) else value
+                if not isinstance(data, bytes):
+                    raise FileNotFoundError(f"{member} of {path} holds no image")
+                return data
+            row -= rows
+    raise FileNotFoundError(f"{path} has no {member}")

@@ -1,0 +1,208 @@
+"""Diffusers folder <-> original SDXL single file, bit for bit, tensor by tensor.
+
+Both readers return blobs by canonical name ("unet.conv_in.weight", "text_encoder.text_model...."), so the writers do
+not care where weights come from. What a folder has no place for (the file's metadata, logit_scale) stays beside it in
+`single_file.json`, and what a file has no place for (configs other than SDXL's own) in its metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from train import modelfolder, sdxl, weightfile
+from train.exits import ExitCode, Halt
+from train.modelfolder import Weights, check_weights, refuse_existing, refuse_types
+from train.rundir import fsync_dir, read_json, write_json
+from train.weightfile import Blob
+
+SIDECAR = "single_file.json"
+CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is not SDXL's own
+
+
+def to_folder(
+    file: str | Path, out: str | Path, *, tokenizers: str | Path | None = None, config: str | Path | None = None
+) -> None:
+    """Write a diffusers folder from a single file. `out` appears complete or not at all.
+
+    Networks' configs come from `config` (a diffusers folder), else from the file's metadata, else SDXL's own.
+    `tokenizers` names a folder with tokenizer/ and tokenizer_2/ (default: those of `config`); without any the folder
+    has none. Raises Halt: USAGE (paths), MISMATCH (not an SDXL file, damaged, or not finite; names the tensors).
+    """
+    file, out = Path(file), Path(out)
+    refuse_existing(out)
+    source = weightfile.open_file(file)
+    configs = modelfolder.read_configs(Path(config)) if config else configs_in(source)
+    weights, logit_scale = single_weights(source, configs)
+    beside: dict[str, Any] = {"metadata": source.metadata}
+    if logit_scale:
+        beside["logit_scale"] = {"dtype": logit_scale.dtype, "hex": logit_scale.read().hex()}
+    with modelfolder.new_folder(out) as new:
+        modelfolder.write_networks(new, weights, configs)
+        if tokenizers or config:
+            modelfolder.copy_tokenizers(Path(str(tokenizers or config)), new)
+        modelfolder.write_pipeline(new, configs["scheduler"])
+        write_json(new / SIDECAR, beside)
+
+
+def to_single_file(
+    folder: str | Path, out: str | Path, *, vae: str | Path | None = None, metadata: Mapping[str, str] | None = None
+) -> str:
+    """Write the single file of a diffusers folder; its sha256. `vae` replaces the folder's own.
+
+    Raises Halt: USAGE (paths), MISMATCH (not an SDXL folder, or not finite; names the tensors).
+    """
+    folder, out = Path(folder), Path(out)
+    refuse_existing(out)
+    configs = modelfolder.read_configs(folder, vae=Path(vae) if vae else None)
+    weights = modelfolder.read_weights(folder, vae=Path(vae) if vae else None)
+    if metadata is None:
+        metadata = stored_metadata(folder)
+    return write_single_file(out, weights, configs, metadata, logit_scale=stored_scale(folder))
+
+
+def write_single_file(
+    out: Path,
+    weights: Mapping[str, Blob],
+    configs: sdxl.Configs,
+    metadata: Mapping[str, str],
+    *,
+    logit_scale: Blob | None = None,
+    dtype: str | None = None,
+) -> str:
+    """Stream weights by canonical name into `out`, atomically; its sha256. `dtype` F16 or F32 casts all of them."""
+    links = sdxl.links(configs)
+    check_weights({name: blob.shape for name, blob in weights.items()}, sdxl.folder_shapes(configs), "the model")
+    if dtype:
+        weights = {name: weightfile.cast(blob, dtype, name) for name, blob in weights.items()}
+    blobs = {link.single: _to_single(link, weights) for link in links}
+    scale = logit_scale or _default_scale(next(iter(weights.values())).dtype)
+    blobs[sdxl.LOGIT_SCALE] = weightfile.cast(scale, dtype, sdxl.LOGIT_SCALE) if dtype else scale
+    metadata = dict(metadata)
+    if not is_standard(configs):
+        metadata[CONFIGS_KEY] = json.dumps({name: modelfolder.without_paths(configs[name]) for name in sorted(configs)})
+    tmp = out.with_name(out.name + ".tmp")
+    tmp.unlink(missing_ok=True)
+    try:
+        digest = weightfile.write(tmp, blobs, metadata)
+        os.rename(tmp, out)
+        fsync_dir(out.parent)
+    except OSError as error:
+        raise Halt(ExitCode.CANNOT_WRITE, f"{out}: {error.strerror}") from error
+    finally:
+        tmp.unlink(missing_ok=True)
+    return digest
+
+
+def single_weights(source: weightfile.Tensors, configs: sdxl.Configs) -> tuple[Weights, Blob | None]:
+    """(weights by canonical name, logit_scale) of an opened single file, names and shapes proved complete."""
+    have = {name: blob for name, blob in source.blobs.items() if name != sdxl.POSITION_IDS}
+    refuse_other_kinds(source.path, have)
+    links = sdxl.links(configs)
+    wanted = {link.single: link.shape for link in links}
+    optional = {sdxl.LOGIT_SCALE: ()} if sdxl.LOGIT_SCALE in have else {}
+    check_weights({name: blob.shape for name, blob in have.items()}, wanted | optional, str(source.path))
+    refuse_types(source.path, have)
+    weights: Weights = {}
+    for link in links:
+        weights.update(_to_folder(link, have[link.single]))
+    return weights, have.get(sdxl.LOGIT_SCALE)
+
+
+def configs_in(source: weightfile.Tensors) -> sdxl.Configs:
+    """The configs that a single file carries in its metadata, else SDXL's own."""
+    text = source.metadata.get(CONFIGS_KEY)
+    if not text:
+        return sdxl.STANDARD
+    try:
+        configs = json.loads(text)
+        return {name: dict(configs[name]) for name in (*sdxl.NETWORKS, "scheduler")}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise Halt(ExitCode.MISMATCH, f"{source.path}: its metadata entry {CONFIGS_KEY} is damaged") from None
+
+
+def is_standard(configs: sdxl.Configs) -> bool:
+    """True when SDXL's own configs describe the same tensors and the same arithmetic."""
+    decisive = {
+        network: {key: value for key, value in sdxl.STANDARD[network].items() if key not in _INDIFFERENT}
+        for network in sdxl.NETWORKS
+    }
+    return all(configs[n].get(key, value) == value for n, config in decisive.items() for key, value in config.items())
+
+
+_INDIFFERENT = (
+    "_class_name", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "force_upcast", "sample_size",
+    "initializer_factor", "initializer_range", "dropout", "attention_dropout", "model_type",
+)  # fmt: skip
+
+
+def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
+    """Halt(MISMATCH) naming what the file is, when it is a model of another kind."""
+    names = set(names)
+    unet = any(name.startswith("model.diffusion_model.") for name in names)
+    if any(mark in name for name in names for mark in ("lora_", ".lora", "hada_w", "lokr_")):
+        kind = "a LoRA (a set of differences, no model); merge it into its base model first"
+    elif any(name.startswith("conditioner.embedders.0.model.") for name in names):
+        kind = "an SDXL refiner (one text encoder, another U-Net); the recipe trains the base model"
+    elif any(name.startswith("cond_stage_model.model.") for name in names):
+        kind = "a Stable Diffusion 2 model"
+    elif any(name.startswith("cond_stage_model.") for name in names):
+        kind = "a Stable Diffusion 1 model"
+    elif any(name.startswith(("down_blocks.", "text_model.", "encoder.down_blocks.")) for name in names) and not unet:
+        kind = "one network of a diffusers folder; give the folder itself"
+    elif any("joint_blocks" in name or "double_blocks" in name for name in names):
+        kind = "a diffusion transformer (SD3 or Flux)"
+    elif not unet:
+        kind = f"no diffusion model (first tensors: {', '.join(sorted(names)[:3]) or 'none'})"
+    else:
+        return
+    raise Halt(ExitCode.MISMATCH, f"{path} is {kind}, not an SDXL single file")
+
+
+def _to_single(link: sdxl.Link, weights: Mapping[str, Blob]) -> Blob:
+    blobs = [weights[name] for name in link.folder]
+    if len({blob.dtype for blob in blobs}) > 1:
+        raise Halt(ExitCode.MISMATCH, f"{', '.join(link.folder)} have different dtypes and cannot be joined")
+    if link.operation == "join":
+        return weightfile.concatenated(blobs)
+    if link.operation == "transpose":
+        return weightfile.transposed(blobs[0])
+    return weightfile.reshaped(blobs[0], link.shape)
+
+
+def _to_folder(link: sdxl.Link, blob: Blob) -> Iterator[tuple[str, Blob]]:
+    if link.operation == "join":
+        yield from ((name, weightfile.rows(blob, i, 3)) for i, name in enumerate(link.folder))
+    elif link.operation == "transpose":
+        yield link.folder[0], weightfile.transposed(blob)
+    elif link.operation == "to_conv":
+        yield link.folder[0], weightfile.reshaped(blob, blob.shape[:2])
+    else:
+        yield link.folder[0], blob
+
+
+def stored_metadata(folder: Path) -> dict[str, str]:
+    """Metadata of the single file that a folder was made from; empty for any other folder."""
+    metadata = (read_json(folder / SIDECAR) or {}).get("metadata")
+    return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+
+
+def stored_scale(folder: Path) -> Blob | None:
+    """logit_scale of the single file that a folder was made from."""
+    stored = (read_json(folder / SIDECAR) or {}).get("logit_scale")
+    if not isinstance(stored, dict):
+        return None
+    return _scalar(bytes.fromhex(stored["hex"]), stored["dtype"])
+
+
+def _default_scale(dtype: str) -> Blob:
+    half = dtype == "F16"
+    return _scalar(struct.pack("<e" if half else "<f", sdxl.LOGIT_SCALE_DEFAULT), "F16" if half else "F32")
+
+
+def _scalar(data: bytes, dtype: str) -> Blob:
+    return Blob(dtype, (), lambda: iter([memoryview(data)]))
