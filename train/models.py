@@ -5,8 +5,8 @@ Shape legend: B images, C latent channels, H W latent rows and columns, N text c
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from train import text
+from train import hub, text
+from train.config import ModelConfig
 from train.exits import ExitCode, Halt
+from train.hub import LocalModel
+from train.weightfile import Blob
 
 GROUPS = ("unet", "text_encoder", "text_encoder_2")  # parameter groups, in the order of the optimizer
 
 
 @dataclass(frozen=True)
 class Components:
-    """Everything an SDXL folder holds. `vae` is None where only the denoiser is needed."""
+    """Everything an SDXL model holds, in fp32 on the CPU. `vae` is None where only the denoiser is needed."""
 
     unet: Any
     text_encoder: Any
@@ -30,58 +33,80 @@ class Components:
     tokenizer: Any
     tokenizer_2: Any
     vae: Any
-    folder: Path  # where the configs, tokenizers and the scheduler of an export come from
 
 
-def load_components(folder: str | Path, *, with_vae: bool = True, vae: str | Path | None = None) -> Components:
-    """The components of a diffusers SDXL folder in fp32, on the CPU, in eval mode.
+def load_components(path: str | Path, *, with_vae: bool = True, tokenizers: str | None = None) -> Components:
+    """The components of a model path: run directory, diffusers folder or single file."""
+    return build(hub.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers)), with_vae=with_vae)
 
-    `vae` names a folder that replaces the folder's own. Raises Halt(MISMATCH) naming the missing or broken part.
-    """
+
+def build(model: LocalModel, *, with_vae: bool = True) -> Components:
+    """Networks with exactly the model's weights. Raises Halt(MISMATCH) naming tensors that are not finite."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise Halt(ExitCode.MISMATCH, f"{folder} is no diffusers folder: it has no model_index.json")
-    vae_folder = Path(vae) if vae is not None else folder / "vae"
+    if model.tokenizers is None:
+        raise Halt(
+            ExitCode.USAGE,
+            f"{model.path} has no tokenizers: model.tokenizers names a folder with tokenizer/ and tokenizer_2/",
+        )
+    configs = {name: copy.deepcopy(dict(config)) for name, config in model.configs.items()}
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "unet": lambda: UNet2DConditionModel.from_config(configs["unet"]),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"])),
+        "vae": lambda: AutoencoderKL.from_config(configs["vae"]),
+    }
+    wanted = [name for name in makers if with_vae or name != "vae"]
+    networks = {name: _fill(name, makers[name], model) for name in wanted}
     return Components(
-        unet=_load(UNet2DConditionModel, folder / "unet"),
-        text_encoder=_load(CLIPTextModel, folder / "text_encoder"),
-        text_encoder_2=_load(CLIPTextModelWithProjection, folder / "text_encoder_2"),
-        tokenizer=text.load_tokenizer(folder / "tokenizer"),
-        tokenizer_2=text.load_tokenizer(folder / "tokenizer_2"),
-        vae=_load(AutoencoderKL, vae_folder) if with_vae else None,
-        folder=folder,
+        unet=networks["unet"],
+        text_encoder=networks["text_encoder"],
+        text_encoder_2=networks["text_encoder_2"],
+        tokenizer=text.load_tokenizer(model.tokenizers / "tokenizer"),
+        tokenizer_2=text.load_tokenizer(model.tokenizers / "tokenizer_2"),
+        vae=networks.get("vae"),
     )
 
 
-def _load(kind: Any, folder: Path) -> Any:
-    """One network in fp32. A missing tensor is an error: the libraries would fill it with random numbers."""
-    if not (folder / "config.json").is_file():
-        raise Halt(ExitCode.MISMATCH, f"{folder} has no config.json: not a complete diffusers folder")
-    if not list(folder.glob("*.safetensors")):
-        raise Halt(ExitCode.MISMATCH, f"{folder} holds no .safetensors weights (pickled weights are refused)")
-    try:
-        loaded, info = kind.from_pretrained(
-            folder, torch_dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise Halt(ExitCode.MISMATCH, f"{folder} cannot be loaded: {error}") from error
-    missing = sorted(name for name in info["missing_keys"] if "position_ids" not in name)
-    wrong = sorted(str(name) for name in info.get("mismatched_keys", []))
-    if missing or wrong:
+def _fill(network: str, make: Callable[[], nn.Module], model: LocalModel) -> nn.Module:
+    """A network without random weights at any time: what the file lacks is an error, not a surprise."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        module = make()
+    state, bad = {}, []
+    for key in module.state_dict():
+        if key.endswith("position_ids"):
+            continue
+        name = canonical(f"{network}.{key}")
+        state[key] = to_tensor(model.weights[name])
+        if not bool(torch.isfinite(state[key]).all()):
+            bad.append(name)
+    if bad:
         raise Halt(
-            ExitCode.MISMATCH, f"{folder} does not fit its config.json: missing {missing[:5]}, wrong {wrong[:5]}"
+            ExitCode.MISMATCH, f"{model.path} holds weights that are not finite in {len(bad)} tensors: {bad[:5]}"
         )
-    return loaded.eval()
+    module.load_state_dict(state, strict=False, assign=True)
+    return module.eval()
+
+
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def to_tensor(blob: Blob) -> torch.Tensor:
+    """The tensor of a blob, in fp32."""
+    if not blob.size_bytes:
+        return torch.empty(blob.shape)
+    data = torch.frombuffer(bytearray(blob.read()), dtype=_TORCH_DTYPES[blob.dtype])
+    return data.reshape(blob.shape).to(torch.float32)
 
 
 class Networks(nn.Module):
     """U-Net and both text encoders as one module, so that DDP sees one model and syncs once per update."""
 
     def __init__(
-        self, components: Components, *, train_text_encoders: bool, context: str, pooled_projection: str
+        self, components: Components, *, train_text_encoders: bool, context: text.Context, pooled_projection: text.PooledProjection
     ) -> None:
         super().__init__()
         self.unet = components.unet
@@ -191,12 +216,3 @@ def _dropouts(networks: nn.Module) -> Iterator[tuple[str, float]]:
             yield name, module.p
         elif hasattr(module, "config") and getattr(module.config, "attention_dropout", 0):
             yield name, float(module.config.attention_dropout)
-
-
-def scaling_factor(folder: Path) -> float:
-    """Factor between the VAE's latents and what the U-Net sees, from the VAE's config.json (SDXL: 0.13025)."""
-    path = folder / "config.json"
-    try:
-        return float(json.loads(path.read_text())["scaling_factor"])
-    except (OSError, KeyError, ValueError) as error:
-        raise Halt(ExitCode.MISMATCH, f"{path} names no scaling_factor: {error}") from error

@@ -10,7 +10,6 @@ import platform
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,6 @@ from train.models import (
     cast_frozen,
     overlay,
     parameter_groups,
-    scaling_factor,
     set_train_mode,
     trained_parameters,
 )
@@ -111,6 +109,8 @@ def open_data(config: StageConfig, source: LocalModel) -> Data:
     counts = Counter(zip(kept.bucket_w.tolist(), kept.bucket_h.tolist(), strict=True))
     check_buckets(counts, config.batch.min_bucket or config.batch.micro)
     plan = make_plan(kept, config)
+    if source.tokenizers is None:
+        raise Halt(ExitCode.USAGE, f"{source.path} has no tokenizers: set model.tokenizers")
     tokenizer = text.load_tag_tokenizer(source.tokenizers)
     fingerprint = plan_fingerprint(
         seed=config.seed,
@@ -204,8 +204,13 @@ def restore(
     if loaded is None:
         return None
     overlay(networks, loaded.tensors("model"), loaded.path / "model.safetensors")
-    state = loaded.tensors("optimizer")
-    optim.load_state_tensors(optimizer, trained_parameters(networks), state, name=config.optimizer.name, source=loaded.path)
+    optim.load_state_tensors(
+        optimizer,
+        trained_parameters(networks),
+        loaded.tensors("optimizer"),
+        name=config.optimizer.name,
+        source=loaded.path,
+    )
     if ema is not None:
         ema.load(loaded.tensors("ema"))
     if is_main:
@@ -303,7 +308,7 @@ def open_feed(config: StageConfig, machine: Machine, data: Data, source: LocalMo
         seed=config.seed,
         data=config.data,
         noise=config.noise,
-        scaling=scaling_factor(source.vae_folder),
+        scaling=float(source.configs["vae"]["scaling_factor"]),
         total_updates=data.plan.total_updates,
     )
     return Feed(

@@ -7,6 +7,7 @@ the config alone, so a dataset can be moved.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import tarfile
 from collections.abc import Iterator
@@ -51,9 +52,9 @@ def is_image(name: str) -> bool:
 def check_relative(uri: str) -> str:
     """`uri` itself, if it is a relative path of printable text that does not climb. Raises UnsafePath."""
     if not uri or any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in uri):
-        raise UnsafePath(f"{ascii(uri)} is empty or holds control characters or bytes that are not UTF-8")
+        raise UnsafePath(f"{uri!a} is empty or holds control characters or bytes that are not UTF-8")
     path = PurePosixPath(uri.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or (len(uri) > 1 and uri[1] == ":"):
+    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", uri):
         raise UnsafePath(f"{uri!r} is not a relative path inside the source root")
     return uri
 

@@ -1,0 +1,191 @@
+"""What a finished stage leaves behind: a diffusers folder, a single file, and the record of what made them.
+
+Weights are streamed from the last checkpoint, tensor by tensor; nothing of a model is held in memory.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train import faults, modelfolder, singlefile, weightfile
+from train.config import ExportConfig
+from train.exits import ExitCode, Halt
+from train.hub import LocalModel, file_sha256
+from train.rundir import replace_file, write_json
+from train.weightfile import Blob
+
+log = logging.getLogger("anix")
+ANIMAGINE_LICENSE = "Fair AI Public License 1.0-SD"  # freedevproject.org/faipl-1.0-sd; Animagine XL 3.x and descendants
+DTYPES = {"fp16": "F16", "fp32": "F32"}
+_SPEC = "https://github.com/Stability-AI/generative-models"  # the implementation that the layout belongs to
+
+
+def license_of(settings: ExportConfig, source: LocalModel) -> str:
+    """The licence to declare: the config's, else the parent's, else the family's. Never empty.
+
+    Raises Halt(USAGE) when nobody states one. A config that replaces an inherited licence is warned about.
+    """
+    inherited = source.license
+    if inherited is None and "animagine-xl-3" in str(source.path).lower():
+        inherited = ANIMAGINE_LICENSE
+    if settings.license and inherited and settings.license != inherited:
+        log.warning("export.license is %r, the parent's is %r: make sure you may", settings.license, inherited)
+    stated = settings.license or inherited
+    if not stated:
+        raise Halt(
+            ExitCode.USAGE,
+            f"{source.path} declares no licence: set export.license to the one its weights are under",
+        )
+    return stated
+
+
+def code_revision() -> str:
+    """Commit of this code, `+changes` when the tree differs from it, `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, check=True, timeout=30,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return head + ("+changes" if changed else "")
+
+
+def metadata_of(record: Mapping[str, Any], settings: ExportConfig, prediction: str) -> dict[str, str]:
+    """`__metadata__` of the single file: the modelspec fields and our training record."""
+    fields = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": _SPEC,
+        "modelspec.title": settings.title or str(record["stage"]),
+        "modelspec.resolution": "1024x1024",
+        "modelspec.date": str(record["date"]),
+        "modelspec.prediction_type": "v" if prediction == "v" else "epsilon",
+        "modelspec.timestep_range": "0,1000",
+        "modelspec.license": str(record["license"]),
+        "modelspec.author": settings.author,
+        "modelspec.description": settings.description,
+        "modelspec.tags": settings.tags,
+        "anix.record": json.dumps(record, sort_keys=True),
+    }
+    return {key: value for key, value in fields.items() if value}
+
+
+def lineage_record(
+    *,
+    stage: str,
+    source: LocalModel,
+    dataset_fingerprint: str,
+    config_hash: str,
+    seed: int,
+    updates: int,
+    images: int,
+    versions: Mapping[str, str],
+    license: str,
+    weights_sha256: str,
+) -> dict[str, Any]:
+    """Who made these weights from what. `ancestors` carries the records of the stages before."""
+    parent = source.lineage or {}
+    stated = {key: value for key, value in parent.items() if key != "ancestors"}
+    return {
+        "stage": stage,
+        "parent": {
+            "stage": parent.get("stage"),
+            "sha256": source.sha256,
+            "title": source.metadata.get("modelspec.title") or parent.get("stage") or source.path.stem,
+        },
+        "dataset_fingerprint": dataset_fingerprint,
+        "config_hash": config_hash,
+        "code_revision": code_revision(),
+        "seed": seed,
+        "updates": updates,
+        "images": images,
+        "versions": dict(versions),
+        "license": license,
+        "weights_sha256": weights_sha256,
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "ancestors": [*parent.get("ancestors", []), stated] if stated else [],
+    }
+
+
+def export_stage(
+    run_path: Path,
+    trained: Path,
+    source: LocalModel,
+    record: Mapping[str, Any],
+    settings: ExportConfig,
+    *,
+    prediction: str = "epsilon",
+    zero_terminal_snr: bool = False,
+    average: Path | None = None,
+) -> None:
+    """Write `model/`, `<stage>.safetensors`, `lineage.json`, and with EMA `<stage>-ema.safetensors`.
+
+    `trained` is the final checkpoint's model.safetensors, `average` its ema.safetensors. Repeatable: what an
+    interrupted export left is replaced. Raises Halt(CANNOT_WRITE), or Halt(MISMATCH) when a file reads back wrong.
+    """
+    faults.at("export")
+    dtype, stage = DTYPES[settings.dtype], str(record["stage"])
+    metadata = metadata_of(record, settings, prediction)
+    weights = {**source.weights, **weightfile.open_file(trained).blobs}
+    configs = _with_prediction(source, prediction, zero_terminal_snr)
+    folder = run_path / "model"
+    if folder.exists():
+        shutil.rmtree(folder)
+    with modelfolder.new_folder(folder) as new:
+        hashes = modelfolder.write_networks(new, weights, configs, dtype=dtype)
+        if source.tokenizers is not None:
+            modelfolder.copy_tokenizers(source.tokenizers, new)
+        modelfolder.write_pipeline(new, configs["scheduler"])
+        write_json(new / "lineage.json", record)
+        replace_file(new / "training.yaml", (run_path / "config.yaml").read_text())
+    for name, digest in hashes.items():
+        _require_hash(folder / name, digest)
+    _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
+    if average is not None:
+        averaged = {**weights, **weightfile.open_file(average).blobs}
+        told = {**metadata, "modelspec.title": metadata["modelspec.title"] + " (EMA)"}
+        _write_single(run_path / f"{stage}-ema.safetensors", averaged, configs, told, source, dtype)
+    write_json(run_path / "lineage.json", record)
+
+
+def _with_prediction(source: LocalModel, prediction: str, zero_terminal_snr: bool) -> dict[str, Mapping[str, Any]]:
+    """The configs with the scheduler told what the network predicts."""
+    scheduler = dict(source.configs["scheduler"])
+    scheduler["prediction_type"] = "v_prediction" if prediction == "v" else "epsilon"
+    if zero_terminal_snr:
+        scheduler["rescale_betas_zero_snr"] = True
+    return {**source.configs, "scheduler": scheduler}
+
+
+def _write_single(
+    path: Path,
+    weights: Mapping[str, Blob],
+    configs: Mapping[str, Mapping[str, Any]],
+    metadata: Mapping[str, str],
+    source: LocalModel,
+    dtype: str,
+) -> None:
+    digest = singlefile.write_single_file(
+        path, weights, configs, metadata, logit_scale=source.logit_scale, dtype=dtype
+    )
+    _require_hash(path, digest)
+
+
+def _require_hash(path: Path, digest: str) -> None:
+    """Read back what was written: a bad disk must not pass as a finished stage."""
+    if file_sha256(path) != digest:
+        os.unlink(path)
+        raise Halt(ExitCode.CANNOT_WRITE, f"{path} reads back otherwise than it was written: check that disk")

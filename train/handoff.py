@@ -1,0 +1,54 @@
+"""The seams between stages: opening the predecessor, and finishing so that the next one can start."""
+
+from __future__ import annotations
+
+from train import checkpoint, export, faults, hub, models
+from train.config import StageConfig, config_hash
+from train.exits import ExitCode, Halt
+from train.hub import LocalModel
+from train.loop import Session
+from train.models import Components
+
+
+def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Components]:
+    """The model a stage starts from, checked, and its networks. The licence is settled before anything is spent."""
+    faults.at("handoff")
+    if config.model.pooled_projection == "sd_scripts" and not config.model.init_from.endswith(".safetensors"):
+        raise Halt(
+            ExitCode.USAGE,
+            "model.pooled_projection: sd_scripts reproduces a trainer that read single files: give a .safetensors",
+        )
+    source = hub.resolve(config.model)
+    export.license_of(config.export, source)
+    return source, models.build(source, with_vae=with_vae)
+
+
+def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versions: dict[str, str]) -> None:
+    """Export, lineage, DONE; on the main process. Each step may be repeated after a kill."""
+    if not session.place.is_main:
+        return
+    config, run = session.config, session.run
+    final = checkpoint.newest_of(run.path)
+    record = export.lineage_record(
+        stage=config.stage,
+        source=source,
+        dataset_fingerprint=dataset_fingerprint,
+        config_hash=config_hash(config),
+        seed=config.seed,
+        updates=session.progress.updates,
+        images=session.progress.images,
+        versions=versions,
+        license=export.license_of(config.export, source),
+        weights_sha256=final.manifest.files["model.safetensors"].sha256,
+    )
+    export.export_stage(
+        run.path,
+        final.path / "model.safetensors",
+        source,
+        record,
+        config.export,
+        prediction=config.loss.prediction,
+        zero_terminal_snr=config.noise.zero_terminal_snr,
+        average=final.path / "ema.safetensors" if "ema" in final.groups else None,
+    )
+    run.write_done({"stage": config.stage, "updates": session.progress.updates, "images": session.progress.images})

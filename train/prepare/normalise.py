@@ -1,0 +1,261 @@
+"""One canonical record from what an adapter read, or the reason why there is none.
+
+An adapter hands over the fields under our column names with the source's own values; here numbers, dates, ratings,
+tags and captions are brought to one form, so that the same post gives the same record from every layout.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import PurePosixPath
+from typing import Any
+
+from train.captions import join
+from train.exclusions import excluded_by
+from train.labels import RATING_WORDS, parse_date
+from train.prepare.files import UnsafePath, check_relative
+from train.prepare.records import TAG_GROUPS, ExcludedReason, Quarantine
+from train.prepare.settings import ExcludeConfig, SourceConfig
+
+MAX_CAPTION_BYTES = 1 << 16
+SEPARATOR = "|||"
+_INT32 = ("width", "height", "up_score", "down_score", "fav_count")
+_INT64 = ("source_id", "file_size", "parent_id")
+_FLAGS = ("is_deleted", "is_banned", "is_pending", "has_children")
+_BAD_IN_TAG = re.compile(r",|\|\|\||[\r\n\v\f\x00\x85\u2028\u2029]")
+_ESCAPED = re.compile(r"\\([()\[\]{}])")
+_TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0", "")
+
+
+class BadRecord(ValueError):
+    """A record that cannot be taken as it is; the message says what and where."""
+
+
+class BadCaption(ValueError):
+    """A caption that cannot be taken as it is."""
+
+
+@dataclass
+class RawPost:
+    """One post as an adapter found it."""
+
+    id: str  # second half of the key
+    place: str  # file and row, for messages
+    uri: str
+    fields: Mapping[str, Any] = field(default_factory=dict)  # our column names, their values
+    tags: Mapping[str, Any] = field(default_factory=dict)  # group: list of tags, or None
+    caption: str | None = None
+    member: str | None = None
+    scheme: str = "gsqe"  # the adapter's; the source's `rating_scheme` wins
+    e621: bool = False
+
+
+def to_record(post: RawPost, source: SourceConfig, exclude: ExcludeConfig) -> dict[str, Any] | Quarantine:
+    """A row of the table `records`, or a Quarantine row. Never raises for bad data."""
+    key = f"{source.name}:{post.id}"
+    try:
+        return _record(key, post, source, exclude)
+    except UnsafePath as error:
+        reason, found = "outside_root", error
+    except BadCaption as error:
+        reason, found = "bad_caption", error  # type: ignore[assignment]
+    except (BadRecord, ValueError, TypeError, OverflowError) as error:
+        reason, found = "bad_record", error  # type: ignore[assignment]
+    return Quarantine(printable(key), "ingest", reason, f"{post.place}: {found}", type(found).__name__)  # type: ignore[arg-type]
+
+
+def printable(text: str) -> str:
+    """`text` with what a table cannot hold written as escapes."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in text)
+
+
+def _record(key: str, post: RawPost, source: SourceConfig, exclude: ExcludeConfig) -> dict[str, Any]:
+    check_relative(post.uri)
+    if not post.id or printable(key) != key:
+        raise BadRecord(f"id {post.id!a} is empty or holds control characters")
+    row: dict[str, Any] = {"key": key, "source": source.name, "uri": post.uri, "member": post.member}
+    fields = post.fields
+    row["file_ext"] = _extension(fields.get("file_ext"), post.member or post.uri)
+    row["md5"] = _md5(fields.get("md5"))
+    row |= {name: _whole(fields.get(name), name, 31) for name in _INT32}
+    row |= {name: _whole(fields.get(name), name, 63) for name in _INT64}
+    row["parent_id"] = row["parent_id"] or None  # old dumps write 0 for none
+    row |= {name: _flag(fields.get(name), name) for name in _FLAGS}
+    row["created_at"], row["created_year"] = _date(fields.get("created_at"))
+    row["media_year"] = _date(fields.get("media_at"))[1]
+    row["rating"] = _rating(fields.get("rating"), source.rating_scheme or post.scheme)
+    row["score"], row["score_real"] = _score(fields.get("score"))
+    row |= {f"tags_{group}": _tags(post.tags.get(group), source) for group in TAG_GROUPS}
+    row["caption"] = None if post.caption is None else clean_caption(post.caption, source)
+    row["pixel_hash_src"] = _text(fields.get("pixel_hash_src"))
+    row["raw_hash"] = _raw_hash(row)
+    row["hard_exclusion"] = hard_exclusion(row, assume_rating=source.assume_rating, e621=post.e621)
+    row["excluded"] = soft_exclusion(row, exclude)
+    return row
+
+
+def hard_exclusion(row: Mapping[str, Any], *, assume_rating: str | None, e621: bool = False) -> str | None:
+    """Rule id of the first gate, over every tag list and the caption of a record."""
+    return excluded_by(
+        rating=row["rating"],
+        tags=[*row["tags_general"], *row["tags_meta"], *row["tags_species"]],
+        characters=row["tags_character"],
+        caption=row["caption"],
+        assume_rating=assume_rating,
+        e621=e621,
+    )
+
+
+def soft_exclusion(row: Mapping[str, Any], exclude: ExcludeConfig) -> ExcludedReason | None:
+    """Reason of the first user's filter that leaves the record out."""
+    if exclude.deleted and row["is_deleted"]:
+        return "deleted_post"
+    if exclude.banned and row["is_banned"]:
+        return "banned_post"
+    unwanted = set(exclude.tags)
+    if unwanted and any(unwanted.intersection(row[f"tags_{group}"]) for group in TAG_GROUPS):
+        return "excluded_tag"
+    return None
+
+
+def clean_caption(text: str, source: SourceConfig) -> str:
+    """The first line of a caption, checked; a second separator and bad characters as the source's settings say.
+
+    Raises BadCaption.
+    """
+    if len(text) > MAX_CAPTION_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
+        raise BadCaption(f"caption is longer than {MAX_CAPTION_BYTES} bytes")
+    line = re.split(r"[\r\n]", text.removeprefix("\ufeff"), maxsplit=1)[0].strip()
+    if any(0xD800 <= ord(letter) < 0xE000 or letter == "\0" for letter in line):
+        raise BadCaption("caption holds NUL or broken characters")
+    if source.escaped:
+        line = _ESCAPED.sub(r"\1", line)
+    parts = line.split(SEPARATOR)
+    if len(parts) <= 2 or source.on_second_separator == "fork":
+        return line
+    if len(parts) == 3 and source.on_second_separator == "suffix":
+        fixed = join([tag.strip() for part in (parts[0], parts[2]) for tag in part.split(",") if tag.strip()])
+        return f"{fixed}, {SEPARATOR} {parts[1].strip().strip(',')}"
+    raise BadCaption(f"caption holds {len(parts) - 1} separators {SEPARATOR}: set on_second_separator or mend it")
+
+
+def _raw_hash(row: Mapping[str, Any]) -> str:
+    """Hash of the content, not of the place: a moved file is the same record."""
+    content = {name: value for name, value in row.items() if name not in ("uri", "member")}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _extension(value: Any, name: str) -> str:
+    suffix = PurePosixPath(name).suffix
+    text = value if isinstance(value, str) and value else suffix
+    return text.lower().lstrip(".")
+
+
+def _md5(value: Any) -> str | None:
+    text = _text(value)
+    return text.lower() if text and re.fullmatch(r"[0-9a-fA-F]{32}", text) else None
+
+
+def _text(value: Any) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def is_missing(value: Any) -> bool:
+    """None, an empty text, or NaN: what tables write for `no value`."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+
+
+def _whole(value: Any, name: str, bits: int) -> int | None:
+    if is_missing(value):
+        return None
+    number = _number(value, name)
+    if number != int(number):
+        raise BadRecord(f"{name} is {value!r}, expected a whole number")
+    if abs(number) >= 1 << bits:
+        raise BadRecord(f"{name} is {value!r}, too large")
+    return int(number)
+
+
+def _number(value: Any, name: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise BadRecord(f"{name} is {value!r}, expected a number")
+    if isinstance(value, str):
+        text = value.strip()
+        if not re.fullmatch(r"[+-]?\d{1,20}(\.\d{0,20})?([eE][+-]?\d{1,3})?", text):
+            raise BadRecord(f"{name} is {value[:80]!r}, expected a number")
+        value = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRecord(f"{name} is {value!r}, expected a finite number")
+    return value
+
+
+def _score(value: Any) -> tuple[int | None, float | None]:
+    if is_missing(value):
+        return None, None
+    number = _number(value, "score")
+    if number == int(number):
+        return _whole(int(number), "score", 31), None
+    return None, float(number)
+
+
+def _flag(value: Any, name: str) -> bool:
+    if is_missing(value):
+        return False
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in _TRUE or text in _FALSE:
+        return text in _TRUE
+    raise BadRecord(f"{name} is {value!r}, expected true or false")
+
+
+def _date(value: Any) -> tuple[str | None, int | None]:
+    """(ISO text in the date's own offset, its year); a date that cannot be read is kept as it is, without a year."""
+    if is_missing(value):
+        return None, None
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = datetime.fromtimestamp(value, UTC)  # moebooru writes seconds since 1970
+    found = value if isinstance(value, datetime) else parse_date(value)
+    if found is None:
+        return printable(str(value))[:200], None
+    return found.isoformat(), found.year
+
+
+def _rating(value: Any, scheme: str) -> str | None:
+    """g, s, q, e, or None for a missing or unknown rating. In a scheme of three, s is for safe."""
+    if not isinstance(value, str):
+        return None
+    word = value.strip().lower()
+    letter = RATING_WORDS.get(word) or (word if word in ("g", "s", "q", "e") else None)
+    return "g" if scheme == "sqe" and word == "s" else letter
+
+
+def _tags(value: Any, source: SourceConfig) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, str) or not hasattr(value, "__iter__"):
+        raise BadRecord(f"tags are {value!r}, expected a list")
+    tags = []
+    for tag in value:
+        if not isinstance(tag, str):
+            raise BadRecord(f"tag {tag!r} is not text")
+        if source.escaped:
+            tag = _ESCAPED.sub(r"\1", tag)
+        if any(0xD800 <= ord(letter) < 0xE000 for letter in tag):
+            raise BadRecord(f"tag {tag!a} holds broken characters")
+        if _BAD_IN_TAG.search(tag):
+            if source.on_bad_tag == "error":
+                raise BadRecord(f"tag {tag!r} holds a comma, a separator, a line break or NUL: see on_bad_tag")
+            if source.on_bad_tag == "drop":
+                continue
+            tag = re.sub(r"_{2,}", "_", _BAD_IN_TAG.sub("_", tag)).strip("_ ")
+        tags.append(tag)
+    return tags
