@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,15 +19,19 @@ AREAS = sorted({w * h: (w, h) for w, h in make_buckets()}.values())
 
 
 @pytest.fixture(scope="module")
-def unet() -> Iterator[torch.nn.Module]:
-    yield counts.sdxl_unet()
+def unet() -> torch.nn.Module:
+    return counts.sdxl_unet()
+
+
+def sample(unet: torch.nn.Module, kwargs: dict[str, Any]) -> torch.Tensor:
+    return unet(**kwargs).sample
 
 
 def check_flops(unet: torch.nn.Module, bucket: tuple[int, int], steps: int, context: int = 227) -> None:
     set_checkpointing(unet, "partial", steps)
     for text_grad in (True, False):
         kwargs = counts.unet_inputs(unet, 1, *bucket, context, text_grad=text_grad, dtype=torch.float32)
-        found = counts.count_flops(lambda kwargs=kwargs: unet(**kwargs).sample, backward=True)
+        found = counts.count_flops(partial(sample, unet, kwargs), backward=True)
         assert found == memory.train_flops(*bucket, steps, trains_text=text_grad, context=context)
 
 
@@ -80,16 +85,16 @@ def test_text_bytes() -> None:
 @pytest.mark.parametrize("bucket", AREAS)
 def test_every_area_forward(unet: torch.nn.Module, bucket: tuple[int, int]) -> None:
     set_checkpointing(unet, "none")
-    for context in (77, 227, 231):
-        kwargs = counts.unet_inputs(unet, 1, *bucket, context, text_grad=False, dtype=torch.float32)
-        found = counts.count_flops(lambda kwargs=kwargs: unet(**kwargs).sample, backward=False)
-        assert found == memory.forward_flops(*bucket, context)
+    context = 77 if bucket == (1024, 1024) else 227
+    kwargs = counts.unet_inputs(unet, 1, *bucket, context, text_grad=False, dtype=torch.float32)
+    found = counts.count_flops(lambda: unet(**kwargs).sample, backward=False)
+    assert found == memory.forward_flops(*bucket, context)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", range(6))
 def test_every_mode(unet: torch.nn.Module, steps: int) -> None:
-    for bucket, context in (((1024, 1024), 227), ((832, 1216), 227), ((512, 1856), 231)):
+    for bucket, context in (((1024, 1024), 227), ((512, 1856), 231)):
         check_flops(unet, bucket, steps, context)
         check_bytes(unet, bucket, steps, context)
 
