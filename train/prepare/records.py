@@ -59,8 +59,9 @@ RECORDS = _table(
     *((f"tags_{group}", _TEXTS) for group in TAG_GROUPS),  # raw, underscored, in source order
     ("caption", pa.string(), True),
     ("pixel_hash_src", pa.string(), True),
-    ("hard_exclusion", pa.string(), True),  # rule id
-    ("raw_hash", pa.string()),  # of everything above
+    ("hard_exclusion", pa.string(), True),  # rule id; no later step opens the file
+    ("excluded", pa.string(), True),  # deleted_post | banned_post | excluded_tag by the user's filters: skip the record
+    ("raw_hash", pa.string()),  # of the content, not of uri and member
 )
 
 PROBE = _table(
