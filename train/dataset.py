@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,16 +46,19 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`; asynchronous from pinned memory."""
-        return replace(self, **{n: t.to(device, non_blocking=True) for n, t in self.tensors().items()})
+        return self._with({n: t.to(device, non_blocking=True) for n, t in self.tensors().items()})
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by the data loader on CUDA machines)."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self.tensors().items()})
+        return self._with({name: tensor.pin_memory() for name, tensor in self.tensors().items()})
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Field name to tensor."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def _with(self, tensors: dict[str, Any]) -> Batch:
+        return replace(self, **tensors)
 
     def parts(self, count: int) -> list[Batch]:
         """The tile cut into `count` equal runs of images, in order (a short tile: as equal as it goes)."""
@@ -63,7 +67,7 @@ class Batch:
         images = len(self.slots_B)
         bounds = [images * i // count for i in range(count + 1)]
         return [
-            replace(self, **{name: tensor[a:b] for name, tensor in self.tensors().items()})
+            self._with({name: tensor[a:b] for name, tensor in self.tensors().items()})
             for a, b in zip(bounds, bounds[1:], strict=False)
             if b > a
         ]
@@ -131,7 +135,8 @@ class TileDataset(Dataset[Batch | Halt]):
 
     def _latents(self, tile: Tile, step: int) -> tuple[torch.Tensor, tuple[str, ...]]:
         faults.at("read", step)
-        rows, substituted = list(tile.rows.tolist()), []
+        rows: list[int] = tile.rows.tolist()
+        substituted: list[str] = []
         try:
             raw_BCHW, first = self._read(rows)
         except Halt:

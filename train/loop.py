@@ -6,7 +6,6 @@ same loop.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -57,7 +56,7 @@ class Session:
     cycle_updates: int
     last_step: int
     update_s: float = 0.0
-    losses: list[float] = field(default_factory=list)  # of the last updates, for telling what is unusual
+    spikes: guard.SpikeDetector = field(default_factory=guard.SpikeDetector)
 
 
 def run_updates(session: Session) -> Progress:
@@ -83,9 +82,9 @@ def run_updates(session: Session) -> Progress:
             tiles_in_update=len(tiles),
             step=step,
             max_grad_norm=config.optimizer.max_grad_norm,
-            stop_asked=bool(session.stop),
+            stop_asked=session.stop.asked,
         )
-        applied = outcome.losses_finite and math.isfinite(outcome.grad_norm)
+        applied = guard.may_apply(outcome.losses_finite, outcome.grad_norm)
         if not outcome.losses_finite or (not applied and not session.scale.enabled):
             raise refuse_update(session, step, tiles, outcome)
 
@@ -145,7 +144,7 @@ def after_update(session: Session, outcome: Outcome) -> None:
 
 def save(session: Session, *, now: bool = False, permanent: bool = False) -> None:
     """Save the present progress: in the background, or before returning with `now`."""
-    guard.require_equal_replicas(session.parameters, session.progress.step)
+    guard.check_replicas(session.parameters, session.progress.step)
     if session.saver is None:
         return
     tensors = {"model": {name: parameter.detach() for name, parameter in session.parameters.items()}}
@@ -170,20 +169,17 @@ def report_saves(session: Session, saver: Saver) -> None:
 
 
 def refuse_update(session: Session, step: int, tiles: tuple[Tile, ...], outcome: Outcome) -> Halt:
-    """Write bad_step.json and say what happened; the weights are those of the update before."""
-    record = guard.bad_step_record(
-        step,
-        tiles,
-        slot_timesteps(session, tiles).tolist(),
-        outcome.losses_G.tolist(),
+    """What to raise for an update that must not be applied; the weights are those of the update before."""
+    return guard.bad_step(
+        session.run,
+        step=step,
         updates=session.progress.updates,
+        tiles=tiles,
+        timesteps=slot_timesteps(session, tiles),
+        losses=outcome.losses_G.tolist(),
         grad_norm=outcome.grad_norm,
-        loss_scale=session.scale.scale,
+        scale=session.scale.scale,
     )
-    what = "a loss" if not outcome.losses_finite else "the gradient norm"
-    if session.scale.exhausted:
-        what = f"the gradient norm, in {session.scale.skips_in_a_row} updates in a row, and lowering the loss scale"
-    return guard.halt_non_finite(session.run, record, what)
 
 
 def slot_timesteps(session: Session, tiles: tuple[Tile, ...]) -> np.ndarray:
@@ -199,10 +195,9 @@ def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rate
     progress, images = session.progress, len(outcome.losses_G)
     timesteps = slot_timesteps(session, tiles)
     session.tracker.trace("".join(_trace(progress.step - 1, tiles, timesteps)))
-    sigmas = guard.spike_sigmas(session.losses, outcome.mean_loss)
-    if sigmas is not None:
-        session.tracker.alert(f"loss {outcome.mean_loss:.4f} at update {progress.step - 1} is {sigmas:.1f} sigma high")
-    session.losses = [*session.losses[1 - guard.SPIKE_WINDOW :], outcome.mean_loss]
+    spike = session.spikes.check(outcome.mean_loss)
+    if spike:
+        session.tracker.alert(f"update {progress.step - 1}: {spike}")
     session.tracker.log(
         {
             "step": progress.step,

@@ -73,7 +73,9 @@ def debiased_weights(snr_B: torch.Tensor, prediction: str) -> torch.Tensor:
 
 def pseudo_huber(difference: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     """2c (sqrt(d^2 + c^2) - c): d^2 near zero, 2c|d| far away (Charbonnier et al.)."""
-    return 2.0 * c * ((difference.square() + c.square()).sqrt() - c)
+    squared = difference.square()
+    # the same value without the subtraction, in which an fp32 d below 1e-4 c would vanish
+    return 2.0 * c * squared / ((squared + c.square()).sqrt() + c)
 
 
 def huber_c(timesteps_B: torch.Tensor, alphas_T: torch.Tensor, config: LossConfig) -> torch.Tensor:

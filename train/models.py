@@ -214,5 +214,6 @@ def _dropouts(networks: nn.Module) -> Iterator[tuple[str, float]]:
     for name, module in networks.named_modules():
         if isinstance(module, nn.Dropout):
             yield name, module.p
-        elif hasattr(module, "config") and getattr(module.config, "attention_dropout", 0):
-            yield name, float(module.config.attention_dropout)
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "attention_dropout", 0.0):
+            yield name, float(config.attention_dropout)

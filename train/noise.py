@@ -43,18 +43,21 @@ def slot_noise(
     shape: Sequence[int],
     *,
     latent_mean: npt.NDArray[np.floating] | None = None,
+    stream: Stream = Stream.NOISE,
 ) -> tuple[F32, F32]:
     """(noise of the target, noise that is added), both float32 [C,H,W]; they differ with input perturbation only.
 
-    `shape` is (C,H,W); `latent_mean` [C], of the scaled latent, is read by the adaptive offset.
+    `shape` is (C,H,W); `latent_mean` [C], of the scaled latent, is read by the adaptive offset. Offset before
+    multi-resolution, as in the original trainer.
     """
-    noise = rng.normals(seed, Stream.NOISE, uid, epoch, shape)
-    if config.multires_iterations:
-        noise = _pyramid(noise, config, seed, uid, epoch)
+    noise = rng.normals(seed, stream, uid, epoch, shape)
     if config.offset or config.offset_adaptive:
         noise = noise + _offset(config, seed, uid, epoch, shape, latent_mean)
+    if config.multires_iterations:
+        noise = _pyramid(noise, config, seed, uid, epoch)
     if not config.input_perturbation:
         return noise, noise
+    # Ning et al., arXiv 2301.11706: the network sees more noise than it has to name
     extra = rng.normals(seed, Stream.INPUT_PERTURBATION, uid, epoch, shape)
     return noise, noise + np.float32(config.input_perturbation) * extra
 
@@ -82,25 +85,29 @@ def _offset(
 
 
 def _pyramid(noise: F32, config: NoiseConfig, seed: int, uid: int, epoch: int) -> F32:
-    """Noise plus ever coarser noise, weighted discount^i and brought back to unit deviation (multi-resolution noise).
+    """Noise plus coarser and coarser noise, level i weighted discount^i, brought back to unit deviation.
 
-    Each level is about half to a quarter of the one before, its ratio drawn from the stream as well.
+    Level i has 1 / r^i of the rows and columns, r drawn from [2, 4) for each level, so level 0 is of full size; the
+    last is the one that reaches a single row or column (J. Whitaker, "Multi-resolution noise", 2023). The original
+    divides by the deviation of the whole batch, we by the image's own, so that a slot depends on nothing else.
     """
+    levels = config.multires_iterations
+    reserved = -(-levels // 4) * 4  # words of the ratios: whole blocks, so that no normal shares them
+    ratios = 2.0 + 2.0 * rng.words(seed, Stream.MULTIRES, uid, epoch, levels) / 2.0**32
     channels, height, width = noise.shape
-    drawn = rng.words(seed, Stream.MULTIRES, uid, epoch, 4)
-    ratios = 2.0 + 2.0 * drawn.astype(np.float64) / 2**32
-    total, used = noise.astype(np.float32), 4
-    for level in range(config.multires_iterations):
-        ratio = ratios[level % 4] ** (level + 1)
-        h, w = max(1, int(height / ratio)), max(1, int(width / ratio))
-        flat = rng.normals(seed, Stream.MULTIRES, uid, epoch, (used + channels * h * w,))[used:]
-        used += channels * h * w
-        coarse = torch.from_numpy(flat.reshape(1, channels, h, w).copy())
-        grown = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)[0].numpy()
-        total = total + grown * np.float32(config.multires_discount ** (level + 1))
-        if h == 1 or w == 1:
+    sizes: list[tuple[int, int]] = []
+    for level, ratio in enumerate(ratios.tolist()):
+        sizes.append((max(1, int(height / ratio**level)), max(1, int(width / ratio**level))))
+        if 1 in sizes[-1]:
             break
-    return (total / total.std()).astype(np.float32)
+    count = channels * sum(h * w for h, w in sizes)
+    drawn = torch.from_numpy(rng.normals_float64(seed, Stream.MULTIRES, uid, epoch, reserved + count)[reserved:])
+    total = torch.from_numpy(noise).double()
+    for level, (h, w) in enumerate(sizes):
+        coarse, drawn = drawn[: channels * h * w].view(1, channels, h, w), drawn[channels * h * w :]
+        grown = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)[0]
+        total += grown * config.multires_discount**level
+    return (total / total.std()).float().numpy()
 
 
 def add_noise(
@@ -114,11 +121,21 @@ def add_noise(
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al., arXiv 2006.11239, eq. 4), in fp32.
 
     a_t rounded to half precision is wrong by up to 7 % in sigma at small t, so the recipe's networks get their input
-    cast afterwards. `dtype` names the half type in which the original computed, to reproduce exactly that.
+    cast afterwards. `dtype` names the half type in which the original computed: a_t and latents are rounded to it and
+    the noise taken as it comes (see `as_drawn`), so fp32 noise gives an fp32 sum from a half a_t.
     """
     a_B111 = alphas_T[timesteps_B].view(-1, 1, 1, 1)
     if dtype is None:
-        return a_B111.sqrt().float() * latents_BCHW + (1.0 - a_B111).sqrt().float() * noise_BCHW
+        return a_B111.sqrt().float() * latents_BCHW.float() + (1.0 - a_B111).sqrt().float() * noise_BCHW.float()
     a_B111 = a_B111.float().to(dtype)
-    signal, sigma = a_B111**0.5, (1.0 - a_B111) ** 0.5
-    return (signal * latents_BCHW.to(dtype) + sigma * noise_BCHW.to(dtype)).to(dtype)
+    return a_B111**0.5 * latents_BCHW.to(dtype) + (1.0 - a_B111) ** 0.5 * noise_BCHW
+
+
+def as_drawn(noise_BCHW: torch.Tensor, config: NoiseConfig, dtype: torch.dtype | None) -> torch.Tensor:
+    """The noise in the type that the original drew: `dtype`, its half type, unless an offset made the sum fp32.
+
+    None leaves it in fp32. (The original's draw below an fp32 offset was rounded to half too; ours is not.)
+    """
+    if dtype is None or config.offset or config.offset_adaptive:
+        return noise_BCHW
+    return noise_BCHW.to(dtype)

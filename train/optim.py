@@ -32,7 +32,7 @@ def make_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.Optim
     With `decay: matrices` norms, biases and other vectors are kept out of the weight decay; the recipe's original
     decayed everything. Raises Halt(USAGE) when bitsandbytes is needed and missing.
     """
-    parts = []
+    parts: list[dict[str, Any]] = []
     for name, parameters, peak in groups:
         for decay, members in _by_decay(parameters, config):
             parts.append({"params": members, "lr": peak, "weight_decay": decay, "name": name})

@@ -51,7 +51,7 @@ class Previews:
                 dtype=DTYPES[self.config.precision],
                 model_name=self.config.stage,
                 trained_as=trained_as(self.config),
-                stop=lambda: bool(stop),
+                stop=lambda: stop.asked,
             )
             tracker.images(update, files)
         except (Halt, OSError, RuntimeError) as error:  # pictures are never worth the run

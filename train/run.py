@@ -19,8 +19,6 @@ from pathlib import Path
 if not __package__:  # started as a file: train/ is first on sys.path, and its modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-PARENT = os.getppid()  # as early as can be: a launcher that dies before we ask is noticed by a change
-
 # Only the light core here: a locked or read-only run directory must answer before torch is loaded.
 from train import faults, signals
 from train.config import StageConfig, config_hash, load_stage, unresolved_yaml
@@ -41,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run.done is not None:
         print(f"stage {config.stage} is already done: {run.path}", file=sys.stderr)
         return ExitCode.DONE
-    stop = signals.StopFlag().install()
-    signals.watch_parent(stop, PARENT)
+    stop = signals.install(orphan=True)
     progress = {"update": 0}
     try:
         run.check_attempts(config_hash(config), config.resume.accept)
@@ -86,7 +83,7 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
     machine = stage.open_machine(config)
 
     # Model: the predecessor's weights (hash checked), U-Net and text encoders as one module.
-    source, components = handoff.open_source(config)
+    source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
     networks = stage.open_networks(config, components, machine)
 
     # Data: the stage's selection, held-out images apart, in the order of the plan; captions behind the separator.
@@ -96,7 +93,7 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
     session = stage.open_session(config, run, machine, data, source, components, networks, stop)
     run.write_config(yaml)
     with stage.closing(session):
-        preflight.check(session)
+        preflight.check(session, data.tokenizer)
 
         # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.
         try:
@@ -106,7 +103,7 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
 
         # Hand-off: last checkpoint, diffusers folder and single file, lineage, then DONE.
         loop.save(session, now=True, permanent=True)
-        handoff.finish(session, source, components)
+        handoff.finish(session, source, data.index.fingerprint, stage.versions())
 
 
 if __name__ == "__main__":

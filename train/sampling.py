@@ -23,11 +23,10 @@ from torch import Tensor, nn
 
 from train import captions, rng, text
 from train.exits import ExitCode, Halt
+from train.noise import TIMESTEPS, alphas_cumprod
 from train.prompts import Prompt, Sampler
 
 log = logging.getLogger("anix")
-
-TIMESTEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -184,10 +183,8 @@ def noise_levels(steps: int, *, zero_terminal_snr: bool = False) -> tuple[list[f
     sigma = sqrt((1 - a) / a) at timesteps spread evenly over the trained range, as A1111's Euler a does. (The
     "leading" spacing in SDXL's folders starts at 946 with 28 steps and never shows the network pure noise.)
     """
-    alphas = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS) ** 2)
+    alphas = alphas_cumprod(zero_terminal_snr).numpy()
     if zero_terminal_snr:
-        root = np.sqrt(alphas)
-        alphas = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
         alphas[-1] = 2.0**-24  # an infinite noise level has no next one; as in diffusers
     timesteps = np.linspace(TIMESTEPS - 1, 0, steps)
     sigmas = np.interp(timesteps, np.arange(TIMESTEPS), np.sqrt((1 - alphas) / alphas))

@@ -340,7 +340,7 @@ def open_gradients(machine: Machine, networks: Networks, *, strict: bool) -> Gra
 def open_saver(config: StageConfig, run: RunDir, plan: Plan, stop: StopFlag) -> Saver:
     """Background writer of checkpoints; one per epoch is kept for ever unless the config says otherwise."""
     every = config.checkpoint.permanent_every_steps or max(plan.updates_per_epoch, 1)
-    return Saver(run, config.checkpoint, permanent_every=every, stopping=lambda: bool(stop))
+    return Saver(run, config.checkpoint, permanent_every=every, stopping=lambda: stop.asked)
 
 
 @contextlib.contextmanager

@@ -79,6 +79,18 @@ class Tracker:
             self._trace.write(lines)
             self._trace.flush()
 
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """Append a held-out measurement (`update`, `loss`, `strata`, ...) to validation.jsonl."""
+        if not self.is_main:
+            return
+        plain = _plain(record)
+        file = MetricsFile(self._metrics.path.with_name("validation.jsonl"))
+        file.append(json.dumps(plain))
+        file.close()
+        if self._outlet:
+            shown = {key: value for key, value in plain.items() if key not in ("update", "step", "losses")}
+            self._outlet.put({"kind": "metrics", "record": {"update": plain["update"], "validation": shown}})
+
     def alert(self, text: str) -> None:
         """One line above the bar, and in the outlets. Secrets are masked."""
         if not self.is_main:

@@ -112,8 +112,8 @@ class Gradients:
             for part_number, part in enumerate(parts, 1):
                 last = number == tiles and part_number == len(parts)
                 skip = last and faults.skips("reduce", step)
-                hold = isinstance(self.model, nn.parallel.DistributedDataParallel) and (not last or skip)
-                with self.model.no_sync() if hold else contextlib.nullcontext():
+                wrapped = self.model if isinstance(self.model, nn.parallel.DistributedDataParallel) else None
+                with wrapped.no_sync() if wrapped and (not last or skip) else contextlib.nullcontext():
                     backward(self.model, part, factor=self.factor)
 
     def _accumulate_strict(
@@ -209,7 +209,7 @@ def compute_update(
         dist.all_reduce(control)
     faults.at("clip", step)
     if scale.enabled:
-        torch._foreach_mul_([p.grad for p in gradients.parameters], 1.0 / scale.scale)
+        torch._foreach_mul_([p.grad for p in gradients.parameters if p.grad is not None], 1.0 / scale.scale)
     norm = optim.clip_grad_norm(gradients.parameters, max_grad_norm)
     # The one read of device memory per update.
     read = torch.cat([control, norm.reshape(1).to(control.dtype)]).cpu().double()

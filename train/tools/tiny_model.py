@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, load_file, save
+from safetensors.torch import load, load_file
 from torch import nn
 
 from train.exits import ExitCode, Halt
 from train.tools.tiny_tokenizer import EOS, build_vocabulary, write_tokenizer
-from train.tools.tiny_vae import WEIGHTS, build_vae
+from train.tools.tiny_vae import WEIGHTS, build_vae, deterministic_file
 from train.tools.tiny_world import write_file
 
 MODEL_VERSION = 1  # raise it when the architecture or the first weights change
@@ -76,7 +76,9 @@ def _sha256(path: Path) -> str:
 def _save(folder: Path, seed: int) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     for name, pad_token in (("tokenizer", EOS), ("tokenizer_2", "!")):  # as SDXL's folder declares them
         write_tokenizer(folder / name, pad_token)
     unet, text_encoder, text_encoder_2 = build_trainable(seed)
@@ -107,7 +109,7 @@ def _rewrite(path: Path) -> None:
     if path.parent.name.startswith("text_encoder"):
         tensors = {name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": value
                    for name, value in tensors.items()}
-    write_file(path, save(dict(tensors), {"format": "pt", "modelspec.license": LICENSE}))
+    write_file(path, deterministic_file(dict(tensors), {"format": "pt", "modelspec.license": LICENSE}))
 
 
 def build_trainable(seed: int) -> tuple[nn.Module, nn.Module, nn.Module]:

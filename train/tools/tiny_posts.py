@@ -63,6 +63,7 @@ class Post:
     height: int
     extension: str
     copy_of: int | None
+    aesthetic: float  # 0..1, as a classifier of aesthetics would give it
     fields: dict[str, Any]
 
 
@@ -111,7 +112,8 @@ def make_post(seed: int, number: int, count: int) -> Post:
     if number in COPIES:
         original = make_post(seed, number - 1, count)
         fields = original.fields | _identity(number, count)
-        return Post(number, original.look, original.width, original.height, original.extension, number - 1, fields)
+        return Post(number, original.look, original.width, original.height, original.extension, number - 1,
+                    original.aesthetic, fields)
     pick = random.Random(f"post {seed} {number}")
     named = pick.choice(CHARACTERS) if pick.random() < 0.35 else None
     look, count_tag, artist = _look(pick, named)
@@ -119,7 +121,8 @@ def make_post(seed: int, number: int, count: int) -> Post:
     rating = pick.choices(("g", "s"), (65, 35))[0]
     fields = _identity(number, count) | {"rating": rating} | _scores(pick, rating, look.skill)
     fields |= _tags(pick, look, count_tag, named, artist, fields["score"])
-    return Post(number, look, width, height, pick.choices(FORMATS, (3, 5, 2))[0], None, fields)
+    aesthetic = round(min(0.999, max(0.001, 0.05 + 0.9 * look.skill + pick.gauss(0, 0.04))), 4)
+    return Post(number, look, width, height, pick.choices(FORMATS, (3, 5, 2))[0], None, aesthetic, fields)
 
 
 def _look(pick: random.Random, named: tuple[str, ...] | None) -> tuple[Look, str, str]:
@@ -160,9 +163,7 @@ def _scores(pick: random.Random, rating: str, skill: float) -> dict[str, Any]:
             score = round(low + (high - low) * (share - low_share) / (high_share - low_share))
             break
     down = pick.randrange(3) if score >= 0 else -score + pick.randrange(2)
-    aesthetic = min(0.999, max(0.001, 0.05 + 0.9 * skill + pick.gauss(0, 0.04)))
-    return {"score": score, "up_score": score + down, "down_score": -down, "fav_count": max(0, round(1.4 * score)),
-            "aesthetic_score": round(aesthetic, 4)}
+    return {"score": score, "up_score": score + down, "down_score": -down, "fav_count": max(0, round(1.4 * score))}
 
 
 def _tags(pick: random.Random, look: Look, count_tag: str, named: tuple[str, ...] | None, artist: str,

@@ -22,6 +22,7 @@ from train.tools.tiny_posts import HELD_OUT_COUNT, Post, make_post
 
 WORLD_VERSION = 1  # raise it when the drawing or the posts change: worlds of another version are refused
 MARKER = "world.json"
+SOURCE = "tiny"  # name of the source in configs/tiny/dataset.yaml, first half of every key
 
 
 def write_world(folder: Path, images: int, seed: int) -> bool:
@@ -40,8 +41,12 @@ def write_world(folder: Path, images: int, seed: int) -> bool:
             return False
     (folder / "images").mkdir(parents=True, exist_ok=True)
     names: list[str] = []
+    scores = ["key,score"]
     for number in range(images):
-        names += _write_post(folder / "images", make_post(seed, number, images), seed)
+        post = make_post(seed, number, images)
+        names += _write_post(folder / "images", post, seed)
+        scores.append(f"{SOURCE}:{post.fields['id']},{post.aesthetic}")
+    write_file(folder / "aesthetic.csv", ("\n".join(scores) + "\n").encode())
     record = wanted | {"pillow": PIL.__version__, "held_out": HELD_OUT_COUNT, "files": names}
     write_file(marker, (json.dumps(record, indent=1) + "\n").encode())
     return True

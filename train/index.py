@@ -1,0 +1,257 @@
+"""The training set as memory-mapped columns: who is selected, where the latents lie, what the captions say.
+
+`index.arrow` (uncompressed Arrow IPC) holds one row per (image, bucket) with its caption; `index_<stage>.arrow` names
+the rows that a stage trains on. Both are derived from the parquet tables beside them, whose hashes they carry. Opening
+them reads no caption and hashes no key: under a second for a million images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from train.exclusions import excluded_by
+from train.exits import ExitCode, Halt
+from train.rng import uid_of
+from train.rundir import read_json
+
+INDEX, VERSION = "index.arrow", "1"
+CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
+LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
+_NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
+U64 = npt.NDArray[np.uint64]
+
+
+class Index:
+    """The selected images of one stage, in the order of their keys; position i is what the plan calls a row."""
+
+    def __init__(self, table: pa.Table, rows: npt.NDArray[np.int64], uids: U64, meta: Mapping[str, str]) -> None:
+        self._table, self._rows, self._meta = table, rows, meta
+        self.uids = uids
+        numbers = {name: _column(table, name)[rows] for name in _NUMBERS}
+        self.orig_w, self.orig_h = numbers["orig_w"], numbers["orig_h"]
+        self.bucket_w, self.bucket_h = numbers["bucket_w"], numbers["bucket_h"]
+        self.resized_w, self.resized_h = numbers["resized_w"], numbers["resized_h"]
+        self.crop_top, self.crop_left = numbers["crop_top"], numbers["crop_left"]
+        self.vae_id, self.content = meta["vae_id"], meta["content"]
+
+    @classmethod
+    def open(cls, dataset_dir: str | Path, stage: str) -> Index:
+        """The selection `stage` of a prepared dataset. Raises Halt(MISMATCH) naming the step to run."""
+        folder = Path(dataset_dir)
+        if not (folder / "dataset.json").is_file():
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"data.path {folder} is not a prepared dataset (no dataset.json): run "
+                "scripts/prepare.py all --config <dataset.yaml>",
+            )
+        selection = folder / f"index_{stage}.arrow"
+        if not selection.is_file():
+            known = sorted(path.stem.removeprefix("index_") for path in folder.glob("index_*.arrow"))
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"data.path {folder} has no selection {stage!r} (it has {', '.join(known) or 'none'}): add "
+                f"select.{stage} to its dataset.yaml and run scripts/prepare.py select and latents, or set data.select",
+            )
+        table, whole = _map(folder / INDEX)
+        rows, meta = _map(selection)
+        _require_fresh(folder, stage, whole, meta)
+        picked = _column(rows, "row").astype(np.int64)
+        return cls(table, picked, np.array(_column(rows, "uid")), {**whole, **meta})
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def key(self, i: int) -> str:
+        """`<source>:<id>` of image i."""
+        return str(self._table.column("key")[int(self._rows[i])].as_py())
+
+    def caption(self, i: int) -> tuple[list[str], list[str]]:
+        """(fixed tags, flex tags) of image i."""
+        row = int(self._rows[i])
+        fixed, flex = (self._table.column(name)[row].as_py() or [] for name in CAPTION_COLUMNS)
+        return fixed, flex
+
+    def latent(self, i: int) -> tuple[str, int]:
+        """(shard relative to the dataset directory, row in it) of image i."""
+        row = int(self._rows[i])
+        return str(self._table.column("shard")[row].as_py()), int(self._table.column("row")[row].as_py())
+
+    def labels(self, i: int) -> dict[str, Any]:
+        """quality, rating_tags, year and aesthetic of image i."""
+        row = int(self._rows[i])
+        return {name: self._table.column(name)[row].as_py() for name in LABEL_COLUMNS}
+
+    def digests(self) -> tuple[U64, U64]:
+        """(image digest, caption digest) per image: what tells an edited dataset from the one trained on."""
+        image, caption = (_column(self._table, name)[self._rows] for name in ("image_digest", "caption_digest"))
+        return image, caption
+
+    def select(self, which: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Index:
+        """Those images alone."""
+        return Index(self._table, self._rows[which], self.uids[which], self._meta)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over uid, bucket, size, crop, content and caption of every image, and the VAE."""
+        image, caption = self.digests()
+        order = np.argsort(self.uids)
+        digest = hashlib.sha256(f"{self.vae_id} {self.content} {self._meta.get('buckets', '')}".encode())
+        for column in (self.uids, image, caption):
+            digest.update(np.ascontiguousarray(column[order]).tobytes())
+        return digest.hexdigest()
+
+    @property
+    def selection_hash(self) -> str:
+        """sha256 over which images stand in which bucket."""
+        order = np.argsort(self.uids)
+        digest = hashlib.sha256()
+        for column in (self.uids, self.bucket_w.astype(np.int32), self.bucket_h.astype(np.int32)):
+            digest.update(np.ascontiguousarray(column[order]).tobytes())
+        return digest.hexdigest()
+
+
+def build_index(
+    dataset_dir: Path, index: pa.Table, selections: Mapping[str, pa.Table], meta: Mapping[str, str]
+) -> None:
+    """Write index.arrow and one index_<stage>.arrow per selection, atomically.
+
+    `index` has the index table's columns sorted by (key, bucket), with captions and labels joined to it, the file's
+    sha256 as `content_hash` and the rating, or the one its source declares, as `gate_rating`; `meta` holds vae_id,
+    content and buckets. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and
+    for a row that the hard exclusions refuse.
+    """
+    _refuse_excluded(index)
+    keys = index.column("key").to_pylist()
+    image, caption = _digests(index)
+    table = index.drop_columns(["content_hash", "gate_rating"])
+    table = table.append_column("image_digest", pa.array(image)).append_column("caption_digest", pa.array(caption))
+    whole = {"version": VERSION, **meta, "sources": json.dumps(_source_hashes(dataset_dir, None))}
+    _write(dataset_dir / INDEX, table.combine_chunks(), whole)
+    buckets = zip(index.column("bucket_w").to_pylist(), index.column("bucket_h").to_pylist(), strict=True)
+    places = {(key, w, h): row for row, (key, (w, h)) in enumerate(zip(keys, buckets, strict=True))}
+    for stage, selection in selections.items():
+        rows, uids = _select_rows(stage, selection, places)
+        columns = pa.table({"row": pa.array(rows, pa.int32()), "uid": pa.array(uids, pa.uint64())})
+        stage_meta = {"version": VERSION, "sources": json.dumps(_source_hashes(dataset_dir, stage))}
+        _write(dataset_dir / f"index_{stage}.arrow", columns, stage_meta)
+
+
+def _select_rows(
+    stage: str, selection: pa.Table, places: Mapping[tuple[str, int, int], int]
+) -> tuple[list[int], list[int]]:
+    rows: list[int] = []
+    uids: dict[int, str] = {}
+    columns = (selection.column(name).to_pylist() for name in ("key", "repeats", "bucket_w", "bucket_h"))
+    missing = []
+    for key, repeats, width, height in zip(*columns, strict=True):
+        place = places.get((key, width, height))
+        if place is None:
+            missing.append(key)
+            continue
+        for repeat in range(repeats):
+            uid = uid_of(key, repeat)
+            if uid in uids:
+                raise Halt(ExitCode.MISMATCH, f"{key} and {uids[uid]} have the same uid {uid:016x}: rename one")
+            uids[uid] = key
+            rows.append(place)
+    if missing:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{len(missing)} images of selection {stage} have no latents, such as {', '.join(missing[:3])}: "
+            "run scripts/prepare.py latents",
+        )
+    return rows, list(uids)
+
+
+def _digests(index: pa.Table) -> tuple[U64, U64]:
+    """Per row: digest of what the picture is, digest of what its caption says."""
+    hashes = index.column("content_hash").to_pylist()
+    numbers = np.stack([_column(index, name).astype(np.int64) for name in _NUMBERS], axis=1)
+    image = np.empty(len(index), dtype=np.uint64)
+    caption = np.empty(len(index), dtype=np.uint64)
+    fixed, flex = (index.column(name).to_pylist() for name in CAPTION_COLUMNS)
+    for row, content in enumerate(hashes):
+        image[row] = _short_hash(numbers[row].tobytes() + (content or "").encode())
+        caption[row] = _short_hash("\x00".join([*fixed[row], "\x01", *flex[row]]).encode())
+    return image, caption
+
+
+def _short_hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+
+
+def _refuse_excluded(index: pa.Table) -> None:
+    """The last of the three gates of the hard exclusions: no caption with such a tag is ever indexed.
+
+    Fixed tags are count tags and names, which are not split into words; the gates before this one saw their kinds.
+    """
+    columns = (index.column(name).to_pylist() for name in ("key", "flex_tags", "gate_rating"))
+    for key, flex, rating in zip(*columns, strict=True):
+        rule = excluded_by(rating=rating, tags=flex)
+        if rule is not None:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{key} is hard-excluded (rule {rule}) and was about to enter the index: run scripts/prepare.py select",
+            )
+
+
+def _source_hashes(folder: Path, stage: str | None) -> dict[str, str]:
+    """Hashes of the tables an arrow file is made from."""
+    names = ["index.parquet"] if stage is None else [f"select_{stage}.parquet"]
+    found = {}
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            with open(path, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if stage is None:
+        labels = sorted(path.name for path in (folder / "labels").glob("*.parquet"))
+        found["labels"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()
+    return found
+
+
+def _require_fresh(folder: Path, stage: str, whole: Mapping[str, str], meta: Mapping[str, str]) -> None:
+    if whole.get("version") != VERSION or meta.get("version") != VERSION:
+        raise Halt(ExitCode.MISMATCH, f"{folder}: its index is of another version: run scripts/prepare.py latents")
+    for found, wanted in ((whole, _source_hashes(folder, None)), (meta, _source_hashes(folder, stage))):
+        changed = sorted(name for name, value in json.loads(found["sources"]).items() if wanted.get(name) != value)
+        if changed:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{folder}: {', '.join(changed)} changed after the index was made: run scripts/prepare.py latents "
+                "(seconds; nothing is encoded twice)",
+            )
+    state = read_json(folder / "dataset.json") or {}
+    if re.fullmatch(r"\d+", str(state.get("schema_version", ""))) is None:
+        raise Halt(ExitCode.MISMATCH, f"{folder}/dataset.json is damaged: run scripts/prepare.py latents")
+
+
+def _map(path: Path) -> tuple[pa.Table, dict[str, str]]:
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise Halt(ExitCode.MISMATCH, f"{path} is missing or damaged: run scripts/prepare.py latents") from error
+    return table, {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+
+
+def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    column: npt.NDArray[Any] = table.column(name).to_numpy()
+    return column
+
+
+def _write(path: Path, table: pa.Table, meta: Mapping[str, str]) -> None:
+    tmp = path.with_name(path.name + ".tmp")
+    table = table.replace_schema_metadata(dict(meta))
+    with pa.OSFile(str(tmp), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    tmp.rename(path)

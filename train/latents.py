@@ -1,0 +1,119 @@
+"""Packed latents: one safetensors file per at most 1,024 images of one bucket, memory-mapped, random access.
+
+Stored unscaled, as the VAE gives them. Shape legend: N images of a shard, B images read, C channels (4, or 8 for
+mean and log-variance), H W latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from train.exits import ExitCode, Halt
+from train.rundir import fsync_dir, write_all
+
+SHARD_IMAGES = 1024
+TENSOR = "latents"
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def write_shard(path: Path, latents_NCHW: torch.Tensor, meta: Mapping[str, str]) -> None:
+    """Write one immutable shard atomically: temporary name, fsync, rename. `meta` goes into the header."""
+    latents = latents_NCHW.detach().cpu().contiguous()
+    data = latents.view(torch.uint8).numpy().tobytes()
+    entry = {"dtype": _NAMES[latents.dtype], "shape": list(latents.shape), "data_offsets": [0, len(data)]}
+    text = json.dumps({"__metadata__": dict(meta), TENSOR: entry}, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    tmp = path.with_name(path.name + ".tmp")
+    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        write_all(fd, len(text).to_bytes(8, "little") + text + data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(tmp, path)
+    fsync_dir(path.parent)
+
+
+def read_meta(path: Path) -> dict[str, str]:
+    """The header's metadata of a shard."""
+    _, _, _, meta = _header(path)
+    return meta
+
+
+class ShardReader:
+    """Reads rows of shards below a dataset directory. Maps are opened on first use, so it may be sent to workers."""
+
+    def __init__(self, dataset_dir: str | Path) -> None:
+        self.folder = Path(dataset_dir)
+        self._maps: dict[str, tuple[npt.NDArray[np.generic], torch.dtype]] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"folder": self.folder, "_maps": {}}
+
+    def read(self, shards: Sequence[str], rows: Sequence[int]) -> torch.Tensor:
+        """fp32 [B,C,H,W], image k from `shards[k]` at `rows[k]`.
+
+        Raises Halt(MISMATCH) naming shard and row when one is missing, cut off or not finite: never zeros.
+        """
+        parts = [self._row(shard, row) for shard, row in zip(shards, rows, strict=True)]
+        if len({tuple(part.shape) for part in parts}) > 1:
+            raise Halt(ExitCode.MISMATCH, f"{self.folder}: shards {sorted(set(shards))} hold different shapes")
+        batch_BCHW = torch.stack(parts).float()
+        if not bool(torch.isfinite(batch_BCHW).all()):
+            for shard, row, part in zip(shards, rows, parts, strict=True):
+                if not bool(torch.isfinite(part.float()).all()):
+                    raise Halt(
+                        ExitCode.MISMATCH,
+                        f"{self.folder / shard} row {row} is not finite: delete that shard and run "
+                        "scripts/prepare.py latents again",
+                    )
+        return batch_BCHW
+
+    def _row(self, shard: str, row: int) -> torch.Tensor:
+        if shard not in self._maps:
+            self._maps[shard] = self._open(shard)
+        mapped, dtype = self._maps[shard]
+        if not 0 <= row < len(mapped):
+            raise Halt(ExitCode.MISMATCH, f"{self.folder / shard} has {len(mapped)} rows, row {row} is asked for")
+        # Copied out of the map: torch wants memory it may write to.
+        return torch.from_numpy(np.array(mapped[row])).view(dtype)
+
+    def _open(self, shard: str) -> tuple[npt.NDArray[np.generic], torch.dtype]:
+        path = self.folder / shard
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise Halt(ExitCode.MISMATCH, f"index names shard {shard!r} outside the dataset directory")
+        start, shape, dtype, _ = _header(path)
+        width = 4 if dtype == torch.float32 else 2
+        mapped = np.memmap(path, dtype=f"<i{width}", mode="r", offset=start, shape=shape)
+        return mapped, dtype
+
+
+def _header(path: Path) -> tuple[int, tuple[int, ...], torch.dtype, dict[str, str]]:
+    """(start of the data, shape, dtype, metadata), checked against the file's size."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > 1 << 20:
+                raise ValueError("no shard header")
+            header = json.loads(file.read(length))
+        entry = header[TENSOR]
+        shape = tuple(int(side) for side in entry["shape"])
+        start, end = entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        items = int(np.prod(shape)) * (4 if dtype == torch.float32 else 2)
+        if len(shape) != 4 or start != 0 or end != items or 8 + length + end != size:
+            raise ValueError(f"{size} bytes, the header describes {8 + length + items}")
+        return 8 + length, shape, dtype, {str(k): str(v) for k, v in header.get("__metadata__", {}).items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Halt(
+            ExitCode.MISMATCH, f"latents {path} are missing or damaged ({error}): run scripts/prepare.py latents again"
+        ) from error

@@ -1,0 +1,90 @@
+"""What a file is, by its first bytes, and how large it says its picture is. Reads bytes, decodes nothing."""
+
+from __future__ import annotations
+
+EXTENSIONS = {
+    "jpeg": (".jpg", ".jpeg", ".jpe", ".jfif"), "png": (".png", ".apng"), "webp": (".webp",), "bmp": (".bmp", ".dib"),
+    "gif": (".gif",), "avif": (".avif", ".avifs"), "tiff": (".tif", ".tiff"), "jxl": (".jxl",),
+    "jpeg2000": (".jp2", ".j2k", ".jpx"), "ico": (".ico",), "psd": (".psd",), "heif": (".heic", ".heif"),
+    "pdf": (".pdf",),
+}  # fmt: skip
+_MAGIC = (
+    (b"\xff\xd8\xff", "jpeg"), (b"\x89PNG\r\n\x1a\n", "png"), (b"GIF87a", "gif"), (b"GIF89a", "gif"),
+    (b"II*\0", "tiff"), (b"MM\0*", "tiff"), (b"II+\0", "tiff"), (b"MM\0+", "tiff"), (b"8BPS", "psd"),
+    (b"\0\0\1\0", "ico"), (b"\xff\x0a", "jxl"), (b"\0\0\0\x0cJXL ", "jxl"), (b"\0\0\0\x0cjP  ", "jpeg2000"),
+    (b"%PDF-", "pdf"),
+)  # fmt: skip
+_AVIF_BRANDS = (b"avif", b"avis")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+def sniff(data: bytes) -> str | None:
+    """Format by content (`jpeg`, `png`, `webp`, ...), or None when no image format is known to begin like this."""
+    for magic, name in _MAGIC:
+        if data.startswith(magic):
+            return name
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "webp"
+    if data[4:8] == b"ftyp":
+        brands = [data[at : at + 4] for at in (8, *range(16, min(_big(data, 0, 4), 64), 4))]
+        if any(brand in _AVIF_BRANDS for brand in brands):
+            return "avif"
+        if brands[0] in _HEIF_BRANDS:
+            return "heif"
+    # Two letters alone would take in text that begins with "BM": the header's length must be one that exists.
+    if data[:2] == b"BM" and _little(data, 14, 4) in (12, 16, 40, 52, 56, 64, 108, 124):
+        return "bmp"
+    return None
+
+
+def ext_mismatch(found: str, extension: str) -> bool:
+    """Whether a file name's extension (`.jpg`) belongs to another format than its content."""
+    return extension.lower() not in EXTENSIONS.get(found, ())
+
+
+def header_size(found: str, data: bytes) -> tuple[int, int] | None:
+    """(width, height) of the canvas for formats whose decoder allocates it on opening; None for the others."""
+    if found != "webp":
+        return None
+    kind = data[12:16]
+    if kind == b"VP8X" and len(data) >= 30:
+        return _little(data, 24, 3) + 1, _little(data, 27, 3) + 1
+    if kind == b"VP8L" and len(data) >= 25:
+        bits = _little(data, 21, 4)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if kind == b"VP8 " and len(data) >= 30:
+        return _little(data, 26, 2) & 0x3FFF, _little(data, 28, 2) & 0x3FFF
+    return None
+
+
+def ends_early(found: str, data: bytes) -> bool:
+    """Whether the bytes stop before the end that the format announces: cut off, rather than never an image."""
+    if found == "webp":
+        return len(data) < 8 + _little(data, 4, 4)
+    if found == "bmp":
+        return len(data) < _little(data, 2, 4)
+    if found == "avif":
+        return _boxes_end(data) > len(data)
+    endings = {"jpeg": b"\xff\xd9", "png": b"IEND\xaeB\x60\x82", "gif": b"\x3b"}
+    return found in endings and endings[found] not in data[-64:]
+
+
+def _boxes_end(data: bytes) -> int:
+    """Where the last top-level box of an ISO media file would end."""
+    at = 0
+    while at + 8 <= len(data):
+        size = _big(data, at, 4)
+        if size == 1:
+            size = _big(data, at + 8, 8)
+        if size < 8:  # 0: up to the end of the file; anything else is nonsense
+            return len(data)
+        at += size
+    return at
+
+
+def _little(data: bytes, at: int, count: int) -> int:
+    return int.from_bytes(data[at : at + count], "little")
+
+
+def _big(data: bytes, at: int, count: int) -> int:
+    return int.from_bytes(data[at : at + count], "big")

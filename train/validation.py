@@ -1,0 +1,203 @@
+"""Held-out loss: the same images, noise and timesteps in every stage and run, so that the numbers compare.
+
+Nothing here depends on a stage's seed, its noise options or its loss weights: plain noise, captions in their written
+order, the mean squared error of the prediction. Shape legend: B images of a batch, C H W latent, N held-out images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from train import rng
+from train.buckets import crop_condition
+from train.dataset import Batch
+from train.exits import ExitCode, Halt
+from train.index import Index
+from train.latents import ShardReader
+from train.plan import Tile
+from train.rng import Stream
+from train.text import TagTokenizer, size_vector
+
+SEED = 0  # of the validation's noise and timesteps; the same for every stage, on purpose
+TIMESTEPS = (0, 1000)  # upper end exclusive
+LABELS = ("quality", "rating", "year", "aesthetic")
+Z_95 = 1.96
+
+U64 = npt.NDArray[np.uint64]
+
+
+def held_out(uids: U64, share: float, images: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.bool_]:
+    """Which entries never train: bool[N], true where the key's hash lies in the lowest `share` of all hashes.
+
+    A uid is such a hash, so the answer depends on the key alone: the same in every stage, and a larger share holds
+    out the same images and more. `images` (any number per image, equal for its repeats) makes the repeats of an
+    image follow its first entry. Raises Halt(USAGE) for a share outside [0, 1).
+    """
+    if not 0.0 <= share < 1.0:
+        raise Halt(ExitCode.USAGE, f"validation.share is {share}, must be at least 0 and below 1")
+    uids = np.asarray(uids, dtype=np.uint64)
+    if images is not None:
+        _, first, inverse = np.unique(images, return_index=True, return_inverse=True)
+        uids = uids[first][inverse]
+    return uids < np.uint64(int(share * 2.0**64))
+
+
+def chosen(uids: U64, count: int) -> npt.NDArray[np.int64]:
+    """Positions of the `count` held-out images to measure, by rising uid: a smaller count is part of a larger."""
+    return np.argsort(uids, kind="stable")[:count].astype(np.int64)
+
+
+def fixed_timesteps(uids: U64) -> npt.NDArray[np.int64]:
+    """One timestep per image, int64[N], a function of the uid alone."""
+    return rng.timesteps(SEED, uids, 0, *TIMESTEPS, stream=Stream.VALIDATION_TIMESTEP)
+
+
+def fixed_noise(uid: int, shape: Sequence[int]) -> npt.NDArray[np.float32]:
+    """The noise of one image, float32 of `shape` (C,H,W), a function of the uid alone."""
+    return rng.normals(SEED, Stream.VALIDATION_NOISE, uid, 0, shape)
+
+
+@dataclass(frozen=True)
+class Making:
+    """How a held-out image becomes a batch row: the stage's conventions, without its randomness."""
+
+    scaling: float  # of the VAE
+    max_tokens: int = 225
+    crop_conditioning: str = "actual"
+
+
+def batches(index: Index, micro: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Positions in `index` cut into runs of one bucket, at most `micro` long; the same for any number of processes."""
+    order = np.lexsort((index.uids, index.bucket_h, index.bucket_w))
+    sizes = list(zip(index.bucket_w[order].tolist(), index.bucket_h[order].tolist(), strict=True))
+    start = 0
+    for end in range(1, len(order) + 1):
+        if end == len(order) or sizes[end] != sizes[start] or end - start == micro:
+            yield order[start:end].astype(np.int64)
+            start = end
+
+
+def make_batch(
+    index: Index, reader: ShardReader, tokens: TagTokenizer, rows: npt.NDArray[np.int64], making: Making
+) -> Batch:
+    """The held-out images `rows` (of one bucket) with their fixed noise and timesteps."""
+    places = [index.latent(row) for row in rows.tolist()]
+    raw_BCHW = reader.read([shard for shard, _ in places], [place for _, place in places])
+    if index.content == "moments":
+        raw_BCHW = raw_BCHW.chunk(2, dim=1)[0]  # the mean: nothing is drawn
+    shape = tuple(raw_BCHW.shape[1:])
+    uids = index.uids[rows]
+    noise_BCHW = torch.from_numpy(np.stack([fixed_noise(uid, shape) for uid in uids.tolist()]))
+    ids = []
+    for row in rows.tolist():
+        content, _ = tokens.fit(*index.caption(row), making.max_tokens)
+        ids.append(tokens.chunk_ids(content, making.max_tokens))
+    width, height = int(index.bucket_w[rows[0]]), int(index.bucket_h[rows[0]])
+    return Batch(
+        latents_BCHW=raw_BCHW * making.scaling,
+        noise_BCHW=noise_BCHW,
+        input_noise_BCHW=noise_BCHW,
+        timesteps_B=torch.from_numpy(fixed_timesteps(uids)),
+        ids_1_BN77=torch.from_numpy(np.stack([one for one, _ in ids])),
+        ids_2_BN77=torch.from_numpy(np.stack([two for _, two in ids])),
+        size_B6=torch.tensor([_size(index, row, making) for row in rows.tolist()], dtype=torch.float32),
+        slots_B=torch.from_numpy(rows),
+        step=-1,  # no step of the plan
+        tile=Tile(width, height, 0, rows, uids, np.zeros(len(rows), dtype=np.int64)),
+        tags_dropped=0,
+    )
+
+
+def _size(index: Index, row: int, making: Making) -> tuple[int, ...]:
+    original = (int(index.orig_w[row]), int(index.orig_h[row]))
+    bucket = (int(index.bucket_w[row]), int(index.bucket_h[row]))
+    crop = (int(index.crop_top[row]), int(index.crop_left[row]))
+    top, left = crop_condition(making.crop_conditioning, *original, *bucket, *crop)
+    return size_vector(*original, top, left, *bucket)
+
+
+def evaluate(
+    loss_of: Callable[[Batch], torch.Tensor],
+    index: Index,
+    reader: ShardReader,
+    tokens: TagTokenizer,
+    making: Making,
+    *,
+    micro: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
+    """The record of one measurement of `index` (the chosen held-out images); None when a process was told to stop.
+
+    `loss_of(batch)` gives the loss of each image [B] without gradients. Every process measures its share of the
+    batches; one all-reduce of exact zeros and values makes the result the same for any number of processes.
+    """
+    sums = torch.zeros(len(index) + 1, dtype=torch.float64)  # the last entry counts processes that stopped
+    with torch.no_grad():
+        for number, rows in enumerate(batches(index, micro)):
+            if stop():
+                sums[-1] = 1.0
+                break
+            if number % world == rank:
+                batch = make_batch(index, reader, tokens, rows, making)
+                sums[torch.from_numpy(rows)] = loss_of(batch.to(device)).double().cpu()
+    if world > 1:
+        shared = sums.to(device)
+        dist.all_reduce(shared)
+        sums = shared.cpu()
+    if sums[-1] > 0:
+        return None
+    return summary(index.uids, sums[:-1].numpy(), [index.labels(i) for i in range(len(index))])
+
+
+def summary(uids: U64, losses: npt.NDArray[np.float64], labels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean loss, 95 % half-width and count, overall and per stratum `quality/best quality`; every image's loss."""
+    strata: dict[str, list[float]] = {}
+    for value, one in zip(losses.tolist(), labels, strict=True):
+        for name in strata_of(one):
+            strata.setdefault(name, []).append(value)
+    return {
+        **mean_and_interval(losses.tolist()),
+        "strata": {name: mean_and_interval(strata[name]) for name in sorted(strata)},
+        "losses": {f"{uid:016x}": value for uid, value in zip(uids.tolist(), losses.tolist(), strict=True)},
+    }
+
+
+def strata_of(labels: Mapping[str, Any]) -> list[str]:
+    """The strata one image belongs to; a label it lacks gives none."""
+    rating = labels.get("rating_tags")
+    first = rating if isinstance(rating, str) or not rating else rating[0]  # explicit images carry nsfw as well
+    values = {**labels, "rating": first}
+    return [f"{name}/{values[name]}" for name in LABELS if values.get(name)]
+
+
+def mean_and_interval(values: Sequence[float]) -> dict[str, Any]:
+    """{"images", "loss", "interval"}: mean and half-width of its 95 % interval over images (None for fewer than 2)."""
+    count = len(values)
+    mean = math.fsum(values) / count if count else math.nan
+    interval = None
+    if count > 1:
+        variance = math.fsum((value - mean) ** 2 for value in values) / (count - 1)
+        interval = Z_95 * math.sqrt(variance / count)
+    return {"images": count, "loss": mean, "interval": interval}
+
+
+def paired_change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, Any] | None:
+    """Mean change of the loss over the images that two records share, with its interval; None without such images.
+
+    Pairing takes out what makes one image harder than another, which is most of the spread.
+    """
+    common = sorted(set(before) & set(after))
+    if not common:
+        return None
+    return mean_and_interval([after[uid] - before[uid] for uid in common])
