@@ -1,0 +1,137 @@
+"""What a resume may change, and where the logs are cut."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from train import resume
+from train.config import flatten, load_stage
+from train.exits import ExitCode, Halt
+from train.resume import Expectations, compare, key_class
+
+# fmt: off
+FREE = set("""data.workers data.prefetch data.on_read_error data.worker_timeout_s output_dir tracking.wandb
+tracking.trace sampling.every_steps sampling.prompts checkpoint.every_steps checkpoint.keep resume.accept export.dtype
+export.license launch.grace_s launch.collective_timeout_s validation.every_steps validation.images""".split())  # noqa: SIM905
+WARN = set("""epochs max_updates batch.split batch.accumulation model.gradient_checkpointing model.compile
+model.channels_last model.attention optimizer.sharding ema.device""".split())  # noqa: SIM905
+REFUSE = set("""stage seed precision validation.share batch.micro batch.effective batch.min_bucket batch.remainder
+batch.determinism data.path data.select data.separator data.shuffle_tags data.tag_dropout data.caption_dropout
+data.max_tokens model.init_from model.vae model.tokenizers model.train_text_encoders model.pooled_projection
+model.context model.float8 model.weights optimizer.name optimizer.unet_lr optimizer.weight_decay optimizer.betas
+schedule.name schedule.cycle_steps schedule.decay noise.offset noise.timesteps loss.prediction loss.average
+ema.decay ema.every_steps""".split())  # noqa: SIM905
+# fmt: on
+
+
+def now(**changes) -> Expectations:
+    config = {key: "old" for key in (*FREE, *WARN, *REFUSE) if key != "stage"}
+    return Expectations(**{"stage": "pretrain", "config": config, "facts": {"plan": "p", "dataset": "d"}, **changes})
+
+
+@pytest.mark.parametrize(("keys", "expected"), [(FREE, "free"), (WARN, "warn"), (REFUSE, "refuse")])
+def test_class_of_every_key(keys, expected):
+    assert [key for key in keys if key_class(key) != expected] == []
+
+
+def test_every_key_of_a_real_config_has_been_thought_about():
+    config = flatten(load_stage(["configs/pretrain.yaml"]))
+    known = {*FREE, *WARN, *REFUSE}
+    free = {key for key in config if key_class(key) == "free"} - known
+    warn = {key for key in config if key_class(key) == "warn"} - known
+    assert {key.partition(".")[0] for key in free} <= {
+        "tracking",
+        "sampling",
+        "checkpoint",
+        "export",
+        "launch",
+        "resume",
+    }
+    assert warn == set()
+
+
+def test_equal_settings_have_no_difference():
+    assert compare(now().to_state(), now()) == resume.Comparison()
+
+
+@pytest.mark.parametrize("key", sorted({*FREE, *WARN, *REFUSE}))
+def test_one_changed_key_lands_in_its_class(key):
+    changed = now(stage="ft1") if key == "stage" else now(config={**now().config, key: "new"})
+    found = compare(now().to_state(), changed)
+    by_class = {"free": found.free, "warn": found.warned, "refuse": found.refused}
+    assert [d.key for d in by_class.pop(key_class(key))] == [key]
+    assert all(not differences for differences in by_class.values())
+
+
+def test_tuples_and_missing_keys_compare_as_json():
+    saved = now(config={"noise.timesteps": (0, 1000), "epochs": 3}).to_state()
+    assert compare(json.loads(json.dumps(saved)), now(config={"noise.timesteps": [0, 1000], "epochs": 3})).refused == ()
+    assert [d.key for d in compare(saved, now(config={"epochs": 3})).refused] == ["noise.timesteps"]
+
+
+def test_paths_compare_by_what_they_hold():
+    saved = now(config={"data.path": "data/a"}, held={"data.path": "h1"}).to_state()
+    moved = now(config={"data.path": "elsewhere/a"}, held={"data.path": "h1"})
+    assert compare(saved, moved).refused == ()
+    other = now(config={"data.path": "data/a"}, held={"data.path": "h2"})
+    assert [d.key for d in compare(saved, other).refused] == ["data.path (content)"]
+
+
+def test_accept_by_name_section_or_meaning():
+    changed = {**now().config, "batch.micro": "new", "seed": "new", "noise.offset": "new"}
+    facts = {"plan": "other", "dataset": "other"}
+    found = compare(now().to_state(), now(config=changed, facts=facts, accept=["batch.micro", "noise", "data"]))
+    assert [d.key for d in found.refused] == ["seed"]
+    assert [d.key for d in found.accepted] == ["batch.micro", "noise.offset", "dataset"]
+
+
+def test_a_changed_plan_that_nothing_explains_is_refused_on_its_own():
+    found = compare(now().to_state(), now(facts={"plan": "other", "dataset": "d"}))
+    assert [d.key for d in found.refused] == ["plan"]
+    assert compare(now().to_state(), now(facts={"plan": "other", "dataset": "d"}, accept=["plan"])).refused == ()
+
+
+def test_notes_only_warn():
+    saved = now(notes={"canary": "a", "threads": 1}).to_state()
+    found = compare(saved, now(notes={"canary": "b", "threads": 1, "new": 2}))
+    assert ([d.key for d in found.warned], found.refused) == (["canary"], ())
+
+
+def test_unknown_name_in_accept():
+    with pytest.raises(Halt, match=r"resume.accept: 'batch.mikro'.*did you mean 'batch.micro'") as caught:
+        resume.check_accept(["attempts", "batch", "seed", "batch.mikro"], now().config)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def lines(*steps: int) -> str:
+    return "".join(json.dumps({"step": step, "loss": 0.5}) + "\n" for step in steps)
+
+
+def test_metrics_are_cut_at_the_resumed_step_and_kept_aside(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(1, 2, 3, 4, 5) + '{"step": 6, "lo')
+    assert resume.cut_metrics(path, 3) == 3
+    assert path.read_text() == lines(1, 2, 3)
+    assert (tmp_path / "metrics.discarded.jsonl").read_text() == lines(4, 5) + '{"step": 6, "lo\n'
+    assert resume.cut_metrics(path, 3) == 0
+    path.write_text(lines(1, 2, 3, 4))
+    resume.cut_metrics(path, 0)
+    assert path.read_text() == ""
+    assert (tmp_path / "metrics.discarded.jsonl").read_text().endswith(lines(1, 2, 3, 4))
+    assert resume.cut_metrics(tmp_path / "absent.jsonl", 3) == 0
+
+
+def test_a_line_torn_before_the_resumed_step_loses_nothing_after_it_silently(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(lines(1) + "\0\0\0\n" + lines(3))
+    assert resume.cut_metrics(path, 3) == 2
+    assert path.read_text() == lines(1)
+
+
+def test_trace_is_cut_by_plan_step(tmp_path):
+    path = tmp_path / "trace.txt"
+    path.write_text("0 64x64 aa 0 1\n1 64x64 aa 0 1\n2 64x64 aa 0 1\n3 64")
+    assert resume.cut_trace(path, 2) == 2
+    assert path.read_text() == "0 64x64 aa 0 1\n1 64x64 aa 0 1\n"

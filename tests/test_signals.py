@@ -1,0 +1,131 @@
+"""A stop is a flag; a second Ctrl-C is an end; a launcher's death is a stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from train import signals
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "status"),
+    [(signal.SIGTERM, "stopped"), (signal.SIGINT, "stopped"), (signal.SIGUSR1, "requeue"), (signal.SIGHUP, "stopped")],
+)
+def test_handlers_only_set_a_flag(number, status):
+    before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
+    stop = signals.install()
+    try:
+        assert not stop.asked
+        os.kill(os.getpid(), number)
+        assert stop.asked
+        assert (stop.name, stop.status) == (number.name, status)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == number.name  # the first one is the reason
+    finally:
+        stop.restore()
+    assert {n: signal.getsignal(n) for n in before} == before
+
+
+def test_nohup_is_respected():
+    old = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = signals.install()
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.asked
+    stop.restore()
+    signal.signal(signal.SIGHUP, old)
+
+
+def run_script(script: str, **env: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-u", "-c", script], cwd=ROOT, env={**os.environ, **env}, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_one_interrupt_delivered_twice_is_one_but_a_later_one_ends_at_once():
+    script = """
+import time
+from train import signals
+stop = signals.install()
+stop.stop_now = lambda: print("bye", flush=True)
+print("ready")
+while True:
+    time.sleep(0.01)
+"""
+    process = run_script(script)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)  # the launcher's copy of the same Ctrl-C
+    time.sleep(signals.SECOND_INTERRUPT_S + 0.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 85
+    assert process.stdout.read() == "bye\n"
+    process.stdout.close()
+
+
+CHILD = """
+import os, sys, time
+from train import signals
+stop = signals.install(orphan=True)
+print(os.getpid(), flush=True)
+end = time.monotonic() + 10
+while not stop.asked and time.monotonic() < end:
+    time.sleep(0.01)
+open(sys.argv[1], "w").write(str(stop.name))
+"""
+
+
+@pytest.mark.parametrize(("mark", "expected"), [("ACCELERATE_MIXED_PRECISION", "SIGTERM"), (None, None)])
+def test_the_launchers_death_is_a_stop_but_a_shells_is_not(tmp_path, mark, expected):
+    launcher = f"""
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-u", "-c", {CHILD!r}, {str(tmp_path / "out")!r}], stdout=subprocess.PIPE)
+print(child.stdout.readline().decode(), end="")
+time.sleep(60)
+"""
+    process = run_script(launcher, **({mark: "no"} if mark else {}))
+    child = int(process.stdout.readline())
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    out = tmp_path / "out"
+    deadline = time.monotonic() + 3
+    while not out.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if expected:
+        assert out.read_text() == expected
+    else:
+        assert not out.exists()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_workers_die_of_sigterm_and_survive_ctrl_c():
+    script = """
+import os, signal, time
+from train import signals
+signals.install()
+signals.reset_in_worker()
+os.kill(os.getpid(), signal.SIGINT)
+print("alive")
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(5)
+"""
+    process = run_script(script)
+    assert process.wait(10) == -signal.SIGTERM
+    assert process.stdout.read() == "alive\n"
+    process.stdout.close()
+
+
+def test_grace():
+    assert signals.grace_warning(14, 15, 30) is None
+    assert "launch.grace_s says 30 s" in signals.grace_warning(14, 17, 30)

@@ -1,0 +1,169 @@
+"""Background saves: same bytes as foreground ones, one at a time, failures counted and told."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from train import checkpoint, manifest, rundir, snapshot
+from train.checkpoint import Progress
+from train.config import CheckpointConfig
+from train.exits import ExitCode, Halt
+from train.resume import Expectations
+from train.snapshot import Saver
+
+
+@pytest.fixture
+def run(tmp_path):
+    opened = rundir.open_run_dir(tmp_path / "run", "s")
+    yield opened
+    opened.close()
+
+
+def tensors(value: float = 1.0):
+    return {"model": {"w": torch.full((64, 64), value)}, "optimizer": {"w/exp_avg": torch.full((64, 64), -value)}}
+
+
+def saver(run, *, permanent_every=1000, **settings) -> Saver:
+    return Saver(run, CheckpointConfig(**settings), permanent_every=permanent_every)
+
+
+def save_and_look(mine: Saver, step: int) -> None:
+    mine.save(Progress(step), tensors(), {})
+    mine._join()
+    mine.raise_failures()
+
+
+def shas(run, step: int) -> dict[str, str]:
+    found = manifest.verify(run.checkpoints / f"step-{step:08d}")
+    return {name: r.sha256 for name, r in found.files.items() if name.endswith(".safetensors")}
+
+
+def test_background_and_foreground_write_the_same_bytes(run):
+    state = tensors()
+    background, foreground = saver(run), saver(run, background=False)
+    background.save(Progress(1), state, {})
+    state["model"]["w"].add_(1)  # training goes on while the thread writes
+    background.finish()
+    assert shas(run, 1) != {}
+    foreground.save(Progress(2), tensors(), {})
+    assert shas(run, 1) == shas(run, 2)
+    assert [r.step for r in background.reports()] == [1]
+    assert background.reports() == []
+
+
+def test_state_is_taken_at_the_time_of_the_save(run, monkeypatch):
+    monkeypatch.setenv("ANIX_FAULT", "save.begin@1:sleep=0.2")
+    mine = saver(run)
+    state = {"history": [[0, 1]]}
+    mine.save(Progress(1), tensors(), state)
+    state["history"].append([5, 2])
+    mine.finish()
+    assert checkpoint.load_newest(run, Expectations("s", {}, accept=["stage"])).state["history"] == [[0, 1]]
+
+
+def test_buffers_are_reused_and_follow_the_tensors():
+    copy = snapshot.HostCopy()
+    first = copy.take(tensors(1.0))
+    assert copy.missing_bytes(tensors()) == 0
+    second = copy.take(tensors(2.0))
+    assert second["model"]["w"].data_ptr() == first["model"]["w"].data_ptr()
+    assert second["model"]["w"][0, 0] == 2
+    grown = {"model": {"w": torch.zeros(65, 64)}}
+    assert copy.take(grown)["model"]["w"].shape == (65, 64)
+    assert copy.missing_bytes(tensors()) > 0
+
+
+@pytest.mark.parametrize(("when_busy", "steps"), [("skip", [1, 3]), ("wait", [1, 2, 3])])
+def test_one_save_in_flight(run, monkeypatch, when_busy, steps):
+    monkeypatch.setenv("ANIX_FAULT", "save.begin@1:sleep=0.3")
+    mine = saver(run, when_busy=when_busy, keep=5)
+    assert mine.save(Progress(1), tensors(), {})
+    assert mine.save(Progress(2), tensors(), {}) is (when_busy == "wait")
+    mine._join()
+    mine.save(Progress(3), tensors(), {})
+    mine.finish()
+    assert sorted(manifest.step_of(n) for n in os.listdir(run.checkpoints)) == steps
+    assert mine.busy_skips == (when_busy == "skip")
+
+
+def test_stop_waits_for_the_save_in_flight_and_then_saves(run, monkeypatch):
+    monkeypatch.setenv("ANIX_FAULT", "save.begin@1:sleep=0.2")
+    mine = saver(run)
+    mine.save(Progress(1), tensors(), {})
+    path = mine.save_now(Progress(2), tensors(), {}, permanent=True)
+    assert manifest.verify(path).permanent
+    assert shas(run, 1)
+    mine.save(Progress(3), tensors(), {})
+    assert mine.save_now(Progress(3), tensors(), {}).name == "step-00000003"  # already there
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_two_failures_are_reported_the_third_ends_the_run(run, monkeypatch, background):
+    mine = saver(run, background=background)
+    mine.save(Progress(1), tensors(), {})
+    mine._join()
+    monkeypatch.setenv("ANIX_FAULT", "save.write@*:enospc")
+    for step in (2, 3):
+        save_and_look(mine, step)
+    assert [r.path is None for r in mine.reports()] == [False, True, True]
+    with pytest.raises(Halt, match="3 checkpoints in a row") as caught:
+        save_and_look(mine, 4)
+    assert caught.value.code == ExitCode.CANNOT_WRITE
+    assert os.listdir(run.checkpoints) == ["step-00000001"]
+
+
+def test_a_success_clears_the_count(run, monkeypatch):
+    monkeypatch.setenv("ANIX_FAULT", "save.write@2:enospc;save.write@3:enospc;save.write@5:enospc")
+    mine = saver(run, background=False)
+    for step in range(1, 7):
+        mine.save(Progress(step), tensors(), {})
+    assert [r.step for r in mine.reports() if r.path is None] == [2, 3, 5]
+
+
+def test_a_failing_stop_says_so(run, monkeypatch):
+    monkeypatch.setenv("ANIX_FAULT", "save.fsync@*:eio")
+    with pytest.raises(Halt, match="Input/output error") as caught:
+        saver(run).save_now(Progress(1), tensors(), {})
+    assert caught.value.code == ExitCode.CANNOT_WRITE
+
+
+def test_an_error_of_ours_in_the_thread_is_not_a_full_disk(run, monkeypatch):
+    monkeypatch.setenv("ANIX_FAULT", "save.manifest@*:raise=KeyError")
+    mine = saver(run)
+    mine.save(Progress(1), tensors(), {})
+    mine._join()
+    with pytest.raises(KeyError):
+        mine.raise_failures()
+
+
+def test_too_little_host_memory_means_a_foreground_save(run, monkeypatch):
+    monkeypatch.setattr(snapshot, "available_host_bytes", lambda: 1000)
+    mine = saver(run)
+    mine.save(Progress(1), tensors(), {})
+    assert mine._thread is None
+    assert shas(run, 1)
+
+
+def test_permanent_by_interval(run):
+    mine = saver(run, permanent_every=2, background=False)
+    for step in range(1, 8):
+        mine.save(Progress(step), tensors(), {})
+    assert sorted(manifest.step_of(n) for n in os.listdir(run.checkpoints)) == [2, 4, 6, 7]
+
+
+def test_waiting_for_space_ends_when_a_stop_is_asked(run, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_DISK_POLL_S", 0.01)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 0)
+    asked: list[int] = []
+    mine = Saver(run, CheckpointConfig(on_full_disk="wait"), permanent_every=9, stopping=lambda: bool(asked))
+    mine.save(Progress(1), tensors(), {})
+    asked.append(1)
+    with pytest.raises(Halt):
+        mine.save_now(Progress(2), tensors(), {})
+
+
+def test_available_memory_is_a_sane_number():
+    assert 1 << 20 < snapshot.available_host_bytes() < 1 << 62
