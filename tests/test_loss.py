@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import LossConfig
+from train import rng
+from train.config import LossConfig, NoiseConfig
 from train.loss import debiased_weights, huber_c, min_snr_weights, per_image, pseudo_huber, snr, target, weights
-from train.noise import alphas_cumprod
+from train.noise import add_noise, alphas_cumprod, slot_noise
+from train.rng import Stream
 
 ALPHAS = alphas_cumprod()
 
@@ -55,6 +59,11 @@ def test_pseudo_huber(d: float, c: float) -> None:
     assert found <= d * d + 1e-9
 
 
+def test_pseudo_huber_keeps_small_differences_in_fp32() -> None:
+    found = pseudo_huber(torch.tensor([1e-5]), torch.tensor([1.0])).item()
+    assert found == pytest.approx(1e-10, rel=1e-5)  # written with a subtraction it is 0
+
+
 def test_v_target_is_the_velocity() -> None:
     latents, noise, t = torch.randn(3, 4, 8, 8), torch.randn(3, 4, 8, 8), torch.tensor([0, 400, 999])
     a = ALPHAS[t].view(-1, 1, 1, 1)
@@ -84,3 +93,38 @@ def test_per_image_against_a_straight_line(prediction: str, kind: str) -> None:
         ratio = a / (1 - a)
         weight = min(ratio, 5) / (ratio if prediction == "epsilon" else ratio + 1)
         assert found[image].item() == pytest.approx(total / (4 * 6 * 5) * weight, rel=1e-5)
+
+
+def toy_unet(weight_CC: np.ndarray) -> Callable[..., torch.Tensor]:
+    """A network of one matrix over channels that reads latents and timesteps as the U-Net does."""
+    weight = torch.from_numpy(weight_CC).float()
+    return lambda noisy, t, *rest: torch.einsum("dc,bchw->bdhw", weight, noisy) + 1e-3 * t.view(-1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_training_step_oracle(prediction: str) -> None:
+    """An update's loss from the slots' draws on, against numpy float64 written from the recipe's formulas."""
+    seed, uids, epochs, shape = 31, [11, 12, 13, 2**63], [0, 0, 4, 5], (4, 12, 10)
+    latents = np.stack([rng.normals(1, 1, uid, 0, shape) for uid in uids]) * np.float32(0.13025)
+    weight = np.arange(16, dtype=np.float64).reshape(4, 4) / 16 - 0.4
+    noise_config = NoiseConfig(offset=0.0357)
+    slots = [slot_noise(noise_config, seed, uid, epoch, shape) for uid, epoch in zip(uids, epochs, strict=True)]
+    t = torch.from_numpy(rng.timesteps(seed, uids, epochs, 0, 1000))
+    target_noise, input_noise = (torch.from_numpy(np.stack(parts)) for parts in zip(*slots, strict=True))
+    noisy = add_noise(torch.from_numpy(latents), input_noise, t, ALPHAS)
+    predicted = toy_unet(weight)(noisy, t)
+    config = LossConfig(prediction=prediction)  # type: ignore[arg-type]
+    found = per_image(predicted, torch.from_numpy(latents), target_noise, t, ALPHAS, config).double().mean().item()
+
+    betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
+    products = np.cumprod(1 - betas)
+    total = 0.0
+    for x0, uid, epoch, step in zip(latents.astype(np.float64), uids, epochs, t.tolist(), strict=True):
+        eps = rng.normals_float64(seed, Stream.NOISE, uid, epoch, x0.size).reshape(shape)
+        eps = eps + 0.0357 * rng.normals_float64(seed, Stream.NOISE_OFFSET, uid, epoch, 4).reshape(4, 1, 1)
+        a = products[step]
+        x_t = math.sqrt(a) * x0 + math.sqrt(1 - a) * eps
+        said = np.tensordot(weight, x_t, 1) + 1e-3 * step
+        goal = eps if prediction == "epsilon" else math.sqrt(a) * eps - math.sqrt(1 - a) * x0
+        total += ((said - goal) ** 2).mean()
+    assert found == pytest.approx(total / 4, rel=1e-6)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from train import rng
 from train.config import NoiseConfig
-from train.noise import add_noise, alphas_cumprod, slot_noise
+from train.noise import add_noise, alphas_cumprod, as_drawn, slot_noise
 from train.rng import Stream
 
 UID = rng.uid_of("danbooru:6814120")
@@ -49,7 +49,12 @@ def test_noise_is_the_stream_and_nothing_else() -> None:
     target, added = slot_noise(NoiseConfig(), 31, UID, 0, SHAPE)
     assert target is added
     assert np.array_equal(target, rng.normals(31, Stream.NOISE, UID, 0, SHAPE))
-    assert [f"{x.view(np.uint32):08x}" for x in target.flatten()[:4]] == ["3e8c9c40", "3e476e84", "bff79054", "3eab7f83"]
+    assert [f"{x.view(np.uint32):08x}" for x in target.flatten()[:4]] == [
+        "3e8c9c40",
+        "3e476e84",
+        "bff79054",
+        "3eab7f83",
+    ]
     assert not np.array_equal(target, slot_noise(NoiseConfig(), 31, UID, 1, SHAPE)[0])
     assert torch.equal(before[0], torch.get_rng_state())
     assert np.array_equal(before[1], np.random.get_state()[1])
@@ -68,7 +73,7 @@ def test_offset_variance_is_one_plus_its_square() -> None:
     """1 + 0.0357^2 = 1.001274: not renormalised. Measured on an offset large enough to see."""
     draws = [slot_noise(NoiseConfig(offset=0.5), 1, uid, 0, (4, 4, 4))[0] for uid in range(4000)]
     assert np.var(draws) == pytest.approx(1 + 0.5**2, rel=0.03)
-    assert 1 + 0.0357**2 == pytest.approx(1.001274, abs=1e-6)
+    assert pytest.approx(1.001274, abs=1e-6) == 1 + 0.0357**2
 
 
 def test_adaptive_offset_follows_the_latent() -> None:
@@ -87,20 +92,43 @@ def test_input_perturbation_changes_the_input_only() -> None:
     np.testing.assert_allclose(added, target + np.float32(0.1) * extra)
 
 
+def test_another_stream_for_validation() -> None:
+    noise, _ = slot_noise(NoiseConfig(), 31, UID, 0, SHAPE, stream=Stream.VALIDATION_NOISE)
+    assert np.array_equal(noise, rng.normals(31, Stream.VALIDATION_NOISE, UID, 0, SHAPE))
+
+
 @settings(max_examples=20, deadline=None)
-@given(uid=st.integers(0, 2**64 - 1), iterations=st.integers(1, 8))
-def test_multires_keeps_unit_deviation_and_is_coarser(uid: int, iterations: int) -> None:
-    config = NoiseConfig(multires_iterations=iterations, multires_discount=0.8)
-    noise, _ = slot_noise(config, 31, uid, 0, (4, 32, 32))
-    plain, _ = slot_noise(NoiseConfig(), 31, uid, 0, (4, 32, 32))
+@given(
+    uid=st.integers(0, 2**64 - 1),
+    iterations=st.integers(1, 9),
+    discount=st.floats(0.1, 0.9),
+    offset=st.sampled_from([0, 0.1]),
+)
+def test_multires_against_the_loop_it_cites(uid: int, iterations: int, discount: float, offset: float) -> None:
+    """Level by level with its own draws: sizes from one drawn ratio each, stopping at a single row or column."""
+    config = NoiseConfig(multires_iterations=iterations, multires_discount=discount, offset=offset)
+    found, _ = slot_noise(config, 31, uid, 0, (4, 24, 16))
+    words = rng.words(31, Stream.MULTIRES, uid, 0, 12)
+    used = -(-iterations // 4) * 4
+    total = torch.from_numpy(slot_noise(NoiseConfig(offset=offset), 31, uid, 0, (4, 24, 16))[0].copy())[None]
+    upsample = torch.nn.Upsample(size=(24, 16), mode="bilinear")
+    for i in range(iterations):
+        r = float(words[i]) / 2**32 * 2 + 2
+        h, w = max(1, int(24 / r**i)), max(1, int(16 / r**i))
+        level = rng.normals(31, Stream.MULTIRES, uid, 0, (used + 4 * h * w,))[used:].reshape(1, 4, h, w)
+        used += 4 * h * w
+        total = total + upsample(torch.from_numpy(level.copy())) * discount**i
+        if h == 1 or w == 1:
+            break
+    expected = total / total.std()
+    np.testing.assert_allclose(found, expected[0].numpy(), rtol=1e-4, atol=2e-6)
+
+
+def test_multires_is_coarser_with_unit_deviation() -> None:
+    noise, _ = slot_noise(NoiseConfig(multires_iterations=6, multires_discount=0.8), 31, UID, 0, (4, 64, 64))
     assert noise.dtype == np.float32
-    assert noise.std() == pytest.approx(1.0, abs=1e-4)
-
-    def neighbours(x: np.ndarray) -> float:
-        return float((x[:, :, 1:] * x[:, :, :-1]).mean())
-
-    assert neighbours(noise) > neighbours(plain) + 0.05
-    assert np.array_equal(noise, slot_noise(config, 31, uid, 0, (4, 32, 32))[0])
+    assert noise.std(ddof=1) == pytest.approx(1.0, abs=1e-5)
+    assert (noise[:, :, 1:] * noise[:, :, :-1]).mean() > 0.1
 
 
 def test_adding_is_fp32_and_half_differs_as_measured() -> None:
@@ -111,10 +139,46 @@ def test_adding_is_fp32_and_half_differs_as_measured() -> None:
     exact = add_noise(latents, noise, t, alphas)
     assert exact.dtype == torch.float32
     assert exact[:, 0, 0, 0].tolist() == pytest.approx([0.029155, 0.041279], abs=5e-7)
-    half = add_noise(latents, noise, t, alphas, dtype=torch.float16)
+    half = add_noise(latents, noise.half(), t, alphas, dtype=torch.float16)
     assert half.dtype == torch.float16
     assert float(half[0, 0, 0, 0]) == pytest.approx(0.03125, abs=1e-6)
-    assert add_noise(latents, noise, t, alphas, dtype=torch.bfloat16).abs().max() == 0
+    assert add_noise(latents, noise.bfloat16(), t, alphas, dtype=torch.bfloat16).abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "above", "count"), [(torch.float16, 0.01, 8), (torch.bfloat16, 0.05, 12), (torch.bfloat16, 0.01, 52)]
+)
+def test_timesteps_with_a_wrong_sigma_in_half(dtype: torch.dtype, above: float, count: int) -> None:
+    t = torch.arange(1000)
+    zeros, ones = torch.zeros(1000, 1, 1, 1), torch.ones(1000, 1, 1, 1)
+    exact = add_noise(zeros, ones, t, alphas_cumprod()).flatten()
+    rounded = add_noise(zeros, ones.to(dtype), t, alphas_cumprod(), dtype=dtype).flatten().float()
+    assert int(((rounded / exact - 1).abs() > above).sum()) == count
+
+
+@pytest.mark.parametrize("offset", [0.0, 0.0357])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_compute_mode_is_bit_equal_to_diffusers_in_half(dtype: torch.dtype, offset: float) -> None:
+    """What the original called: DDPMScheduler.add_noise on half latents, with half noise or, offset, fp32 noise."""
+    from diffusers import DDPMScheduler
+
+    theirs = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    generator = torch.Generator().manual_seed(3)
+    latents, noise = (torch.randn(1000, 4, 2, 3, generator=generator) for _ in range(2))
+    drawn = as_drawn(noise, NoiseConfig(offset=offset, dtype="compute"), dtype)
+    assert drawn.dtype == (torch.float32 if offset else dtype)
+    t = torch.arange(1000)
+    found = add_noise(latents, drawn, t, alphas_cumprod(), dtype=dtype)
+    expected = theirs.add_noise(latents.to(dtype), drawn, t)
+    assert found.dtype == expected.dtype
+    different = (found != expected).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    # their a_t is a product of fp32 numbers and rounds to the other half number at two timesteps
+    assert set(different) <= ({722, 768} if dtype == torch.float16 else set())
+
+
+def test_fp32_mode_leaves_the_draw_alone() -> None:
+    noise = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+    assert as_drawn(noise, NoiseConfig(), None) is noise
 
 
 @given(t=st.integers(0, 999))
@@ -123,4 +187,6 @@ def test_adding_against_the_formula(t: int) -> None:
     latents = torch.linspace(-3, 3, 64).reshape(1, 4, 4, 4)
     noise = latents.flip(0, 1, 2, 3) * 0.7
     expected = a**0.5 * latents + (1 - a) ** 0.5 * noise
-    torch.testing.assert_close(add_noise(latents, noise, torch.tensor([t]), alphas_cumprod()), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        add_noise(latents, noise, torch.tensor([t]), alphas_cumprod()), expected, rtol=1e-6, atol=1e-6
+    )

@@ -160,14 +160,13 @@ class TileBackward:
 
 def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.Tensor:
     """Weighted loss of each image [B], fp32."""
-    noisy_BCHW = noise.add_noise(
-        part.latents_BCHW,
-        part.input_noise_BCHW,
-        part.timesteps_B,
-        diffusion.alphas_T,
-        dtype=DTYPES[diffusion.precision] if diffusion.noise.dtype == "compute" else None,
-    )
     dtype = DTYPES[diffusion.precision]
+    half = dtype if diffusion.noise.dtype == "compute" and dtype != torch.float32 else None
+    target_noise_BCHW = noise.as_drawn(part.noise_BCHW, diffusion.noise, half)
+    input_noise_BCHW = noise.as_drawn(part.input_noise_BCHW, diffusion.noise, half)
+    noisy_BCHW = noise.add_noise(
+        part.latents_BCHW, input_noise_BCHW, part.timesteps_B, diffusion.alphas_T, dtype=half
+    )
     with torch.autocast(part.latents_BCHW.device.type, dtype, enabled=dtype != torch.float32):
         prediction_BCHW = model(
             noisy_BCHW.to(dtype), part.timesteps_B, part.ids_1_BN77, part.ids_2_BN77, part.size_B6
@@ -175,7 +174,7 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
     return loss.per_image(
         prediction_BCHW.float(),
         part.latents_BCHW,
-        part.noise_BCHW,
+        target_noise_BCHW.float(),
         part.timesteps_B,
         diffusion.alphas_T,
         diffusion.loss,
