@@ -69,6 +69,24 @@ def ends_early(found: str, data: bytes) -> bool:
     return found in endings and endings[found] not in data[-64:]
 
 
+def lacks_end(found: str, data: bytes) -> bool:
+    """Whether the end marker of a JPEG or PNG occurs nowhere behind its start: decoders fill such pictures up in grey.
+
+    Bytes behind the marker are no fault: cameras append whole films.
+    """
+    if found == "png":
+        return data.find(b"IEND\xaeB\x60\x82") < 0
+    return found == "jpeg" and data.find(b"\xff\xd9", _scan_start(data)) < 0
+
+
+def _scan_start(data: bytes) -> int:
+    """Where the first scan of a JPEG begins: a thumbnail in the segments before it has end markers of its own."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        at += 1 if data[at + 1] == 0xFF else 2 + _big(data, at + 2, 2)
+    return at
+
+
 def _boxes_end(data: bytes) -> int:
     """Where the last top-level box of an ISO media file would end."""
     at = 0
