@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -71,7 +71,7 @@ class Making:
 
     scaling: float  # of the VAE
     max_tokens: int = 225
-    crop_conditioning: str = "actual"
+    crop_conditioning: Literal["actual", "kohya", "zero"] = "actual"
 
 
 def batches(index: Index, micro: int) -> Iterator[npt.NDArray[np.int64]]:
