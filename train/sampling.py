@@ -67,7 +67,7 @@ def sample_images(
     encoders = (components.text_encoder, components.text_encoder_2)
     tokens = text.TagTokenizer(components.tokenizer, getattr(components, "tokenizer_2", None))
     images: list[Image.Image] = []
-    with _inference((components.unet, *encoders, components.vae)), _autocast(device, dtype):
+    with without_training((components.unet, *encoders, components.vae)), _autocast(device, dtype):
         for prompt in prompts:
             if stop():
                 break
@@ -261,7 +261,7 @@ def decode(vae: Any, latents_BCHW: Tensor) -> list[Image.Image]:
 
 
 @contextmanager
-def _inference(modules: Sequence[nn.Module]) -> Iterator[None]:
+def without_training(modules: Sequence[nn.Module]) -> Iterator[None]:
     """No gradients, eval mode; the training finds its modules as it left them."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
