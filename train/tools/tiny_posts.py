@@ -9,6 +9,7 @@ show whether a model composes tags or remembers pictures.
 from __future__ import annotations
 
 import datetime
+import itertools
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -146,7 +147,8 @@ def _identity(number: int, count: int) -> dict[str, Any]:
     """Id, dates and state flags: ids and days rise together, so that the year of a post is spread over all ranges."""
     pick = random.Random(f"identity {number} {count}")
     day = _FIRST_DAY + datetime.timedelta(days=number * _DAYS // max(1, count - 1))
-    clock = f"{pick.randrange(24):02d}:{pick.randrange(60):02d}:{pick.randrange(60):02d}.{pick.randrange(1000):03d}-05:00"
+    hour, minute, second, thousandth = (pick.randrange(n) for n in (24, 60, 60, 1000))
+    clock = f"{hour:02d}:{minute:02d}:{second:02d}.{thousandth:03d}-05:00"
     return {
         "id": _FIRST_ID + 7 * number, "created_at": f"{day.isoformat()}T{clock}",
         "is_deleted": number in DELETED, "is_banned": number in BANNED, "is_pending": False, "is_flagged": False,
@@ -158,7 +160,7 @@ def _scores(pick: random.Random, rating: str, skill: float) -> dict[str, Any]:
     """Scores whose quantiles within a rating are those of the knots, because skill is uniform and moved only a bit."""
     share = min(1.0, max(0.0, skill + pick.gauss(0, 0.03)))
     knots = _SCORE_KNOTS[rating]
-    for (low_share, low), (high_share, high) in zip(knots, knots[1:], strict=False):
+    for (low_share, low), (high_share, high) in itertools.pairwise(knots):
         if share <= high_share:
             score = round(low + (high - low) * (share - low_share) / (high_share - low_share))
             break

@@ -6,6 +6,7 @@ size: lower-cased, "</w>" at word ends, "!" is id 0, begin and end are the last 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -33,7 +34,7 @@ def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     while len(merges) < _MERGES:
         pairs: Counter[tuple[str, str]] = Counter()
         for symbols, count in words.items():
-            for pair in zip(symbols, symbols[1:], strict=False):
+            for pair in itertools.pairwise(symbols):
                 pairs[pair] += count
         if not pairs:
             break

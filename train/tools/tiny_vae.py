@@ -110,7 +110,8 @@ def loss_of(vae: AutoencoderKL, pixels_BCHW: torch.Tensor, noise_BCHW: torch.Ten
         F.l1_loss(rebuilt.diff(dim=axis), pixels_BCHW.diff(dim=axis)) for axis in (2, 3)
     )
     variance = posterior.mean.square() + posterior.var - 1 - posterior.logvar
-    return difference.square().mean() + 0.5 * error + 0.25 * edges + _KL_WEIGHT * 0.5 * variance.mean(), float(error.detach())
+    loss = difference.square().mean() + 0.5 * error + 0.25 * edges + _KL_WEIGHT * 0.5 * variance.mean()
+    return loss, float(error.detach())
 
 
 @torch.no_grad()
@@ -153,7 +154,8 @@ def train(updates: int, count: int, peak_lr: float, out: Path) -> None:
             final.load_state_dict(vae.state_dict())
             normalise(final, source)
             weights = {name: value.to(torch.float16).contiguous() for name, value in final.state_dict().items()}
-            write_file(out, deterministic_file(weights, {"modelspec.license": "Apache-2.0", "updates": str(update + 1)}))
+            facts = {"modelspec.license": "Apache-2.0", "updates": str(update + 1)}
+            write_file(out, deterministic_file(weights, facts))
 
 
 if __name__ == "__main__":
