@@ -12,8 +12,8 @@ from train.index import Index
 from train.latents import ShardReader
 from train.models import Networks
 from train.noise import alphas_cumprod
-from train.signals import StopFlag
 from train.sampling import without_training
+from train.signals import StopFlag
 from train.text import TagTokenizer
 from train.tracking import Tracker
 from train.update import Diffusion, Place, image_losses
