@@ -60,7 +60,7 @@ def test_adamw_against_the_formula() -> None:
 
 
 def test_adafactor_against_the_paper() -> None:
-    """The card's arguments: no relative step, no scaling by the parameter, no warmup, no momentum (arXiv 1804.04235)."""
+    """The card's arguments: no relative step, no scaling by the parameter, no warmup, no momentum (1804.04235)."""
     model = network()
     optimizer = optimizer_of(model, settings("adafactor"))
     expected = [p.detach().double().clone() for p in model.parameters()]
@@ -131,17 +131,79 @@ def test_foreign_state_is_refused_by_name(name: str) -> None:
     fill(model, 0)
     optimizer.step()
     good = state_tensors(optimizer, dict(model.named_parameters()))
-    first = next(iter(good))
+    moment = next(key for key in good if key.startswith("0.weight/") and good[key].ndim)
     for bad, word in (
-        ({**good, "other.weight/step": torch.tensor(1)}, "other.weight"),
-        ({**good, "0.weight/momentum": torch.zeros(3)}, "momentum"),
-        ({k: v for k, v in good.items() if not k.startswith("2.bias/")}, "2.bias"),
+        ({**good, "other.weight/step": torch.tensor(1)}, "1 foreign: other.weight/step"),
+        ({**good, "0.weight/momentum": torch.zeros(3)}, "1 foreign: 0.weight/momentum"),
+        ({k: v for k, v in good.items() if not k.startswith("2.bias/")}, "missing: 2.bias/"),
+        ({k: v for k, v in good.items() if k != moment}, f"1 missing: {moment}"),
+        ({**good, moment: torch.zeros(7)}, f"1 of another shape: {moment}"),
     ):
+        fresh = network()
         with pytest.raises(Halt) as caught:
-            load_state_tensors(optimizer_of(network(), config), dict(network().named_parameters()), bad, name=name)
+            load_state_tensors(optimizer_of(fresh, config), dict(fresh.named_parameters()), bad, name=name)
         assert caught.value.code == ExitCode.MISMATCH
         assert word in caught.value.message
-    assert first
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_of_another_optimizer_is_refused(name: str) -> None:
+    model = network()
+    optimizer = optimizer_of(model, settings(name))
+    fill(model, 0)
+    optimizer.step()
+    state = state_tensors(optimizer, dict(model.named_parameters()))
+    other = NAMES[(NAMES.index(name) + 1) % 3]
+    with pytest.raises(Halt, match=f"not the state of optimizer {other}"):
+        load_state_tensors(optimizer_of(network(), settings(other)), dict(model.named_parameters()), state, name=other)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_state_before_the_first_step(name: str) -> None:
+    model = network()
+    optimizer = optimizer_of(model, settings(name))
+    assert state_tensors(optimizer, dict(model.named_parameters())) == {}
+    load_state_tensors(optimizer, dict(model.named_parameters()), {}, name=name)
+    fill(model, 0)
+    optimizer.step()
+
+
+def test_state_keys_and_shapes() -> None:
+    conv = nn.Conv2d(64, 32, 3)
+    for name, expected in (
+        ("adamw", {"step": (), "exp_avg": (32, 64, 3, 3), "exp_avg_sq": (32, 64, 3, 3)}),
+        ("adafactor", {"step": (), "RMS": (), "exp_avg_sq_row": (32, 64, 3), "exp_avg_sq_col": (32, 64, 3)}),
+        (
+            "adamw8bit",
+            {"step": (), "state1": (32, 64, 3, 3), "state2": (32, 64, 3, 3)}
+            | {"qmap1": (256,), "qmap2": (256,), "absmax1": (72,), "absmax2": (72,)},
+        ),
+    ):
+        optimizer = optimizer_of(conv, settings(name))
+        fill(conv, 0)
+        optimizer.step()
+        saved = state_tensors(optimizer, {"conv.weight": conv.weight})
+        assert {key: tuple(value.shape) for key, value in saved.items()} == {
+            f"conv.weight/{key}": shape for key, shape in expected.items()
+        }
+
+
+def test_a_missing_learning_rate_is_refused() -> None:
+    groups = [("unet", list(network().parameters()), 1e-3), ("text_encoder", list(network(1).parameters()), None)]
+    for name in NAMES:
+        with pytest.raises(Halt, match=r"text_encoder has no learning rate"):
+            make_optimizer(groups, settings(name))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_step_leaves_global_generators_alone(name: str) -> None:
+    model = network()
+    optimizer = optimizer_of(model, settings(name))
+    fill(model, 0)
+    before = torch.get_rng_state()
+    clip_grad_norm(model.parameters(), 1.0)
+    optimizer.step()
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_decay_of_matrices_only() -> None:
@@ -176,7 +238,9 @@ def test_clip_is_one_global_norm() -> None:
 def test_unequal_group_rates() -> None:
     model = network()
     parameters = list(model.parameters())
-    optimizer = make_optimizer([("unet", parameters[:2], 1e-3), ("text_encoder", parameters[2:], 1e-4)], settings("adamw"))
+    optimizer = make_optimizer(
+        [("unet", parameters[:2], 1e-3), ("text_encoder", parameters[2:], 1e-4)], settings("adamw")
+    )
     assert [g["lr"] for g in optimizer.param_groups] == [1e-3, 1e-4]
     set_lrs(optimizer, {"unet": 1.0, "text_encoder": 2.0})
     assert [g["lr"] for g in optimizer.param_groups] == [1.0, 2.0]

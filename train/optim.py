@@ -18,20 +18,23 @@ from train.exits import ExitCode, Halt
 
 Groups = Sequence[tuple[str, Sequence[nn.Parameter], float]]  # (name, parameters, peak learning rate)
 
-# State keys of each class; a checkpoint with others is of another optimizer.
-_STATE_KEYS = {
-    "adamw": {"step", "exp_avg", "exp_avg_sq"},
-    "adafactor": {"step", "exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col", "RMS"},
-    "adamw8bit": {"step", "state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2"},
-}
+# bitsandbytes' own defaults, pinned because the saved state's shapes depend on them: parameters below the limit keep
+# fp32 moments, the others one scale per block.
+_MIN_8BIT_VALUES, _BLOCK_8BIT = 4096, 256
 
 
 def make_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
     """The configured optimizer over named groups; `set_lrs` finds them by name.
 
     With `decay: matrices` norms, biases and other vectors are kept out of the weight decay; the recipe's original
-    decayed everything. Raises Halt(USAGE) when bitsandbytes is needed and missing.
+    decayed everything. Raises Halt(USAGE) when bitsandbytes is needed and missing, or a peak learning rate is.
     """
+    if without := [name for name, _, peak in groups if peak is None]:
+        raise Halt(
+            ExitCode.USAGE,
+            f"parameter group {without[0]} has no learning rate: set optimizer.unet_lr or, for "
+            "an encoder, optimizer.text_encoder_lr",
+        )
     parts: list[dict[str, Any]] = []
     for name, parameters, peak in groups:
         for decay, members in _by_decay(parameters, config):
@@ -45,9 +48,7 @@ def make_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.Optim
     return _adamw8bit(parts, config)
 
 
-def _by_decay(
-    parameters: Sequence[nn.Parameter], config: OptimizerConfig
-) -> list[tuple[float, list[nn.Parameter]]]:
+def _by_decay(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[tuple[float, list[nn.Parameter]]]:
     if config.decay == "all" or config.weight_decay == 0:
         return [(config.weight_decay, list(parameters))]
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
@@ -83,7 +84,14 @@ def _adamw8bit(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.op
         raise Halt(
             ExitCode.USAGE, f"optimizer.name adamw8bit needs bitsandbytes, which does not import: {error}"
         ) from error
-    return AdamW8bit(parts, betas=config.betas, eps=_eps(config, 1e-8), weight_decay=config.weight_decay)
+    return AdamW8bit(
+        parts,
+        lr=parts[0]["lr"],
+        betas=config.betas,
+        eps=_eps(config, 1e-8),
+        weight_decay=config.weight_decay,
+        min_8bit_size=_MIN_8BIT_VALUES,
+    )
 
 
 def set_lrs(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
@@ -105,9 +113,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     return norm
 
 
-def state_tensors(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]
-) -> dict[str, torch.Tensor]:
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """`<parameter name>/<state key>` to tensor; host numbers become 0-dim int64 or float64 tensors."""
     tensors: dict[str, torch.Tensor] = {}
     for name, parameter in parameters.items():
@@ -131,30 +137,52 @@ def load_state_tensors(
     name: str,
     source: Path | str = "checkpoint",
 ) -> None:
-    """Put saved state back, exactly; `name` is the config's optimizer.
+    """Put saved state back, exactly; `name` is the config's optimizer. No tensors at all: no step was taken yet.
 
-    Raises Halt(MISMATCH) naming foreign or missing entries: a moment that is silently zero ruins a run slowly.
+    Raises Halt(MISMATCH) naming foreign, missing or misshapen entries: a moment that is silently zero ruins a run
+    slowly.
     """
-    found: dict[str, dict[str, torch.Tensor]] = {}
+    if not tensors:
+        return
+    expected = {
+        f"{owner}/{key}": shape
+        for owner, parameter in parameters.items()
+        for key, shape in _state_shapes(name, parameter).items()
+    }
+    problems = {
+        "foreign": sorted(set(tensors) - set(expected)),
+        "missing": sorted(set(expected) - set(tensors)),
+        "of another shape": sorted(k for k in set(tensors) & set(expected) if tuple(tensors[k].shape) != expected[k]),
+    }
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+            for kind, keys in problems.items()
+            if keys
+        )
+        raise Halt(ExitCode.MISMATCH, f"{source} is not the state of optimizer {name} for this model: {listed}")
+    states: dict[str, dict[str, Any]] = {owner: {} for owner in parameters}
     for full, tensor in tensors.items():
         owner, _, key = full.rpartition("/")
-        found.setdefault(owner, {})[key] = tensor
-    foreign = sorted(set(found) - set(parameters))
-    strange = sorted({key for state in found.values() for key in state} - _STATE_KEYS[name])
-    missing = sorted(set(parameters) - set(found)) if found else []
-    wrong = sorted(
-        owner for owner, state in found.items() for key in ("exp_avg", "exp_avg_sq", "state1")
-        if owner in parameters and key in state and state[key].numel() != parameters[owner].numel()
-    )  # fmt: skip
-    if foreign or strange or missing or wrong:
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"{source} holds no state of optimizer {name} for this model: foreign {(foreign + strange)[:5]}, "
-            f"missing {missing[:5]}, wrong size {wrong[:5]}",
-        )
-    for owner, state in found.items():
-        parameter = parameters[owner]
-        optimizer.state[parameter] = {key: _placed(key, value, parameter) for key, value in state.items()}
+        states[owner][key] = _placed(key, tensor, parameters[owner])
+    for owner, state in states.items():
+        optimizer.state[parameters[owner]] = state
+
+
+def _state_shapes(name: str, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
+    """State key -> shape that optimizer `name` keeps for a parameter after a step; host numbers have shape ()."""
+    shape = tuple(parameter.shape)
+    if name == "adamw":
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    if name == "adafactor":
+        if len(shape) < 2:
+            return {"step": (), "RMS": (), "exp_avg_sq": shape}
+        return {"step": (), "RMS": (), "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
+    moments: dict[str, tuple[int, ...]] = {"step": (), "state1": shape, "state2": shape}
+    if parameter.numel() < _MIN_8BIT_VALUES:
+        return moments
+    blocks = (-(-parameter.numel() // _BLOCK_8BIT),)
+    return moments | {"qmap1": (256,), "qmap2": (256,), "absmax1": blocks, "absmax2": blocks}
 
 
 def _placed(key: str, value: torch.Tensor, parameter: nn.Parameter) -> Any:
