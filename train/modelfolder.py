@@ -28,7 +28,8 @@ FILES = {
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 NAMED = 8  # of a long list of tensors, so many are named
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt",
 )  # fmt: skip
 
 Weights = dict[str, Blob]
@@ -81,7 +82,7 @@ def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_networks(
-    folder: Path, weights: Mapping[str, Blob], configs: sdxl.Configs, *, dtype: str | None = None
+    folder: Path, weights: Mapping[str, Blob], configs: sdxl.Configs, *, dtype: str | None = None, whose: str = ""
 ) -> dict[str, str]:
     """Write configs and weights of every network that `weights` holds, into subfolders; sha256 by relative path."""
     hashes = {}
@@ -93,7 +94,9 @@ def write_networks(
             own = {key: weightfile.cast(blob, dtype, f"{network}.{key}") for key, blob in own.items()}
         (folder / network).mkdir()
         write_json(folder / network / "config.json", without_paths(configs[network]))
-        hashes[f"{network}/{name}"] = weightfile.write(folder / network / name, own, {"format": "pt"})
+        hashes[f"{network}/{name}"] = weightfile.write(
+            folder / network / name, own, {"format": "pt"}, f"{whose}{network}."
+        )
     return hashes
 
 

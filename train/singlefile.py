@@ -42,7 +42,7 @@ def to_folder(
     if logit_scale:
         beside["logit_scale"] = {"dtype": logit_scale.dtype, "hex": logit_scale.read().hex()}
     with modelfolder.new_folder(out) as new:
-        modelfolder.write_networks(new, weights, configs)
+        modelfolder.write_networks(new, weights, configs, whose=f"{file}: ")
         if tokenizers or config:
             modelfolder.copy_tokenizers(Path(str(tokenizers or config)), new)
         modelfolder.write_pipeline(new, configs["scheduler"])

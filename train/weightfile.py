@@ -69,9 +69,11 @@ def refuse_pickle(path: Path) -> None:
     head = b""
     if path.is_file():
         with open(path, "rb") as file:
-            head = file.read(4)
-    # zip archive (torch.save), or the protocol byte of a bare pickle
-    if path.suffix.lower() in PICKLE_SUFFIXES or head[:4] == b"PK\x03\x04" or head[:1] == b"\x80":
+            head = file.read(9)
+    # Zip archive (torch.save), or the protocol byte of a bare pickle; a safetensors header's length may begin with
+    # the same byte, but its ninth is the brace.
+    pickled = head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:] != b"{")
+    if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
         raise Halt(
             ExitCode.MISMATCH,
             f"{path} is a pickle: reading one can run any code. Only .safetensors is read; "
@@ -216,11 +218,11 @@ def finite(piece: memoryview | bytes, dtype: str) -> bool:
     return not bool(((np.frombuffer(piece, dtype=kind) & kind(mask)) == mask).any())
 
 
-def write(path: str | Path, blobs: Mapping[str, Blob], metadata: Mapping[str, str]) -> str:
+def write(path: str | Path, blobs: Mapping[str, Blob], metadata: Mapping[str, str], whose: str = "") -> str:
     """Write and fsync `path`, which must not exist; the sha256 of its bytes, taken on the way out.
 
     Mode by umask (the library's writer leaves 0600). Raises Halt(MISMATCH) at a weight that is not finite, naming
-    its tensor; OSError. The caller removes what a failure leaves.
+    its tensor after `whose`; OSError. The caller removes what a failure leaves.
     """
     # Widest element first: with the header padded to 8 every tensor lies at a multiple of its element size.
     order = sorted(blobs, key=lambda name: (-ITEM_BYTES[blobs[name].dtype], name))
@@ -233,7 +235,7 @@ def write(path: str | Path, blobs: Mapping[str, Blob], metadata: Mapping[str, st
         for name in order:
             for piece in blobs[name].pieces():
                 if not finite(piece, blobs[name].dtype):
-                    raise Halt(ExitCode.MISMATCH, f"{name} holds weights that are not finite (NaN or infinity)")
+                    raise Halt(ExitCode.MISMATCH, f"{whose}{name} holds weights that are not finite (NaN or infinity)")
                 digest.update(piece)
                 write_all(fd, piece)
         os.fsync(fd)
