@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from train.exits import ExitCode, Halt
+from train.memory import STEPS_OF_MODE
 
 # Cumulative: step n keeps the activations of every block named in the first n entries, and recomputes the others.
 # The order is finest gain first; all but the last entry gain nearly the same memory per recomputed FLOP.
@@ -20,7 +21,6 @@ CHECKPOINT_STEPS: tuple[tuple[str, ...], ...] = (
     ("down_blocks.1", "up_blocks.1"),
     ("down_blocks.0", "up_blocks.2"),
 )
-PARTIAL_STEPS = 3  # what `partial` means: every 1280-channel block is kept, 8 % recomputed instead of 26 %
 MODES = ("full", "partial", "none", "auto")
 
 
@@ -30,15 +30,14 @@ def exempt_steps_of(mode: str, exempt_steps: int | None = None) -> int:
     `auto` must have been resolved by the caller (`train.memory.choose`), because only it knows the free memory.
     Raises Halt(USAGE) on an unknown mode, an unresolved auto, or a count outside 0..5.
     """
-    fixed = {"full": 0, "none": len(CHECKPOINT_STEPS)}
-    if mode in fixed:
-        return fixed[mode]
+    if mode in ("full", "none"):
+        return STEPS_OF_MODE[mode]
     if mode not in MODES:
         raise Halt(ExitCode.USAGE, f"model.gradient_checkpointing is {mode!r}; choose one of {', '.join(MODES)}")
     if exempt_steps is None:
         if mode == "auto":
             raise Halt(ExitCode.USAGE, "model.gradient_checkpointing: auto was not resolved to a number of steps")
-        return PARTIAL_STEPS
+        return STEPS_OF_MODE["partial"]  # every 1280-channel block is kept: 8 % recomputed instead of 26 %
     if not 0 <= exempt_steps <= len(CHECKPOINT_STEPS):
         raise Halt(ExitCode.USAGE, f"checkpointing steps must be 0..{len(CHECKPOINT_STEPS)}, not {exempt_steps}")
     return exempt_steps

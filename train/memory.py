@@ -24,6 +24,7 @@ PARAMETERS = {
 }
 UNUSED_TEXT_PARAMETERS = 7_089_408  # encoder 1's last layer and final norm: its output is not read, so never trained
 ALL_STEPS = 5  # checkpointing steps that exempt everything (train.checkpointing.CHECKPOINT_STEPS)
+STEPS_OF_MODE = {"full": 0, "partial": 3, "none": ALL_STEPS}
 
 # FLOPs of one image: (1, L, L^2, context, context * L)
 _FORWARD = (49_807_360, 5_785_927_680, 716_800, 681_574_400, 409_600)
@@ -242,8 +243,8 @@ def predict(
 
 
 def largest(buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """The bucket of the greatest area: what memory is planned for."""
-    return max(buckets, key=lambda bucket: (bucket[0] * bucket[1], bucket))
+    """The bucket of the greatest area, the most square of equals: what memory is planned for."""
+    return max(buckets, key=lambda bucket: (bucket[0] * bucket[1], -abs(bucket[0] - bucket[1]), bucket))
 
 
 def choose(
@@ -300,3 +301,16 @@ def _advice(setup: Setup, exempt_steps: int | None, split: int | None) -> str:
     if setup.trains_text:
         changes.append("model.train_text_encoders: false")
     return "try " + ", ".join(changes)
+
+
+def settle(config: Any, free_bytes: int, buckets: Sequence[tuple[int, int]], world: int = 1) -> Choice:
+    """`choose` with what a stage config leaves open: `auto` in model.gradient_checkpointing and batch.split."""
+    mode, split = config.model.gradient_checkpointing, config.batch.split
+    return choose(
+        setup_of(config, world),
+        free_bytes,
+        buckets,
+        config.batch.micro,
+        exempt_steps=None if mode == "auto" else STEPS_OF_MODE[mode],
+        split=None if isinstance(split, str) else split,
+    )

@@ -60,7 +60,9 @@ def find_gpu(name: str | None, memory_gib: float | None) -> tuple[Gpu, str]:
     if name is not None:
         known = {n.lower(): n for n in GPUS} | {alias.lower(): target for alias, target in _ALIASES.items()}
         if name.lower() not in known:
-            raise Halt(ExitCode.USAGE, f"--gpu {name} is unknown; known: {', '.join(GPUS)} (and --memory-gib for others)")
+            raise Halt(
+                ExitCode.USAGE, f"--gpu {name} is unknown; known: {', '.join(GPUS)} (and --memory-gib for others)"
+            )
         gpu, how = GPUS[known[name.lower()]], "given"
     elif (present := _present()) is not None:
         gpu, how = present, "present"
@@ -104,7 +106,9 @@ def find_speed(
         if name.split("-")[0] in gpu.name:
             return Speed(by_stage[trains_text], "expected, nobody has measured it: eager kernels, full checkpointing")
     images = gpu.peak_tflops * 1e12 * _EXPECTED_MFU / flops_per_image
-    return Speed(images, f"guess: {_EXPECTED_MFU:.0%} of {gpu.peak_tflops:g} TFLOP/s; measure with scripts/bench.py gpu")
+    return Speed(
+        images, f"guess: {_EXPECTED_MFU:.0%} of {gpu.peak_tflops:g} TFLOP/s; measure with scripts/bench.py gpu"
+    )
 
 
 def _from_bench(path: Path, stage: str, bench_stage: int) -> Speed:
@@ -118,4 +122,6 @@ def _from_bench(path: Path, stage: str, bench_stage: int) -> Speed:
     # The reference rows are other trainers' settings, not something this configuration could run at.
     ours = [row for row in timed if not str(row["name"]).startswith("ref_")] or timed
     best = max(ours, key=lambda row: float(row["images_per_s"]))
-    return Speed(float(best["images_per_s"]), f"measured: {best['name']} in {path.name}, {best.get('gpu', 'GPU unnamed')}")
+    return Speed(
+        float(best["images_per_s"]), f"measured: {best['name']} in {path.name}, {best.get('gpu', 'GPU unnamed')}"
+    )

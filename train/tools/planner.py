@@ -11,9 +11,313 @@ from typing import Any
 
 from train import memory, schedule
 from train.buckets import make_buckets
-from train.checkpointing_modes import MODE_OF_STEPS
 from train.config import StageConfig, config_hash
 from train.exits import ExitCode, Halt
-from train.memory import GIB, Choice, Setup
+from train.memory import GIB, Prediction, Setup
 from train.plan import Plan, merge_small_buckets, tiles_per_update
-from train.tools.plan_machines import IMPLIED_BY_CARD, Gpu, Speed, find_gpu, find_speed
+from train.tools.plan_machines import IMPLIED_BY_CARD, Gpu, find_gpu, find_speed
+
+MODES = (
+    "full",
+    "off mid",
+    "off mid, down 2",
+    "off 1280 channels",
+    "off 1280 and 640 channels",
+    "none",
+)  # by exempt steps
+# Images of a selection that is not prepared here, by (data.path's folder name, stage).
+_CARD_IMAGES = {
+    ("animagine31", "pretrain"): (873_504, "assumed: card"),
+    ("animagine31_as_run", "pretrain"): (873_504, "assumed: card"),
+    ("animagine30", "pretrain"): (1_271_990, "assumed: card"),
+    ("animagine31", "ft1"): (13_680, "assumed: unpublished; between 2,000 and 15,000 is likely"),
+    ("animagine31", "ft2"): (13_680, "assumed: unpublished; between 2,000 and 15,000 is likely"),
+}
+EXPORT_BYTES = 2 * 6_940_000_000  # fp16 single file and folder; fp32 twice that
+TABLE_ROWS = 11
+
+
+@dataclass(frozen=True)
+class Request:
+    """What plan.py was asked beside the config."""
+
+    updates: tuple[int, ...] = ()
+    images: int | None = None
+    gpu: str | None = None
+    memory_gib: float | None = None
+    world: int = 1
+    images_per_s: float | None = None
+    bench: Path | None = None
+    price_per_hour: float | None = None
+
+
+@dataclass(frozen=True)
+class Images:
+    """The selection to plan for; `buckets` is None where only a count is known."""
+
+    count: int
+    source: str
+    buckets: dict[tuple[int, int], int] | None
+    plan: Plan | None
+
+
+def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
+    """The whole plan as JSON values. `memory.fits` is False when it cannot run; the caller turns that into exit 7.
+
+    Raises Halt(MISMATCH) for a dataset that is not prepared and whose size nobody gave, or for a number of
+    processes that cannot share the tiles; Halt(USAGE) for updates outside the run.
+    """
+    tiles, accumulation = tiles_per_update(config.batch.micro, config.batch.effective, request.world)
+    images = find_images(config, request.images)
+    per_epoch, total = _lengths(config, images)
+    cycle = schedule.cycle_length(config.schedule, images=images.count, effective=config.batch.effective)
+    restarts = config.schedule.name == "cosine_restarts"
+    schedule.check(config.schedule, _peak_keys(config), cycle_updates=cycle, total_updates=total, epochs=config.epochs)
+    gpu, how = find_gpu(request.gpu, request.memory_gib)
+    setup = memory.setup_of(config, request.world)
+    return {
+        "stage": config.stage,
+        "config_hash": config_hash(config),
+        "images": images.count,
+        "images_source": images.source,
+        "epochs": config.epochs,
+        "batch": {
+            "micro": config.batch.micro,
+            "accumulation": accumulation,
+            "processes": request.world,
+            "effective": config.batch.effective,
+            "tiles_per_update": tiles,
+        },
+        "updates_per_epoch": per_epoch,
+        "total_updates": total,
+        "image_visits": total * config.batch.effective,
+        "buckets": _bucket_report(config, images),
+        "schedule": {
+            "name": config.schedule.name,
+            "cycle_updates": cycle if restarts else None,
+            "unit": config.schedule.unit,
+        },
+        "lr": [lr_row(config, update, cycle) for update in _rows(request.updates, total, cycle if restarts else total)],
+        "memory": memory_report(config, request.world, images, gpu, how),
+        "disk": _disk_report(config, setup, images, per_epoch, total),
+        "time": _time_report(config, setup, images, request, gpu, total),
+    }
+
+
+def find_images(config: StageConfig, given: int | None) -> Images:
+    """The prepared selection, else the number given, else the card's for its own configs.
+
+    Raises Halt(MISMATCH) naming both ways out when there is none of these.
+    """
+    if given is not None:
+        if given < 1:
+            raise Halt(ExitCode.USAGE, f"--images is {given}, must be at least 1")
+        return Images(given, "--images", None, None)
+    folder = Path(config.data.path)
+    if (folder / "dataset.json").is_file():
+        return _prepared(config)
+    known = _CARD_IMAGES.get((folder.name, config.stage))
+    if known is None:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"data.path {folder} is not a prepared dataset: run scripts/prepare.py all --config <dataset.yaml>, "
+            "or plan for a number of images with --images N",
+        )
+    return Images(*known, None, None)
+
+
+def _prepared(config: StageConfig) -> Images:
+    from train.index import Index  # needs pyarrow, which a plan for a bare number does not
+
+    index = Index.open(config.data.path, config.selection)
+    if config.validation.share:
+        from train.validation import held_out
+
+        index = index.select(~held_out(index.uids, config.validation.share))
+    plan = Plan(
+        index.uids,
+        index.bucket_w,
+        index.bucket_h,
+        seed=config.seed,
+        tile_images=config.batch.micro,
+        tiles_per_update=config.tiles_per_update,
+        epochs=config.epochs,
+        remainder=config.batch.remainder,
+        max_updates=config.max_updates,
+    )
+    counts = Counter(zip(index.bucket_w.tolist(), index.bucket_h.tolist(), strict=True))
+    return Images(len(index), f"dataset {config.data.path}", dict(sorted(counts.items())), plan)
+
+
+def _lengths(config: StageConfig, images: Images) -> tuple[int, int]:
+    """(updates per epoch, updates in all); without bucket counts as if no tile were short."""
+    if images.plan is not None:
+        return images.plan.updates_per_epoch, images.plan.total_updates
+    per_epoch = images.count // config.batch.effective
+    if per_epoch == 0:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{images.count} images do not fill one update of batch.effective {config.batch.effective}",
+        )
+    total = per_epoch * config.epochs
+    return per_epoch, min(total, config.max_updates) if config.max_updates is not None else total
+
+
+def _peak_keys(config: StageConfig) -> dict[str, float]:
+    peaks = {"optimizer.unet_lr": config.optimizer.unet_lr}
+    if config.optimizer.text_encoder_lr is not None:
+        peaks["optimizer.text_encoder_lr"] = config.optimizer.text_encoder_lr
+    return peaks
+
+
+def _rows(asked: Sequence[int], total: int, cycle: int) -> list[int]:
+    """Updates to tabulate: those asked for, else an even spread with the restarts' first updates."""
+    outside = [update for update in asked if not 0 <= update < total]
+    if outside:
+        raise Halt(ExitCode.USAGE, f"--updates {outside[0]} is outside the run's 0..{total - 1}")
+    if asked:
+        return list(asked)
+    spread = {round(i * (total - 1) / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)}
+    restarts = {cycle * c for c in range(1, min(total // cycle, TABLE_ROWS) + 1)}
+    return sorted(update for update in spread | restarts | {0, 1} if update < total)
+
+
+def lr_row(config: StageConfig, update: int, cycle: int) -> dict[str, Any]:
+    """Learning rates of one update (its 0-based number = updates applied before it) and its restart cycle."""
+    rates = {
+        key.removeprefix("optimizer."): schedule.lr_at(update, peak=peak, config=config.schedule, cycle_updates=cycle)
+        for key, peak in _peak_keys(config).items()
+    }
+    row: dict[str, Any] = {"update": update, "lr": rates["unet_lr"], **rates}
+    if config.schedule.name == "cosine_restarts":
+        ticks = update * (config.schedule.processes if config.schedule.unit == "process_step" else 1)
+        row["cycle"] = ticks // cycle
+    return row
+
+
+def _bucket_report(config: StageConfig, images: Images) -> dict[str, Any]:
+    """Images per bucket, what must be merged first, and what an epoch drops."""
+    if images.buckets is None:
+        return {"images": None, "to_merge": None, "dropped_per_epoch": None, "note": "needs the prepared dataset"}
+    final = merge_small_buckets(images.buckets, config.batch.min_bucket or config.batch.micro)
+    micro = config.batch.micro
+    drop = config.batch.remainder == "drop"
+    return {
+        "images": {_name(bucket): count for bucket, count in images.buckets.items()},
+        "to_merge": {_name(bucket): _name(target) for bucket, target in final.items() if bucket != target},
+        "dropped_per_epoch": sum(count % micro for count in images.buckets.values()) if drop else 0,
+    }
+
+
+def memory_report(config: StageConfig, world: int, images: Images, gpu: Gpu, how: str) -> dict[str, Any]:
+    """Peak memory by part for the mode in force, and the total of every mode, on one card."""
+    report: dict[str, Any] = {"gpu": gpu.name, "gpu_source": how, "free_gib": gpu.free_gib}
+    if (size := _foreign_size(config.model.init_from)) is not None:
+        return report | {"fits": None, "note": f"predicted for full-size SDXL only; this model's blocks are {size}"}
+    setup = memory.setup_of(config, world)
+    buckets = list(images.buckets or make_buckets())
+    split = config.batch.split
+    at_once = config.batch.micro // (1 if isinstance(split, str) else split)
+    bucket = memory.largest(buckets)
+    report |= {
+        "usable_share": memory.USABLE_SHARE,
+        "largest_bucket": _name(bucket),
+        "modes": {
+            name: _gib(
+                memory.predict(setup, bucket, at_once, exempt, text_checkpointing=exempt < memory.ALL_STEPS).total
+            )
+            for exempt, name in enumerate(MODES)
+        },
+        "modes_images_at_once": at_once,
+        "activation_bytes_per_image": {
+            _name(b): [memory.kept_bytes(*b, exempt, setup)[0] for exempt in range(len(MODES))] for b in buckets
+        },
+    }
+    try:
+        choice = memory.settle(config, int(gpu.free_gib * GIB), buckets, world)
+    except Halt as halt:
+        return report | {"fits": False, "problem": halt.message}
+    return report | {
+        "fits": True,
+        "checkpointing": MODES[choice.exempt_steps],
+        "split": choice.split,
+        "images_at_once": config.batch.micro // choice.split,
+        "text_encoders_checkpointed": choice.text_checkpointing if setup.trains_text else None,
+        "parts_gib": _parts(choice.prediction),
+        "total_gib": _gib(choice.prediction.total),
+        "assumed": "0.25 GiB per image recomputed and 2 GiB workspace are estimates; the rest is counted",
+    }
+
+
+def _foreign_size(init_from: str) -> list[int] | None:
+    """Channels of the U-Net to start from when it lies here and is not SDXL's size, else None."""
+    for folder in (Path(init_from), Path(init_from) / "model"):
+        file = folder / "unet" / "config.json"
+        if file.is_file():
+            channels = list(json.loads(file.read_text()).get("block_out_channels", []))
+            return None if channels == [320, 640, 1280] else channels
+    return None
+
+
+def _parts(prediction: Prediction) -> dict[str, float]:
+    return {name: _gib(size) for name, size in asdict(prediction).items()}
+
+
+def _disk_report(config: StageConfig, setup: Setup, images: Images, per_epoch: int, total: int) -> dict[str, Any]:
+    """Bytes of the latent cache, the run's checkpoints at their most, and the export."""
+    counts = images.buckets or {memory.largest(make_buckets()): images.count}
+    latents = sum(count * 2 * 4 * (width // 8) * (height // 8) for (width, height), count in counts.items())
+    one = memory.checkpoint_bytes(setup)
+    every = config.checkpoint.permanent_every_steps or max(1, per_epoch)
+    permanent = total // every
+    return {
+        "latents_bytes": latents,
+        "latents_note": "16 bit" if images.buckets else "16 bit, all images at 1024x1024",
+        "checkpoint_bytes": one,
+        "checkpoints_at_most": config.checkpoint.keep + 1 + permanent,
+        "permanent_checkpoints": permanent,
+        "checkpoints_bytes": one * (config.checkpoint.keep + 1 + permanent),
+        "export_bytes": EXPORT_BYTES * (2 if config.export.dtype == "fp32" else 1),
+    }
+
+
+def _time_report(
+    config: StageConfig, setup: Setup, images: Images, request: Request, gpu: Gpu, total: int
+) -> dict[str, Any]:
+    """Hours, use of the card and cost, with the origin of the speed they rest on."""
+    counts = images.buckets or {(1024, 1024): 1}
+    useful = sum(memory.image_flops(setup, *bucket) * count for bucket, count in counts.items()) // sum(counts.values())
+    speed = find_speed(
+        gpu,
+        config.stage,
+        trains_text=setup.trains_text,
+        flops_per_image=useful,
+        given=request.images_per_s,
+        bench=request.bench,
+    )
+    visits = total * config.batch.effective
+    gpu_hours = visits / speed.images_per_s / 3600
+    report: dict[str, Any] = {
+        "images_per_s_per_gpu": speed.images_per_s,
+        "source": speed.source,
+        "wall_hours": gpu_hours / request.world,
+        "gpu_hours": gpu_hours,
+        "tflop_per_image": useful / 1e12,
+        "mfu": speed.images_per_s * useful / (gpu.peak_tflops * 1e12),
+        "peak_tflops": gpu.peak_tflops,
+        "peak_source": gpu.peak_source,
+    }
+    if setup.trains_text and gpu.name.startswith("A100"):
+        report["original_images_per_s_per_gpu"] = IMPLIED_BY_CARD
+    if request.price_per_hour is not None:
+        report["cost"] = gpu_hours * request.price_per_hour
+        report["price_per_gpu_hour"] = request.price_per_hour
+    return report
+
+
+def _gib(size: int) -> float:
+    return round(size / GIB, 2)
+
+
+def _name(bucket: tuple[int, int]) -> str:
+    return f"{bucket[0]}x{bucket[1]}"

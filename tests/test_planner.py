@@ -1,0 +1,200 @@
+"""plan.py: learning rates of the recipe to all digits, whole plans for the shipped configs, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.config import StageConfig, load_stage
+from train.exits import ExitCode, Halt
+from train.plan import Plan
+from train.tools import plan_machines, planner
+from train.tools.planner import Images, Request
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+UPDATES = (0, 1, 4549, 4550, 9098, 9099, 90989)
+A100 = Request(gpu="A100")
+
+
+def stage(name: str, *overrides: str) -> StageConfig:
+    return load_stage([CONFIGS / name], overrides)
+
+
+@pytest.mark.parametrize(
+    ("config", "rates", "cycles"),
+    [
+        (
+            "pretrain.yaml",
+            (
+                "1e-06",
+                "9.99999973e-06",
+                "5.50077685e-06",
+                "5.49922315e-06",
+                "1.00000027e-06",
+                "9e-06",
+                "1.00000009e-06",
+            ),
+            (0, 0, 0, 0, 0, 1, 9),
+        ),
+        (
+            "as_run/pretrain.yaml",
+            (
+                "1e-06",
+                "9.99999893e-06",
+                "1.00000027e-06",
+                "8.99999976e-06",
+                "1.00000095e-06",
+                "8.1e-06",
+                "1.00000004e-06",
+            ),
+            (0, 0, 0, 1, 1, 2, 19),
+        ),
+    ],
+)
+def test_learning_rates_of_the_recipe(config: str, rates: tuple[str, ...], cycles: tuple[int, ...]) -> None:
+    plan = planner.plan_stage(stage(config), Request(updates=UPDATES, gpu="A100"))
+    assert plan["images"] == 873_504
+    assert plan["images_source"] == "assumed: card"
+    assert plan["updates_per_epoch"] == 9_099
+    assert plan["total_updates"] == 90_990
+    assert [f"{row['lr']:.9g}" for row in plan["lr"]] == list(rates)
+    assert [row["text_encoder_lr"] for row in plan["lr"]] == [row["unet_lr"] for row in plan["lr"]]
+    assert [row["cycle"] for row in plan["lr"]] == list(cycles)
+
+
+def test_command_line_prints_one_json_object() -> None:
+    command = [sys.executable, "scripts/plan.py", "--config", "configs/pretrain.yaml", "--json", "--gpu", "A100"]
+    done = subprocess.run([*command, "--updates", "0,9099"], cwd=ROOT, capture_output=True, text=True, check=True)
+    plan = json.loads(done.stdout)
+    assert [row["lr"] for row in plan["lr"]] == pytest.approx([1e-6, 9e-6])
+    assert plan["memory"]["fits"] is True
+    no_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train.tools.planner, train.tools.plan_page; "
+    no_torch += "sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", no_torch], check=False).returncode == 0
+
+
+def test_what_does_not_fit_exits_7_with_the_plan_printed(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/plan.py", "--config", "configs/ft1.yaml", "--json", "--gpu", "4090"]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "o")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ExitCode.MISMATCH
+    assert "batch.split: auto" in done.stderr
+    plan = json.loads(done.stdout)
+    assert plan == json.loads((tmp_path / "o" / "plan.json").read_text())
+    assert (plan["memory"]["fits"], plan["memory"]["modes"]["full"]) == (False, pytest.approx(65.3, abs=0.1))
+    assert (tmp_path / "o" / "lr.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_finetune_plan() -> None:
+    plan = planner.plan_stage(stage("ft1.yaml"), Request(images=13_680, gpu="H200", updates=(0, 1, 50, 99, 100)))
+    assert (plan["updates_per_epoch"], plan["total_updates"]) == (285, 2_850)
+    assert [row["lr"] for row in plan["lr"]] == pytest.approx([0, 2e-8, 1e-6, 1.98e-6, 2e-6])
+    assert plan["batch"] == {"micro": 48, "accumulation": 1, "processes": 1, "effective": 48, "tiles_per_update": 1}
+    assert plan["disk"]["checkpoint_bytes"] == pytest.approx(11.3e9, rel=0.01)
+    assert planner.plan_stage(stage("ft2.yaml"), Request(images=13_680, gpu="A100"))["total_updates"] == 4_275
+
+
+def test_time_cost_and_their_origin(tmp_path: Path) -> None:
+    given = planner.plan_stage(
+        stage("pretrain.yaml"), Request(gpu="A100", world=2, images_per_s=3.37, price_per_hour=2.0)
+    )
+    assert given["time"]["source"] == "given"
+    assert given["time"]["gpu_hours"] == pytest.approx(720, rel=0.001)  # the card's 15 days on two cards
+    assert given["time"]["wall_hours"] == pytest.approx(360, rel=0.001)
+    assert given["time"]["cost"] == pytest.approx(1440, rel=0.001)
+    assert given["time"]["mfu"] == pytest.approx(0.235, abs=0.001)
+    rows = [
+        {"name": "ref_sdscripts", "stage": 1, "images_per_s": 20.0},
+        {"name": "plain", "stage": 1, "images_per_s": 6.0, "gpu": "Card"},
+        {"name": "cl", "stage": 1, "images_per_s": 8.0, "gpu": "Card"},
+        {"name": "cl", "stage": 2, "images_per_s": 9.0},
+        {"name": "none_8", "stage": 1, "images_per_s": None},
+    ]
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps({"variants": rows}))
+    measured = planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))["time"]
+    assert (measured["images_per_s_per_gpu"], measured["source"]) == (8.0, "measured: cl in bench.json, Card")
+    expected = planner.plan_stage(stage("pretrain.yaml"), A100)["time"]
+    assert "nobody has measured" in expected["source"]
+    assert "guess" in planner.plan_stage(stage("pretrain.yaml"), Request(gpu="L40S", memory_gib=79))["time"]["source"]
+    bench.write_text("[]")
+    with pytest.raises(Halt, match=r"--bench"):
+        planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))
+
+
+def test_memory_by_part_and_mode() -> None:
+    report = planner.plan_stage(stage("pretrain.yaml"), A100)["memory"]
+    assert report["total_gib"] == pytest.approx(67, abs=0.6)
+    assert sum(report["parts_gib"].values()) == pytest.approx(report["total_gib"], abs=0.05)
+    assert report["modes"]["off mid, down 2"] == pytest.approx(109, abs=0.6)
+    assert len(report["activation_bytes_per_image"]) == 33
+    assert report["activation_bytes_per_image"]["1024x1024"][0] == 662_618_752
+    assert report["activation_bytes_per_image"]["832x1216"][5] == 8_516_973_312
+    auto = stage("pretrain.yaml", "model.gradient_checkpointing=auto", "batch.split=auto")
+    chosen = planner.plan_stage(auto, Request(gpu="H200"))["memory"]
+    assert (chosen["checkpointing"], chosen["split"], chosen["images_at_once"]) == ("none", 2, 8)
+
+
+def test_prepared_buckets_are_counted_merged_and_dropped() -> None:
+    counts = {(832, 1216): 40, (1024, 1024): 21, (1216, 832): 3}
+    widths = np.repeat([b[0] for b in counts], list(counts.values()))
+    heights = np.repeat([b[1] for b in counts], list(counts.values()))
+    config = stage("pretrain.yaml", "batch.micro=4", "batch.effective=8", "batch.remainder=drop")
+    plan = Plan(np.arange(64), widths, heights, seed=1, tile_images=4, tiles_per_update=2, epochs=10, remainder="drop")
+    images = Images(64, "here", counts, plan)
+    report = planner._bucket_report(config, images)
+    assert report["images"] == {"832x1216": 40, "1024x1024": 21, "1216x832": 3}
+    assert report["to_merge"] == {"1216x832": "1024x1024"}
+    assert report["dropped_per_epoch"] == 0 + 1 + 3
+    assert planner._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (7, 75)
+    disk = planner._disk_report(config, planner.memory.setup_of(config), images, 7, 75)
+    assert disk["latents_bytes"] == 8 * (104 * 152 * 43 + 128 * 128 * 21)
+    assert disk["permanent_checkpoints"] == 10
+
+
+def test_a_small_model_gets_no_prediction(tmp_path: Path) -> None:
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"block_out_channels": [32, 32, 64]}')
+    config = stage("pretrain.yaml", f"model.init_from={tmp_path}")
+    report = planner.plan_stage(config, A100)["memory"]
+    assert report["fits"] is None
+    assert "[32, 32, 64]" in report["note"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "request_", "code", "text"),
+    [
+        (["data.path=data/mine"], A100, ExitCode.MISMATCH, "--images"),
+        ([], Request(images=50, gpu="A100"), ExitCode.MISMATCH, "batch.effective"),
+        ([], Request(images=0, gpu="A100"), ExitCode.USAGE, "--images"),
+        ([], Request(gpu="Voodoo2"), ExitCode.USAGE, "A100-80GB"),
+        ([], Request(gpu="A100", world=4), ExitCode.MISMATCH, "valid numbers of processes are 1, 2, 3, 6"),
+        ([], Request(gpu="A100", updates=(90_990,)), ExitCode.USAGE, r"0\.\.90989"),
+        ([], Request(gpu="A100", images_per_s=0.0), ExitCode.USAGE, "--images-per-s"),
+        (["epochs=30"], A100, ExitCode.USAGE, "min_lr"),
+    ],
+)
+def test_refusals(overrides: list[str], request_: Request, code: ExitCode, text: str) -> None:
+    with pytest.raises(Halt, match=text) as halt:
+        planner.plan_stage(stage("pretrain.yaml", *overrides), request_)
+    assert halt.value.code == code
+
+
+def test_gpu_names_and_the_one_present(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert plan_machines.find_gpu("h200", None)[0].free_gib == 139
+    assert plan_machines.find_gpu("A100", 38.5)[0].free_gib == 38.5
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 23552'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
+    gpu, how = plan_machines.find_gpu(None, None)
+    assert (gpu.name, gpu.free_gib, gpu.peak_tflops, how) == ("NVIDIA GeForce RTX 4090", 23.0, 165, "present")
+    tool.write_text("#!/bin/sh\nexit 9\n")
+    assert plan_machines.find_gpu(None, None)[1].startswith("assumed")
