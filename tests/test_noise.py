@@ -92,11 +92,6 @@ def test_input_perturbation_changes_the_input_only() -> None:
     np.testing.assert_allclose(added, target + np.float32(0.1) * extra)
 
 
-def test_another_stream_for_validation() -> None:
-    noise, _ = slot_noise(NoiseConfig(), 31, UID, 0, SHAPE, stream=Stream.VALIDATION_NOISE)
-    assert np.array_equal(noise, rng.normals(31, Stream.VALIDATION_NOISE, UID, 0, SHAPE))
-
-
 @settings(max_examples=20, deadline=None)
 @given(
     uid=st.integers(0, 2**64 - 1),

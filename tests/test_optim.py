@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
+from train import tensorfile
 from train.config import OptimizerConfig
 from train.exits import ExitCode, Halt
 from train.optim import clip_grad_norm, load_state_tensors, make_optimizer, set_lrs, state_tensors
@@ -90,7 +93,7 @@ def test_adafactor_against_the_paper() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_saved_state_continues_bit_by_bit(name: str) -> None:
+def test_saved_state_continues_bit_by_bit(name: str, tmp_path: Path) -> None:
     config = settings(name, weight_decay=0.01)
     straight, other = network(), network(7)
     names = [n for n, _ in straight.named_parameters()]
@@ -98,7 +101,8 @@ def test_saved_state_continues_bit_by_bit(name: str) -> None:
     for step in range(3):
         fill(straight, step)
         optimizer.step()
-    saved = {k: v.clone() for k, v in state_tensors(optimizer, dict(straight.named_parameters())).items()}
+    tensorfile.write(tmp_path / "optimizer.safetensors", state_tensors(optimizer, dict(straight.named_parameters())))
+    saved = load_file(tmp_path / "optimizer.safetensors")
     other.load_state_dict(straight.state_dict())
     resumed = optimizer_of(other, config)
     load_state_tensors(resumed, dict(other.named_parameters()), saved, name=name)

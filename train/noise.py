@@ -43,14 +43,13 @@ def slot_noise(
     shape: Sequence[int],
     *,
     latent_mean: npt.NDArray[np.floating] | None = None,
-    stream: Stream = Stream.NOISE,
 ) -> tuple[F32, F32]:
     """(noise of the target, noise that is added), both float32 [C,H,W]; they differ with input perturbation only.
 
     `shape` is (C,H,W); `latent_mean` [C], of the scaled latent, is read by the adaptive offset. Offset before
     multi-resolution, as in the original trainer.
     """
-    noise = rng.normals(seed, stream, uid, epoch, shape)
+    noise = rng.normals(seed, Stream.NOISE, uid, epoch, shape)
     if config.offset or config.offset_adaptive:
         noise = noise + _offset(config, seed, uid, epoch, shape, latent_mean)
     if config.multires_iterations:
