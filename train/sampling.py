@@ -249,10 +249,10 @@ def decode(vae: Any, latents_BCHW: Tensor) -> list[Image.Image]:
     stored = next(vae.parameters()).dtype
     used = torch.float32 if stored == torch.float16 and vae.config.get("force_upcast") else stored
     with torch.autocast(latents_BCHW.device.type, enabled=False):
-        vae.to(used)
+        nn.Module.to(vae, used)  # past the library's own .to, which warns at every dtype
         scaled_BCHW = (latents_BCHW / vae.config.scaling_factor).to(used)
         pixels_B3hw = vae.decode(scaled_BCHW, return_dict=False)[0].float()
-        vae.to(stored)  # exact: fp16 to fp32 and back
+        nn.Module.to(vae, stored)  # exact: fp16 to fp32 and back
     if not torch.isfinite(pixels_B3hw).all():
         log.warning("the VAE gave values that are not finite; they are shown black")
         pixels_B3hw = torch.nan_to_num(pixels_B3hw, nan=-1.0)
