@@ -19,6 +19,9 @@ from pathlib import Path
 if not __package__:  # started as a file: train/ is first on sys.path, and its modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+# Notebook: 1 CPU thread per process. More threads than idle cores turn a step of 0.2 s into 10 s.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Only the light core here: a locked or read-only run directory must answer before torch is loaded.
 from train import faults, signals
 from train.config import StageConfig, config_hash, load_stage, unresolved_yaml

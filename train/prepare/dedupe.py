@@ -12,25 +12,29 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from train.prepare import units
+from train.prepare.peers import Peers
 from train.prepare.probe import ok_files
-from train.prepare.records import DUPES, RECORDS, Quarantine
+from train.prepare.records import DUPES, Quarantine
 from train.prepare.settings import DatasetConfig, dataset_dir
+from train.prepare.units import Step, config_id, merge_quarantine, read_table, run_whole
 
+DEDUPE_VERSION = 1
 _PROBE_COLUMNS = ("key", "width", "height", "sha256", "pixel_hash", "phash")
 
 
 def run(settings: DatasetConfig) -> None:
     """Make the table of duplicate groups."""
-    folder = dataset_dir(settings)
-    probe = ok_files(folder, _PROBE_COLUMNS)
-    records = units.read_table(folder, "records", RECORDS, ["key", "score"])
-    mark = units.fingerprint(units.table_hash(probe), units.table_hash(records), settings.dedupe.phash,
-                             settings.dedupe.phash_distance)  # fmt: skip
-    units.run_units(folder, "dupes", [mark], lambda _: _find(probe, records, settings))
+    dataset = dataset_dir(settings)
+    config = config_id(phash=settings.dedupe.phash, distance=settings.dedupe.phash_distance, code=DEDUPE_VERSION)
+    step = Step(dataset, "dupes", DUPES, config, ("records", "probe"))
+    with Peers(dataset) as peers:
+        run_whole(step, lambda: _find(settings), peers)
+    merge_quarantine(dataset)
 
 
-def _find(probe: pa.Table, records: pa.Table, settings: DatasetConfig) -> units.Result:
+def _find(settings: DatasetConfig) -> tuple[pa.Table, list[Quarantine]]:
+    probe = ok_files(settings, _PROBE_COLUMNS)
+    records = read_table(dataset_dir(settings), "records", ["key", "score"])
     scores = dict(zip(records.column("key").to_pylist(), records.column("score").to_pylist(), strict=True))
     keys = probe.column("key").to_pylist()
     area = (probe.column("width").to_numpy().astype(np.int64) * probe.column("height").to_numpy()).tolist()

@@ -20,8 +20,8 @@ from train.captions import join
 from train.exclusions import excluded_by
 from train.labels import RATING_WORDS, parse_date
 from train.prepare.files import UnsafePath, check_relative
-from train.prepare.records import TAG_GROUPS, ExcludedReason, Quarantine
-from train.prepare.settings import ExcludeConfig, SourceConfig
+from train.prepare.records import TAG_GROUPS, Quarantine
+from train.prepare.settings import SourceConfig
 
 MAX_CAPTION_BYTES = 1 << 16
 SEPARATOR = "|||"
@@ -56,11 +56,11 @@ class RawPost:
     e621: bool = False
 
 
-def to_record(post: RawPost, source: SourceConfig, exclude: ExcludeConfig) -> dict[str, Any] | Quarantine:
+def to_record(post: RawPost, source: SourceConfig) -> dict[str, Any] | Quarantine:
     """A row of the table `records`, or a Quarantine row. Never raises for bad data."""
     key = f"{source.name}:{post.id}"
     try:
-        return _record(key, post, source, exclude)
+        return _record(key, post, source)
     except UnsafePath as error:
         reason, found = "outside_root", error
     except BadCaption as error:
@@ -76,7 +76,7 @@ def printable(text: str) -> str:
     return "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in text)
 
 
-def _record(key: str, post: RawPost, source: SourceConfig, exclude: ExcludeConfig) -> dict[str, Any]:
+def _record(key: str, post: RawPost, source: SourceConfig) -> dict[str, Any]:
     check_relative(post.uri)
     if not post.id or printable(key) != key:
         raise BadRecord(f"id {post.id!a} is empty or holds control characters")
@@ -97,7 +97,6 @@ def _record(key: str, post: RawPost, source: SourceConfig, exclude: ExcludeConfi
     row["pixel_hash_src"] = _text(fields.get("pixel_hash_src"))
     row["raw_hash"] = _raw_hash(row)
     row["hard_exclusion"] = hard_exclusion(row, assume_rating=source.assume_rating, e621=post.e621)
-    row["excluded"] = soft_exclusion(row, exclude)
     return row
 
 
@@ -111,18 +110,6 @@ def hard_exclusion(row: Mapping[str, Any], *, assume_rating: str | None, e621: b
         assume_rating=assume_rating,
         e621=e621,
     )
-
-
-def soft_exclusion(row: Mapping[str, Any], exclude: ExcludeConfig) -> ExcludedReason | None:
-    """Reason of the first user's filter that leaves the record out."""
-    if exclude.deleted and row["is_deleted"]:
-        return "deleted_post"
-    if exclude.banned and row["is_banned"]:
-        return "banned_post"
-    unwanted = set(exclude.tags)
-    if unwanted and any(unwanted.intersection(row[f"tags_{group}"]) for group in TAG_GROUPS):
-        return "excluded_tag"
-    return None
 
 
 def clean_caption(text: str, source: SourceConfig) -> str:

@@ -1,206 +1,122 @@
 """Step `probe`: every file opened and decoded once; what is sound, how large, and what it looks like.
 
-One pass reports every bad file with its reason and goes on. Files are only read.
+One pass reports every bad file with its reason and goes on. Files are only read. Hard-excluded records are not in the
+table and their files are never opened; those left out by `exclude` stand in it as quarantined, unopened.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
-import signal
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from functools import partial
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
+import pyarrow.compute as pc
 
-from train.prepare import units
-from train.prepare.decode import CONTRACT_VERSION, EXTENSIONS, Facts, Refused, decode
-from train.prepare.files import UnsafePath, read_image, resolve_inside, source_root
-from train.prepare.records import PROBE, RECORDS, Quarantine
-from train.prepare.settings import DatasetConfig, ProbeConfig, SourceConfig, dataset_dir
+from train.prepare.decode import DECODE_VERSION, Refused
+from train.prepare.judge import judge
+from train.prepare.peers import Peers
+from train.prepare.pictures import Look, file_stamp, probe_one
+from train.prepare.pool import Lost, Pool
+from train.prepare.records import PROBE, Quarantine
+from train.prepare.settings import DatasetConfig, ExcludeConfig, SourceConfig, dataset_dir
+from train.prepare.units import Step, config_id, cut, merge_quarantine, read_table, row_hash, run_units, stream_table
 
+PROBE_VERSION = 1
 UNIT_FILES = 2000
-_COLUMNS = (
-    "key", "source", "uri", "member", "file_ext", "width", "height", "is_deleted", "is_banned", "hard_exclusion",
-    "raw_hash", "tags_general", "tags_meta", "tags_species",
-)  # fmt: skip
+_COLUMNS = ["key", "source", "uri", "member", "width", "height", "is_deleted", "is_banned", "hard_exclusion", "raw_hash"]
+_TAG_COLUMNS = ["tags_general", "tags_character", "tags_copyright", "tags_artist", "tags_meta", "tags_species"]
 Row = dict[str, Any]
 
 
 def run(settings: DatasetConfig) -> None:
-    """Make the probe table from the records."""
-    folder = dataset_dir(settings)
-    records = units.read_table(folder, "records", RECORDS, _COLUMNS)
+    """Make the probe table from the records. Raises Halt(MISMATCH) after finishing when too many files are bad."""
+    dataset = dataset_dir(settings)
     sources = {source.name: source for source in settings.sources}
-    bounds = units.cut(len(records), UNIT_FILES)
-    marks = [_fingerprint(records.slice(a, b - a), settings, sources) for a, b in bounds]
-    units.run_units(folder, "probe", marks, lambda n: _unit(records.slice(bounds[n][0], bounds[n][1] - bounds[n][0]),
-                                                              settings, sources))  # fmt: skip
+    rows = _wanted(settings)
+    stamps = [file_stamp(sources[row["source"]], row["uri"]) for row in _columns(rows, "source", "uri")]
+    left_out = rows.column("left_out").to_pylist()
+    marks = rows.column("raw_hash").to_pylist()
+    hashes = [row_hash(*parts) for parts in zip(marks, stamps, left_out, strict=True)]
+    rules = {key: value for key, value in asdict(settings.probe).items() if key != "timeout_s"}
+    config = config_id(probe=rules, code=[PROBE_VERSION, DECODE_VERSION])
+    step = Step(dataset, "probe", PROBE, config, ("records",))
+    limit = 512 * 2**20 + 14 * settings.probe.max_pixels  # RGBA, its copy, RGB and room for one more channel set
+    with Peers(dataset) as peers, Pool(settings.workers, probe_one, settings.probe.timeout_s, limit) as pool:
+        run_units(step, cut(rows, hashes, UNIT_FILES), lambda part: _probe(part, settings, sources, pool), peers)
+    merge_quarantine(dataset)
+    judge(settings, "probe")
 
 
-def _fingerprint(rows: pa.Table, settings: DatasetConfig, sources: Mapping[str, SourceConfig]) -> str:
-    """Of the rows, the settings, and size and time of the files: an edited file is probed again."""
-    stamps = [_stamp(sources[source], uri) for source, uri in zip(*_pair(rows, "source", "uri"), strict=True)]
-    wanted = [asdict(settings.probe), asdict(settings.exclude), CONTRACT_VERSION]
-    return units.fingerprint(units.table_hash(rows), wanted, stamps)
+def ok_files(settings: DatasetConfig, columns: Sequence[str]) -> pa.Table:
+    """Rows of the probe table whose file is sound."""
+    table = read_table(dataset_dir(settings), "probe", [*dict.fromkeys([*columns, "status"])])
+    return table.filter(pc.equal(table.column("status"), "ok")).select(list(columns))
 
 
-def _pair(rows: pa.Table, *names: str) -> list[list[Any]]:
-    return [rows.column(name).to_pylist() for name in names]
+def _wanted(settings: DatasetConfig) -> pa.Table:
+    """Records that are not hard-excluded, with the reason of `exclude` that leaves a record out."""
+    columns = _COLUMNS + (_TAG_COLUMNS if settings.exclude.tags else [])
+    parts = []
+    for table in stream_table(dataset_dir(settings), "records", columns):
+        kept = table.filter(pc.is_null(table.column("hard_exclusion")))
+        reasons = [_left_out(row, settings.exclude) for row in _columns(kept, *columns)]
+        kept = kept.select(_COLUMNS).append_column("left_out", pa.array(reasons, pa.string()))
+        parts.append(kept)
+    return pa.concat_tables(parts)
 
 
-def _stamp(source: SourceConfig, uri: str) -> tuple[int, int]:
-    try:
-        info = os.stat(source_root(source) / uri)
-        return info.st_size, info.st_mtime_ns
-    except (OSError, ValueError):
-        return -1, -1
+def _columns(table: pa.Table, *names: str) -> Iterator[Row]:
+    for values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
+        yield dict(zip(names, values, strict=True))
 
 
-def _unit(rows: pa.Table, settings: DatasetConfig, sources: Mapping[str, SourceConfig]) -> units.Result:
-    probed: list[Row] = []
-    quarantine: list[Quarantine] = []
-    wanted = []
-    for record in rows.to_pylist():
-        if record["hard_exclusion"] is not None:
-            continue  # counted at ingest; the file is never opened
-        left_out = _excluded(record, settings)
-        if left_out is not None:
-            quarantine.append(left_out)
-        else:
-            wanted.append(record)
-    for record, (row, problem) in zip(wanted, _probe_all(wanted, settings, sources), strict=True):
-        probed.append({"key": record["key"], **row})
-        if problem is not None:
-            quarantine.append(Quarantine(record["key"], "probe", problem[0], problem[1], problem[2]))  # type: ignore[arg-type]
+def _left_out(record: Row, exclude: ExcludeConfig) -> str | None:
+    if record["is_deleted"] and exclude.deleted:
+        return "deleted_post"
+    if record["is_banned"] and exclude.banned:
+        return "banned_post"
+    unwanted = set(exclude.tags)
+    hit = next((tag for name in _TAG_COLUMNS if unwanted for tag in record[name] if tag in unwanted), None)
+    return f"excluded_tag:{hit}" if hit is not None else None
+
+
+def _probe(
+    rows: pa.Table, settings: DatasetConfig, sources: Mapping[str, SourceConfig], pool: Pool[Look, Any]
+) -> tuple[pa.Table, list[Quarantine]]:
+    records = rows.to_pylist()
+    opened = [record for record in records if record["left_out"] is None]
+    jobs = [
+        Look(sources[r["source"]], settings.probe, r["uri"], r["member"], (r["width"], r["height"])) for r in opened
+    ]
+    results = dict(zip((r["key"] for r in opened), pool.map(jobs), strict=True))
+    probed, quarantine = [], []
+    for record in records:
+        row = _row(record, results.get(record["key"]), sources)
+        entry = row.pop("entry")
+        probed.append(row)
+        if entry is not None:
+            quarantine.append(entry)
     return pa.Table.from_pylist(probed, schema=PROBE), quarantine
 
 
-def _excluded(record: Row, settings: DatasetConfig) -> Quarantine | None:
-    if record["is_deleted"] and settings.exclude.deleted:
-        return Quarantine(record["key"], "probe", "deleted_post", "exclude.deleted")
-    if record["is_banned"] and settings.exclude.banned:
-        return Quarantine(record["key"], "probe", "banned_post", "exclude.banned")
-    unwanted = set(settings.exclude.tags)
-    tags = [*record["tags_general"], *record["tags_meta"], *record["tags_species"]] if unwanted else []
-    hit = next((tag for tag in tags if tag in unwanted), None)
-    return Quarantine(record["key"], "probe", "excluded_tag", f"exclude.tags: {hit}") if hit else None
-
-
-def _probe_all(
-    records: Sequence[Row], settings: DatasetConfig, sources: Mapping[str, SourceConfig]
-) -> Iterator[tuple[Row, tuple[str, str, str] | None]]:
-    one = partial(probe_one, settings=settings.probe)
-    jobs = [(sources[record["source"]], record) for record in records]
-    if settings.workers == 0 or len(jobs) < 2:
-        yield from map(one, jobs)
-        return
-    with ProcessPoolExecutor(min(settings.workers, os.cpu_count() or 1)) as pool:
-        yield from pool.map(one, jobs, chunksize=8)
-
-
-def probe_one(
-    job: tuple[SourceConfig, Row], settings: ProbeConfig
-) -> tuple[Row, tuple[str, str, str] | None]:
-    """(columns of the probe table, None or (reason, message, exception)) of one record. Raises nothing."""
-    source, record = job
-    where = f"{record['uri']}" + (f" ({record['member']})" if record["member"] else "")
-    size, mtime_ns = _stamp(source, record["uri"])
-    blank: Row = dict.fromkeys(PROBE.names[1:])
-    blank |= {"status": "quarantined", "file_size": size if size >= 0 else None, "mtime_ns": mtime_ns}
-    try:
-        data = read_image(source, record["uri"], record["member"])
-        with _time_limit(settings.timeout_s):
-            image, facts = decode(data, settings)
-            row = _describe(image, facts, data, record)
-        return {**blank, **row, "status": "ok"}, None
-    except Refused as refused:
-        problem = (refused.reason, f"{where}: {refused}", "Refused")
-    except UnsafePath as error:
-        problem = ("outside_root", str(error), type(error).__name__)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        problem = ("missing_file", f"{where}: {error.strerror or error}", type(error).__name__)
-    except TimeoutError:
-        problem = ("decode_timeout", f"{where}: longer than probe.timeout_s {settings.timeout_s:g}", "TimeoutError")
-    except (OSError, MemoryError, ValueError) as error:
-        problem = ("truncated", f"{where}: cannot be read: {error}", type(error).__name__)
-    return {**blank, "reason": problem[0]}, problem
-
-
-def _describe(image: Image.Image, facts: Facts, data: bytes, record: Row) -> Row:
-    named = Path(record["member"] or record["uri"]).suffix.lower().lstrip(".") or record["file_ext"]
-    stated = (record["width"], record["height"])
-    return {
-        "reason": None,
-        "width": image.width,
-        "height": image.height,
-        "mode": facts.mode,
-        "has_alpha": facts.has_alpha,
-        "n_frames": facts.frames,
-        "exif_orientation": facts.exif_orientation,
-        "ext_mismatch": not str(record["member"] or "").startswith("row:") and named not in EXTENSIONS[facts.format],
-        "size_mismatch": None not in stated and stated not in (image.size, image.size[::-1]),
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "pixel_hash": hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(),
-        "phash": perceptual_hash(image),
-        "file_size": len(data),
-    }
-
-
-def perceptual_hash(image: Image.Image) -> int:
-    """64 bits: which of the 8x8 lowest frequencies of the 32x32 grey picture lie above their median."""
-    grey = np.asarray(image.convert("L").resize((32, 32), Image.Resampling.LANCZOS), dtype=np.float64)
-    low = (_DCT @ grey @ _DCT.T)[:8, :8]
-    bits = (low > np.median(low)).flatten()
-    return int(np.packbits(bits).view(">u8")[0])
-
-
-def _dct_matrix(size: int) -> npt.NDArray[np.float64]:
-    frequency, position = np.arange(size)[:, None], np.arange(size)[None, :]
-    matrix: npt.NDArray[np.float64] = 2 * np.cos(np.pi * frequency * (2 * position + 1) / (2 * size))
-    return matrix
-
-
-_DCT = _dct_matrix(32)
-
-
-class _time_limit:  # noqa: N801
-    """TimeoutError in this process's main thread after `seconds`; nothing elsewhere, where signals cannot be set."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def __enter__(self) -> None:
-        try:
-            self.before: Any = signal.signal(signal.SIGALRM, _raise_timeout)
-            signal.setitimer(signal.ITIMER_REAL, self.seconds)
-        except ValueError:
-            self.before = None
-
-    def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self.before)
-
-
-def _raise_timeout(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError
-
-
-def ok_files(folder: Path, columns: Sequence[str]) -> pa.Table:
-    """Rows of the probe table whose file is sound."""
-    table = units.read_table(folder, "probe", PROBE, list(dict.fromkeys([*columns, "status"])))
-    return table.filter(pa.compute.equal(table.column("status"), "ok")).select(list(columns))
-
-
-def resolve_path(source: SourceConfig, uri: str) -> Path:
-    """The file of a record on disk."""
-    return resolve_inside(source_root(source), uri)
+def _row(record: Row, result: Any, sources: Mapping[str, SourceConfig]) -> Row:
+    """The record's row of the table; `entry` is its quarantine row or None."""
+    key = record["key"]
+    size, mtime_ns = file_stamp(sources[record["source"]], record["uri"])
+    blank: Row = dict.fromkeys(PROBE.names) | {"key": key, "entry": None}
+    if size >= 0:
+        blank |= {"file_size": size, "mtime_ns": mtime_ns}
+    if isinstance(result, dict):
+        return blank | result
+    if record["left_out"] is not None:
+        reason, _, tag = record["left_out"].partition(":")
+        message = f"exclude.tags: {tag}" if tag else f"exclude.{reason.removesuffix('_post')}"
+        entry = Quarantine(key, "probe", reason, message)
+    elif isinstance(result, Lost):
+        entry = Quarantine(key, "probe", "decode_timeout", f"{record['uri']}: {result.message}")
+    else:
+        assert isinstance(result, Refused)
+        message = result.message if record["uri"] in result.message else f"{record['uri']}: {result.message}"
+        entry = Quarantine(key, "probe", result.reason, message, result.exception)
+    return blank | {"status": "quarantined", "reason": entry.reason, "entry": entry}

@@ -60,7 +60,6 @@ RECORDS = _table(
     ("caption", pa.string(), True),
     ("pixel_hash_src", pa.string(), True),
     ("hard_exclusion", pa.string(), True),  # rule id; no later step opens the file
-    ("excluded", pa.string(), True),  # deleted_post | banned_post | excluded_tag by the user's filters: skip the record
     ("raw_hash", pa.string()),  # of the content, not of uri and member
 )
 

@@ -111,17 +111,25 @@ def unit_name(step: Step, unit: Unit) -> str:
     return f"{unit.number:05d}-{digest.hexdigest()[:16]}.parquet"
 
 
-def write_whole(step: Step, table: pa.Table, entries: Sequence[Quarantine], fingerprint: str) -> None:
-    """A table made in one piece, as unit 0."""
+def run_whole(step: Step, make: Callable[[], tuple[pa.Table, list[Quarantine]]], peers: Peers) -> None:
+    """A table made in one piece from the tables in `step.inputs`, as unit 0; its keys may repeat."""
     step.folder.mkdir(parents=True, exist_ok=True)
-    name = f"00000-{fingerprint[:16]}.parquet"
-    write_parquet(_parts(step) / name, quarantine_table(entries))
-    write_parquet(step.folder / name, table.cast(step.schema), {"config": step.config})
-    finalize(step, [name])
+    mark = config_id(config=step.config, inputs=[table_fingerprint(step.dataset, table) for table in step.inputs])
+    name = f"00000-{mark}.parquet"
+
+    def write(_: int) -> None:
+        table, entries = make()
+        write_parquet(_parts(step) / name, quarantine_table(entries))
+        write_parquet(step.folder / name, table.cast(step.schema), {"config": step.config})
+
+    if peers.owns(0) and not (step.folder / name).exists():
+        write(0)
+    peers.wait_for([(0, step.folder / name)], write)
+    finalize(step, [name], unique=False)
 
 
-def finalize(step: Step, names: Sequence[str]) -> None:
-    """Check that every unit is there and every key unique, name them in the manifest, set stale files aside."""
+def finalize(step: Step, names: Sequence[str], *, unique: bool = True) -> None:
+    """Check that every unit is there and every key unique (else only sorted), name them in the manifest, set stale files aside."""
     last, rows = pa.array([], pa.string()), 0
     for name in names:
         try:
@@ -132,7 +140,7 @@ def finalize(step: Step, names: Sequence[str]) -> None:
                 ExitCode.MISMATCH, f"{step.folder / name} was unreadable ({error}) and is removed: run again"
             ) from error
         joined = pa.concat_arrays([last, keys])
-        rising = pc.less(joined[:-1], joined[1:])
+        rising = (pc.less if unique else pc.less_equal)(joined[:-1], joined[1:])
         if not pc.all(rising, min_count=0).as_py():
             key = joined[pc.index(rising, False).as_py() + 1].as_py()
             raise Halt(ExitCode.MISMATCH, f"{step.folder / name}: key {key} is repeated or out of order")

@@ -144,7 +144,8 @@ def _backdrop(image: Image.Image, pen: ImageDraw.ImageDraw, look: Look, jitter: 
     top, bottom = BACKGROUNDS[look.background]
     for y in range(image.height):
         share = y / max(1, image.height - 1)
-        pen.line([(0, y), (image.width, y)], fill=tuple(round(a + (b - a) * share) for a, b in zip(top, bottom, strict=True)))
+        colour = tuple(round(a + (b - a) * share) for a, b in zip(top, bottom, strict=True))
+        pen.line([(0, y), (image.width, y)], fill=colour)
     if look.background == "night":
         size = max(2, image.width // 90)
         for _ in range(14):

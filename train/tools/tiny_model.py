@@ -34,10 +34,10 @@ UNET = {
     "out_channels": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (32, 64, 96),
+    "block_out_channels": (32, 64, 64),
     "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 1, 2),
-    "attention_head_dim": (2, 4, 6),  # diffusers' name; the values are numbers of heads, as in SDXL's config
+    "transformer_layers_per_block": (1, 1, 1),
+    "attention_head_dim": (2, 4, 4),  # diffusers' name; the values are numbers of heads, as in SDXL's config
     "use_linear_projection": True,
     "norm_num_groups": 16,
     "cross_attention_dim": _WIDTH_1 + _WIDTH_2,

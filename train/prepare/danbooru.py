@@ -1,0 +1,187 @@
+"""Danbooru posts as JSON: one file per post beside its image (as gallery-dl writes), arrays, or one post per line.
+
+Reads today's API, gallery-dl's additions and old dumps (numbers as strings, `tags` as {name, category}).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from train.prepare.files import is_image, require_source, source_root, walk
+from train.prepare.jsonstream import Malformed, iter_values
+from train.prepare.normalise import BadRecord, RawPost, printable
+from train.prepare.records import Quarantine
+from train.prepare.settings import SourceConfig
+
+JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
+CATEGORIES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 5: "meta"}
+_FIELDS = {  # our column: names in the API, in gallery-dl, in old dumps
+    "source_id": ("id",),
+    "file_ext": ("file_ext", "extension"),
+    "md5": ("md5",),
+    "file_size": ("file_size",),
+    "width": ("image_width", "width"),
+    "height": ("image_height", "height"),
+    "created_at": ("created_at",),
+    "rating": ("rating",),
+    "score": ("score",),
+    "up_score": ("up_score",),
+    "down_score": ("down_score",),
+    "fav_count": ("fav_count",),
+    "is_deleted": ("is_deleted",),
+    "is_banned": ("is_banned",),
+    "is_pending": ("is_pending",),
+    "parent_id": ("parent_id",),
+    "has_children": ("has_children",),
+}
+
+
+def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+    """Every post of the source, files in sorted order."""
+    path = require_source(source)
+    for name, file in json_files(source, path):
+        if isinstance(file, Quarantine):
+            yield file
+        else:
+            yield from _posts(source, name, file)
+
+
+def json_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, Path | Quarantine]]:
+    """(name relative to the source, file) of the JSON files of a file or folder."""
+    if path.is_file():
+        yield path.name, path
+        return
+    for found in walk(source, path):
+        if isinstance(found, Quarantine):
+            yield found.key, found
+        elif found.lower().endswith(JSON_SUFFIXES):
+            yield found, path / found
+
+
+def _posts(source: SourceConfig, name: str, file: Path) -> Iterator[RawPost | Quarantine]:
+    root = source_root(source)
+    try:
+        for row, value in iter_values(file):
+            place = f"{name} row {row}"
+            try:
+                if isinstance(value, Malformed):
+                    raise BadRecord(value.message)
+                if not isinstance(value, dict):
+                    raise BadRecord(f"expected a post, found {type(value).__name__}")
+                yield _post(source, root, name, place, value)
+            except (BadRecord, ValueError, TypeError) as error:
+                key = printable(f"{source.name}:{name}#{row}")
+                yield Quarantine(key, "ingest", "bad_record", f"{place}: {error}", type(error).__name__)
+    except OSError as error:
+        yield Quarantine(printable(f"{source.name}:{name}"), "ingest", "bad_record", f"{name}: {error}", "OSError")
+
+
+def _post(source: SourceConfig, root: Path, name: str, place: str, post: Mapping[str, Any]) -> RawPost:
+    fields = {column: first_of(post, names) for column, names in _FIELDS.items()}
+    fields |= {column: post.get(theirs) for column, theirs in source.columns.items() if column != "uri"}
+    asset = post.get("media_asset")
+    if isinstance(asset, dict):
+        fields["media_at"] = asset.get("created_at")
+        fields["pixel_hash_src"] = asset.get("pixel_hash")
+    post_id = post_number(fields["source_id"])
+    fields["source_id"] = post_id
+    uri = post.get(source.columns["uri"]) if "uri" in source.columns else None
+    if uri is not None and not isinstance(uri, str):
+        raise BadRecord(f"{source.columns['uri']} is {uri!r}, expected a path")
+    return RawPost(
+        id=str(post_id),
+        place=place,
+        uri=uri or find_image(root, name, post_id, fields, post),
+        fields=fields,
+        tags=tag_groups(post),
+    )
+
+
+def first_of(post: Mapping[str, Any], names: tuple[str, ...]) -> Any:
+    """The first value that is there."""
+    return next((post[name] for name in names if post.get(name) is not None), None)
+
+
+def post_number(value: Any) -> int:
+    """A post's id. Raises BadRecord unless it is a whole number, or one written as text."""
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise BadRecord(f"id is {value!r}, expected a whole number")
+    text = str(value)
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
+        raise BadRecord(f"id is {text[:80]!r}, expected a whole number")
+    return int(text)
+
+
+def tag_groups(post: Mapping[str, Any]) -> dict[str, Any]:
+    """Tags by group, from whichever of the known forms the post has.
+
+    Raises BadRecord for a category that is not known, or when there are no tags at all.
+    """
+    listed = post.get("tags")
+    if isinstance(listed, list) and any(isinstance(tag, dict) for tag in listed):
+        return _categorised(listed)
+    groups: dict[str, Any] = {}
+    for group in CATEGORIES.values():
+        text, tags = post.get(f"tag_string_{group}"), post.get(f"tags_{group}")
+        if isinstance(text, str):
+            groups[group] = text.split()
+        elif tags is not None:
+            groups[group] = tags.split() if isinstance(tags, str) else tags
+    if groups:
+        return groups
+    flat = first_of(post, ("tag_string", "tags"))
+    if flat is None:
+        raise BadRecord("no tags: expected tag_string_general and its like, or tags")
+    return {"general": flat.split() if isinstance(flat, str) else flat}
+
+
+def _categorised(tags: list[Any]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for tag in tags:
+        if not isinstance(tag, dict) or not isinstance(tag.get("name"), str):
+            raise BadRecord(f"tag {tag!r} has no name")
+        category = str(tag.get("category"))
+        number = int(category) if category.isdigit() and category.isascii() else -1
+        if number not in CATEGORIES:
+            raise BadRecord(f"tag {tag['name']!r} has category {category!r}, expected one of {sorted(CATEGORIES)}")
+        groups.setdefault(CATEGORIES[number], []).append(tag["name"])
+    return groups
+
+
+def find_image(root: Path, name: str, post_id: int, fields: Mapping[str, Any], post: Mapping[str, Any]) -> str:
+    """Path of the post's image below `root`: the first candidate that is there, else the first candidate.
+
+    The probe reports the ones that are not there.
+    """
+    candidates = list(_candidates(name, post_id, fields, post))
+    for candidate in candidates:
+        if ".." not in candidate and (root / candidate).exists():
+            return candidate
+    return candidates[0]
+
+
+def _candidates(name: str, post_id: int, fields: Mapping[str, Any], post: Mapping[str, Any]) -> Iterator[str]:
+    listed = first_of(post, ("file_name", "file_path", "local_path"))
+    if isinstance(listed, str) and listed:
+        yield listed
+    without = str(PurePosixPath(name).with_suffix(""))
+    extension = str(fields.get("file_ext") or "").lower().lstrip(".")
+    extensions = dict.fromkeys([extension or "jpg", "jpg", "jpeg", "png", "webp", "gif", "bmp", "avif"])
+    if name.lower().endswith(".json"):
+        if is_image(without):
+            yield without  # gallery-dl: a.jpg.json
+        else:
+            yield from (f"{without}.{ext}" for ext in extensions)
+    folder = PurePosixPath(name).parent
+    stems = [str(post_id), f"danbooru_{post_id}_{fields.get('md5')}", f"{post_id % 1000:04d}/{post_id}"]
+    if isinstance(fields.get("md5"), str):
+        stems += [str(fields["md5"]), f"{str(fields['md5'])[:2]}/{fields['md5']}"]
+    if isinstance(post.get("filename"), str):
+        stems += [str(post["filename"]), f"danbooru_{post_id}_{post['filename']}"]
+    for stem in stems:
+        yield str(folder / f"{stem}.{extension or 'jpg'}")
+        if folder.parts:
+            yield f"{stem}.{extension or 'jpg'}"
+    yield from (str(folder / f"{post_id}.{ext}") for ext in extensions)

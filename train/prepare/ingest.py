@@ -1,0 +1,209 @@
+"""Step `ingest`: every source into one sorted table of records.
+
+Reads metadata only, no pixels. Posts are parsed into spill files, then cut from the sorted whole into units of 50,000
+rows, so memory holds the keys and one unit, whatever the size. A unit's name comes from its rows alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from tqdm import tqdm
+
+from train.exclusions import EXCLUSIONS_VERSION
+from train.exits import ExitCode, Halt
+from train.prepare.normalise import RawPost, printable, to_record
+from train.prepare.records import RECORDS, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
+from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
+from train.prepare.units import Step, config_id, finalize, merge_quarantine, write_parquet, write_text
+
+INGEST_VERSION = 1
+_SPILL_ROWS = 50_000
+_SPILL_SCHEMA = pa.schema(
+    [field.with_type(pa.string()) if field.name == "rating" else field for field in RECORDS]
+    + [pa.field("place", pa.string())]
+)
+
+
+def run(settings: DatasetConfig) -> None:
+    """Write `records/` and the step's quarantine.
+
+    Raises Halt(MISMATCH) after finishing, when more than `max_quarantine_fraction` of the posts are errors.
+    """
+    dataset = dataset_dir(settings)
+    # Every process does the whole, with equal results: none waits for another that may never come.
+    spill = dataset / f".parsed-{os.environ.get('RANK', '0')}"
+    shutil.rmtree(spill, ignore_errors=True)
+    spill.mkdir(parents=True)
+    batches, refused = _parse(settings, spill)
+    order, doubles, repeated = _sorted_rows(batches)
+    refused += doubles + _excluded(batches, order)
+    config = config_id(code=INGEST_VERSION, schema=SCHEMA_VERSION, exclusions=EXCLUSIONS_VERSION)
+    step = Step(dataset, "records", RECORDS, config)
+    names = _write_units(step, batches, order)
+    write_parquet(dataset / "quarantine" / "records" / names[0], quarantine_table(refused))
+    finalize(step, names)
+    merge_quarantine(dataset)
+    _write_facts(dataset, settings, len(order), repeated, refused)
+    del batches
+    shutil.rmtree(spill, ignore_errors=True)
+    report_and_judge(settings, "ingest", len(order), refused)
+
+
+def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: list[Quarantine]) -> None:
+    """Print the counts per reason. Raises Halt(MISMATCH) when errors exceed the limit."""
+    counts = Counter(entry.reason for entry in refused)
+    print(f"{step}: {kept} records" + "".join(f", {number} {reason}" for reason, number in sorted(counts.items())))
+    errors = [entry for entry in refused if entry.kind == "error"]
+    total = kept + len(errors)
+    if errors and len(errors) > settings.max_quarantine_fraction * total:
+        first = "; ".join(f"{entry.key}: {entry.reason}: {entry.message}" for entry in errors[:3])
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{step}: {len(errors)} of {total} records are in quarantine, more than max_quarantine_fraction "
+            f"{settings.max_quarantine_fraction}: see quarantine.parquet; the first: {first}",
+        )
+    if kept == 0:
+        raise Halt(ExitCode.MISMATCH, f"{step}: no record: check sources.path")
+
+
+def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+    """What the source's adapter finds."""
+    adapter = importlib.import_module(f"train.prepare.{source.adapter}")
+    yield from adapter.read(source)
+
+
+def _parse(settings: DatasetConfig, spill: Path) -> tuple[list[pa.RecordBatch], list[Quarantine]]:
+    """Spilled batches, memory-mapped, and what was refused."""
+    refused: list[Quarantine] = []
+    waiting: list[dict[str, Any]] = []
+    files: list[Path] = []
+    for source in settings.sources:
+        for found in tqdm(read_source(source), desc=f"ingest {source.name}", unit=" posts", leave=False):
+            row = to_record(found, source) if isinstance(found, RawPost) else found
+            if isinstance(row, Quarantine):
+                refused.append(row)
+                continue
+            waiting.append(row | {"place": printable(found.place)})
+            if len(waiting) == _SPILL_ROWS:
+                files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
+                waiting = []
+    if waiting:
+        files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
+    return [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0) for path in files], refused
+
+
+def _spill(rows: list[dict[str, Any]], path: Path) -> Path:
+    batch = pa.RecordBatch.from_pylist(rows, schema=_SPILL_SCHEMA)
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, _SPILL_SCHEMA) as writer:
+        writer.write_batch(batch)
+    return path
+
+
+def _sorted_rows(batches: list[pa.RecordBatch]) -> tuple[np.ndarray, list[Quarantine], int]:
+    """(row numbers in key order, quarantine rows of contradicting doubles, number of equal doubles left out)."""
+    if not batches:
+        return np.zeros(0, np.int64), [], 0
+    columns = pa.Table.from_batches([batch.select(["key", "raw_hash", "place"]) for batch in batches])
+    order = pc.sort_indices(columns, sort_keys=[("key", "ascending"), ("place", "ascending")]).to_numpy()
+    keys = columns["key"].take(pa.array(order))
+    same = pc.equal(keys.slice(1), keys.slice(0, len(keys) - 1)).to_numpy()
+    if not same.any():
+        return order, [], 0
+    keep = np.ones(len(order), bool)
+    refused, repeated = [], 0
+    starts = np.flatnonzero(same & ~np.concatenate([[False], same[:-1]]))
+    for start in starts.tolist():
+        end = start + 1
+        while end < len(order) and same[end - 1]:
+            end += 1
+        group = columns.take(pa.array(order[start:end])).to_pylist()
+        if len({row["raw_hash"] for row in group}) == 1:
+            keep[start + 1 : end] = False
+            repeated += end - start - 1
+            continue
+        keep[start:end] = False
+        for row in group:
+            others = ", ".join(sorted({other["place"] for other in group} - {row["place"]})) or row["place"]
+            message = f"{row['place']}: same id with other content in {others}"
+            refused.append(Quarantine(row["key"], "ingest", "bad_record", message, "BadRecord"))
+    return order[keep], refused, repeated
+
+
+def take_rows(batches: list[pa.RecordBatch], rows: np.ndarray) -> pa.Table:
+    """The rows in this order. Taken batch by batch: a take over all batches would first copy all of them."""
+    sizes = np.cumsum([0] + [batch.num_rows for batch in batches])
+    owner = np.searchsorted(sizes, rows, side="right") - 1
+    parts, places = [], []
+    for number in np.unique(owner).tolist():
+        mine = np.flatnonzero(owner == number)
+        parts.append(batches[number].take(pa.array(rows[mine] - sizes[number])))
+        places.append(mine)
+    back = np.argsort(np.concatenate(places), kind="stable")
+    return pa.Table.from_batches(parts).combine_chunks().take(pa.array(back)).combine_chunks()
+
+
+def _write_units(step: Step, batches: list[pa.RecordBatch], order: np.ndarray) -> list[str]:
+    """Names of the units, each written unless it is there already."""
+    names = []
+    starts = range(0, len(order), ROW_GROUP_ROWS) if len(order) else [0]
+    for unit, start in enumerate(tqdm(starts, desc="ingest records", unit=" units", leave=False)):
+        rows = order[start : start + ROW_GROUP_ROWS]
+        table = take_rows(batches, rows) if len(rows) else _SPILL_SCHEMA.empty_table()
+        content = [table[name].to_pylist() for name in ("key", "raw_hash", "uri", "member", "hard_exclusion")]
+        name = f"{unit:05d}-{config_id(config=step.config, content=content)}.parquet"
+        names.append(name)
+        if not (step.folder / name).exists():
+            write_parquet(step.folder / name, table.select(RECORDS.names).cast(RECORDS))
+    return names
+
+
+def _excluded(batches: list[pa.RecordBatch], order: np.ndarray) -> list[Quarantine]:
+    """Quarantine rows of the hard exclusions; the records stay in the table, marked, and no later step opens them."""
+    kept = np.zeros(sum(batch.num_rows for batch in batches), bool)
+    kept[order] = True
+    rows, start = [], 0
+    for batch in batches:
+        columns = batch.select(["key", "hard_exclusion"])
+        mine = pc.and_(pc.is_valid(columns["hard_exclusion"]), pa.array(kept[start : start + batch.num_rows]))
+        rows += [
+            Quarantine(row["key"], "ingest", "excluded_tag", row["hard_exclusion"])
+            for row in columns.filter(mine).to_pylist()
+        ]
+        start += batch.num_rows
+    return rows
+
+
+def _write_facts(dataset: Path, settings: DatasetConfig, kept: int, repeated: int, refused: list[Quarantine]) -> None:
+    sources = [
+        {
+            "name": source.name, "adapter": source.adapter, "rating_scheme": source.rating_scheme,
+            "assume_rating": source.assume_rating, "escaped": source.escaped, "on_bad_tag": source.on_bad_tag,
+            "on_second_separator": source.on_second_separator,
+        }
+        for source in settings.sources
+    ]  # fmt: skip
+    counts = Counter[str](entry.reason for entry in refused)
+    counts |= Counter({"records": kept, "repeated": repeated})
+    facts = {
+        "schema_version": SCHEMA_VERSION, "name": settings.name, "hard_exclusion_version": EXCLUSIONS_VERSION,
+        "sources": sources, "ingest": dict(sorted(counts.items())),
+    }  # fmt: skip
+    update_dataset_json(dataset, facts)
+
+
+def update_dataset_json(dataset: Path, facts: dict[str, Any]) -> None:
+    """Set top-level keys of `dataset.json`, keeping the others."""
+    path = dataset / "dataset.json"
+    present = json.loads(path.read_text()) if path.exists() else {}
+    write_text(path, json.dumps(present | facts, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,208 @@
+"""Step `label`: the tagging policy over all records, one unit per unit of the records table.
+
+Only labels depend on the policy: changing a threshold rewrites this table and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from train.exclusions import EXCLUSIONS_VERSION, excluded_by
+from train.exits import ExitCode, Halt
+from train.labels import LabelError, Policy
+from train.prepare import units
+from train.prepare.ingest import update_dataset_json
+from train.prepare.labelling import Inputs, TokenCount, label_table
+from train.prepare.peers import Peers
+from train.prepare.policy import freeze, post_days
+from train.prepare.records import LABELS, Quarantine, quarantine_table
+from train.prepare.settings import DatasetConfig, TagConfig, dataset_dir
+
+LABEL_VERSION = 1
+_COLUMNS = [
+    "key", "source", "rating", "score", "score_real", "created_at", "created_year", "media_year", "tags_general",
+    "tags_character", "tags_copyright", "tags_artist", "tags_meta", "tags_species", "caption", "hard_exclusion",
+]  # fmt: skip
+_GENERAL, _CHARACTER = 0, 4  # categories of the WD tagger
+
+
+def run(settings: DatasetConfig) -> None:
+    """Write `labels/`, the step's quarantine, and the counts of missing special tags to dataset.json.
+
+    Raises Halt(MISMATCH) for a record that the preset refuses to label.
+    """
+    dataset = dataset_dir(settings)
+    records = units.require_table(dataset, "records")
+    policy, today = freeze(settings.policy, dataset)
+    counter, tokenizer_id = _token_counter(settings.tokenizers)
+    used = [table for table in ("aesthetic", "tags") if units.has_table(dataset, table)]
+    config = units.config_id(
+        code=LABEL_VERSION, policy=policy.hash(), day=str(today) if policy.quality_min_age_days else None,
+        tokenizer=tokenizer_id, tag=_thresholds(settings.tag), exclusions=EXCLUSIONS_VERSION,
+    )  # fmt: skip
+    step = units.Step(dataset, "labels", LABELS, config, ("records", *used))
+    inputs = [_unit_inputs(dataset, path, used) for path in records]
+    names = [f"{n:05d}-{units.config_id(config=config, of=inputs[n][0])}.parquet" for n in range(len(records))]
+
+    def make(number: int) -> None:
+        table, entries = _label_unit(settings, records[number], inputs[number][1], policy, today, counter)
+        units.write_parquet(dataset / "quarantine" / "labels" / names[number], quarantine_table(entries))
+        units.write_parquet(step.folder / names[number], table)
+        bar.update(1)
+
+    missing = [number for number, name in enumerate(names) if not (step.folder / name).exists()]
+    with Peers(dataset) as peers, peers.progress(sum(map(peers.owns, missing)), "label") as bar:
+        for number in filter(peers.owns, missing):
+            make(number)
+        peers.wait_for([(number, step.folder / names[number]) for number in missing], make)
+    units.finalize(step, names)
+    units.merge_quarantine(dataset)
+    _write_facts(dataset, policy, settings)
+
+
+def _thresholds(config: TagConfig) -> dict[str, Any]:
+    return {"general": config.general_threshold, "character": config.character_threshold, "use": config.use}
+
+
+def _token_counter(folder: str | None) -> tuple[TokenCount | None, str | None]:
+    """(tokens of a text, identity of the tokenizer), both None without `tokenizers`."""
+    if folder is None:
+        print("label: tokenizers is null: token counts are left out")
+        return None, None
+    from train.text import TagTokenizer, load_tokenizer
+
+    tokenizer = TagTokenizer(load_tokenizer(Path(folder) / "tokenizer"), load_tokenizer(Path(folder) / "tokenizer_2"))
+    return (lambda text: len(tokenizer.content_ids([text]))), tokenizer.identity()
+
+
+def _unit_inputs(dataset: Path, path: Path, tables: Sequence[str]) -> tuple[list[str], dict[str, list[Path]]]:
+    """(names of all files that a unit's labels depend on, those of each joined table)."""
+    first, last = _key_range(path)
+    joined: dict[str, list[Path]] = {}
+    for table in tables:
+        ranges = [(file, _key_range(file)) for file in units.require_table(dataset, table)]
+        joined[table] = [file for file, (low, high) in ranges if low <= last and high >= first]
+    return [path.name, *(file.name for files in joined.values() for file in files)], joined
+
+
+def _key_range(path: Path) -> tuple[str, str]:
+    """First and last key of a file; ("~", "") when it is empty."""
+    with pq.ParquetFile(path) as file:
+        groups = file.num_row_groups
+        if file.metadata.num_rows == 0:
+            return "~", ""
+        first = file.read_row_group(0, columns=["key"])["key"][0].as_py()
+        last = file.read_row_group(groups - 1, columns=["key"])["key"][-1].as_py()
+    return first, last
+
+
+def _label_unit(
+    settings: DatasetConfig, path: Path, joined: dict[str, list[Path]], policy: Policy, today: date | None,
+    counter: TokenCount | None,
+) -> tuple[pa.Table, list[Quarantine]]:  # fmt: skip
+    records = pq.read_table(path, columns=_COLUMNS)
+    # A hard-excluded record gets no labels: nothing after this step can meet it.
+    records = records.filter(pc.is_null(records["hard_exclusion"]))
+    records, entries = _with_tagger(records, joined.get("tags", []), settings)
+    inputs = _inputs(records, _scores(records["key"], joined.get("aesthetic", [])), today)
+    try:
+        columns = label_table(records, inputs, policy, counter)
+    except LabelError as error:
+        raise Halt(
+            ExitCode.MISMATCH, f"{error}, and policy.missing_rating_or_score is `raise`: mend the record or set `omit`"
+        ) from error
+    hashes = pa.repeat(pa.scalar(policy.hash()), len(records))
+    arrays = {"key": records["key"].combine_chunks(), "policy_hash": hashes, **columns}
+    return pa.table({name: arrays[name] for name in LABELS.names}).cast(LABELS), entries
+
+
+def _inputs(records: pa.Table, aesthetic: np.ndarray, today: date | None) -> Inputs:
+    letters = pa.array(["g", "s", "q", "e"])
+    rating = pc.index_in(records["rating"].cast(pa.string()), letters).fill_null(-1)
+    ages = np.full(len(records), np.nan)
+    if today is not None:
+        days = post_days(records["created_at"]).cast(pa.int32())
+        ages = (today - date(1970, 1, 1)).days - _floats(days)
+    return Inputs(
+        rating=rating.to_numpy().astype(np.int64),
+        score=_floats(pc.coalesce(records["score"].cast(pa.float64()), records["score_real"])),
+        created_year=_floats(records["created_year"]),
+        media_year=_floats(records["media_year"]),
+        age_days=ages,
+        aesthetic=aesthetic,
+    )
+
+
+def _floats(column: pa.ChunkedArray) -> np.ndarray:
+    return column.cast(pa.float64()).fill_null(float("nan")).to_numpy()
+
+
+def _scores(keys: pa.ChunkedArray, files: Sequence[Path]) -> np.ndarray:
+    """float64 aesthetic score of each key, NaN where there is none."""
+    if not files:
+        return np.full(len(keys), np.nan)
+    table = pa.concat_tables([pq.read_table(file, columns=["key", "score"]) for file in files]).combine_chunks()
+    places = pc.index_in(keys, value_set=table["key"].combine_chunks())
+    return _floats(table["score"].take(places))
+
+
+def _with_tagger(
+    records: pa.Table, files: Sequence[Path], settings: DatasetConfig
+) -> tuple[pa.Table, list[Quarantine]]:
+    """Records with the tagger's tags where the config wants them, without those that these tags exclude."""
+    if not files or settings.tag.source == "none":
+        return records, []
+    found = {row["key"]: row["tags"] for file in files for row in pq.read_table(file).to_pylist()}
+    assumed = {source.name: source.assume_rating for source in settings.sources}
+    lists = {name: records[f"tags_{name}"].to_pylist() for name in ("general", "character")}
+    keep, entries = np.ones(len(records), bool), []
+    light = records.select(["key", "source", "rating", "caption", "tags_meta", "tags_species"])
+    for row, record in enumerate(light.to_pylist()):
+        general, character = lists["general"][row], lists["character"][row]
+        named = general or character or record["caption"] or record["tags_meta"] or record["tags_species"]
+        tags = found.get(record["key"])
+        if not tags or (named and settings.tag.use == "missing"):
+            continue
+        general += wanted_tags(tags, _GENERAL, settings.tag.general_threshold, general)
+        character += wanted_tags(tags, _CHARACTER, settings.tag.character_threshold, character)
+        rule = excluded_by(
+            rating=record["rating"], tags=[*general, *record["tags_meta"], *record["tags_species"]],
+            characters=character, caption=record["caption"], assume_rating=assumed.get(record["source"]),
+        )  # fmt: skip
+        if rule:
+            keep[row] = False
+            entries.append(Quarantine(record["key"], "label", "excluded_tag", rule))
+    for name, values in lists.items():
+        place = records.schema.get_field_index(f"tags_{name}")
+        records = records.set_column(place, f"tags_{name}", pa.array(values, pa.list_(pa.string())))
+    return records.filter(pa.array(keep)), entries
+
+
+def wanted_tags(tags: Sequence[dict[str, Any]], category: int, threshold: float, present: Sequence[str]) -> list[str]:
+    """Tags of one category above its threshold, most probable first: a character tag never turns general."""
+    chosen = [tag for tag in tags if tag["category"] == category and tag["prob"] > threshold]
+    chosen.sort(key=lambda tag: (-tag["prob"], tag["tag"]))
+    return [tag["tag"] for tag in chosen if tag["tag"] not in present]
+
+
+def _write_facts(dataset: Path, policy: Policy, settings: DatasetConfig) -> None:
+    counts = Counter[str]()
+    for unit in units.stream_table(dataset, "labels", ["quality", "year", "aesthetic", "rating_tags"]):
+        counts["rows"] += len(unit)
+        for name in ("quality", "year", "aesthetic"):
+            counts[f"without_{name}"] += unit[name].null_count
+        counts["without_rating"] += pc.sum(pc.equal(pc.list_value_length(unit["rating_tags"]), 0)).as_py() or 0
+    update_dataset_json(
+        dataset,
+        {"policy_hash": policy.hash(), "policy_preset": settings.policy.preset, "label": dict(sorted(counts.items()))},
+    )
+    print("label: " + ", ".join(f"{number} {name}" for name, number in counts.items()))

@@ -1,0 +1,52 @@
+"""Images with a `.txt` beside each: a caption, with or without the separator."""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from train.prepare.files import UnsafePath, is_image, require_source, resolve_inside, source_root, walk
+from train.prepare.normalise import MAX_CAPTION_BYTES, BadCaption, RawPost
+from train.prepare.records import Quarantine
+from train.prepare.settings import SourceConfig
+
+
+def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+    """Every image below the source's folder, with its caption."""
+    require_source(source)
+    root = source_root(source)
+    for found in walk(source, root):
+        if isinstance(found, Quarantine):
+            yield found
+        elif is_image(found):
+            yield _image(source, root, found)
+
+
+def _image(source: SourceConfig, root: Path, uri: str) -> RawPost | Quarantine:
+    # everything before the LAST dot: the sidecar of a.b.jpg is a.b.txt
+    stem = os.path.splitext(uri)[0]
+    for name in (f"{stem}.txt", f"{stem}.TXT"):
+        if not os.path.lexists(root / name):
+            continue
+        try:
+            return RawPost(id=uri, place=name, uri=uri, caption=read_caption(resolve_inside(root, name)))
+        except UnsafePath as error:
+            return Quarantine(f"{source.name}:{uri}", "ingest", "outside_root", str(error), "UnsafePath")
+        except (BadCaption, OSError) as error:
+            return Quarantine(f"{source.name}:{uri}", "ingest", "bad_caption", f"{name}: {error}", type(error).__name__)
+    return Quarantine(f"{source.name}:{uri}", "ingest", "missing_caption", f"{stem}.txt does not exist")
+
+
+def read_caption(path: Path) -> str:
+    """Text of a caption file without its byte-order mark. Raises BadCaption for one too long or not UTF-8."""
+    with open(path, "rb") as file:
+        data = file.read(MAX_CAPTION_BYTES + 4)
+    data = data.removeprefix(codecs.BOM_UTF8)
+    if len(data) > MAX_CAPTION_BYTES:
+        raise BadCaption(f"longer than {MAX_CAPTION_BYTES} bytes")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadCaption(f"not UTF-8: {error}") from error
