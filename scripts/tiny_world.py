@@ -11,11 +11,18 @@ from train.exits import ExitCode, Halt, run_cli
 
 
 def main() -> None:
+    """Parse and draw, or print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("data/tiny_world"), help="folder to write")
     parser.add_argument("--images", type=int, default=640, help="pictures to draw")
     parser.add_argument("--seed", type=int, default=1, help="another seed is another world")
+    parser.add_argument("--summary", type=Path, metavar="RUNS", help="draw nothing: print losses and tag following")
     options = parser.parse_args()
+    if options.summary:
+        from train.tools.tiny_check import summary
+
+        print(summary(options.summary))
+        return
     if options.images < 1:
         raise Halt(ExitCode.USAGE, f"--images is {options.images}, must be at least 1")
     from train.tools.tiny_world import write_world  # after --help, which needs no Pillow

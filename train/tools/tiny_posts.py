@@ -82,7 +82,8 @@ class CheckPrompt:
 def _choose_held_out() -> tuple[Combination, ...]:
     """48 combinations, hair colours in turn, fixed for every world: they do not depend on the world's seed."""
     pick = random.Random("held out")
-    hairs, chosen = list(HAIR), []
+    hairs = list(HAIR)
+    chosen: list[Combination] = []
     while len(chosen) < HELD_OUT_COUNT:
         candidate = (hairs[len(chosen) % len(hairs)], pick.choice(list(EYES)), pick.choice(list(BACKGROUNDS)))
         if candidate not in chosen:
