@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
+from train.prepare.judge import Complaint
 from train.prepare.normalise import RawPost, printable, to_record
 from train.prepare.records import RECORDS, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
@@ -38,7 +39,7 @@ _SPILL_SCHEMA = pa.schema(
 def run(settings: DatasetConfig) -> None:
     """Write `records/` and the step's quarantine.
 
-    Raises Halt(MISMATCH) after finishing, when more than `max_quarantine_fraction` of the posts are errors.
+    Raises Complaint(MISMATCH) after finishing, when more than `max_quarantine_fraction` of the posts are errors.
     """
     dataset = dataset_dir(settings)
     # Every process does the whole, with equal results: none waits for another that may never come.
@@ -61,20 +62,21 @@ def run(settings: DatasetConfig) -> None:
 
 
 def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: list[Quarantine]) -> None:
-    """Print the counts per reason. Raises Halt(MISMATCH) when errors exceed the limit."""
+    """Print the counts per reason. Raises Complaint(MISMATCH) when errors exceed the limit."""
     counts = Counter(entry.reason for entry in refused)
     print(f"{step}: {kept} records" + "".join(f", {number} {reason}" for reason, number in sorted(counts.items())))
     errors = [entry for entry in refused if entry.kind == "error"]
     total = kept + len(errors)
+    if kept == 0:
+        first = f": {errors[0].key}: {errors[0].reason}: {errors[0].message}" if errors else ""
+        raise Halt(ExitCode.MISMATCH, f"{step}: no record, {len(errors)} in quarantine{first}: check sources")
     if errors and len(errors) > settings.max_quarantine_fraction * total:
         first = "; ".join(f"{entry.key}: {entry.reason}: {entry.message}" for entry in errors[:3])
-        raise Halt(
+        raise Complaint(
             ExitCode.MISMATCH,
             f"{step}: {len(errors)} of {total} records are in quarantine, more than max_quarantine_fraction "
             f"{settings.max_quarantine_fraction}: see quarantine.parquet; the first: {first}",
         )
-    if kept == 0:
-        raise Halt(ExitCode.MISMATCH, f"{step}: no record: check sources.path")
 
 
 def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
@@ -115,7 +117,7 @@ def _sorted_rows(batches: list[pa.RecordBatch]) -> tuple[np.ndarray, list[Quaran
     if not batches:
         return np.zeros(0, np.int64), [], 0
     columns = pa.Table.from_batches([batch.select(["key", "raw_hash", "place"]) for batch in batches])
-    order = pc.sort_indices(columns, sort_keys=[("key", "ascending"), ("place", "ascending")]).to_numpy()
+    order = pc.sort_indices(columns, sort_keys=[("key", "ascending"), ("place", "ascending")]).to_numpy().astype(np.int64)
     keys = columns["key"].take(pa.array(order))
     same = pc.equal(keys.slice(1), keys.slice(0, len(keys) - 1)).to_numpy()
     if not same.any():

@@ -44,7 +44,8 @@ def run(settings: DatasetConfig) -> None:
     records = units.require_table(dataset, "records")
     policy, today = freeze(settings.policy, dataset)
     counter, tokenizer_id = _token_counter(settings.tokenizers)
-    used = [table for table in ("aesthetic", "tags") if units.has_table(dataset, table)]
+    wanted = {"aesthetic": settings.score.source, "tags": settings.tag.source}
+    used = [table for table, source in wanted.items() if source != "none"]
     config = units.config_id(
         code=LABEL_VERSION, policy=policy.hash(), day=str(today) if policy.quality_min_age_days else None,
         tokenizer=tokenizer_id, tag=_thresholds(settings.tag), exclusions=EXCLUSIONS_VERSION,

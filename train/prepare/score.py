@@ -1,9 +1,213 @@
-"""Step `score`."""
+"""Step `score`: an aesthetic score per image, from a column or from an image-classification model.
+
+The score is stored as float64 with the model's id and the hash of its preprocessing; the word is derived later, by the
+policy. A model's float32 output widens exactly; a decimal from a file keeps its value.
+"""
 
 from __future__ import annotations
 
-from train.prepare.settings import DatasetConfig
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from PIL import Image
+
+from train.exits import ExitCode, Halt
+from train.prepare import units
+from train.prepare.decode import decode
+from train.prepare.files import read_image
+from train.prepare.judge import judge
+from train.prepare.peers import Peers
+from train.prepare.records import AESTHETIC, Quarantine
+from train.prepare.settings import DatasetConfig, ScoreConfig, dataset_dir
+
+SCORE_VERSION = 1
+UNIT_FILES = 2000
+Predict = Callable[[list[Image.Image]], list[float]]
 
 
 def run(settings: DatasetConfig) -> None:
-    """Nothing yet."""
+    """Write `aesthetic/`, or nothing with `score.source: none`."""
+    config, dataset = settings.score, dataset_dir(settings)
+    if config.source == "none":
+        print("score: score.source is none: no aesthetic tags")
+        return
+    if config.source == "column":
+        _from_column(config, dataset)
+    else:
+        _from_model(settings, dataset)
+    units.merge_quarantine(dataset)
+    judge(settings, "score")
+
+
+def _from_column(config: ScoreConfig, dataset: Path) -> None:
+    table = read_column(Path(config.path or ""), config.column, "score")
+    known = units.read_table(dataset, "records", ["key"])["key"]
+    table = table.filter(pc.is_in(table["key"], value_set=known.combine_chunks())).sort_by("key")
+    scores = numbers(table["value"], f"score.path {config.path}")
+    rows = pa.table(
+        {
+            "key": table["key"],
+            "model": pa.repeat(pa.scalar(config.model or "column"), len(table)),
+            "preproc_hash": pa.repeat(pa.scalar("column"), len(table)),
+            "score": scores,
+        }
+    ).cast(AESTHETIC)
+    step = units.Step(
+        dataset, "aesthetic", AESTHETIC, units.config_id(code=SCORE_VERSION, score=vars(config)), ("records",)
+    )
+    hashes = [units.row_hash(*pair) for pair in zip(rows["key"].to_pylist(), rows["score"].to_pylist(), strict=True)]
+    lookup = rows.select(["key", "model", "preproc_hash", "score"])
+    with Peers(dataset) as peers:
+        units.run_units(
+            step, units.cut(lookup, hashes, 50_000), lambda part: (part.cast(AESTHETIC), []), peers
+        )
+    print(f"score: {len(rows)} of {len(known)} records have a score")
+
+
+def read_column(path: Path, column: str, section: str) -> pa.Table:
+    """Columns `key` and `value` of a parquet or CSV file. Raises Halt(USAGE) naming what is missing."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            table = pq.read_table(path, columns=["key", column])
+        else:
+            options = pa.csv.ConvertOptions(
+                include_columns=["key", column], column_types={"key": pa.string(), column: pa.string()}
+            )
+            table = pa.csv.read_csv(path, convert_options=options)
+    except (OSError, pa.ArrowInvalid, KeyError) as error:
+        raise Halt(
+            ExitCode.USAGE, f"{section}.path {path} must be parquet or CSV with the columns key and {column}: {error}"
+        ) from error
+    table = pa.table({"key": table["key"].cast(pa.string()), "value": table[column]})
+    if table["key"].null_count or len(pc.unique(table["key"])) != len(table):
+        raise Halt(ExitCode.USAGE, f"{section}.path {path}: a key is missing or stands there twice")
+    return table
+
+
+def numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
+    """float64, null for an empty text or NaN; float32 widens exactly. Raises Halt(USAGE) for anything else."""
+    if pa.types.is_string(column.type):
+        text = pc.utf8_trim_whitespace(column)
+        column = pc.if_else(pc.is_in(text, value_set=pa.array(["", "nan", "NaN", "null"])), None, text)
+    try:
+        values = column.cast(pa.float64())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise Halt(ExitCode.USAGE, f"{where}: {error}") from error
+    return pc.if_else(pc.is_nan(values), None, values)
+
+
+def _from_model(settings: DatasetConfig, dataset: Path) -> None:
+    predict, model, preprocessing = load_classifier(settings.score)
+    config = units.config_id(code=SCORE_VERSION, model=model, preprocessing=preprocessing, label=settings.score.label)
+
+    def row(key: str, score: float | None) -> dict[str, Any]:
+        return {"key": key, "model": model, "preproc_hash": preprocessing, "score": score}
+
+    step = units.Step(dataset, "aesthetic", AESTHETIC, config, ("records", "probe"))
+    run_model(settings, step, settings.score.batch, lambda images: [(v,) for v in predict(images)], row, "score")
+
+
+def run_model(
+    settings: DatasetConfig, step: units.Step, batch: int, predict: Callable[[list[Image.Image]], list[tuple[Any, ...]]],
+    row: Callable[..., dict[str, Any]], name: str, keep: pa.Array | None = None,
+) -> None:  # fmt: skip
+    """Fill a table with what a model says of every accepted image (of those in `keep`), batch by batch.
+
+    An image that the probe accepted and that cannot be read now gets no result and a quarantine row.
+    """
+    sources = {source.name: source for source in settings.sources}
+    images = accepted(step.dataset, keep)
+
+    def read(record: Mapping[str, Any]) -> Image.Image | Quarantine:
+        try:
+            data = read_image(sources[record["source"]], record["uri"], record["member"])
+            return decode(data, settings.probe).image
+        except (OSError, ValueError) as error:
+            reason = "missing_file" if isinstance(error, FileNotFoundError) else "truncated"
+            message = f"{record['uri']}: accepted by the probe, cannot be read now: {error}"
+            return Quarantine(record["key"], name, reason, message, type(error).__name__)  # type: ignore[arg-type]
+
+    def work(part: pa.Table) -> tuple[pa.Table, list[Quarantine]]:
+        rows, entries = [], []
+        records = part.to_pylist()
+        for start in range(0, len(records), batch):
+            group = records[start : start + batch]
+            found = [read(record) for record in group]
+            entries += [image for image in found if isinstance(image, Quarantine)]
+            answers = iter(predict([image for image in found if isinstance(image, Image.Image)]))
+            for record, image in zip(group, found, strict=True):
+                answer = (None,) if isinstance(image, Quarantine) else next(answers)
+                rows.append(row(record["key"], *answer))
+        return pa.Table.from_pylist(rows, schema=step.schema), entries
+
+    columns = ("key", "raw_hash", "file_size", "mtime_ns")
+    hashes = [units.row_hash(*values) for values in zip(*(images[c].to_pylist() for c in columns), strict=True)]
+    with Peers(step.dataset) as peers:
+        units.run_units(step, units.cut(images, hashes, UNIT_FILES), work, peers)
+
+
+def accepted(dataset: Path, keep: pa.Array | None = None) -> pa.Table:
+    """Records that the probe accepted (and that are in `keep`), with where their files are, in key order."""
+    probe = units.read_table(dataset, "probe", ["key", "status", "file_size", "mtime_ns"])
+    records = units.read_table(dataset, "records", ["key", "source", "uri", "member", "raw_hash"])
+    probe = probe.filter(pc.equal(probe["status"], "ok")).drop_columns(["status"])
+    if keep is not None:
+        probe = probe.filter(pc.is_in(probe["key"], value_set=keep))
+    places = pc.index_in(probe["key"], value_set=records["key"].combine_chunks())
+    found = records.take(places.combine_chunks())
+    for name in ("file_size", "mtime_ns"):
+        found = found.append_column(name, probe[name])
+    return found.combine_chunks()
+
+
+def load_classifier(config: ScoreConfig) -> tuple[Predict, str, str]:
+    """(probabilities of `score.label` for a batch, model id, hash of its preprocessing) of a local folder.
+
+    The model's weights are safetensors only. bf16 on a GPU; the probability is taken in float32.
+    """
+    import torch
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    folder = Path(config.model or "")
+    if not (folder / "config.json").is_file():
+        raise Halt(ExitCode.USAGE, f"score.model {folder} is not a folder with an image-classification model")
+    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    options = {"local_files_only": True}
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+    model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, dtype=dtype, **options)
+    model = model.to(device).eval()
+    labels = {str(name): int(number) for number, name in model.config.id2label.items()}
+    if config.label not in labels:
+        raise Halt(ExitCode.USAGE, f"score.label {config.label!r}: the model knows {', '.join(sorted(labels))}")
+
+    def predict(images: list[Image.Image]) -> list[float]:
+        if not images:
+            return []
+        pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(device, dtype)
+        with torch.inference_mode():
+            logits = model(pixel_values=pixels).logits.float()
+        return [float(value) for value in logits.softmax(-1)[:, labels[config.label]].cpu()]
+
+    return predict, model_id(folder), _preprocessing_hash(processor)
+
+
+def model_id(folder: Path) -> str:
+    """Folder name and the first half of the weights' sha256."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{folder.name}@{digest.hexdigest()[:16]}"
+
+
+def _preprocessing_hash(processor: Any) -> str:
+    text = json.dumps(processor.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
