@@ -20,6 +20,7 @@ from train.config import StageConfig
 from train.ema import Ema
 from train.exits import ExitCode, Halt
 from train.feed import Feed
+from train.heldout import HeldOut
 from train.plan import Plan, Tile, trace_lines
 from train.previews import Previews
 from train.rundir import RunDir
@@ -50,7 +51,7 @@ class Session:
     run: RunDir
     state: Callable[[Session], dict[str, Any]]  # what state.json says beside the progress
     previews: Previews
-    validate: Callable[[Session], None]
+    held_out: HeldOut
     progress: Progress
     scale: LossScale
     cycle_updates: int
@@ -131,7 +132,7 @@ def after_update(session: Session, outcome: Outcome) -> None:
     if config.sampling.every_steps and done % config.sampling.every_steps == 0:
         session.previews.write(done, session.ema, session.tracker, session.stop)
     if config.validation.every_steps and done % config.validation.every_steps == 0:
-        session.validate(session)
+        session.held_out.measure(done, session.progress.updates, session.tracker, session.stop)
     if outcome.stop_asked and not last:
         save(session, now=True)
         raise Halt(ExitCode.STOPPED, f"stopped by a signal after update {done}; saved: the same command goes on")

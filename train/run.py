@@ -80,7 +80,7 @@ def as_halt(error: BaseException) -> Halt:
 
 def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: str, reached: dict[str, int]) -> None:
     """The recipe of one stage, from the dataset to the files the next stage starts from."""
-    from train import handoff, loop, preflight, stage
+    from train import handoff, loop, preflight, session, stage
 
     # Processes: the update's tiles divide among them.
     machine = stage.open_machine(config)
@@ -93,20 +93,20 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
     data = stage.open_data(config, source)
 
     # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
-    session = stage.open_session(config, run, machine, data, source, components, networks, stop)
+    running = session.open_session(config, run, machine, data, source, components, networks, stop)
     run.write_config(yaml)
-    with stage.closing(session):
-        preflight.check(session, data.tokenizer)
+    with session.closing(running):
+        preflight.check(running, data.tokenizer)
 
         # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.
         try:
-            loop.run_updates(session)
+            loop.run_updates(running)
         finally:
-            reached["update"] = session.progress.step
+            reached["update"] = running.progress.step
 
         # Hand-off: last checkpoint, diffusers folder and single file, lineage, then DONE.
-        loop.save(session, now=True, permanent=True)
-        handoff.finish(session, source, data.index.fingerprint, stage.versions())
+        loop.save(running, now=True, permanent=True)
+        handoff.finish(running, source, data.index.fingerprint, session.versions())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,253 @@
+"""The running stage: the state of an interrupted run restored, and everything the loop owns made from the config."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import platform
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from train import checkpoint, loop, optim, reduce, resume, rng, schedule, tensorfile
+from train.checkpoint import Progress
+from train.config import StageConfig, config_hash, flatten
+from train.dataset import TileDataset
+from train.ema import Ema
+from train.feed import Feed
+from train.heldout import HeldOut
+from train.hub import LocalModel
+from train.latents import ShardReader
+from train.loop import Session
+from train.models import Components, Networks, overlay, trained_parameters
+from train.noise import alphas_cumprod
+from train.plan import Plan
+from train.previews import Previews
+from train.rundir import RunDir
+from train.scaler import loss_scale
+from train.signals import StopFlag
+from train.snapshot import Saver
+from train.stage import Data, Machine, make_optimizer
+from train.tracking import Tracker
+from train.update import Diffusion, Gradients, Place
+
+log = logging.getLogger("anix")
+
+
+def expectations(
+    config: StageConfig, data: Data, source: LocalModel, networks: Networks, ema: Ema | None
+) -> resume.Expectations:
+    """What a checkpoint of this run must have been written under, and what the next one says about itself."""
+    model = tensorfile.specs(trained_parameters(networks))
+    return resume.Expectations(
+        stage=config.stage,
+        config=flatten(config),
+        held={
+            "data.path": f"{data.index.fingerprint}/{data.index.selection_hash}",
+            "model.init_from": source.sha256,
+            "model.tokenizers": data.tokenizer.identity(),
+        },
+        facts={"dataset": data.index.fingerprint, "plan": data.fingerprint, "parent": source.sha256},
+        notes={"canary": rng.canary(config.seed), "threads": torch.get_num_threads(), "versions": versions()},
+        tensors={"model": model, "optimizer": None} | ({"ema": model} if ema is not None else {}),
+        accept=config.resume.accept,
+    )
+
+
+def versions() -> dict[str, str]:
+    """What decides a run's last bits beside the hardware."""
+    import diffusers
+    import transformers
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    return found | {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
+
+
+def restore(
+    run: RunDir,
+    expected: resume.Expectations,
+    networks: Networks,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    config: StageConfig,
+    *,
+    is_main: bool,
+) -> checkpoint.Loaded | None:
+    """Load the newest sound checkpoint into the networks, the optimizer and the average; None for a new run."""
+    resume.check_accept(expected.accept, expected.config)
+    loaded = checkpoint.load_newest(run, expected, verify=config.checkpoint.verify)
+    if loaded is None:
+        return None
+    overlay(networks, loaded.tensors("model"), loaded.path / "model.safetensors")
+    optim.load_state_tensors(
+        optimizer,
+        trained_parameters(networks),
+        loaded.tensors("optimizer"),
+        name=config.optimizer.name,
+        source=loaded.path,
+    )
+    if ema is not None:
+        ema.load(loaded.tensors("ema"))
+    if is_main:
+        resume.cut_metrics(run.metrics, loaded.progress.step)
+        resume.cut_trace(run.path / "trace.txt", loaded.progress.step)
+        resume.cut_metrics(run.path / "validation.jsonl", loaded.progress.step)
+        log.info("resuming after update %d from %s", loaded.progress.step, loaded.path)
+        if loaded.comparison.warned or loaded.comparison.accepted:
+            log.warning("settings changed since the checkpoint:\n%s", loaded.comparison.table())
+    return loaded
+
+
+def open_session(
+    config: StageConfig,
+    run: RunDir,
+    machine: Machine,
+    data: Data,
+    source: LocalModel,
+    components: Components,
+    networks: Networks,
+    stop: StopFlag,
+) -> Session:
+    """Everything the loop owns, at the point where the run stands."""
+    place, plan = machine.place, data.plan
+    optimizer = make_optimizer(config, networks)
+    parameters = trained_parameters(networks)
+    ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
+    expected = expectations(config, data, source, networks, ema)
+    loaded = restore(run, expected, networks, optimizer, ema, config, is_main=place.is_main)
+    progress = loaded.progress if loaded else Progress()
+    gradients = open_gradients(machine, networks, strict=config.batch.determinism == "strict")
+    return Session(
+        config=config,
+        place=place,
+        plan=plan,
+        feed=open_feed(config, machine, data, source, progress.step),
+        gradients=gradients,
+        diffusion=open_diffusion(config, place),
+        optimizer=optimizer,
+        parameters=parameters,
+        ema=ema,
+        tracker=open_tracker(config, run, place, plan, progress),
+        saver=open_saver(config, run, plan, stop) if place.is_main else None,
+        stop=stop,
+        run=run,
+        state=state_of(config, expected, loaded, place),
+        previews=Previews(config, components, networks, place),
+        held_out=HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling_factor(source)),
+        progress=progress,
+        scale=loss_scale(config.precision, loaded.state.get("scaler") if loaded else None),
+        cycle_updates=cycle_updates(config, plan),
+        last_step=plan.total_updates,
+    )
+
+
+def cycle_updates(config: StageConfig, plan: Plan) -> int:
+    """Updates per cycle of the schedule, which is refused here if it means something else than it says."""
+    updates = schedule.cycle_length(config.schedule, images=plan.images, effective=config.batch.effective)
+    peaks = {f"optimizer.{group}_lr": peak for group, peak in loop.peaks(config).items() if group != "text_encoder_2"}
+    schedule.check(
+        config.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=config.epochs
+    )
+    return updates
+
+
+def state_of(
+    config: StageConfig, expected: resume.Expectations, loaded: checkpoint.Loaded | None, place: Place
+) -> Callable[[Session], dict[str, Any]]:
+    """What state.json says beside the progress: settings, hashes, loss scale, and where the run was (re)started."""
+    earlier = loaded.state.get("history", []) if loaded else []
+    history = [*earlier, [loaded.progress.step if loaded else 0, place.world]]
+    accepted = [str(difference) for difference in loaded.comparison.accepted] if loaded else []
+
+    def state(session: Session) -> dict[str, Any]:
+        return expected.to_state() | {
+            "scaler": session.scale.to_state(),
+            "history": history,
+            "config_hash": config_hash(config),
+            "accepted": accepted,
+        }
+
+    return state
+
+
+def open_diffusion(config: StageConfig, place: Place) -> Diffusion:
+    """Noise schedule, noise offset and loss of the stage."""
+    alphas_T = alphas_cumprod(config.noise.zero_terminal_snr).to(place.device)
+    split = 1 if config.batch.split == "auto" else int(config.batch.split)
+    return Diffusion(alphas_T, config.noise, config.loss, config.precision, split)
+
+
+def open_tracker(config: StageConfig, run: RunDir, place: Place, plan: Plan, progress: Progress) -> Tracker:
+    """metrics.jsonl, the bar, and what else the config names; silent on other than the main process."""
+    return Tracker(
+        run.path,
+        config.tracking,
+        is_main=place.is_main,
+        run_name=config.stage,
+        config_flat=flatten(config),
+        total_updates=plan.total_updates,
+        resume_update=progress.updates,
+    )
+
+
+def scaling_factor(source: LocalModel) -> float:
+    """Factor between the VAE's latents and what the U-Net sees (SDXL: 0.13025)."""
+    return float(source.configs["vae"]["scaling_factor"])
+
+
+def open_feed(config: StageConfig, machine: Machine, data: Data, source: LocalModel, first_step: int) -> Feed:
+    """Latents, noise and captions of this process's tiles, from the plan step reached."""
+    dataset = TileDataset(
+        data.index,
+        data.plan,
+        ShardReader(config.data.path),
+        data.tokenizer,
+        seed=config.seed,
+        data=config.data,
+        noise=config.noise,
+        scaling=scaling_factor(source),
+        total_updates=data.plan.total_updates,
+    )
+    return Feed(
+        dataset,
+        config.data,
+        machine.place.device,
+        tiles=machine.tiles_here,
+        first_step=first_step,
+        last_step=data.plan.total_updates,
+    )
+
+
+def open_gradients(machine: Machine, networks: Networks, *, strict: bool) -> Gradients:
+    """DDP around the one module, or plain module and flat buffer when the order of sums must not vary."""
+    place = machine.place
+    parameters = list(trained_parameters(networks).values())
+    if strict:
+        return Gradients(
+            networks,
+            parameters,
+            place,
+            strict_groups=reduce.pair_groups(place.world),
+            virtual_per_rank=machine.virtual_per_rank,
+        )
+    model = machine.accelerator.prepare_model(networks) if place.world > 1 else networks
+    return Gradients(model, parameters, place)
+
+
+def open_saver(config: StageConfig, run: RunDir, plan: Plan, stop: StopFlag) -> Saver:
+    """Background writer of checkpoints; one per epoch is kept for ever unless the config says otherwise."""
+    every = config.checkpoint.permanent_every_steps or max(plan.updates_per_epoch, 1)
+    return Saver(run, config.checkpoint, permanent_every=every, stopping=lambda: stop.asked)
+
+
+@contextlib.contextmanager
+def closing(session: Session) -> Iterator[Session]:
+    """Ends workers, writer thread and trackers however the run ends."""
+    try:
+        yield session
+    finally:
+        session.feed.close()
+        if session.saver is not None:
+            session.saver.finish()
+        session.tracker.close()
