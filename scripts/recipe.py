@@ -14,7 +14,7 @@ from train.exits import run_cli
 def main() -> int:
     """Parse and run; stops at the first failing stage with its exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--configs", nargs="+", type=Path, required=True, metavar="YAML", help="one per stage, in order")
+    parser.add_argument("--configs", nargs="+", type=Path, required=True, metavar="YAML", help="one per stage")
     parser.add_argument("--launch", type=Path, help="accelerate config, e.g. configs/launch/two_gpus.yaml")
     parser.add_argument("--processes", type=int, default=1, help="processes on this machine, without --launch")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for every stage")
