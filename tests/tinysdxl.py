@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,12 @@ def build(variant: str = "two levels", seed: int = 0) -> StableDiffusionXLPipeli
         for module in (unet, vae, one, two):
             for parameter in module.parameters():  # biases and norms too: a swapped constant would not show
                 torch.nn.init.normal_(parameter, std=0.05)
+    with warnings.catch_warnings():  # diffusers 0.42's schedulers on numpy 2.4
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        scheduler = EulerAncestralDiscreteScheduler()
     return StableDiffusionXLPipeline(
         vae=vae.eval(), text_encoder=one.eval(), text_encoder_2=two.eval(), tokenizer=tokenizer,
-        tokenizer_2=tokenizer_2, unet=unet.eval(), scheduler=EulerAncestralDiscreteScheduler(),
+        tokenizer_2=tokenizer_2, unet=unet.eval(), scheduler=scheduler,
         add_watermarker=False,
     )  # fmt: skip
 

@@ -1,0 +1,49 @@
+#!/usr/bin/env python
+"""Diffusers folder <-> single file, bit for bit; sd-scripts TOML -> stage YAML. IN decides the direction."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+
+from train.exits import ExitCode, Halt, run_cli
+
+
+def main() -> int:
+    """Parse, convert, say what was written."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source", metavar="IN", type=Path, help="diffusers folder, .safetensors file, or .toml")
+    parser.add_argument("out", metavar="OUT", type=Path, help="what to write; nothing is written over")
+    parser.add_argument("--tokenizers", type=Path, help="file to folder: folder with tokenizer/ and tokenizer_2/")
+    parser.add_argument("--config", type=Path, help="file to folder: diffusers folder with the networks' configs")
+    parser.add_argument("--vae", type=Path, help="folder to file: VAE folder that replaces the folder's own")
+    parser.add_argument("--processes", type=int, default=1, help="TOML: how many processes (GPUs) the run used")
+    arguments = parser.parse_args()
+    source, out = arguments.source, arguments.out
+
+    if source.suffix == ".toml":
+        from train.tools.convert_toml import convert_file
+
+        for line in convert_file(source, out, arguments.processes):
+            print(line)
+    elif source.is_dir():
+        from train import singlefile
+
+        model = source / "model" if (source / "DONE").exists() else source
+        print(f"{out}: sha256 {singlefile.to_single_file(model, out, vae=arguments.vae)}")
+    elif source.exists():
+        from train import singlefile
+
+        singlefile.to_folder(source, out, tokenizers=arguments.tokenizers, config=arguments.config)
+        if not (out / "tokenizer").exists():
+            print("no tokenizers in the folder: a single file has none; --tokenizers adds them", file=sys.stderr)
+        print(f"{out}: diffusers folder")
+    else:
+        raise Halt(ExitCode.USAGE, f"{source} does not exist")
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    run_cli(main)
