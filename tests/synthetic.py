@@ -22,13 +22,18 @@ TAGS = ("smile", "red hair", "blue hair", "outdoors", "hat", "solo", "k-on!", "m
 
 
 def make_dataset(
-    folder: Path, counts: Sequence[int] = (30, 18, 16), *, stages: Sequence[str] = ("pretrain", "ft1", "ft2"), seed: int = 0
+    folder: Path,
+    counts: Sequence[int] = (30, 18, 16),
+    *,
+    stages: Sequence[str] = ("pretrain", "ft1", "ft2"),
+    seed: int = 0,
+    buckets: Sequence[tuple[int, int]] = BUCKETS,
 ) -> Path:
     """`folder` with latents, index and one selection of everything per stage; `counts` images per bucket."""
     (folder / "latents").mkdir(parents=True)
     (folder / "labels").mkdir()
     rows: list[dict[str, Any]] = []
-    for (width, height), count in zip(BUCKETS, counts, strict=False):
+    for (width, height), count in zip(buckets, counts, strict=False):
         shard = f"latents/{width}x{height}-00000.safetensors"
         generator = torch.Generator().manual_seed(seed + width)
         latents = torch.randn(count, 4, height // 8, width // 8, generator=generator) / 0.13025

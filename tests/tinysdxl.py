@@ -27,6 +27,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
         "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (2, 4),
     },
+    "least": {
+        "block_out_channels": (8, 16), "layers_per_block": 1, "transformer_layers_per_block": (1, 1),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "attention_head_dim": (2, 2),
+    },
 }  # fmt: skip
 
 
