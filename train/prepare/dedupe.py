@@ -6,6 +6,7 @@ the smallest key. Perceptual ones, within 3 bits of 64, are reported, and droppe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -38,8 +39,9 @@ def _find(settings: DatasetConfig) -> tuple[pa.Table, list[Quarantine]]:
     scores = dict(zip(records.column("key").to_pylist(), records.column("score").to_pylist(), strict=True))
     keys = probe.column("key").to_pylist()
     area = (probe.column("width").to_numpy().astype(np.int64) * probe.column("height").to_numpy()).tolist()
-    rank = [(-area[i], -(scores.get(key) if scores.get(key) is not None else -(1 << 40)), key)
-            for i, key in enumerate(keys)]  # fmt: skip
+    unknown = -(1 << 40)  # below every real score
+    points = [unknown if (score := scores.get(key)) is None else score for key in keys]
+    rank = [(-area[i], -points[i], key) for i, key in enumerate(keys)]
     rows: list[dict[str, object]] = []
     quarantine: list[Quarantine] = []
     gone: set[int] = set()
@@ -99,7 +101,7 @@ def near_groups(hashes: npt.NDArray[np.uint64], distance: int) -> list[list[int]
 
     bands = distance + 1
     edges = np.linspace(0, 64, max(bands, 4) + 1).astype(int) if distance else np.array([0, 64])
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low, high in itertools.pairwise(edges):
         mask = (1 << int(high - low)) - 1
         band = (hashes >> np.uint64(low)) & np.uint64(mask)
         order = np.argsort(band, kind="stable")

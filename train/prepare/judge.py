@@ -25,8 +25,8 @@ def judge(settings: DatasetConfig, step: str) -> None:
     """Print the step's quarantine counts. Raises Complaint(MISMATCH) when errors exceed max_quarantine_fraction."""
     dataset = dataset_dir(settings)
     path = dataset / "quarantine.parquet"
-    table = pq.read_table(path, columns=["key", "step", "kind", "reason"]) if path.exists() else merge_quarantine(dataset)
-    rows = [row for row in table.to_pylist() if row["step"] == step]
+    table = pq.read_table(path) if path.exists() else merge_quarantine(dataset)
+    rows = [row for row in table.select(["step", "kind", "reason"]).to_pylist() if row["step"] == step]
     counts = Counter(row["reason"] for row in rows)
     if counts:
         print(f"{step}: in quarantine: " + ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items())))

@@ -24,7 +24,9 @@ from train.prepare.units import Step, config_id, cut, merge_quarantine, read_tab
 
 PROBE_VERSION = 1
 UNIT_FILES = 2000
-_COLUMNS = ["key", "source", "uri", "member", "width", "height", "is_deleted", "is_banned", "hard_exclusion", "raw_hash"]
+_COLUMNS = [
+    "key", "source", "uri", "member", "width", "height", "is_deleted", "is_banned", "hard_exclusion", "raw_hash",
+]  # fmt: skip
 _TAG_COLUMNS = ["tags_general", "tags_character", "tags_copyright", "tags_artist", "tags_meta", "tags_species"]
 Row = dict[str, Any]
 

@@ -129,7 +129,10 @@ def run_whole(step: Step, make: Callable[[], tuple[pa.Table, list[Quarantine]]],
 
 
 def finalize(step: Step, names: Sequence[str], *, unique: bool = True) -> None:
-    """Check that every unit is there and every key unique (else only sorted), name them in the manifest, set stale files aside."""
+    """Check that every unit is there, name them in the manifest, set stale files aside.
+
+    Keys must rise from unit to unit; with `unique` false they may repeat.
+    """
     last, rows = pa.array([], pa.string()), 0
     for name in names:
         try:

@@ -1,0 +1,152 @@
+"""What may be selected at all: sound files, exact duplicates reduced, labelled, and past the hard exclusions' gate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from train.exclusions import excluded_by
+from train.exits import ExitCode, Halt
+from train.prepare.probe import ok_files
+from train.prepare.records import LABELS, PROBE, RECORDS, TAG_GROUPS
+from train.prepare.settings import DatasetConfig, dataset_dir
+from train.prepare.units import has_table, read_table, stream_table
+
+_DERIVED = ("area", "aspect", "tags", "aesthetic_score", "near_duplicate")
+_GATE_COLUMNS = ["key", "source", "rating", "tags_general", "tags_meta", "tags_species", "tags_character", "caption"]
+
+
+class Candidates:
+    """Rows sorted by key. Columns are read when asked for, one at a time: a set may have ten million rows."""
+
+    def __init__(self, settings: DatasetConfig) -> None:
+        self.settings, self.dataset = settings, dataset_dir(settings)
+        records = read_table(self.dataset, "records", ["key", "hard_exclusion"])
+        self.counts: list[tuple[str, int]] = [("records", len(records))]
+        open_records = records.filter(pc.is_null(records.column("hard_exclusion")))
+        self._count("hard exclusions", len(open_records))
+        probe = ok_files(settings, ["key", "width", "height"])
+        self._count("sound files", len(probe))
+        dropped = _dropped_duplicates(self.dataset)
+        probe = probe.filter(pc.invert(pc.is_in(probe.column("key"), value_set=dropped)))
+        self._count("duplicates", len(probe))
+        labelled = read_table(self.dataset, "labels", ["key"]).column("key").combine_chunks()
+        probe = probe.filter(pc.is_in(probe.column("key"), value_set=labelled))
+        self._count("labels", len(probe))
+        self.refused = self._gate(probe.column("key").combine_chunks())
+        gone = pa.array([key for key, _ in self.refused], pa.string())
+        probe = probe.filter(pc.invert(pc.is_in(probe.column("key"), value_set=gone)))
+        self._count("hard exclusions of final tags", len(probe))
+        self._key_array = probe.column("key").combine_chunks()
+        self.keys: list[str] = self._key_array.to_pylist()
+        self.widths: npt.NDArray[np.int64] = probe.column("width").to_numpy().astype(np.int64)
+        self.heights: npt.NDArray[np.int64] = probe.column("height").to_numpy().astype(np.int64)
+
+    def _count(self, name: str, number: int) -> None:
+        self.counts.append((name, number))
+
+    def known(self, keys: Iterable[str]) -> set[str]:
+        """Those of `keys` that some record has, selectable or not."""
+        wanted = pa.array(list(keys), pa.string())
+        if len(wanted) == 0:
+            return set()
+        parts = stream_table(self.dataset, "records", ["key"])
+        return {
+            key for part in parts
+            for key in part.column("key").filter(pc.is_in(part.column("key"), value_set=wanted)).to_pylist()
+        }  # fmt: skip
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column for predicates, one value per candidate. Raises Halt(USAGE) for an unknown one."""
+        if name == "area":
+            return pa.chunked_array([pa.array(self.widths * self.heights)])
+        if name == "aspect":
+            long, short = np.maximum(self.widths, self.heights), np.minimum(self.widths, self.heights)
+            return pa.chunked_array([pa.array(long / short)])
+        if name == "aesthetic_score":
+            return self._joined("aesthetic", "score", pa.float64())
+        if name == "near_duplicate":
+            dupes = read_table(self.dataset, "dupes", ["key", "method", "group_id"])
+            return pa.chunked_array([pc.is_in(self._key_array, value_set=_near_duplicates(dupes, self))])
+        if name == "tags":
+            parts = [self._joined("records", f"tags_{group}", pa.list_(pa.string())) for group in TAG_GROUPS]
+            return _joined_lists(parts)
+        for table, schema in (("probe", PROBE), ("records", RECORDS), ("labels", LABELS)):
+            if name in schema.names:
+                return self._joined(table, name, schema.field(name).type)
+        known = sorted({*RECORDS.names, *PROBE.names, *LABELS.names, *_DERIVED})
+        raise Halt(ExitCode.USAGE, f"select.where: there is no column {name!r}; there are {', '.join(known)}")
+
+    def lists(self, name: str) -> list[list[Any]]:
+        """Values of `name`, or of `tags_<name>`, per candidate: for caps and quotas."""
+        column = self.column(f"tags_{name}" if name in TAG_GROUPS else name)
+        return [value if isinstance(value, list) else [] if value is None else [value] for value in column.to_pylist()]
+
+    def _joined(self, table: str, name: str, kind: pa.DataType) -> pa.ChunkedArray:
+        """The column of another table, null where it has no row of the key."""
+        if not has_table(self.dataset, table):
+            return pa.chunked_array([pa.nulls(len(self.keys), kind)])
+        values = read_table(self.dataset, table, ["key", name])
+        position = pc.index_in(self._key_array, value_set=values.column("key").combine_chunks())
+        column = values.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        return pa.chunked_array([column.combine_chunks().take(position)])
+
+    def _gate(self, keys: pa.Array) -> list[tuple[str, str]]:
+        """(key, rule) of what the hard exclusions refuse when they see the final tags."""
+        sources = {source.name: source for source in self.settings.sources}
+        refused = []
+        flex = dict(zip(*(read_table(self.dataset, "labels", ["key", name]).column(name).to_pylist()
+                          for name in ("key", "flex_tags")), strict=True))  # fmt: skip
+        wanted = set(keys.to_pylist())
+        for part in stream_table(self.dataset, "records", _GATE_COLUMNS):
+            for row in part.to_pylist():
+                if row["key"] not in wanted:
+                    continue
+                source = sources.get(row["source"])
+                rule = excluded_by(
+                    rating=row["rating"],
+                    tags=[*row["tags_general"], *row["tags_meta"], *row["tags_species"], *flex[row["key"]]],
+                    characters=row["tags_character"],
+                    caption=row["caption"],
+                    assume_rating=source.assume_rating if source else None,
+                    e621=source is not None and source.adapter == "e621",
+                )
+                if rule is not None:
+                    refused.append((row["key"], rule))
+        return refused
+
+
+def _dropped_duplicates(dataset: Path) -> pa.Array:
+    dupes = read_table(dataset, "dupes", ["key", "keep"])
+    return dupes.filter(pc.invert(dupes.column("keep"))).column("key").combine_chunks()
+
+
+def _near_duplicates(dupes: pa.Table, candidates: Candidates) -> pa.Array:
+    """All but the first key of each perceptual group: first in the order largest area, then key."""
+    area = dict(zip(candidates.keys, (candidates.widths * candidates.heights).tolist(), strict=True))
+    groups: dict[int, list[str]] = {}
+    for row in dupes.to_pylist():
+        if row["method"] == "phash" and row["key"] in area:
+            groups.setdefault(row["group_id"], []).append(row["key"])
+    later = [key for group in groups.values() for key in sorted(group, key=lambda k: (-area[k], k))[1:]]
+    return pa.array(sorted(later), pa.string())
+
+
+def _joined_lists(parts: list[pa.ChunkedArray]) -> pa.ChunkedArray:
+    """Row by row, the lists of all parts one after the other."""
+    arrays = [part.combine_chunks() for part in parts]
+    arrays = [array.chunk(0) if isinstance(array, pa.ChunkedArray) else array for array in arrays]
+    rows = np.concatenate([pc.list_parent_indices(array).to_numpy() for array in arrays])
+    values = pa.concat_arrays([pc.list_flatten(array) for array in arrays])
+    order = np.argsort(rows, kind="stable")
+    lengths = np.bincount(rows, minlength=len(arrays[0]))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return pa.chunked_array([pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values.take(pa.array(order)))])

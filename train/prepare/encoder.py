@@ -1,0 +1,139 @@
+"""The VAE of the dataset: loading it, its identity, and pictures to latents.
+
+Shape legend: B pictures of a batch, C latent channels, H W pixel rows and columns, h w those of latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from train import faults
+from train.exits import ExitCode, Halt
+from train.rng import Stream, normals
+
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+
+
+def weights_file(vae: str | None) -> Path:
+    """The safetensors file of `latents.vae`: a VAE folder, a model folder with `vae/`, or the file itself.
+
+    Raises Halt(USAGE) when it is not given or not there, Halt(MISMATCH) for weights in a pickle.
+    """
+    if vae is None:
+        raise Halt(ExitCode.USAGE, "latents.vae is not set: name a VAE folder, a model folder or a .safetensors file")
+    path = Path(vae)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise Halt(ExitCode.MISMATCH, f"latents.vae {path} is not a .safetensors file; pickles are never opened")
+        return path
+    for folder in (path, path / "vae"):
+        for name in _WEIGHT_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    raise Halt(ExitCode.USAGE, f"latents.vae {path} holds no {_WEIGHT_FILES[0]}")
+
+
+def vae_identity(weights: Path) -> str:
+    """sha256 of the weights file: what every shard and the index record."""
+    with open(weights, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_vae(weights: Path) -> Any:
+    """AutoencoderKL in fp32, evaluation mode. Raises Halt(MISMATCH) when the weights do not fit."""
+    from diffusers import AutoencoderKL
+
+    try:
+        if (weights.parent / "config.json").is_file():
+            variant = "fp16" if ".fp16." in weights.name else None
+            vae = AutoencoderKL.from_pretrained(
+                weights.parent, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, variant=variant
+            )
+        else:
+            vae = _from_single_file(weights)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise Halt(ExitCode.MISMATCH, f"latents.vae {weights} cannot be loaded: {error}") from error
+    return vae.eval().requires_grad_(False)
+
+
+def _from_single_file(weights: Path) -> Any:
+    """A lone file with the first release's names, of the VAE or of a whole SDXL model."""
+    import tempfile
+
+    from diffusers import AutoencoderKL
+
+    from train.sdxl import STANDARD
+
+    with tempfile.TemporaryDirectory() as folder:  # diffusers would otherwise fetch this config from the hub
+        (Path(folder) / "config.json").write_text(json.dumps(dict(STANDARD["vae"])))
+        return AutoencoderKL.from_single_file(
+            str(weights), config=folder, torch_dtype=torch.float32, local_files_only=True
+        )
+
+
+def pick_device(name: str, rank: int) -> torch.device:
+    """`auto` = this process's GPU where there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+class Encoder:
+    """Pictures to what is stored of them. Owns the VAE, and a second one in fp32 once a picture needed it."""
+
+    def __init__(self, vae: Any, encode: str, content: str, store: str, seed: int, device: torch.device) -> None:
+        self.dtype, self.content, self.seed, self.device = _DTYPES[encode], content, seed, device
+        self.store = _DTYPES[store]
+        self._full = vae.to(device)  # fp32
+        self._fast = self._full if encode == "fp32" else _copy(self._full, self.dtype)
+
+    @torch.inference_mode()
+    def encode(self, pixels: Sequence[npt.NDArray[np.uint8]], uids: Sequence[int]) -> list[torch.Tensor | None]:
+        """One [C,h,w] per picture (8 channels for moments), unscaled, in the stored dtype; None where not finite.
+
+        A picture that is not finite is tried again alone in fp32. Which pictures share a batch must be fixed by the
+        caller: on some processors sums differ with the batch.
+        """
+        faults.at("encode_vae")
+        moments = self._moments(self._fast, self.dtype, pixels)
+        return [self._finish(one, picture, uid) for one, picture, uid in zip(moments, pixels, uids, strict=True)]
+
+    def _finish(self, moments: torch.Tensor, picture: npt.NDArray[np.uint8], uid: int) -> torch.Tensor | None:
+        result = self._stored(moments, uid)
+        if not bool(torch.isfinite(result).all()) and self._fast is not self._full:
+            result = self._stored(self._moments(self._full, torch.float32, [picture])[0], uid)
+        return result if bool(torch.isfinite(result).all()) else None
+
+    def _moments(self, vae: Any, dtype: torch.dtype, pixels: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+        """fp32 [B,2C,h,w] on the CPU: mean and log-variance."""
+        pixels_BHWC = torch.from_numpy(np.stack(pixels)).to(self.device)
+        scaled_BCHW = (pixels_BHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0).to(dtype).contiguous()
+        moments: torch.Tensor = vae.encode(scaled_BCHW).latent_dist.parameters.float().cpu()
+        return moments
+
+    def _stored(self, moments: torch.Tensor, uid: int) -> torch.Tensor:
+        """What is kept of one picture's moments [2C,h,w]."""
+        if self.content == "moments":
+            return moments.to(self.store)
+        mean, logvar = moments.chunk(2, dim=0)
+        if self.content == "sample":
+            noise = normals(self.seed, Stream.VAE_SAMPLE, uid, 0, tuple(mean.shape))
+            mean = mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * torch.from_numpy(noise)
+        return mean.to(self.store)
+
+
+def _copy(vae: Any, dtype: torch.dtype) -> Any:
+    import copy
+
+    return copy.deepcopy(vae).to(dtype)

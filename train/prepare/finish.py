@@ -1,0 +1,123 @@
+"""From shards and tables to what training opens: index.parquet, the memory-mapped index, dataset.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from train.buckets import place
+from train.exclusions import EXCLUSIONS_VERSION
+from train.exits import ExitCode, Halt
+from train.index import Index, build_index
+from train.latents import read_meta
+from train.prepare.records import INDEX, SCHEMA_VERSION
+from train.prepare.select import selection_counts, selection_merges, selection_path
+from train.prepare.settings import DatasetConfig, dataset_dir
+from train.prepare.shardplan import Slot, by_shard
+from train.prepare.units import config_id, read_table, table_fingerprint, write_parquet, write_text
+from train.rng import uid_of
+
+if TYPE_CHECKING:
+    from train.prepare.latents import Recipe
+
+_LABELS = ["key", "policy_hash", "fixed_tags", "flex_tags", "quality", "rating_tags", "year", "aesthetic"]
+
+
+def finish(
+    settings: DatasetConfig, recipe: Recipe, used: list[Slot], facts: Mapping[str, Mapping[str, Any]], without: set[str]
+) -> None:
+    """Write index.parquet, the arrow files and dataset.json. `without`: keys selected but not stored."""
+    dataset = dataset_dir(settings)
+    index = index_table(dataset, recipe, used, facts)
+    write_parquet(dataset / "index.parquet", index)
+    joined = _join(settings, index, facts)
+    selections = {}
+    for stage in settings.select:
+        table = pq.read_table(selection_path(dataset, stage))
+        if without:
+            gone = pa.array(sorted(without), pa.string())
+            table = table.filter(pc.invert(pc.is_in(table.column("key"), value_set=gone)))
+        selections[stage] = table
+    policy = sorted(set(joined.column("policy_hash").to_pylist()))
+    buckets = config_id(buckets=asdict(settings.buckets), exclusions=EXCLUSIONS_VERSION)
+    meta = {"vae_id": recipe.vae_id, "content": recipe.content, "buckets": buckets}
+    for old in dataset.glob("index_*.arrow"):  # of stages that are gone
+        if old.stem.removeprefix("index_") not in selections:
+            old.unlink()
+    _write_dataset_json(settings, recipe, policy, len(index))  # an index opens only beside a dataset.json
+    build_index(dataset, joined.drop_columns(["policy_hash"]), selections, meta)
+    fingerprints = {stage: Index.open(dataset, stage).fingerprint for stage in selections}
+    _write_dataset_json(settings, recipe, policy, len(index), fingerprints)
+
+
+def index_table(dataset: Path, recipe: Recipe, used: list[Slot], facts: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+    """One row per stored picture and bucket, sorted by (key, bucket)."""
+    rows = []
+    for name, slots in by_shard(used):
+        stored = {slot: row for row, slot in enumerate(json.loads(read_meta(dataset / name)["slots"]))}
+        for slot in slots:
+            if slot.slot in stored:
+                rows.append(_row(recipe, slot, stored[slot.slot], facts[slot.key]))
+    rows.sort(key=lambda row: (row["key"], row["bucket_w"], row["bucket_h"]))
+    return pa.Table.from_pylist(rows, schema=INDEX)
+
+
+def _row(recipe: Recipe, slot: Slot, row: int, fact: Mapping[str, Any]) -> dict[str, Any]:
+    placement = place(fact["width"], fact["height"], (slot.bucket_w, slot.bucket_h))
+    return {
+        "key": slot.key, "uid": uid_of(slot.key), "orig_w": fact["width"], "orig_h": fact["height"],
+        "bucket_w": slot.bucket_w, "bucket_h": slot.bucket_h, "resized_w": placement.resized_w,
+        "resized_h": placement.resized_h, "crop_top": placement.crop_top, "crop_left": placement.crop_left,
+        "shard": slot.shard, "row": row, "vae_id": recipe.vae_id, "dtype": recipe.dtype, "content": recipe.content,
+        "preproc_hash": recipe.preproc_hash,
+    }  # fmt: skip
+
+
+def _join(settings: DatasetConfig, index: pa.Table, facts: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+    """The index with captions and labels, the file's hash, and the rating that the last gate goes by."""
+    dataset = dataset_dir(settings)
+    keys = index.column("key").combine_chunks()
+    labels = read_table(dataset, "labels", _LABELS)
+    at = pc.index_in(keys, value_set=labels.column("key").combine_chunks())
+    if at.null_count:
+        raise Halt(ExitCode.MISMATCH, f"{at.null_count} images have no labels: run scripts/prepare.py label and select")
+    for name in _LABELS[1:]:
+        index = index.append_column(name, labels.column(name).combine_chunks().take(at))
+    records = read_table(dataset, "records", ["key", "source", "rating"])
+    at = pc.index_in(keys, value_set=records.column("key").combine_chunks())
+    assumed = {source.name: source.assume_rating for source in settings.sources}
+    ratings = records.column("rating").cast(pa.string()).combine_chunks().take(at).to_pylist()
+    sources = records.column("source").combine_chunks().take(at).to_pylist()
+    gate = [rating or assumed.get(source) for rating, source in zip(ratings, sources, strict=True)]
+    index = index.append_column("gate_rating", pa.array(gate, pa.string()))
+    return index.append_column("content_hash", pa.array([facts[key]["sha256"] for key in keys.to_pylist()]))
+
+
+def _write_dataset_json(
+    settings: DatasetConfig, recipe: Recipe, policy: list[str], rows: int, fingerprints: Mapping[str, str] | None = None
+) -> None:
+    dataset = dataset_dir(settings)
+    path = dataset / "dataset.json"
+    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    state |= {
+        "schema_version": SCHEMA_VERSION, "name": settings.name,
+        "fingerprint": config_id(**dict(fingerprints or {})), "fingerprints": dict(fingerprints or {}),
+        "policy_hash": policy[0] if len(policy) == 1 else policy, "hard_exclusion_version": EXCLUSIONS_VERSION,
+        "latents": {**asdict(recipe), "images": rows},
+        "tables": {name: table_fingerprint(dataset, name) for name in
+                   ("records", "probe", "aesthetic", "tags", "dupes", "labels")},
+        "select": {stage: {"counts": selection_counts(dataset, stage), "merged": selection_merges(dataset, stage)}
+                   for stage in settings.select},
+        "sources": [
+            {key: value for key, value in asdict(source).items() if key not in ("path", "images", "dictionary")}
+            for source in settings.sources
+        ],
+    }  # fmt: skip
+    write_text(path, json.dumps(state, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,266 @@
+"""Step `latents`: the VAE's view of every selected picture, in packed shards, and the index over them.
+
+A shard is the unit of work; its owner is its number in the sorted list % WORLD_SIZE. Shards that exist are kept, so
+an interrupted run loses one shard per process at most. Pictures are read by worker processes ahead of the VAE.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from train.buckets import place
+from train.exits import ExitCode, Halt
+from train.latents import read_meta, write_shard
+from train.prepare.decode import DECODE_VERSION, Refused
+from train.prepare.encoder import Encoder, load_vae, pick_device, vae_identity, weights_file
+from train.prepare.finish import finish
+from train.prepare.judge import Complaint, judge
+from train.prepare.peers import Peers
+from train.prepare.pictures import Cut, Look, cut_one
+from train.prepare.pool import Lost, Pool
+from train.prepare.probe import ok_files
+from train.prepare.records import Quarantine, quarantine_table
+from train.prepare.select import selection_mark, selection_path
+from train.prepare.settings import DatasetConfig, dataset_dir
+from train.prepare.shardplan import Slot, Wanted, by_shard, make_plan, shard_mark
+from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_table, write_parquet
+from train.rng import uid_of
+
+LATENTS_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every latent of the dataset is made."""
+
+    vae_id: str
+    preproc_hash: str
+    content: str
+    dtype: str
+    encode: str
+    seed: int
+
+    @property
+    def identity(self) -> str:
+        """Latents of another identity cannot be used."""
+        return config_id(**asdict(self), code=LATENTS_VERSION)
+
+
+@dataclass(frozen=True)
+class Work:
+    """All shards in use, and which of their pictures are wanted now."""
+
+    settings: DatasetConfig
+    recipe: Recipe
+    shards: list[tuple[str, list[Slot]]]
+    entries: set[int]
+    facts: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def dataset(self) -> Path:
+        """The dataset's folder."""
+        return dataset_dir(self.settings)
+
+
+def run(settings: DatasetConfig) -> None:
+    """Encode what is missing, then write index.parquet, the index files and dataset.json.
+
+    Raises Halt(MISMATCH) when a file that probe accepted cannot be read any more, naming it, after all the rest.
+    """
+    dataset = dataset_dir(settings)
+    weights = weights_file(settings.latents.vae)
+    recipe = make_recipe(settings, vae_identity(weights))
+    _drop_other_index(dataset, recipe)
+    wanted, facts = _wanted(settings)
+    shards, used = make_plan(dataset, wanted, recipe.identity)
+    entries = {slot.entry for slot in used}
+    work = Work(settings, recipe, list(by_shard(shards)), entries, facts)
+    with Peers(dataset) as peers:
+        _encode(work, weights, peers)
+    lost, unreadable = _outcome(work)
+    finish(settings, recipe, used, facts, without={*lost, *(key for key, _ in unreadable)})
+    merge_quarantine(dataset)
+    if unreadable:
+        first = "; ".join(f"{key}: {why}" for key, why in unreadable[:5])
+        raise Complaint(
+            ExitCode.MISMATCH,
+            f"latents: {len(unreadable)} files that probe accepted cannot be read any more: {first}. Run "
+            "scripts/prepare.py probe again",
+        )
+    judge(settings, "latents")
+
+
+def make_recipe(settings: DatasetConfig, vae_id: str) -> Recipe:
+    """What the config decides about latents."""
+    config = settings.latents
+    rules = {"animated": settings.probe.animated, "allow_truncated": settings.probe.allow_truncated}
+    preproc = config_id(decode=DECODE_VERSION, resize=config.resize, backend=config.backend, rules=rules)
+    return Recipe(vae_id, preproc, config.content, config.dtype, config.encode, settings.seed)
+
+
+def _drop_other_index(dataset: Path, recipe: Recipe) -> None:
+    """Before shards of another recipe are replaced, nothing may point into them."""
+    path = dataset / "latents" / "plan.parquet"
+    if not path.exists() or (pq.read_metadata(path).metadata or {}).get(b"identity") == recipe.identity.encode():
+        return
+    for old in (dataset / "index.parquet", *dataset.glob("index*.arrow")):
+        old.unlink(missing_ok=True)
+
+
+def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], dict[str, dict[str, Any]]]:
+    """(every picture in every bucket that some stage wants it in, facts about each key)."""
+    dataset = dataset_dir(settings)
+    pairs: set[tuple[str, int, int]] = set()
+    for stage in settings.select:
+        path = selection_path(dataset, stage)
+        if not path.exists() or (pq.read_metadata(path).metadata or {}).get(
+            b"mark"
+        ) != selection_mark(settings, stage).encode():
+            raise Halt(ExitCode.MISMATCH, f"{path} is missing or stale: run scripts/prepare.py select")
+        table = pq.read_table(path, columns=["key", "bucket_w", "bucket_h"]).to_pydict()
+        pairs |= set(zip(table["key"], table["bucket_w"], table["bucket_h"], strict=True))
+    keys = pa.array(sorted({key for key, _, _ in pairs}), pa.string())
+    probe = ok_files(settings, ["key", "width", "height", "sha256"])
+    probe = probe.filter(pc.is_in(probe.column("key"), value_set=keys))
+    records = read_table(dataset, "records", ["key", "source", "uri", "member"])
+    records = records.filter(pc.is_in(records.column("key"), value_set=keys))
+    facts = {row["key"]: row for row in probe.to_pylist()}
+    for row in records.to_pylist():
+        facts[row["key"]] |= row
+    wanted = [Wanted(key, w, h, facts[key]["sha256"]) for key, w, h in sorted(pairs)]
+    return wanted, facts
+
+
+def _encode(work: Work, weights: Path, peers: Peers) -> None:
+    """Make every shard that is missing."""
+    missing = [number for number in range(len(work.shards)) if not _is_made(work, number)]
+    if not missing:
+        return
+    settings, recipe = work.settings, work.recipe
+    device = pick_device(settings.latents.device, peers.rank)
+    encoder = Encoder(load_vae(weights), recipe.encode, recipe.content, recipe.dtype, recipe.seed, device)
+    limit = 512 * 2**20 + 14 * settings.probe.max_pixels
+    ours = sum(len(work.shards[number][1]) for number in missing if peers.owns(number))
+    tried = set()
+    with (
+        Pool(settings.workers, cut_one, settings.probe.timeout_s, limit) as pool,
+        peers.progress(ours, "latents") as bar,
+    ):
+
+        def make(number: int) -> None:
+            # A shard with a file that cannot be read stays unmade, and is not tried twice in one run.
+            if number not in tried and not _is_made(work, number):
+                _make_shard(work, number, encoder, pool, bar)
+            tried.add(number)
+
+        for number in missing:
+            if peers.owns(number):
+                make(number)
+        peers.wait_for([(number, work.dataset / work.shards[number][0]) for number in missing], make)
+
+
+def _is_made(work: Work, number: int) -> bool:
+    """Whether the shard is there, whole, and holds (or gave up on) each of its pictures that is wanted."""
+    name, slots = work.shards[number]
+    path = work.dataset / name
+    if not path.exists():
+        return False
+    try:
+        meta = read_meta(path)
+    except Halt:
+        path.unlink()  # cut off, or not ours: it can be made again
+        return False
+    if meta.get("fingerprint") != shard_mark(slots, work.recipe.identity):
+        return False
+    tried = {*json.loads(meta["slots"]), *json.loads(meta["nan"])}
+    return all(slot.slot in tried for slot in slots if slot.entry in work.entries)
+
+
+def _make_shard(work: Work, number: int, encoder: Encoder, pool: Pool[Cut, Any], bar: Any) -> None:
+    name, slots = work.shards[number]
+    slots = [slot for slot in slots if slot.entry in work.entries]
+    stored: list[tuple[int, torch.Tensor]] = []
+    lost: list[int] = []
+    unreadable: list[tuple[str, str]] = []
+    pictures = pool.map(_jobs(work.settings, slots, work.facts))
+    for batch in _batches(slots, pictures, work.settings.latents.batch, unreadable):
+        latents = encoder.encode([pixels for _, pixels in batch], [uid_of(slot.key) for slot, _ in batch])
+        for (slot, _), latent in zip(batch, latents, strict=True):
+            if latent is None:
+                lost.append(slot.slot)
+            else:
+                stored.append((slot.slot, latent))
+        bar.update(len(batch))
+    channels = 8 if work.recipe.content == "moments" else 4
+    empty = torch.zeros((0, channels, slots[0].bucket_h // 8, slots[0].bucket_w // 8)).to(encoder.store)
+    path = work.dataset / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_shard(path, torch.stack([latent for _, latent in stored]) if stored else empty, {
+        **{key: str(value) for key, value in asdict(work.recipe).items()},
+        "fingerprint": shard_mark(work.shards[number][1], work.recipe.identity),
+        "slots": json.dumps([slot for slot, _ in stored]), "nan": json.dumps(lost),
+        "unreadable": json.dumps(sorted(unreadable)),
+    })  # fmt: skip
+
+
+def _jobs(settings: DatasetConfig, slots: list[Slot], facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Cut]:
+    sources = {source.name: source for source in settings.sources}
+    for slot in slots:
+        fact = facts[slot.key]
+        size = (fact["width"], fact["height"])
+        look = Look(sources[fact["source"]], settings.probe, fact["uri"], fact["member"])
+        placement = place(*size, (slot.bucket_w, slot.bucket_h))
+        yield Cut(look, placement, settings.latents.resize, settings.latents.backend, size, fact["sha256"])
+
+
+def _batches(
+    slots: list[Slot], pictures: Iterator[Any], size: int, unreadable: list[tuple[str, str]]
+) -> Iterator[list[tuple[Slot, np.ndarray]]]:
+    """Runs of `size` readable pictures in slot order: the same whoever makes the shard."""
+    batch: list[tuple[Slot, np.ndarray]] = []
+    for slot, picture in zip(slots, pictures, strict=True):
+        if isinstance(picture, Refused | Lost):
+            unreadable.append((slot.key, picture.message))
+            continue
+        batch.append((slot, picture))
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _outcome(work: Work) -> tuple[list[str], list[tuple[str, str]]]:
+    """(keys whose latents are not finite even in fp32, (key, reason) of files that could not be read).
+
+    Writes the former as the step's quarantine.
+    """
+    entries: list[Quarantine] = []
+    unreadable: list[tuple[str, str]] = []
+    for name, slots in work.shards:
+        meta = read_meta(work.dataset / name)
+        bad = set(json.loads(meta["nan"]))
+        unreadable += [(str(key), str(why)) for key, why in json.loads(meta["unreadable"])]
+        entries += [
+            Quarantine(slot.key, "latents", "nan_latent", f"{slot.bucket_w}x{slot.bucket_h}: not finite in fp32 either")
+            for slot in slots
+            if slot.slot in bad and slot.entry in work.entries
+        ]
+    mark = config_id(identity=work.recipe.identity, rows=[entry.row() for entry in entries])
+    step = Step(work.dataset, "unencodable", pa.schema([pa.field("key", pa.string())]), mark)
+    keys = sorted({entry.key for entry in entries})
+    name = f"00000-{mark}.parquet"
+    write_parquet(work.dataset / "quarantine" / step.table / name, quarantine_table(entries))
+    write_parquet(step.folder / name, pa.table({"key": pa.array(keys, pa.string())}))
+    finalize(step, [name])
+    return keys, sorted(set(unreadable))

@@ -1,0 +1,219 @@
+"""Step `select`: what each stage trains on, and in which bucket.
+
+Filters in a fixed order, the count after each printed and stored in the file. Candidates are ordered by a hash of
+(seed, key), caps and quotas take from the front: the same inputs give the same bytes, and one more image never
+reshuffles the rest. Hard-excluded records cannot be brought back: the gate here looks at the final tags.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from train.buckets import assign_many, make_buckets
+from train.exclusions import EXCLUSIONS_VERSION
+from train.exits import ExitCode, Halt
+from train.plan import merge_small_buckets
+from train.prepare.candidates import Candidates
+from train.prepare.judge import judge
+from train.prepare.peers import Peers
+from train.prepare.predicates import holds, parse
+from train.prepare.records import SELECT, Quarantine, quarantine_table
+from train.prepare.settings import DatasetConfig, QuotaConfig, SelectConfig, dataset_dir
+from train.prepare.units import (
+    Step,
+    config_id,
+    finalize,
+    merge_quarantine,
+    row_hash,
+    table_fingerprint,
+    write_parquet,
+)
+
+SELECT_VERSION = 1
+INPUTS = ("records", "probe", "dupes", "labels", "aesthetic")
+Mask = npt.NDArray[np.bool_]
+
+
+def run(settings: DatasetConfig) -> None:
+    """Write select_<stage>.parquet for every stage. Raises Halt(MISMATCH) when one is left without images."""
+    dataset = dataset_dir(settings)
+    for stage, config in settings.select.items():  # before any work: a typing error is found at once
+        for text in config.where:
+            parse(text)
+        _keys(config.allow, f"select.{stage}.allow")
+        _keys(config.deny, f"select.{stage}.deny")
+    marks = {stage: selection_mark(settings, stage) for stage in settings.select}
+    with Peers(dataset) as peers:
+        if peers.owns(0) or not all(_done(dataset, stage, mark) for stage, mark in marks.items()):
+            candidates: Candidates | None = None
+            for stage, mark in marks.items():
+                if not _done(dataset, stage, mark):
+                    candidates = candidates or _candidates(settings)
+                    _select(settings, stage, candidates, mark)
+    for stage in settings.select:
+        print(f"select {stage}: " + ", ".join(f"{name} {count}" for name, count in selection_counts(dataset, stage)))
+    merge_quarantine(dataset)
+    judge(settings, "select")
+
+
+def selection_path(dataset: Path, stage: str) -> Path:
+    """The table of a stage."""
+    return dataset / f"select_{stage}.parquet"
+
+
+def selection_counts(dataset: Path, stage: str) -> list[tuple[str, int]]:
+    """(filter, rows left after it) in order, as stored in the stage's table."""
+    metadata = pq.read_metadata(selection_path(dataset, stage)).metadata
+    return [(str(name), int(count)) for name, count in json.loads(metadata[b"counts"])]
+
+
+def selection_merges(dataset: Path, stage: str) -> dict[str, str]:
+    """Buckets of a stage that were too small, and what they were merged into."""
+    metadata = pq.read_metadata(selection_path(dataset, stage)).metadata
+    return dict(json.loads(metadata[b"merged"]))
+
+
+def selection_mark(settings: DatasetConfig, stage: str) -> str:
+    """Changes when anything does that decides the selection."""
+    dataset = dataset_dir(settings)
+    config = settings.select[stage]
+    lists = [_keys(config.allow, f"select.{stage}.allow"), _keys(config.deny, f"select.{stage}.deny")]
+    return config_id(
+        inputs=[table_fingerprint(dataset, table) for table in INPUTS], select=asdict(config), lists=lists,
+        buckets=asdict(settings.buckets), seed=settings.seed, code=[SELECT_VERSION, EXCLUSIONS_VERSION],
+        assume={source.name: source.assume_rating for source in settings.sources},
+    )  # fmt: skip
+
+
+def _done(dataset: Path, stage: str, mark: str) -> bool:
+    try:
+        metadata = pq.read_metadata(selection_path(dataset, stage)).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return False
+    return bool(metadata.get(b"mark") == mark.encode())
+
+
+def _candidates(settings: DatasetConfig) -> Candidates:
+    """What may be selected at all; writes the gate's refusals as the step's quarantine."""
+    dataset = dataset_dir(settings)
+    candidates = Candidates(settings)
+    entries = [Quarantine(key, "select", "excluded_tag", rule) for key, rule in candidates.refused]
+    mark = config_id(inputs=[table_fingerprint(dataset, table) for table in INPUTS], code=EXCLUSIONS_VERSION)
+    name = f"00000-{mark}.parquet"
+    step = Step(dataset, "select", pa.schema([pa.field("key", pa.string())]), mark)
+    write_parquet(dataset / "quarantine" / "select" / name, quarantine_table(entries))
+    write_parquet(dataset / "select" / name, pa.table({"key": sorted(key for key, _ in candidates.refused)}))
+    finalize(step, [name], unique=False)
+    return candidates
+
+
+def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: str) -> None:
+    config = settings.select[stage]
+    counts = list(candidates.counts)
+    keys = candidates.keys
+    place = {key: row for row, key in enumerate(keys)}
+    allowed = _marked(_keys(config.allow, "allow"), place, candidates, f"select.{stage}.allow")
+    denied = _marked(_keys(config.deny, "deny"), place, candidates, f"select.{stage}.deny")
+    kept = ~denied
+    if config.deny:
+        counts.append(("deny", int(kept.sum())))
+    for text in config.where:
+        predicate = parse(text)
+        kept &= holds(predicate, candidates.column(predicate.column)) | allowed
+        counts.append((predicate.text, int(kept.sum())))
+    seed = settings.seed if config.seed is None else config.seed
+    order = sorted(np.flatnonzero(kept).tolist(), key=lambda row: (row_hash(seed, keys[row]), keys[row]))
+    for name, limit in config.caps.items():
+        order = _capped(order, candidates.lists(name), limit)
+        counts.append((f"caps.{name}", len(order)))
+    if config.quota is not None:
+        order = _by_quota(order, candidates.lists(config.quota.by), config.quota)
+        counts.append(("quota", len(order)))
+    if not order:
+        raise Halt(ExitCode.MISMATCH, f"select.{stage} leaves no image: " + ", ".join(f"{n} {c}" for n, c in counts))
+    _write(settings, stage, candidates, sorted(order, key=lambda row: keys[row]), allowed, counts, mark)
+
+
+def _write(
+    settings: DatasetConfig, stage: str, candidates: Candidates, rows: list[int], allowed: Mask,
+    counts: list[tuple[str, int]], mark: str,
+) -> None:  # fmt: skip
+    config = settings.select[stage]
+    sizes = make_buckets(**asdict(settings.buckets))
+    first = [sizes[i] for i in assign_many(candidates.widths[rows].tolist(), candidates.heights[rows].tolist(), sizes)]
+    visits = {size: number * config.repeats for size, number in Counter(first).items()}
+    final = merge_small_buckets(visits, config.min_bucket)
+    table = pa.table(
+        {
+            "key": [candidates.keys[row] for row in rows],
+            "repeats": [config.repeats] * len(rows),
+            "bucket_w": [final[size][0] for size in first],
+            "bucket_h": [final[size][1] for size in first],
+            "why": ["allow" if allowed[row] else "where" if config.where else "all" for row in rows],
+        },
+        schema=SELECT,
+    )
+    merged = {f"{a[0]}x{a[1]}": f"{b[0]}x{b[1]}" for a, b in sorted(final.items()) if a != b}
+    metadata = {"mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged)}
+    write_parquet(selection_path(dataset_dir(settings), stage), table, metadata)
+
+
+def _keys(path: str | None, name: str) -> list[str]:
+    """Keys of an allow or deny file, one a line; blank lines and lines that begin with # are skipped."""
+    if path is None:
+        return []
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Halt(ExitCode.USAGE, f"{name}: {path} cannot be read: {error}") from error
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def _marked(wanted: list[str], place: dict[str, int], candidates: Candidates, name: str) -> Mask:
+    """bool[N] of the keys named; a key that no record has is an error, one that is not selectable is no match."""
+    unknown = [key for key in wanted if key not in place]
+    unknown = sorted(set(unknown) - candidates.known(unknown))
+    if unknown:
+        shown = ", ".join(unknown[:20]) + (" ..." if len(unknown) > 20 else "")
+        raise Halt(ExitCode.USAGE, f"{name} names {len(unknown)} unknown keys: {shown}")
+    marked = np.zeros(len(place), dtype=bool)
+    marked[[place[key] for key in wanted if key in place]] = True
+    return marked
+
+
+def _capped(order: list[int], values: list[list[Any]], limit: int) -> list[int]:
+    """Those whose every value has been taken fewer than `limit` times before."""
+    taken: Counter[Any] = Counter()
+    kept = []
+    for row in order:
+        if all(taken[value] < limit for value in values[row]):
+            taken.update(values[row])
+            kept.append(row)
+    return kept
+
+
+def _by_quota(order: list[int], values: list[list[Any]], quota: QuotaConfig) -> list[int]:
+    """The first of each value up to its share of `total`, rounded down."""
+    left = {value: int(share * quota.total + 1e-9) for value, share in quota.shares.items()}
+    kept = []
+    for row in order:
+        value = str(values[row][0]) if values[row] else ""
+        if left.get(value, 0) > 0:
+            left[value] -= 1
+            kept.append(row)
+    return kept
+
+
+def selects_of(config: SelectConfig) -> str:
+    """One line for reports: how a selection is described in the config."""
+    return "; ".join(config.where) or "everything"
