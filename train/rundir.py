@@ -95,8 +95,9 @@ class RunDir:
         self._lock_fd: int | None = None
 
     def write_config(self, yaml_text: str) -> None:
-        """`config.yaml`: the complete, unresolved config of this start."""
-        replace_file(self.path / "config.yaml", yaml_text)
+        """`config.yaml`: the complete, unresolved config of this start. Rank 0's alone, others do nothing."""
+        if self.rank == 0:
+            replace_file(self.path / "config.yaml", yaml_text)
 
     def write_done(self, record: Mapping[str, Any]) -> None:
         """Mark the stage finished. The last write of a stage."""
