@@ -44,7 +44,7 @@ class HeldOut:
             NoiseConfig(),
             replace(LossConfig(), prediction=config.loss.prediction),
             config.precision,
-            1,
+            attention=config.model.attention,
         )
 
     def measure(self, step: int, update: int, tracker: Tracker, stop: StopFlag) -> None:

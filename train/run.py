@@ -85,15 +85,20 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
     # Processes: the update's tiles divide among them.
     machine = stage.open_machine(config)
 
-    # Model: the predecessor's weights (hash checked), U-Net and text encoders as one module.
+    # Model: the predecessor's weights, hash checked; its tokenizers and VAE.
     source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
-    networks = stage.open_networks(config, components, machine)
 
     # Data: the stage's selection, held-out images apart, in the order of the plan; captions behind the separator.
     data = stage.open_data(config, source)
 
+    # Networks: U-Net and text encoders as one module, recomputing as much as memory asks for.
+    execution = stage.settle(config, machine, data.plan, source)
+    networks = stage.open_networks(config, components, machine, execution)
+
     # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
-    running = session.open_session(config, run, machine, data, source, components, networks, stop)
+    running = session.open_session(
+        config, run, machine, data, source, components, networks, execution, stop
+    )
     run.write_config(yaml)
     with session.closing(running):
         preflight.check(running, data.tokenizer)

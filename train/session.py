@@ -6,6 +6,7 @@ import contextlib
 import logging
 import platform
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from train.rundir import RunDir
 from train.scaler import loss_scale
 from train.signals import StopFlag
 from train.snapshot import Saver
-from train.stage import Data, Machine, make_optimizer
+from train.stage import Data, Execution, Machine, make_optimizer
 from train.tracking import Tracker
 from train.update import Diffusion, Gradients, Place
 
@@ -107,6 +108,7 @@ def open_session(
     source: LocalModel,
     components: Components,
     networks: Networks,
+    execution: Execution,
     stop: StopFlag,
 ) -> Session:
     """Everything the loop owns, at the point where the run stands."""
@@ -124,7 +126,7 @@ def open_session(
         plan=plan,
         feed=open_feed(config, machine, data, source, progress.step),
         gradients=gradients,
-        diffusion=open_diffusion(config, place),
+        diffusion=open_diffusion(config, place, execution),
         optimizer=optimizer,
         parameters=parameters,
         ema=ema,
@@ -132,7 +134,7 @@ def open_session(
         saver=open_saver(config, run, plan, stop) if place.is_main else None,
         stop=stop,
         run=run,
-        state=state_of(config, expected, loaded, place),
+        state=state_of(config, expected, loaded, place, execution),
         previews=Previews(config, components, networks, place),
         held_out=HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling_factor(source)),
         progress=progress,
@@ -153,7 +155,11 @@ def cycle_updates(config: StageConfig, plan: Plan) -> int:
 
 
 def state_of(
-    config: StageConfig, expected: resume.Expectations, loaded: checkpoint.Loaded | None, place: Place
+    config: StageConfig,
+    expected: resume.Expectations,
+    loaded: checkpoint.Loaded | None,
+    place: Place,
+    execution: Execution,
 ) -> Callable[[Session], dict[str, Any]]:
     """What state.json says beside the progress: settings, hashes, loss scale, and where the run was (re)started."""
     earlier = loaded.state.get("history", []) if loaded else []
@@ -166,16 +172,23 @@ def state_of(
             "history": history,
             "config_hash": config_hash(config),
             "accepted": accepted,
+            "execution": asdict(execution),  # what auto picked
         }
 
     return state
 
 
-def open_diffusion(config: StageConfig, place: Place) -> Diffusion:
-    """Noise schedule, noise offset and loss of the stage."""
-    alphas_T = alphas_cumprod(config.noise.zero_terminal_snr).to(place.device)
-    split = 1 if config.batch.split == "auto" else int(config.batch.split)
-    return Diffusion(alphas_T, config.noise, config.loss, config.precision, split)
+def open_diffusion(config: StageConfig, place: Place, execution: Execution) -> Diffusion:
+    """Noise schedule, noise offset and loss of the stage, and how the forward pass runs."""
+    return Diffusion(
+        alphas_T=alphas_cumprod(config.noise.zero_terminal_snr).to(place.device),
+        noise=config.noise,
+        loss=config.loss,
+        precision=config.precision,
+        split=execution.split,
+        attention=config.model.attention,
+        channels_last=config.model.channels_last,
+    )
 
 
 def open_tracker(config: StageConfig, run: RunDir, place: Place, plan: Plan, progress: Progress) -> Tracker:

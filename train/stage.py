@@ -9,11 +9,12 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from train import fast, loop, optim, reduce, text, validation
-from train.checkpointing import set_checkpointing, set_text_checkpointing
+from train import fast, loop, memory, optim, reduce, singlefile, text, validation
+from train.checkpointing import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.config import StageConfig
 from train.dataset import make_plan
 from train.exits import ExitCode, Halt
@@ -27,6 +28,7 @@ from train.models import (
     set_train_mode,
 )
 from train.plan import Plan, check_buckets, plan_fingerprint, tiles_per_update
+from train.snapshot import available_host_bytes
 from train.update import DTYPES, Place
 
 log = logging.getLogger("anix")
@@ -40,6 +42,15 @@ class Machine:
     accelerator: Accelerator
     tiles_here: range  # tiles of every update that this process runs
     virtual_per_rank: int  # strict only
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a tile runs: blocks that keep their activations (0 = recompute all .. 5 = none), parts, text encoders."""
+
+    exempt_steps: int
+    split: int
+    text_checkpointing: bool
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,12 @@ def open_machine(config: StageConfig) -> Machine:
             f"batch.accumulation {batch.accumulation} x micro {batch.micro} x {world} processes is not "
             f"batch.effective {batch.effective}: leave it null, or give {accumulation}",
         )
+    for key, value, plain in (
+        ("model.weights", config.model.weights, "fp32"),
+        ("optimizer.sharding", config.optimizer.sharding, "none"),
+    ):
+        if value != plain:
+            raise Halt(ExitCode.USAGE, f"{key}: {value} is not built yet; use {plain}")
     strict = batch.determinism == "strict"
     virtual_per_rank = reduce.check_strict_world(tiles, world) if strict else 1
     if strict:
@@ -107,7 +124,45 @@ def open_data(config: StageConfig, source: LocalModel) -> Data:
     return Data(kept, held_out, plan, tokenizer, fingerprint)
 
 
-def open_networks(config: StageConfig, components: Components, machine: Machine) -> Networks:
+def settle(config: StageConfig, machine: Machine, plan: Plan, source: LocalModel) -> Execution:
+    """How tiles are executed: the config's words, with `auto` settled by the memory that is free right now.
+
+    The prediction knows SDXL's own architecture; for another, `auto` means full recomputation and whole tiles.
+    """
+    mode, split = config.model.gradient_checkpointing, config.batch.split
+    if "auto" not in (mode, split):
+        return Execution(exempt_steps_of(mode), int(split), mode != "none")
+    if not singlefile.is_standard(source.configs):
+        log.warning("auto settles for full checkpointing and whole tiles: this is not SDXL's own architecture")
+        steps = 0 if mode == "auto" else exempt_steps_of(mode)
+        return Execution(steps, 1 if split == "auto" else int(split), True)
+    choice = memory.settle(config, free_bytes(machine.place), plan.buckets, machine.place.world)
+    log.info(
+        "auto: %d blocks kept, tiles in %d parts; predicted peak %.1f GiB of %.1f usable",
+        choice.exempt_steps,
+        choice.split,
+        choice.prediction.total / memory.GIB,
+        choice.usable_bytes / memory.GIB,
+    )
+    return Execution(choice.exempt_steps, choice.split, choice.text_checkpointing)
+
+
+def free_bytes(place: Place) -> int:
+    """Memory that may still be taken on the device, the least of all processes."""
+    if place.device.type == "cuda":
+        free = torch.cuda.mem_get_info(place.device)[0]
+    else:
+        free = available_host_bytes() // place.world
+    if place.world > 1:
+        least = torch.tensor([free], dtype=torch.int64, device=place.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        free = int(least)
+    return free
+
+
+def open_networks(
+    config: StageConfig, components: Components, machine: Machine, execution: Execution
+) -> Networks:
     """The trained module on its device, with the memory and speed options of the config."""
     settings = config.model
     networks = Networks(
@@ -116,10 +171,10 @@ def open_networks(config: StageConfig, components: Components, machine: Machine)
         context=settings.context,
         pooled_projection=settings.pooled_projection,
     )
-    set_checkpointing(networks.unet, settings.gradient_checkpointing)
+    set_checkpointing(networks.unet, "partial", execution.exempt_steps)
     if settings.train_text_encoders:
         for encoder in (networks.text_encoder, networks.text_encoder_2):
-            set_text_checkpointing(encoder, settings.gradient_checkpointing != "none")
+            set_text_checkpointing(encoder, execution.text_checkpointing)
     cast_frozen(networks, DTYPES[config.precision])
     networks.to(machine.place.device)
     if settings.channels_last:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train import faults, loss, noise, optim
+from train import fast, faults, loss, noise, optim
 from train.config import LossConfig, NoiseConfig
 from train.dataset import Batch
 from train.reduce import BinaryCounter, FlatGradients, reduce_pairwise
@@ -45,7 +45,9 @@ class Diffusion:
     noise: NoiseConfig
     loss: LossConfig
     precision: str
-    split: int  # parts in which a tile is executed
+    split: int = 1  # parts in which a tile is executed
+    attention: str = "auto"  # kernel of scaled-dot-product attention
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -167,9 +169,12 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
     noisy_BCHW = noise.add_noise(
         part.latents_BCHW, input_noise_BCHW, part.timesteps_B, diffusion.alphas_T, dtype=half
     )
+    noisy_BCHW = noisy_BCHW.to(dtype)
+    if diffusion.channels_last:
+        noisy_BCHW = fast.as_channels_last(noisy_BCHW)
     with torch.autocast(part.latents_BCHW.device.type, dtype, enabled=dtype != torch.float32):
         prediction_BCHW = model(
-            noisy_BCHW.to(dtype), part.timesteps_B, part.ids_1_BN77, part.ids_2_BN77, part.size_B6
+            noisy_BCHW, part.timesteps_B, part.ids_1_BN77, part.ids_2_BN77, part.size_B6
         )
     return loss.per_image(
         prediction_BCHW.float(),
@@ -199,7 +204,8 @@ def compute_update(
     backward = TileBackward(
         diffusion, scale, images, tiles_in_update, place.device, average=diffusion.loss.average
     )
-    gradients.accumulate(batches, tiles_here, step, backward)
+    with fast.pin_attention(diffusion.attention, place.device.type):
+        gradients.accumulate(batches, tiles_here, step, backward)
     faults.at("control", step)
     # [per-image losses | stop flag | fault flag]: zeros elsewhere, so the sum over processes is exact.
     flags = torch.tensor([float(stop_asked), 0.0], device=place.device)
