@@ -103,8 +103,8 @@ class Candidates:
         """(key, rule) of what the hard exclusions refuse when they see the final tags."""
         sources = {source.name: source for source in self.settings.sources}
         refused = []
-        flex = dict(zip(*(read_table(self.dataset, "labels", ["key", name]).column(name).to_pylist()
-                          for name in ("key", "flex_tags")), strict=True))  # fmt: skip
+        labels = read_table(self.dataset, "labels", ["key", "flex_tags"])
+        flex = dict(zip(*(labels.column(name).to_pylist() for name in ("key", "flex_tags")), strict=True))
         wanted = set(keys.to_pylist())
         for part in stream_table(self.dataset, "records", _GATE_COLUMNS):
             for row in part.to_pylist():

@@ -111,7 +111,7 @@ def _candidates(settings: DatasetConfig) -> Candidates:
     name = f"00000-{mark}.parquet"
     step = Step(dataset, "select", pa.schema([pa.field("key", pa.string())]), mark)
     write_parquet(dataset / "quarantine" / "select" / name, quarantine_table(entries))
-    write_parquet(dataset / "select" / name, pa.table({"key": sorted(key for key, _ in candidates.refused)}))
+    write_parquet(dataset / "select" / name, pa.table({"key": pa.array(sorted(key for key, _ in candidates.refused), pa.string())}))
     finalize(step, [name], unique=False)
     return candidates
 
