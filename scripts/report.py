@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""One self-contained HTML page about one or several runs: curves, held-out loss, samples, configs, lineage."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+
+from train.exits import ExitCode, Halt, run_cli
+
+
+def main() -> None:
+    """Parse, write, print the path."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, in the order of the recipe")
+    parser.add_argument("--out", type=Path, default=Path("report.html"))
+    parser.add_argument("--title", default="")
+    parser.add_argument(
+        "--samples", action="append", default=[], metavar="NAME=DIR",
+        help="pictures by scripts/sample.py that join the comparison, e.g. base=samples/base (repeatable)",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    extra = {}
+    for given in arguments.samples:
+        name, equals, folder = given.partition("=")
+        if not equals or not Path(folder).is_dir():
+            raise Halt(ExitCode.USAGE, f"--samples {given}: needs NAME=DIR with an existing folder")
+        extra[name] = Path(folder)
+
+    from train.tools.page import write_page
+
+    print(write_page(arguments.runs, arguments.out, title=arguments.title, extra_samples=extra))
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,273 @@
+"""The report holds what the runs hold, survives what they lack, and reaches for nothing outside itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from train.exits import ExitCode, Halt
+from train.pictures import write_pictures
+from train.prompts import Prompt, PromptsFile, checked
+from train.tools.page import write_page
+from train.tools.page_charts import bar_chart, extent, line_chart, log_ticks, number, smooth, thin, ticks
+from train.tools.page_data import config_differences, read_parameters, read_run
+from train.tools.page_samples import spaced
+
+ROOT = Path(__file__).resolve().parents[1]
+VOID = {"meta", "img"}
+PROMPTS = checked(
+    PromptsFile(
+        prompts=[
+            Prompt(text="1girl, <b>smile</b>", width=64, height=96, seed=1),
+            Prompt(text="1boy", width=96, height=64),
+        ],
+        steps=2,
+    )
+)
+
+
+class Checker(HTMLParser):
+    """Fails on unbalanced tags; collects addresses and attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.tags: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+        assert not [name for name, _ in attrs if name.startswith("on")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def parsed(path: Path) -> Checker:
+    checker = Checker()
+    checker.feed(path.read_text())
+    assert not checker.open
+    for address in checker.addresses:
+        assert address.startswith(("#", "data:image/jpeg;base64,")), address
+    assert "script" not in checker.tags
+    assert "link" not in checker.tags
+    return checker
+
+
+def make_run(folder: Path, stage: str, level: float, *, updates: int = 120) -> Path:
+    """A run directory with everything a finished stage leaves that the report reads."""
+    run = folder / stage
+    run.mkdir(parents=True)
+    lines = []
+    for update in range(1, updates + 1):
+        loss = level * (0.3 + math.exp(-update / 30)) + 0.01 * math.sin(update * 7)
+        lines.append(
+            {"step": update, "update": update, "epoch": update / 60, "images": update * 16, "loss": loss,
+             "lr_unet": 1e-5 * min(1, update / 20), "lr_text_encoder": 1e-5 if stage == "pretrain" else None,
+             "grad_norm": 1 + math.cos(update), "images_per_s": 40.0, "skipped": 0,
+             "loss_by_decile": [loss * (1 + d / 10) for d in range(10)]}
+        )  # fmt: skip
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held = {f"{uid:016x}": level * (1 + uid / 10) for uid in range(8)}
+    record = {"step": updates, "update": updates, "images": 8, "loss": level, "interval": 0.01, "losses": held,
+              "strata": {"quality/best quality": {"images": 4, "loss": level * 0.9, "interval": 0.02}}}  # fmt: skip
+    first = {**record, "step": 60, "update": 60, "loss": level * 2}
+    (run / "validation.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(record) + "\n")
+    config = (ROOT / "configs" / f"{stage}.yaml").read_text()
+    (run / "config.yaml").write_text(config)
+    parent = {"stage": None, "sha256": "ab" * 32, "title": "base & more"}
+    (run / "lineage.json").write_text(json.dumps(
+        {"stage": stage, "parent": parent, "weights_sha256": stage[0] * 64, "seed": 31, "updates": updates,
+         "images": 1920, "license": "Fair AI Public License 1.0-SD", "code_revision": "c0ffee" * 6 + "beef"}
+    ))  # fmt: skip
+    (run / "DONE").write_text("{}")
+    for update in (60, 120):
+        shade = int(255 * min(level, 1))
+        pictures = [Image.new("RGB", (64, 96), (shade, update, 90)), Image.new("RGB", (96, 64), (90, shade, update))]
+        write_pictures({"": pictures}, PROMPTS, run / "samples" / f"step-{update:08d}", model_name=stage, update=update)
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    return [make_run(folder, stage, level) for stage, level in (("pretrain", 0.9), ("ft1", 0.5), ("ft2", 0.4))]
+
+
+def test_three_stages(runs: list[Path], tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    write_pictures({"": [Image.new("RGB", (64, 96))]}, PROMPTS, base, model_name="base")
+    out = write_page(runs, tmp_path / "new" / "report.html", extra_samples={"base": base})
+    checker = parsed(out)
+    for words in (
+        "Summary", "Stage comparison", "pretrain", "ft2", "best quality", "base & more", "cosine_restarts",
+        "optimizer.unet_lr", "pretrain → ft1", "update 60", "1girl, <b>smile</b>", "Fair AI Public License 1.0-SD",
+    ):  # fmt: skip
+        assert words in checker.text, words
+    assert "-0.5400 ± " in checker.text  # paired change 0.9 -> 0.5 over factors 1 to 1.7
+    # 3 runs x 2 prompts x 2 updates in strips; comparison: base has the first prompt only
+    assert checker.tags.count("img") == 12 + 4 + 3
+    assert checker.tags.count("svg") == 3 * 5 + 3 + 3
+    assert "b" in checker.tags
+    assert "<b>smile" not in out.read_text()
+
+
+def test_one_run_shows_its_whole_config(runs: list[Path], tmp_path: Path) -> None:
+    checker = parsed(write_page(runs[:1], tmp_path / "r.html", title="A <title>"))
+    assert "batch.micro" in checker.text
+    assert "A <title>" in checker.text
+
+
+def test_missing_and_damaged_pieces_are_notes(runs: list[Path], tmp_path: Path) -> None:
+    empty, torn = tmp_path / "empty", tmp_path / "torn"
+    empty.mkdir()
+    shutil.copytree(runs[1], torn)
+    with open(torn / "metrics.jsonl", "ab") as file:
+        file.write(b'{"update": 121, "loss"\n\xff\xfe\n[1, 2]\n{"update": "x", "loss": "nan"}\n')
+    (torn / "lineage.json").write_text("{broken")
+    (torn / "config.yaml").write_text("stage: [")
+    (torn / "validation.jsonl").write_text('{"update": 5}\n')
+    (torn / "samples/step-00000120/00.png").write_bytes(b"no picture")
+    (torn / "samples/step-x").mkdir()
+    checker = parsed(write_page([empty, torn, runs[2]], tmp_path / "r.html"))
+    for words in ("metrics.jsonl is missing", "lineage.json: unreadable", "config.yaml", "00.png: unreadable"):
+        assert words in checker.text, words
+
+
+def test_no_directory_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(Halt, match="nowhere") as caught:
+        write_page([tmp_path / "nowhere"], tmp_path / "r.html")
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_secrets_do_not_reach_the_page(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "canary-of-a-secret")
+    run = tmp_path / "ft1"
+    shutil.copytree(runs[1], run)
+    text = (run / "config.yaml").read_text().replace("title: ft1", "title: canary-of-a-secret")
+    (run / "config.yaml").write_text(text)
+    page = write_page([run], tmp_path / "r.html").read_text()
+    assert "canary-of-a-secret" not in page
+    assert "***" in page
+
+
+def test_repeated_updates_count_once(tmp_path: Path) -> None:
+    records = [{"step": s, "update": s, "loss": v} for s, v in ((1, 0.9), (2, 0.8), (2, 0.7), (3, 0.6))]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert read_run(tmp_path).series("loss") == [(1, 0.9), (2, 0.7), (3, 0.6)]
+
+
+def test_config_differences(runs: list[Path]) -> None:
+    different = dict(config_differences([read_run(path) for path in runs]))
+    assert different["optimizer.unet_lr"] == ["1e-05", "2e-06", "1e-06"]
+    assert different["noise.offset"] == ["0", "0.0357", "0.0357"]
+    assert "data.separator" not in different
+
+
+def test_parameters_are_read_back() -> None:
+    text = "1girl, smile\nsecond line\nNegative prompt: bad\nSteps: 28, Sampler: Euler a, Seed: 7, Size: 832x1216"
+    prompt, facts = read_parameters(text)
+    assert prompt == "1girl, smile\nsecond line"
+    assert (facts["Seed"], facts["Size"]) == ("7", "832x1216")
+    assert read_parameters("") == ("", {})
+    assert read_parameters("just words") == ("just words", {})
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-6, 1e6))
+def test_ticks_lie_inside_and_are_few(low: float, span: float) -> None:
+    marks = ticks(low, low + span)
+    assert len(marks) <= 7
+    assert all(low - span * 1e-6 <= mark <= low + span * 1.000001 for mark in marks)
+
+
+def test_ticks_literal() -> None:
+    assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
+    assert ticks(0.0, 0.05) == pytest.approx([0, 0.01, 0.02, 0.03, 0.04, 0.05])
+    assert log_ticks(0.03, 0.6) == pytest.approx([0.05, 0.1, 0.2, 0.5])
+    assert log_ticks(1e-4, 1e3) == pytest.approx([1e-4, 1e-3, 1e-2, 0.1, 1, 10, 100, 1000])
+    assert [number(x) for x in (0, 1e-5, 2.5e-6, 0.0333, 12, 90_990)] == [
+        "0",
+        "1e-5",
+        "2.5e-6",
+        "0.0333",
+        "12",
+        "90.99k",
+    ]
+
+
+@given(st.lists(st.floats(-100, 100), min_size=1, max_size=2000))
+def test_thinning_keeps_the_extremes(values: list[float]) -> None:
+    kept = thin([(float(i), v) for i, v in enumerate(values)])
+    assert len(kept) <= 300
+    assert {min(values), max(values)} <= {y for _, y in kept}
+    assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+
+
+def test_charts_of_nothing_and_of_one_point() -> None:
+    assert "no data" in line_chart([], label="x")
+    assert "no data" in bar_chart(["a"], [("n", "red", [None])], label="x")
+    assert 'r="2.5"' in line_chart([("n", "red", [(1.0, 2.0)])], label="x", log=True)
+    assert extent([3.0, 3.0])[0] < 3.0 < extent([3.0, 3.0])[1]
+    assert smooth([(0, 1.0), (1, 2.0), (2, 6.0)], 3) == [(0, 1.5), (1, 3.0), (2, 4.0)]
+
+
+@given(st.integers(1, 100), st.integers(2, 12))
+def test_strips_keep_first_and_last(count: int, most: int) -> None:
+    kept = spaced(list(range(count)), most)
+    assert len(kept) == min(count, most)
+    assert (kept[0], kept[-1]) == (0, count - 1)
+    assert len(set(kept)) == len(kept)
+
+
+def run_script(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "scripts/report.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_command_line(runs: list[Path], tmp_path: Path) -> None:
+    made = run_script(*runs, "--out", tmp_path / "report.html")
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.strip() == str(tmp_path / "report.html")
+    assert run_script(tmp_path / "none", "--out", tmp_path / "x.html").returncode == ExitCode.USAGE
+    assert run_script(*runs, "--samples", "base", "--out", tmp_path / "x.html").returncode == ExitCode.USAGE
+
+
+@pytest.mark.slow
+def test_in_a_real_browser(runs: list[Path], tmp_path: Path) -> None:
+    """Chromium lays the page out: every chart and picture has a size, nothing runs over the page's width."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium")
+    out = write_page(runs, tmp_path / "report.html")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+               "--window-size=1280,3000", f"--screenshot={tmp_path / 'page.png'}", out.as_uri()]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert not re.search(r"Refused to|net::ERR", done.stderr)
+    with Image.open(tmp_path / "page.png") as image:
+        colours = image.convert("RGB").getcolors(image.width * image.height) or []
+    seen = {colour for _, colour in colours}
+    assert {(0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06), (0x05, 0x96, 0x69)} <= seen  # a line of each of the three runs
+    assert len(seen) > 50

@@ -1,0 +1,187 @@
+"""What a run directory tells, read for the report: whatever is missing or damaged becomes a note, never an error."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train.config import flatten, load_stage
+from train.exits import ExitCode, Halt
+from train.tracking import read_metrics
+
+STEP_FOLDER = re.compile(r"step-(\d+)$")
+PICTURE = re.compile(r"(\d+)(-ema)?\.png$")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One sample: what it was asked for, and where it lies. `same` is equal for pictures that compare."""
+
+    path: Path
+    prompt: str
+    facts: dict[str, str]
+    ema: bool
+
+    @property
+    def same(self) -> tuple[str, ...]:
+        """Prompt, seed, noise index, size and settings."""
+        names = ("Seed", "Noise index", "Size", "Sampler", "Steps", "CFG scale")
+        return (self.prompt, *(self.facts.get(name, "") for name in names))
+
+
+@dataclass
+class Run:
+    """Everything the report shows of one run."""
+
+    path: Path
+    name: str
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    validation: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    lineage: dict[str, Any] = field(default_factory=dict)
+    ending: str = ""
+    samples: dict[int, list[Picture]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def series(self, key: str) -> list[tuple[float, float]]:
+        """(update, value) where the metric is a finite number."""
+        points = []
+        for record in self.metrics:
+            update, value = record.get("update"), record.get(key)
+            if isinstance(update, int | float) and isinstance(value, int | float) and not isinstance(value, bool):
+                points.append((float(update), float(value)))
+        return points
+
+    def newest_pictures(self) -> list[Picture]:
+        """The raw samples of the last update that has any."""
+        return [p for p in self.samples[max(self.samples)] if not p.ema] if self.samples else []
+
+
+def read_run(path: str | Path) -> Run:
+    """The run at `path`. Raises Halt(USAGE) only when there is no such directory."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise Halt(ExitCode.USAGE, f"{folder} is no run directory")
+    run = Run(folder, folder.resolve().name)
+    run.metrics = _latest(_lines(run, "metrics.jsonl"))
+    run.validation = _latest(_lines(run, "validation.jsonl", needed=False))
+    run.lineage = _json(run, "lineage.json")
+    run.config = _config(run)
+    run.ending = _ending(run)
+    for child in sorted((folder / "samples").glob("step-*")) if (folder / "samples").is_dir() else ():
+        match = STEP_FOLDER.search(child.name)
+        pictures = read_pictures(child, run.notes) if match else []
+        if match and pictures:
+            run.samples[int(match.group(1))] = pictures
+    return run
+
+
+def read_pictures(folder: Path, notes: list[str]) -> list[Picture]:
+    """The pictures NN.png of one folder, with what their PNG text says."""
+    from PIL import Image
+
+    found = []
+    for path in sorted(folder.glob("*.png")):
+        match = PICTURE.fullmatch(path.name)
+        if match is None:
+            continue
+        try:
+            with Image.open(path) as image:
+                text = str(image.info.get("parameters", ""))
+                size = f"{image.width}x{image.height}"
+        except OSError as error:
+            notes.append(f"{path}: unreadable ({error})")
+            continue
+        prompt, facts = read_parameters(text)
+        known = {"Size": size, "Noise index": match.group(1), **facts}
+        found.append(Picture(path, prompt, known, bool(match.group(2))))
+    return found
+
+
+def read_parameters(text: str) -> tuple[str, dict[str, str]]:
+    """(prompt, settings) of the text that A1111 writes into a PNG; ("", {}) where there is none."""
+    lines = text.strip().split("\n")
+    settings = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', lines[-1]))
+    if "Steps" not in settings:
+        return text.strip(), {}
+    prompt = []
+    for line in lines[:-1]:
+        if line.startswith("Negative prompt:"):
+            break
+        prompt.append(line)
+    return "\n".join(prompt), settings
+
+
+def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
+    """(key, value of each run) for every key in which the runs differ; a run without config shows "?"."""
+    keys = sorted({key for run in runs for key in run.config})
+    rows = []
+    for key in keys:
+        values = ["?" if not run.config else _short(run.config.get(key)) for run in runs]
+        known = {value for run, value in zip(runs, values, strict=True) if run.config}
+        if len(known) > 1:
+            rows.append((key, values))
+    return rows
+
+
+def _short(value: Any) -> str:
+    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One record per step, the last written (a resumed run repeats some), in order."""
+    kept: dict[float, dict[str, Any]] = {}
+    for record in records:
+        step = record.get("step", record.get("update"))
+        if isinstance(step, int | float):
+            kept[float(step)] = record
+    return [kept[step] for step in sorted(kept)]
+
+
+def _lines(run: Run, name: str, *, needed: bool = True) -> list[dict[str, Any]]:
+    path = run.path / name
+    if not path.is_file():
+        if needed:
+            run.notes.append(f"{path} is missing")
+        return []
+    try:
+        return read_metrics(path)
+    except OSError as error:
+        run.notes.append(f"{path}: {error}")
+        return []
+
+
+def _json(run: Run, name: str) -> dict[str, Any]:
+    path = run.path / name
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        run.notes.append(f"{path}: unreadable ({error})")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _config(run: Run) -> dict[str, Any]:
+    path = run.path / "config.yaml"
+    if not path.is_file():
+        run.notes.append(f"{path} is missing")
+        return {}
+    try:
+        config = load_stage([path])
+    except Halt as halt:
+        run.notes.append(f"{path}: {halt.message}")
+        return {}
+    run.name = config.stage
+    return flatten(config)
+
+
+def _ending(run: Run) -> str:
+    if (run.path / "DONE").exists():
+        return "done"
+    record = _json(run, "exit.json")
+    return f"{record.get('status', '?')} (code {record.get('code', '?')})" if record else "not finished"
