@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import safetensors.numpy
 
 from train.exclusions import excluded_by
 from train.exits import ExitCode, Halt
 from train.rng import uid_of
-from train.rundir import read_json
+from train.rundir import read_json, replace_file
 
 INDEX, VERSION = "index.arrow", "1"
 CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
@@ -117,6 +118,32 @@ class Index:
         for column in (self.uids, self.bucket_w.astype(np.int32), self.bucket_h.astype(np.int32)):
             digest.update(np.ascontiguousarray(column[order]).tobytes())
         return digest.hexdigest()
+
+
+def save_selection(path: Path, index: Index) -> None:
+    """Remember which images with which captions a run trains on: what `changes_since` compares with."""
+    image, caption = index.digests()
+    columns = {"uid": index.uids, "image": np.array(image), "caption": np.array(caption)}
+    replace_file(path, safetensors.numpy.save({name: value.view(np.int64) for name, value in columns.items()}))
+
+
+def changes_since(path: Path, index: Index) -> str:
+    """What changed in the selection since `save_selection`, in counts per kind; empty when nothing did, or is known."""
+    if not path.is_file():
+        return ""
+    saved = safetensors.numpy.load(path.read_bytes())
+    before, now = saved["uid"].view(np.uint64), index.uids
+    image, caption = index.digests()
+    common, old, new = np.intersect1d(before, now, return_indices=True)
+    same_image = saved["image"].view(np.uint64)[old] == image[new]
+    same_caption = saved["caption"].view(np.uint64)[old] == caption[new]
+    counts = {
+        "images added": len(now) - len(common),
+        "images removed (or renamed)": len(before) - len(common),
+        "images changed": int((~same_image).sum()),
+        "captions edited": int((~same_caption).sum()),
+    }
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 def build_index(

@@ -16,9 +16,11 @@ from train.checkpoint import Progress
 from train.config import StageConfig, config_hash, flatten
 from train.dataset import TileDataset
 from train.ema import Ema
+from train.exits import Halt
 from train.feed import Feed
 from train.heldout import HeldOut
 from train.hub import LocalModel
+from train.index import Index, changes_since, save_selection
 from train.latents import ShardReader
 from train.loop import Session
 from train.models import Components, Networks, overlay, trained_parameters
@@ -34,6 +36,7 @@ from train.tracking import Tracker
 from train.update import Diffusion, Gradients, Place
 
 log = logging.getLogger("anix")
+SELECTION = "selection.safetensors"  # beside config.yaml: which images and captions this run trains on
 
 
 def expectations(
@@ -72,12 +75,19 @@ def restore(
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
     config: StageConfig,
+    index: Index,
     *,
     is_main: bool,
 ) -> checkpoint.Loaded | None:
     """Load the newest sound checkpoint into the networks, the optimizer and the average; None for a new run."""
     resume.check_accept(expected.accept, expected.config)
-    loaded = checkpoint.load_newest(run, expected, verify=config.checkpoint.verify)
+    changes = changes_since(run.path / SELECTION, index)
+    try:
+        loaded = checkpoint.load_newest(run, expected, verify=config.checkpoint.verify)
+    except Halt as halt:
+        raise Halt(halt.code, halt.message + (f"\nThe dataset changed: {changes}" if changes else "")) from halt
+    if is_main:
+        save_selection(run.path / SELECTION, index)
     if loaded is None:
         return None
     overlay(networks, loaded.tensors("model"), loaded.path / "model.safetensors")
@@ -117,7 +127,7 @@ def open_session(
     parameters = trained_parameters(networks)
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
     expected = expectations(config, data, source, networks, ema)
-    loaded = restore(run, expected, networks, optimizer, ema, config, is_main=place.is_main)
+    loaded = restore(run, expected, networks, optimizer, ema, config, data.index, is_main=place.is_main)
     progress = loaded.progress if loaded else Progress()
     gradients = open_gradients(machine, networks, strict=config.batch.determinism == "strict")
     return Session(
