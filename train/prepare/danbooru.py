@@ -5,7 +5,7 @@ Reads today's API, gallery-dl's additions and old dumps (numbers as strings, `ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +15,7 @@ from train.prepare.normalise import BadRecord, RawPost, printable
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 
+MakePost = Callable[[SourceConfig, Path, str, str, Mapping[str, Any]], RawPost]
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 CATEGORIES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 5: "meta"}
 _FIELDS = {  # our column: names in the API, in gallery-dl, in old dumps
@@ -40,12 +41,16 @@ _FIELDS = {  # our column: names in the API, in gallery-dl, in old dumps
 
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """Every post of the source, files in sorted order."""
-    path = require_source(source)
+    yield from json_posts(source, require_source(source), _post)
+
+
+def json_posts(source: SourceConfig, path: Path, make: MakePost) -> Iterator[RawPost | Quarantine]:
+    """What `make` makes of every post in the JSON files of a file or folder."""
     for name, file in json_files(source, path):
         if isinstance(file, Quarantine):
             yield file
         else:
-            yield from _posts(source, name, file)
+            yield from _posts(source, name, file, make)
 
 
 def json_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, Path | Quarantine]]:
@@ -60,43 +65,59 @@ def json_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, Path | Q
             yield found, path / found
 
 
-def _posts(source: SourceConfig, name: str, file: Path) -> Iterator[RawPost | Quarantine]:
+def _posts(source: SourceConfig, name: str, file: Path, make: MakePost) -> Iterator[RawPost | Quarantine]:
     root = source_root(source)
     try:
         for row, value in iter_values(file):
-            place = f"{name} row {row}"
-            try:
-                if isinstance(value, Malformed):
-                    raise BadRecord(value.message)
-                if not isinstance(value, dict):
-                    raise BadRecord(f"expected a post, found {type(value).__name__}")
-                yield _post(source, root, name, place, value)
-            except (BadRecord, ValueError, TypeError) as error:
-                key = printable(f"{source.name}:{name}#{row}")
-                yield Quarantine(key, "ingest", "bad_record", f"{place}: {error}", type(error).__name__)
+            for place, post in _unwrapped(f"{name} row {row}", value):
+                try:
+                    if isinstance(post, Malformed):
+                        raise BadRecord(post.message)
+                    if not isinstance(post, dict):
+                        raise BadRecord(f"expected a post, found {type(post).__name__}")
+                    yield make(source, root, name, place, post)
+                except (BadRecord, ValueError, TypeError) as error:
+                    key = printable(f"{source.name}:{place.replace(' row ', '#')}")
+                    yield Quarantine(key, "ingest", "bad_record", printable(f"{place}: {error}"), type(error).__name__)
     except OSError as error:
         yield Quarantine(printable(f"{source.name}:{name}"), "ingest", "bad_record", f"{name}: {error}", "OSError")
 
 
+def _unwrapped(place: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """The posts of an API page, `{"posts": [...]}`, or the value itself."""
+    if isinstance(value, dict) and "id" not in value:
+        for key in ("posts", "post"):
+            if isinstance(value.get(key), list):
+                yield from ((f"{place} {key} {number}", post) for number, post in enumerate(value[key]))
+                return
+    yield place, value
+
+
 def _post(source: SourceConfig, root: Path, name: str, place: str, post: Mapping[str, Any]) -> RawPost:
+    found = danbooru_post(source, place, post, "", None)
+    if not found.uri:
+        found.uri = find_image(root, name, int(found.id), found.fields, post)
+    return found
+
+
+def danbooru_post(
+    source: SourceConfig, place: str, post: Mapping[str, Any], uri: str, member: str | None
+) -> RawPost:
+    """A post's JSON as a record; `uri` may be empty where the image is still to be found. Raises BadRecord."""
     fields = {column: first_of(post, names) for column, names in _FIELDS.items()}
     fields |= {column: post.get(theirs) for column, theirs in source.columns.items() if column != "uri"}
     asset = post.get("media_asset")
     if isinstance(asset, dict):
         fields["media_at"] = asset.get("created_at")
         fields["pixel_hash_src"] = asset.get("pixel_hash")
-    post_id = post_number(fields["source_id"])
-    fields["source_id"] = post_id
-    uri = post.get(source.columns["uri"]) if "uri" in source.columns else None
-    if uri is not None and not isinstance(uri, str):
-        raise BadRecord(f"{source.columns['uri']} is {uri!r}, expected a path")
+    fields["source_id"] = post_number(fields["source_id"])
+    mapped = post.get(source.columns["uri"]) if "uri" in source.columns else None
+    if mapped is not None and not isinstance(mapped, str):
+        raise BadRecord(f"{source.columns['uri']} is {mapped!r}, expected a path")
     return RawPost(
-        id=str(post_id),
-        place=place,
-        uri=uri or find_image(root, name, post_id, fields, post),
-        fields=fields,
+        id=str(fields["source_id"]), place=place, uri=mapped or uri, member=member, fields=fields,
         tags=tag_groups(post),
-    )
+    )  # fmt: skip
 
 
 def first_of(post: Mapping[str, Any], names: tuple[str, ...]) -> Any:

@@ -13,6 +13,10 @@ import tarfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
 from train.prepare.records import Quarantine
@@ -128,7 +132,7 @@ def _read_file(path: Path) -> bytes:
 
 def _read_member(path: Path, member: str) -> bytes:
     """One regular file of a tar; the table of contents is kept for the tar read last."""
-    offset, size = _members(str(path), path.stat().st_mtime_ns).get(member, (-1, 0))
+    offset, size = tar_members(path).get(member, (-1, 0))
     if offset < 0:
         raise FileNotFoundError(f"{member} is not a regular file in {path}")
     with open(path, "rb") as file:
@@ -137,6 +141,11 @@ def _read_member(path: Path, member: str) -> bytes:
     if len(data) != size:
         raise OSError(f"{path} ends inside {member}")
     return data
+
+
+def tar_members(path: Path) -> dict[str, tuple[int, int]]:
+    """(offset, size) of the regular members of a tar by name; kept for the tars read last."""
+    return _members(str(path), path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=4)
@@ -150,19 +159,38 @@ def _members(path: str, mtime_ns: int) -> dict[str, tuple[int, int]]:
 
 
 def _read_cell(path: Path, member: str) -> bytes:
-    """The bytes of a `{bytes, path}` cell, or of a binary cell, of a parquet file."""
-    import pyarrow.parquet as pq
-
+    """The bytes of a `{bytes, path}` cell, or of a binary cell, of a parquet or Arrow file."""
     _, row_text, column = member.split(":", 2)
-    row = int(row_text)
-    with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
-            rows = file.metadata.row_group(group).num_rows
-            if row < rows:
-                value = file.read_row_group(group, columns=[column]).column(column)[row].as_py()
-                data = value.get("bytes") if isinstance(value, dict) else value
-                if not isinstance(data, bytes):
-                    raise FileNotFoundError(f"{member} of {path} holds no image")
-                return data
-            row -= rows
-    raise FileNotFoundError(f"{path} has no {member}")
+    row, group, stamp = int(row_text), 0, path.stat().st_mtime_ns
+    for first, rows in enumerate(_group_sizes(str(path), stamp)):
+        if row < rows:
+            group = first
+            break
+        row -= rows
+    else:
+        raise FileNotFoundError(f"{path} has no {member}")
+    value = _column_of_group(str(path), stamp, group, column)[row].as_py()
+    data = value.get("bytes") if isinstance(value, dict) else value
+    if not isinstance(data, bytes):
+        raise FileNotFoundError(f"{member} of {path} holds no image")
+    return data
+
+
+@lru_cache(maxsize=64)
+def _group_sizes(path: str, mtime_ns: int) -> tuple[int, ...]:
+    if not path.endswith(".parquet"):
+        with pa.memory_map(path) as data, pa.ipc.open_stream(data) as stream:
+            return tuple(batch.num_rows for batch in stream)
+    metadata = pq.read_metadata(path)
+    return tuple(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))
+
+
+@lru_cache(maxsize=1)  # rows are read in order: the group of the last one is kept
+def _column_of_group(path: str, mtime_ns: int, group: int, column: str) -> Any:
+    if path.endswith(".parquet"):
+        with pq.ParquetFile(path) as file:
+            return file.read_row_group(group, columns=[column]).column(column)
+    with pa.ipc.open_stream(pa.memory_map(path)) as stream:
+        for _ in range(group):
+            stream.read_next_batch()
+        return stream.read_next_batch().column(column)

@@ -117,7 +117,8 @@ def _sorted_rows(batches: list[pa.RecordBatch]) -> tuple[np.ndarray, list[Quaran
     if not batches:
         return np.zeros(0, np.int64), [], 0
     columns = pa.Table.from_batches([batch.select(["key", "raw_hash", "place"]) for batch in batches])
-    order = pc.sort_indices(columns, sort_keys=[("key", "ascending"), ("place", "ascending")]).to_numpy().astype(np.int64)
+    order = pc.sort_indices(columns, sort_keys=[("key", "ascending"), ("place", "ascending")])
+    order = order.to_numpy().astype(np.int64)
     keys = columns["key"].take(pa.array(order))
     same = pc.equal(keys.slice(1), keys.slice(0, len(keys) - 1)).to_numpy()
     if not same.any():

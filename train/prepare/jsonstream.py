@@ -108,3 +108,50 @@ def _array(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
             continue
         yield row, value
         row, buffer, wanted = row + 1, buffer[end:], 1 << 12
+
+
+def iter_members(path: Path) -> Iterator[tuple[str, Any]]:
+    """(name, value or Malformed) of the members of the one object in a file, as they are read."""
+    with open(path, "rb") as file:
+        head = file.read(_CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
+        if not head.startswith(b"{"):
+            yield "", Malformed("expected an object of objects")
+            return
+        file.seek(0)
+        yield from _members(file)
+
+
+def _members(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
+    decode = codecs.getincrementaldecoder("utf-8-sig")("strict").decode
+    buffer, ended, wanted, opened = "", False, _CHUNK_BYTES, False
+    while True:
+        try:
+            while len(buffer) < wanted and not ended:
+                data = file.read(_CHUNK_BYTES)
+                ended = not data
+                buffer += decode(data, final=ended)
+        except UnicodeDecodeError as error:
+            yield "", Malformed(f"{error}; the rest of the file is not read")
+            return
+        buffer = buffer.lstrip() if opened else buffer.lstrip()[1:].lstrip()
+        opened = True
+        buffer = buffer.removeprefix(",").lstrip()
+        if buffer.startswith("}"):
+            return
+        try:
+            name, end = _DECODER.raw_decode(buffer)
+            rest = buffer[end:].lstrip()
+            if not isinstance(name, str) or not rest.startswith(":"):
+                raise ValueError("expected a name and a colon")
+            value, end = _DECODER.raw_decode(rest[1:].lstrip())
+            rest = rest[1:].lstrip()[end:]
+            if not rest and not ended:
+                raise ValueError("the value may go on")
+        except (ValueError, RecursionError) as error:
+            if ended or len(buffer) > MAX_VALUE_BYTES or isinstance(error, RecursionError):
+                yield "", Malformed(f"{type(error).__name__}: {error}; the rest of the file is not read")
+                return
+            wanted = max(2 * len(buffer), _CHUNK_BYTES)
+            continue
+        yield name, value
+        buffer, wanted = rest, 1 << 12

@@ -20,7 +20,7 @@ from PIL import Image
 
 from train.exits import ExitCode, Halt
 from train.prepare import units
-from train.prepare.decode import decode
+from train.prepare.decode import Refused, decode
 from train.prepare.files import read_image
 from train.prepare.judge import judge
 from train.prepare.peers import Peers
@@ -30,6 +30,7 @@ from train.prepare.settings import DatasetConfig, ScoreConfig, dataset_dir
 SCORE_VERSION = 1
 UNIT_FILES = 2000
 Predict = Callable[[list[Image.Image]], list[float]]
+Answer = Callable[[list[Image.Image]], list[tuple[Any, ...]]]
 
 
 def run(settings: DatasetConfig) -> None:
@@ -115,7 +116,7 @@ def _from_model(settings: DatasetConfig, dataset: Path) -> None:
 
 
 def run_model(
-    settings: DatasetConfig, step: units.Step, batch: int, predict: Callable[[list[Image.Image]], list[tuple[Any, ...]]],
+    settings: DatasetConfig, step: units.Step, batch: int, predict: Answer,
     row: Callable[..., dict[str, Any]], name: str, keep: pa.Array | None = None,
 ) -> None:  # fmt: skip
     """Fill a table with what a model says of every accepted image (of those in `keep`), batch by batch.
@@ -129,6 +130,8 @@ def run_model(
         try:
             data = read_image(sources[record["source"]], record["uri"], record["member"])
             return decode(data, settings.probe).image
+        except Refused as error:
+            return Quarantine(record["key"], name, error.reason, f"{record['uri']}: {error}", error.exception)
         except (OSError, ValueError) as error:
             reason = "missing_file" if isinstance(error, FileNotFoundError) else "truncated"
             message = f"{record['uri']}: accepted by the probe, cannot be read now: {error}"

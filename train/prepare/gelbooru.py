@@ -1,0 +1,79 @@
+"""Gelbooru and moebooru posts as JSON: one flat, HTML-escaped tag string, rating words, dates of their own.
+
+Categories only come from `dictionary`, a CSV of (name, category, count, aliases) with Danbooru's category numbers;
+without it all tags are general, and names cannot be told from tags.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from train.exits import ExitCode, Halt
+from train.prepare.danbooru import CATEGORIES, find_image, first_of, json_posts, post_number
+from train.prepare.files import require_source
+from train.prepare.normalise import BadRecord, RawPost
+from train.prepare.records import Quarantine
+from train.prepare.settings import SourceConfig
+
+_FIELDS = {
+    "file_ext": ("file_ext", "extension"), "md5": ("md5", "hash"), "file_size": ("file_size",),
+    "width": ("width",), "height": ("height",), "created_at": ("created_at",), "rating": ("rating",),
+    "score": ("score",), "fav_count": ("fav_count",), "parent_id": ("parent_id",), "has_children": ("has_children",),
+}  # fmt: skip
+
+
+def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+    """Every post of the source."""
+    path = require_source(source)
+    categories = read_dictionary(Path(source.dictionary)) if source.dictionary else {}
+
+    def post(source: SourceConfig, root: Path, name: str, place: str, value: Mapping[str, Any]) -> RawPost:
+        return _post(source, root, name, place, value, categories)
+
+    yield from json_posts(source, path, post)
+
+
+def _post(
+    source: SourceConfig, root: Path, name: str, place: str, post: Mapping[str, Any], categories: Mapping[str, str]
+) -> RawPost:
+    fields = {column: first_of(post, names) for column, names in _FIELDS.items()}
+    post_id = fields["source_id"] = post_number(post.get("id"))
+    status = post.get("status")
+    fields["is_deleted"], fields["is_pending"] = status == "deleted", status == "pending"
+    image = post.get("image")
+    if not fields["file_ext"] and isinstance(image, str):
+        fields["file_ext"] = PurePosixPath(image).suffix.lstrip(".")
+    flat = first_of(post, ("tags", "tag_string"))
+    tags = flat.split() if isinstance(flat, str) else flat
+    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
+        raise BadRecord(f"tags are {flat!r}, expected one text")
+    groups: dict[str, list[str]] = {}
+    for tag in tags:
+        name_ = html.unescape(tag)  # once: a tag may itself spell an escape
+        groups.setdefault(categories.get(name_, "general"), []).append(name_)
+    listed = {**post, "filename": PurePosixPath(image).stem} if isinstance(image, str) and image else post
+    uri = find_image(root, name, post_id, fields, listed)
+    return RawPost(id=str(post_id), place=place, uri=uri, fields=fields, tags=groups, scheme="sqe")
+
+
+def read_dictionary(path: Path) -> dict[str, str]:
+    """Our group of each tag and alias. Raises Halt(USAGE) naming the line that cannot be read."""
+    groups: dict[str, str] = {}
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            for number, row in enumerate(csv.reader(file)):
+                if not row or (number == 0 and not row[1:2][0].strip().isdigit()):
+                    continue  # header
+                category = CATEGORIES.get(int(row[1]))
+                if category is None:
+                    raise ValueError(f"category {row[1]} of {row[0]!r} is not one of {sorted(CATEGORIES)}")
+                groups[row[0]] = category
+                for alias in row[3].split(",") if len(row) > 3 else []:
+                    groups.setdefault(alias.strip(), category)
+    except (OSError, ValueError, IndexError, csv.Error) as error:
+        raise Halt(ExitCode.USAGE, f"dictionary {path}: {error}: expected name, category, count, aliases") from error
+    return groups

@@ -1,0 +1,129 @@
+"""Parquet and CSV files with a column map."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from train.prepare.files import require_source, source_root, walk
+from train.prepare.mapped import check_columns, mapped_post
+from train.prepare.normalise import BadRecord, RawPost, printable
+from train.prepare.records import Quarantine
+from train.prepare.settings import SourceConfig
+
+_SUFFIXES = (".parquet", ".csv", ".tsv")
+_BATCH_ROWS = 1000  # embedded images are large
+Row = Mapping[str, Any]
+
+
+def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+    """Every row of the source's file, or of the files of its folder."""
+    path = require_source(source)
+    check_columns(source)
+    root = source_root(source)
+    for name, file in table_files(source, path):
+        if isinstance(file, Quarantine):
+            yield file
+        else:
+            yield from _file(source, root, name, file)
+
+
+def table_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, Path | Quarantine]]:
+    """(name relative to the source, file) of the tables of a file or folder."""
+    if path.is_file():
+        yield path.name, path
+        return
+    for found in walk(source, path):
+        if isinstance(found, Quarantine):
+            yield found.key, found
+        elif found.lower().endswith(_SUFFIXES):
+            yield found, path / found
+
+
+def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[RawPost | Quarantine]:
+    rows = parquet_rows(source, name, file) if file.suffix.lower() == ".parquet" else csv_rows(source, name, file)
+    image = source.columns.get("image")
+    for number, row in rows:
+        if isinstance(row, Quarantine):
+            yield row
+            continue
+        place = f"{name} row {number}"
+        try:
+            if image is not None:
+                uri = file.relative_to(root).as_posix() if file.is_relative_to(root) else name
+                yield mapped_post(source, row, place, root, uri, f"row:{number}:{image}", f"{name}#{number}")
+            else:
+                yield mapped_post(source, row, place, root)
+        except (BadRecord, ValueError, TypeError) as error:
+            yield refused(source, name, number, error)
+
+
+def refused(source: SourceConfig, name: str, number: int, error: Exception) -> Quarantine:
+    """The quarantine row of a table's row."""
+    key = printable(f"{source.name}:{name}#{number}")
+    return Quarantine(key, "ingest", "bad_record", printable(f"{name} row {number}: {error}"), type(error).__name__)
+
+
+def parquet_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
+    """(row number, row) of the mapped columns, without the pixels of embedded images."""
+    number = 0
+    try:
+        with pq.ParquetFile(file) as table:
+            wanted = [column for ours, column in source.columns.items() if ours != "image"]
+            present = [column for column in wanted if column in table.schema_arrow.names]
+            for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=present):
+                for row in _plain(batch):
+                    yield number, row
+                    number += 1
+                number += batch.num_rows if not present else 0
+    except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        yield number, refused(source, name, number, error)
+
+
+def _plain(batch: pa.RecordBatch) -> Iterator[Row]:
+    """Rows as Python values; one whose text is not UTF-8 has None there."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for index in range(batch.num_rows):
+            yield {name: _cell(batch.column(name), index) for name in batch.schema.names}
+
+
+def _cell(column: pa.Array, index: int) -> Any:
+    try:
+        return column[index].as_py()
+    except UnicodeDecodeError:
+        return b"not UTF-8"  # no field takes bytes, so the row is refused
+
+
+def csv_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
+    """(row number, row); quotes as in RFC 4180, so tags with quotes and line breaks survive."""
+    # Bytes that are not UTF-8 become marks that the record's checks refuse, so only their row is lost.
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+        reader = csv.reader(lines, dialect="excel-tab" if file.suffix.lower() == ".tsv" else "excel", strict=True)
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            yield 0, refused(source, name, 0, error)
+            return
+        number = 0
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield number, refused(source, name, number, error)
+                number += 1
+                continue
+            if row and len(row) != len(header):
+                problem = BadRecord(f"{len(row)} columns, the header has {len(header)}")
+                yield number, refused(source, name, number, problem)
+            elif row:
+                yield number, dict(zip(header, row, strict=True))
+            number += 1
