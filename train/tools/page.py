@@ -17,7 +17,7 @@ from train.tools.page_data import Picture, Run, config_differences, read_picture
 from train.tools.page_samples import comparison, strips
 from train.validation import paired_change
 
-CHARTS = (
+CHARTS = (  # key, title, noisy: drawn as dots with a running mean, on a logarithmic axis
     ("loss", "Loss per update", True),
     ("lr_unet", "Learning rate, U-Net", False),
     ("lr_text_encoder", "Learning rate, text encoders", False),
@@ -111,9 +111,9 @@ def summary_table(runs: Sequence[Run]) -> str:
 def curves(runs: Sequence[Run]) -> str:
     """One row of charts per metric, one chart per run, the y axis shared along the row."""
     rows = []
-    for key, label, log in CHARTS:
+    for key, label, noisy in CHARTS:
         found = [run.series(key) for run in runs]
-        smoothed = [smooth(points, max(len(points) // 50, 1)) for points in found]
+        smoothed = [smooth(points, max(len(points) // 50, 1)) if noisy else points for points in found]
         # The axis follows the smoothed lines and most of the dots: one spike must not flatten everything else.
         values = [y for points in smoothed for _, y in points] + [y for points in found for y in middle(points)]
         if not values:
@@ -125,14 +125,20 @@ def curves(runs: Sequence[Run]) -> str:
                     [(run.name, COLOURS[number % len(COLOURS)], line)],
                     label=f"{label}, {run.name}",
                     y_range=extent(values),
-                    log=log,
-                    spread=points if len(points) > 2 else (),
+                    log=noisy,
+                    spread=points if noisy and len(points) > 2 else (),
                 ),
             )
             for number, (run, points, line) in enumerate(zip(runs, found, smoothed, strict=True))
         ]
         rows.append(f'<h3>{label}</h3><div class="charts">{"".join(cells)}</div>')
-    deciles = [figure(name_of(run, number), decile_chart(run)) for number, run in enumerate(runs) if mean_deciles(run)]
+    tenths = [(number, run, mean_deciles(run)) for number, run in enumerate(runs)]
+    high = max((value or 0.0 for _, _, rows in tenths for _, row in rows for value in row), default=0.0)
+    deciles = [
+        figure(name_of(run, number), decile_chart(run, COLOURS[number % len(COLOURS)], high))
+        for number, run, rows in tenths
+        if rows
+    ]
     if deciles:
         rows.append(
             "<h3>Loss by timestep, first and last tenth of the updates</h3>"
@@ -143,9 +149,9 @@ def curves(runs: Sequence[Run]) -> str:
 
 
 def middle(points: Sequence[tuple[float, float]]) -> list[float]:
-    """The 0.5th and 99.5th percentile of the values."""
+    """The 2nd and 98th percentile of the values."""
     values = sorted(y for _, y in points)
-    cut = len(values) // 200
+    cut = len(values) // 50
     return [values[cut], values[-1 - cut]] if values else []
 
 
@@ -162,10 +168,10 @@ def mean_deciles(run: Run) -> list[tuple[str, list[float | None]]]:
     return result
 
 
-def decile_chart(run: Run) -> str:
-    """Bars of the loss by timestep tenth."""
-    bars = [(n, colour, row) for (n, row), colour in zip(mean_deciles(run), ("#9ca3af", COLOURS[0]), strict=True)]
-    return bar_chart([str(tenth) for tenth in range(10)], bars, label=f"loss by timestep, {run.name}")
+def decile_chart(run: Run, colour: str, high: float) -> str:
+    """Bars of the loss by timestep tenth, the axis up to `high`."""
+    bars = [(name, shade, row) for (name, row), shade in zip(mean_deciles(run), ("#9ca3af", colour), strict=True)]
+    return bar_chart([str(tenth) for tenth in range(10)], bars, label=f"loss by timestep, {run.name}", high=high)
 
 
 def held_out_section(runs: Sequence[Run]) -> str:

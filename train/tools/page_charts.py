@@ -55,12 +55,18 @@ def line_chart(
     return "".join([*parts, "</svg>"])
 
 
-def bar_chart(groups: Sequence[str], bars: Sequence[tuple[str, str, Sequence[float | None]]], *, label: str) -> str:
-    """An SVG of grouped bars from 0: (name, colour, one value per group or None)."""
+def bar_chart(
+    groups: Sequence[str],
+    bars: Sequence[tuple[str, str, Sequence[float | None]]],
+    *,
+    label: str,
+    high: float | None = None,
+) -> str:
+    """An SVG of grouped bars from 0 to `high`: (name, colour, one value per group or None)."""
     values = [value for _, _, row in bars for value in row if value is not None]
     if not values:
         return line_chart([], label=label)
-    high = max(values) or 1.0
+    high = high or max(values) or 1.0
     up = _scale((0.0, high), (HEIGHT - BOTTOM, TOP), log=False)
     slot = (WIDTH - LEFT - RIGHT) / len(groups)
     width = slot * 0.8 / len(bars)
@@ -108,7 +114,7 @@ def thin(points: Points, most: int = POINTS) -> list[tuple[float, float]]:
 def extent(values: Sequence[float]) -> Range:
     """(lowest, highest), widened when they are equal."""
     low, high = min(values), max(values)
-    if low == high:
+    if high - low <= 1e-9 * abs(high):
         margin = abs(low) * 0.1 or 1.0
         return low - margin, high + margin
     return low, high
