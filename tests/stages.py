@@ -16,8 +16,14 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from train import run
+from train import handoff, run
+from train import stage as assemble
+from train.config import load_stage
 from train.exits import Halt
+from train.loop import Session
+from train.rundir import open_run_dir
+from train.session import closing, open_session
+from train.signals import StopFlag
 
 SMALL = ("batch.micro=2", "batch.effective=8", "data.max_tokens=75")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -101,3 +107,24 @@ def tree(folder: Path) -> dict[str, str]:
 def sha256(path: Path) -> str:
     """Of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@contextmanager
+def opened(stage: Stage, *overrides: str) -> Iterator[Session]:
+    """The stage's session before its first update, closed afterwards."""
+    config = load_stage([stage.yaml], [*SMALL, *overrides])
+    with clean_process({}):
+        directory = open_run_dir(config.output_dir, config.stage)
+        try:
+            machine = assemble.open_machine(config)
+            source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
+            data = assemble.open_data(config, source)
+            execution = assemble.settle(config, machine, data.plan, source)
+            networks = assemble.open_networks(config, components, machine, execution)
+            session = open_session(
+                config, directory, machine, data, source, components, networks, execution, StopFlag()
+            )
+            with closing(session):
+                yield session
+        finally:
+            directory.close()

@@ -1,0 +1,233 @@
+"""One update: against the definition written out here, cut in any way, in every precision, and when it goes wrong."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import synthetic
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from stages import Stage, opened
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from train import loop, rng
+from train.exits import ExitCode, Halt
+from train.loop import Session
+from train.plan import Tile
+from train.rng import Stream
+from train.update import Outcome, compute_update
+
+
+def one_update(session: Session, step: int = 0) -> Outcome:
+    """Gradients of a plan step, not clipped, not applied."""
+    tiles = session.plan.update(step)
+    return compute_update(
+        session.gradients, session.feed.next_update(), diffusion=session.diffusion, scale=session.scale,
+        images=sum(len(tile.rows) for tile in tiles), tiles_here=len(tiles), tiles_in_update=len(tiles), step=step,
+        max_grad_norm=0.0, stop_asked=False,
+    )  # fmt: skip
+
+
+def gradients(session: Session) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in session.parameters.items() if p.grad is not None}
+
+
+def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Distance of two sets of gradients over the norm of the second."""
+    assert a.keys() == b.keys()
+    distance = sum(float((a[n].double() - b[n].double()).square().sum()) for n in a)
+    return (distance / sum(float(b[n].double().square().sum()) for n in b)) ** 0.5
+
+
+class Reference:
+    """The recipe for single images, written from its description with the stock libraries alone."""
+
+    def __init__(self, model: Path, data: Path, *, offset: float) -> None:
+        self.unet = UNet2DConditionModel.from_pretrained(model / "unet")
+        self.one = CLIPTextModel.from_pretrained(model / "text_encoder")
+        self.two = CLIPTextModelWithProjection.from_pretrained(model / "text_encoder_2")
+        self.tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+        self.data, self.offset = data, offset
+        betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+        self.alphas = torch.cumprod(1 - betas, 0)
+
+    def loss(self, session: Session, tile: Tile, slot: int) -> torch.Tensor:
+        index, seed = session.feed.dataset.index, session.config.seed
+        row, uid, epoch = int(tile.rows[slot]), int(tile.uids[slot]), int(tile.epochs[slot])
+        shard, place = index.latent(row)
+        latent = load_file(self.data / shard)["latents"][place].float() * 0.13025
+        noise = torch.from_numpy(rng.normals(seed, Stream.NOISE, uid, epoch, tuple(latent.shape)))
+        channel = torch.from_numpy(rng.normals(seed, Stream.NOISE_OFFSET, uid, epoch, (4,)))
+        noise = noise + self.offset * channel[:, None, None]
+        t = int(rng.timesteps(seed, np.array([uid], np.uint64), np.array([epoch]), 0, 1000)[0])
+        a = float(self.alphas[t])
+        noisy = (a**0.5 * latent + (1 - a) ** 0.5 * noise)[None]
+        context, pooled = self.text(*index.caption(row), seed=seed, uid=uid, epoch=epoch)
+        top, left = int(index.crop_top[row]), int(index.crop_left[row])
+        size = [int(index.orig_h[row]), int(index.orig_w[row]), top, left, tile.height, tile.width]
+        added = {"text_embeds": pooled, "time_ids": torch.tensor([size], dtype=torch.float32)}
+        predicted = self.unet(noisy, t, encoder_hidden_states=context, added_cond_kwargs=added).sample
+        return (predicted[0] - noise).square().mean()
+
+    def text(
+        self, fixed: list[str], flex: list[str], *, seed: int, uid: int, epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        tags = [*fixed, *rng.shuffled(flex, seed, uid, epoch)]
+        content = self.tokenizer(", ".join(tags), add_special_tokens=False)["input_ids"][:225]
+        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        pieces, pooled = [], None
+        for k in range(3):
+            part = content[k * 75 : (k + 1) * 75]
+            first = torch.tensor([[bos, *part, *[eos] * (76 - len(part))]])
+            second = torch.tensor([[bos, *part, eos, *[0] * (75 - len(part))]])
+            out = self.two(second, output_hidden_states=True)
+            hidden = torch.cat(
+                [self.one(first, output_hidden_states=True).hidden_states[-2], out.hidden_states[-2]], dim=-1
+            )
+            pooled = out.text_embeds if pooled is None else pooled
+            pieces += [hidden[:, 0:1]] * (k == 0) + [hidden[:, 1:76]] + [hidden[:, 76:77]] * (k == 2)
+        assert pooled is not None
+        return torch.cat(pieces, dim=1), pooled
+
+
+def test_an_update_equals_its_definition(base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, dataset, base_model)
+    reference = Reference(base_model, dataset, offset=0.1)
+    with opened(stage, "data.max_tokens=225", "noise.offset=0.1") as session:
+        outcome, tiles = one_update(session), session.plan.update(0)
+        wanted = [reference.loss(session, tile, slot) for tile in tiles for slot in range(len(tile.rows))]
+        assert torch.allclose(outcome.losses_G, torch.stack(wanted).double(), rtol=2e-6, atol=0)
+        mean = torch.stack(wanted).mean()
+        assert outcome.mean_loss == pytest.approx(mean.item(), rel=1e-6)
+        mean.backward()
+        theirs = {f"unet.{name}": p.grad for name, p in reference.unet.named_parameters()}
+        for encoder, name in ((reference.one, "text_encoder"), (reference.two, "text_encoder_2")):
+            for key, p in encoder.named_parameters():
+                prefix = "" if key.startswith(("text_model.", "text_projection")) else "text_model."
+                theirs[f"{name}.{prefix}{key}"] = p.grad
+        ours = gradients(session)
+        assert {name for name, grad in theirs.items() if grad is not None} >= set(ours)
+        idle = {name for name, grad in theirs.items() if grad is not None and name not in ours and grad.any()}
+        assert not idle, "a parameter that has a gradient must be trained"
+        assert relative(ours, {name: theirs[name] for name in ours}) < 2e-6
+
+
+@pytest.fixture(scope="module")
+def plain(
+    base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Losses and gradients of the first update in tiles of 4, executed in the plainest way."""
+    with opened(Stage(tmp_path_factory.mktemp("plain"), dataset, base_model), "batch.micro=4") as session:
+        return one_update(session).losses_G, gradients(session)
+
+
+@pytest.mark.parametrize("changes", [
+    ("batch.split=2",), ("batch.split=4",), ("model.gradient_checkpointing=full",),
+    ("model.gradient_checkpointing=partial",), ("batch.determinism=strict",), ("data.workers=1",),
+])  # fmt: skip
+def test_execution_does_not_change_the_update(
+    changes: tuple[str, ...],
+    plain: tuple[torch.Tensor, dict[str, torch.Tensor]],
+    base_model: Path,
+    dataset: Path,
+    tmp_path: Path,
+) -> None:
+    losses, grads = plain
+    with opened(Stage(tmp_path, dataset, base_model), "batch.micro=4", *changes) as session:
+        assert torch.allclose(one_update(session).losses_G, losses, rtol=1e-6, atol=0)
+        assert relative(gradients(session), grads) < 1e-6
+
+
+def test_tiles_accumulate_to_the_gradient_of_one_batch(base_model: Path, tmp_path: Path) -> None:
+    data = synthetic.make_dataset(tmp_path / "set", (8,), buckets=((64, 64),))
+    with opened(Stage(tmp_path / "a", data, base_model), "batch.micro=8") as session:
+        whole = one_update(session)
+        keys = session.plan.update(0)[0].uids
+        at_once = gradients(session)
+    with opened(Stage(tmp_path / "b", data, base_model)) as session:
+        assert len(session.plan.update(0)) == 4
+        parts = one_update(session)
+        in_tiles = gradients(session)
+        order = [list(keys).index(uid) for tile in session.plan.update(0) for uid in tile.uids]
+    # epoch 0 holds every image once, whatever the tiles: the same images with the same noise
+    assert torch.allclose(parts.losses_G, whole.losses_G[order], rtol=1e-6, atol=0)
+    assert parts.mean_loss == pytest.approx(whole.mean_loss, rel=1e-6)
+    assert relative(in_tiles, at_once) < 1e-6
+
+
+def generator_states() -> list[bytes]:
+    kind, words, *rest = np.random.get_state()
+    return [torch.get_rng_state().numpy().tobytes(), repr((kind, words.tobytes(), rest)).encode(),
+            repr(random.getstate()).encode()]  # fmt: skip
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_updates_leave_the_global_generators_alone(
+    workers: int, base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    with opened(Stage(tmp_path, dataset, base_model), "max_updates=2", f"data.workers={workers}") as session:
+        before = generator_states()
+        loop.run_updates(session)
+        assert generator_states() == before
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_half_precision_follows_fp32(
+    precision: str, base_model: Path, dataset: Path, tmp_path: Path, straight: Path
+) -> None:
+    half = Stage(tmp_path, dataset, base_model)
+    assert half.run("max_updates=3", f"precision={precision}") == 0, half.message
+    for a, b in zip(synthetic.metrics(straight)[:3], synthetic.metrics(half.output), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.03)
+        assert a["loss"] != b["loss"]
+        assert (b["skipped"], b["update"]) == (0, b["step"])
+
+
+def test_overflow_skips_the_update_and_not_the_plan(
+    base_model: Path, dataset: Path, tmp_path: Path, straight: Path
+) -> None:
+    stage = Stage(tmp_path, dataset, base_model)
+    assert stage.run("precision=fp16", "max_updates=5", ANIX_FAULT="loss@2:scale=1e30") == 0, stage.message
+    lines = synthetic.metrics(stage.output)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["update"] for line in lines] == [1, 2, 2, 3, 4]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
+    assert [line["loss_scale"] for line in lines] == [65536.0] * 2 + [32768.0] * 3
+    assert lines[3]["lr_unet"] == lines[2]["lr_unet"] != lines[1]["lr_unet"]
+    undisturbed = synthetic.metrics(straight)
+    assert [line["lr_unet"] for line in lines[3:]] == [line["lr_unet"] for line in undisturbed[2:4]]
+    trace = (stage.output / "trace.txt").read_text().splitlines()
+    assert trace == (straight / "trace.txt").read_text().splitlines()[: len(trace)]
+
+
+@pytest.mark.slow
+def test_twenty_overflows_in_a_row_end_the_run(base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, dataset, base_model)
+    overrides = ("precision=fp16", "epochs=8", "batch.effective=2")
+    assert stage.run(*overrides, ANIX_FAULT="loss@*:scale=1e30") == ExitCode.NON_FINITE
+    assert json.loads((stage.output / "exit.json").read_text())["update"] == 20
+
+
+@pytest.mark.parametrize("fault", ["nan", "inf"])
+def test_a_loss_that_is_not_finite_changes_nothing(
+    fault: str, base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(Stage(tmp_path, dataset, base_model)) as session:
+        before = {name: p.detach().clone() for name, p in session.parameters.items()}
+        monkeypatch.setenv("ANIX_FAULT", f"loss@0:{fault}")
+        with pytest.raises(Halt) as halted:
+            loop.run_updates(session)
+        assert halted.value.code == ExitCode.NON_FINITE
+        assert not session.optimizer.state
+        assert all(torch.equal(before[name], p) for name, p in session.parameters.items())
+        assert session.progress.step == 0
+        record = json.loads((session.run.path / "bad_step.json").read_text())
+        assert record["step"] == 0
+        text = json.dumps(record)
+        for tile in session.plan.update(0):
+            assert all(f"{uid:016x}" in text for uid in tile.uids)
