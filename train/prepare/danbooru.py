@@ -187,7 +187,7 @@ def _candidates(name: str, post_id: int, fields: Mapping[str, Any], post: Mappin
     listed = first_of(post, ("file_name", "file_path", "local_path"))
     if isinstance(listed, str) and listed:
         yield listed
-    without = str(PurePosixPath(name).with_suffix(""))
+    without = name.rpartition(".")[0]
     extension = str(fields.get("file_ext") or "").lower().lstrip(".")
     extensions = dict.fromkeys([extension or "jpg", "jpg", "jpeg", "png", "webp", "gif", "bmp", "avif"])
     if name.lower().endswith(".json"):

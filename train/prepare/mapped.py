@@ -40,6 +40,7 @@ def mapped_post(
     Without an id column the id is the path. Raises BadRecord.
     """
     values = {ours: row.get(theirs) for ours, theirs in source.columns.items()}
+    tags = _tag_lists(source, values)
     fields = {name: values[name] for name in FIELDS if name in values}
     number = _plain_id(values.get("id"))
     if number is not None and number.isascii() and number.isdigit() and len(number) < 19:
@@ -55,7 +56,7 @@ def mapped_post(
         uri=uri,
         member=member,
         fields=fields,
-        tags=_tag_lists(source, values),
+        tags=tags,
         caption=_text(values.get("caption"), "caption"),
     )
 

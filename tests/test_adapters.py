@@ -1,0 +1,369 @@
+"""The same six posts in every layout give the same records, as far as the layout carries the fields."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import sqlite3
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from train.exits import ExitCode, Halt
+from train.prepare.files import read_image
+from train.prepare.ingest import read_source
+from train.prepare.normalise import RawPost, to_record
+from train.prepare.records import TAG_GROUPS, Quarantine
+from train.prepare.settings import SourceConfig
+
+NAMES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 5: "meta"}
+
+
+def _post(number: int) -> dict[str, Any]:
+    return {
+        "id": 1000 + number, "created_at": f"20{8 + number:02d}-12-31T23:30:00-05:00", "rating": "gsqegs"[number],
+        "score": 10 * number - 5, "up_score": 10 * number, "down_score": -5, "fav_count": number,
+        "image_width": 40 + number, "image_height": 50, "file_size": 0, "file_ext": "png", "md5": f"{number:032x}",
+        "is_deleted": number == 4, "is_banned": False, "is_pending": False,
+        "parent_id": 1000 if number == 5 else None, "has_children": number == 0,
+        "tags": {
+            "general": ["1girl", "long_hair", "^_^", 'say_"cheese"', "k-on!"], "character": [f"hero_{number}_(title)"],
+            "copyright": ["title"], "artist": ["someone"], "meta": ["highres"],
+        },
+    }  # fmt: skip
+
+
+POSTS = [_post(number) for number in range(6)]
+
+
+def _image(path: Path) -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 6), (1, 2, 3)).save(path)
+    return path.read_bytes()
+
+
+def _api(post: dict[str, Any]) -> dict[str, Any]:
+    rest = {key: value for key, value in post.items() if key != "tags"}
+    return rest | {f"tag_string_{group}": " ".join(tags) for group, tags in post["tags"].items()}
+
+
+def _dump(post: dict[str, Any]) -> dict[str, Any]:
+    """As in old dumps: text for numbers, a space inside the date, categories by number."""
+    number = {name: key for key, name in NAMES.items()}
+    rest = {key: value for key, value in post.items() if key != "tags"}
+    rest |= {key: str(rest[key]) for key in ("id", "score", "image_width", "image_height", "file_size", "fav_count")}
+    rest |= {"parent_id": str(post["parent_id"] or 0), "created_at": post["created_at"].replace("T", " ")}
+    tags = [{"name": tag, "category": str(number[group])} for group, tags in post["tags"].items() for tag in tags]
+    return rest | {"tags": tags}
+
+
+def _flat(post: dict[str, Any]) -> dict[str, Any]:
+    return post | {f"tags_{group}": tags for group, tags in post["tags"].items()}
+
+
+COLUMNS = {
+    "id": "id", "created_at": "created_at", "rating": "rating", "score": "score", "up_score": "up_score",
+    "down_score": "down_score", "fav_count": "fav_count", "width": "image_width", "height": "image_height",
+    "file_size": "file_size", "file_ext": "file_ext", "md5": "md5", "is_deleted": "is_deleted",
+    "is_banned": "is_banned", "is_pending": "is_pending", "parent_id": "parent_id", "has_children": "has_children",
+    **{f"tags_{group}": f"tags_{group}" for group in NAMES.values()},
+}  # fmt: skip
+
+
+def records(source: SourceConfig) -> list[dict[str, Any]]:
+    """Records by key; a refused post fails the test."""
+    found = []
+    for post in read_source(source):
+        assert isinstance(post, RawPost), post
+        row = to_record(post, source)
+        assert not isinstance(row, Quarantine), row
+        assert read_image(source, row["uri"], row["member"])[:4] == b"\x89PNG"
+        found.append(row)
+    return sorted(found, key=lambda row: row["key"])
+
+
+def source(path: Path, adapter: str, **options: Any) -> SourceConfig:
+    return SourceConfig(name="s", adapter=adapter, path=str(path), **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Records of the layout that gallery-dl writes, checked against literals."""
+    folder = tmp_path_factory.mktemp("perpost")
+    for post in POSTS:
+        _image(folder / f"danbooru_{post['id']}.png")
+        (folder / f"danbooru_{post['id']}.png.json").write_text(json.dumps(_api(post)))
+    rows = records(source(folder, "danbooru"))
+    assert [row["key"] for row in rows] == [f"s:{1000 + number}" for number in range(6)]
+    third = rows[3]
+    assert (third["rating"], third["score"], third["created_year"], third["width"]) == ("e", 25, 2011, 43)
+    assert third["tags_general"] == ["1girl", "long_hair", "^_^", 'say_"cheese"', "k-on!"]
+    assert third["tags_character"] == ["hero_3_(title)"]
+    assert rows[4]["is_deleted"]
+    assert rows[5]["parent_id"] == 1000
+    return rows
+
+
+def same(found: list[dict[str, Any]], expected: list[dict[str, Any]], but: tuple[str, ...] = ()) -> None:
+    left_out = {"uri", "member", *but} | ({"raw_hash"} if but else set())
+    for one, other in zip(found, expected, strict=True):
+        for name in set(other) - left_out:
+            assert one[name] == other[name], name
+
+
+def _images(folder: Path) -> None:
+    for post in POSTS:
+        _image(folder / f"{post['id']}.png")
+
+
+def test_danbooru_array_lines_and_page(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    posts = [_api(post) for post in POSTS]
+    texts = {
+        "array.json": json.dumps(posts), "indented.json": json.dumps(posts, indent=2),
+        "lines.jsonl": "\ufeff" + "\r\n".join(map(json.dumps, posts)), "page.json": json.dumps({"posts": posts}),
+        "lines.json": "\n".join(map(json.dumps, posts)) + "\n",
+    }  # fmt: skip
+    for name, text in texts.items():
+        folder = tmp_path / name.replace(".", "_")
+        _images(folder)
+        (folder / name).write_text(text)
+        same(records(source(folder / name, "danbooru")), expected)
+
+
+def test_old_dump(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    _images(tmp_path)
+    (tmp_path / "dump.json").write_text("\n".join(json.dumps(_dump(post)) for post in POSTS))
+    same(records(source(tmp_path, "danbooru")), expected)
+
+
+def test_old_dump_with_three_ratings(tmp_path: Path) -> None:
+    _images(tmp_path)
+    (tmp_path / "dump.jsonl").write_text("\n".join(json.dumps(_dump(post)) for post in POSTS))
+    rows = records(source(tmp_path, "danbooru", rating_scheme="sqe"))
+    assert [row["rating"] for row in rows] == ["g", "g", "q", "e", "g", "g"]
+
+
+def test_table_parquet(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    _images(tmp_path)
+    rows = [_flat(post) for post in POSTS]
+    for row in rows:
+        del row["tags"]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "posts.parquet", row_group_size=4)
+    same(records(source(tmp_path / "posts.parquet", "table", columns=COLUMNS)), expected)
+
+
+def test_table_csv_keeps_quotes(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    _images(tmp_path)
+    with open(tmp_path / "posts.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.DictWriter(file, sorted(COLUMNS.values()))
+        writer.writeheader()
+        for post in POSTS:
+            row = _flat(post) | {f"tags_{group}": " ".join(tags) for group, tags in post["tags"].items()}
+            writer.writerow({name: row[name] for name in COLUMNS.values()})
+    found = records(source(tmp_path / "posts.csv", "table", columns=COLUMNS, tag_separator=" "))
+    same(found, expected)
+
+
+def test_table_text_tags_need_a_separator(tmp_path: Path) -> None:
+    (tmp_path / "posts.csv").write_text("id,tags\n1,a b\n")
+    with pytest.raises(Halt) as stopped:
+        records(source(tmp_path / "posts.csv", "table", columns={"id": "id", "tags": "tags"}))
+    assert stopped.value.code == ExitCode.USAGE
+    assert "tag_separator" in stopped.value.message
+
+
+def test_imagefolder_metadata(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    _images(tmp_path / "train")
+    lines = [json.dumps(_flat(post) | {"file_name": f"{post['id']}.png"}) for post in POSTS]
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    found = records(source(tmp_path, "imagefolder", columns=COLUMNS))
+    same(found, expected)
+    assert found[0]["uri"] == "train/1000.png"
+
+
+def _embedded(tmp_path: Path) -> pa.Table:
+    data = _image(tmp_path / "x.png")
+    (tmp_path / "x.png").unlink()
+    rows = [{k: v for k, v in _flat(post).items() if k != "tags"} for post in POSTS]
+    table = pa.Table.from_pylist(rows)
+    return table.append_column("image", pa.array([{"bytes": data, "path": None}] * 6))
+
+
+def test_imagefolder_parquet_with_embedded_images(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    pq.write_table(_embedded(tmp_path), tmp_path / "train-00000.parquet", row_group_size=4)
+    found = records(source(tmp_path, "imagefolder", columns=COLUMNS))
+    same(found, expected)
+    assert found[5]["member"] == "row:5:image"
+    same(records(source(tmp_path / "train-00000.parquet", "table", columns=COLUMNS | {"image": "image"})), expected)
+
+
+def test_saved_dataset(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    table = _embedded(tmp_path)
+    path = str(tmp_path / "data-00000-of-00001.arrow")
+    with pa.OSFile(path, "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=4)
+    same(records(source(tmp_path, "imagefolder", columns=COLUMNS)), expected)
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+def test_webdataset(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    data = _image(tmp_path / "x.png")
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        for post in POSTS:
+            _add(archive, f"{post['id']}.PNG", data)
+            _add(archive, f"{post['id']}.json", json.dumps(_api(post)).encode())
+    same(records(source(tmp_path, "webdataset")), expected)
+
+
+def test_webdataset_key_ends_at_the_first_dot(tmp_path: Path) -> None:
+    data = _image(tmp_path / "x.png")
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        _add(archive, "dir.d/a.left.png", data)
+        _add(archive, "dir.d/a.txt", b"1girl ||| smile")
+    rows = records(source(tmp_path / "00000.tar", "webdataset"))
+    assert [(row["key"], row["caption"]) for row in rows] == [("s:00000.tar/dir.d/a.left.png", "1girl ||| smile")]
+
+
+def _database(path: Path, older: bool) -> None:
+    types = {"general": 0, "artist": 1, "character": 2, "copyright": 3, "meta": 4}
+    names = sorted({(tag, group) for post in POSTS for group, tags in post["tags"].items() for tag in tags})
+    ids = {tag: 40 + number for number, (tag, _) in enumerate(names)}
+    connection = sqlite3.connect(path)
+    connection.execute("CREATE TABLE tag (id INTEGER PRIMARY KEY, name TEXT, type INTEGER, popularity INTEGER)")
+    connection.executemany("INSERT INTO tag VALUES (?, ?, ?, 0)", [(ids[tag], tag, types[g]) for tag, g in names])
+    fields = [name for name in POSTS[0] if name != "tags" and name != "is_pending"]
+    connection.execute(f"CREATE TABLE post ({', '.join(fields)}, tag_list)")
+    connection.execute("CREATE TABLE posttagrelation (id INTEGER PRIMARY KEY, post_id INTEGER, tag_id INTEGER)")
+    for post in POSTS:
+        tags = [ids[tag] for tags in post["tags"].values() for tag in tags]
+        row = [post[name] if name != "rating" else "gsqe".index(post["rating"]) for name in fields]
+        listed = "".join(f"${_base36(tag)}#" for tag in tags) if older else None
+        connection.execute(f"INSERT INTO post VALUES ({', '.join('?' * len(row))}, ?)", [*row, listed])
+        if not older:
+            pairs = [(post["id"], tag) for tag in tags]
+            connection.executemany("INSERT INTO posttagrelation (post_id, tag_id) VALUES (?, ?)", pairs)
+    connection.commit()
+    connection.close()
+
+
+def _base36(number: int) -> str:
+    digits = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    return (_base36(number // 36) if number >= 36 else "") + digits[number % 36]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_danbooru2023_sqlite(tmp_path: Path, expected: list[dict[str, Any]], older: bool) -> None:
+    _images(tmp_path)
+    _database(tmp_path / "danbooru2023.db", older)
+    same(records(source(tmp_path / "danbooru2023.db", "danbooru2023")), expected)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".db", *[".png"] * 6]  # no journal beside it
+
+
+def test_danbooru2023_parquet_and_tars(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    data = _image(tmp_path / "x.png")
+    _database(tmp_path / "d.db", older=False)
+    connection = sqlite3.connect(tmp_path / "d.db")
+    for table in ("post", "tag", "posttagrelation"):
+        cursor = connection.execute(f"SELECT * FROM {table}")
+        names = [column[0] for column in cursor.description]
+        rows = [dict(zip(names, row, strict=True)) for row in cursor]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / f"{table}.parquet")
+    connection.close()
+    for post in POSTS:
+        with tarfile.open(tmp_path / f"data-{post['id'] % 1000:04d}.tar", "w") as archive:
+            _add(archive, f"{post['id']}.png", data)
+    found = records(source(tmp_path, "danbooru2023"))
+    same(found, expected)
+    assert (found[3]["uri"], found[3]["member"]) == ("data-0003.tar", "1003.png")
+
+
+def test_e621(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    _images(tmp_path)
+    posts = [
+        {
+            "id": post["id"], "created_at": post["created_at"], "rating": {"g": "s"}.get(post["rating"], post["rating"]),
+            "score": {"up": post["up_score"], "down": -5, "total": post["score"]}, "fav_count": post["fav_count"],
+            "file": {"width": post["image_width"], "height": 50, "ext": "png", "size": 0, "md5": post["md5"]},
+            "flags": {"deleted": post["is_deleted"], "pending": False},
+            "relationships": {"parent_id": post["parent_id"], "has_children": post["has_children"]},
+            "tags": post["tags"] | {"species": ["gérbil"], "lore": [], "invalid": ["typo"]},
+        }
+        for post in POSTS
+    ]  # fmt: skip
+    (tmp_path / "page.json").write_text(json.dumps({"posts": posts}))
+    found = records(source(tmp_path, "e621"))
+    assert all(row["tags_species"] == ["gérbil"] for row in found)
+    assert [row["rating"] for row in found] == ["g", "g", "q", "e", "g", "g"]  # s is safe there
+    same(found, expected, but=("tags_species", "rating"))
+
+
+def test_gelbooru_with_dictionary(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    _images(tmp_path)
+    words = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
+    posts = []
+    for number, post in enumerate(POSTS):
+        flat = " ".join(html.escape(tag) for tags in post["tags"].values() for tag in tags)
+        posts.append(
+            {
+                "id": post["id"], "created_at": f"Wed Dec 31 23:30:00 -0500 20{8 + number:02d}", "md5": post["md5"],
+                "score": post["score"], "width": post["image_width"], "height": 50, "image": f"{post['id']}.png",
+                "rating": words[post["rating"]], "tags": flat, "parent_id": post["parent_id"] or 0,
+                "has_children": str(post["has_children"]).lower(), "status": "deleted" if number == 4 else "active",
+            }
+        )  # fmt: skip
+    (tmp_path / "posts.json").write_text(json.dumps({"@attributes": {"limit": 100}, "post": posts}))
+    numbers = {name: number for number, name in NAMES.items()}
+    with open(tmp_path / "tags.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "category", "count", "aliases"])
+        for tag, group in sorted({(t, g) for post in POSTS for g, tags in post["tags"].items() for t in tags}):
+            writer.writerow([tag, numbers[group], 1, ""])
+    found = records(source(tmp_path / "posts.json", "gelbooru", dictionary=str(tmp_path / "tags.csv")))
+    same(found, expected, but=("up_score", "down_score", "fav_count", "file_size"))
+    plain = records(source(tmp_path / "posts.json", "gelbooru"))
+    assert plain[0]["tags_general"][-1] == "highres"
+    assert plain[0]["tags_character"] == []
+
+
+def test_sidecar_and_sd_scripts_agree(tmp_path: Path) -> None:
+    texts = {}
+    for number, name in enumerate(["a.jpg.png", "a.JFIF", "b/c.d.png", "b/e.png", "f.Jpe", "g.png"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
+        texts[name] = f"{number}girls, hero ||| smile, tag {number}"
+        stem = name.rpartition(".")[0]
+        (tmp_path / f"{stem}.txt").write_bytes(b"\xef\xbb\xbf" + texts[name].encode() + b"\r\nsecond line\r\n")
+    sidecars = records(source(tmp_path, "sidecar"))
+    assert {row["key"]: row["caption"] for row in sidecars} == {f"s:{name}": text for name, text in texts.items()}
+    metadata = {
+        name if "/" not in name else name.rpartition(".")[0]: dict(zip(("caption", "tags"), _halves(text), strict=True))
+        for name, text in texts.items()
+    }
+    metadata[str(tmp_path / "g.png")] = metadata.pop("g.png")
+    (tmp_path / "meta_cap.json").write_text(json.dumps(metadata))
+    same(records(source(tmp_path / "meta_cap.json", "sd_scripts")), sidecars)
+    lines = [json.dumps({"image_path": name, "caption": text}) for name, text in texts.items()]
+    (tmp_path / "meta.jsonl").write_text("\n".join(lines))
+    same(records(source(tmp_path / "meta.jsonl", "sd_scripts")), sidecars)
+
+
+def _halves(text: str) -> tuple[str, str]:
+    first, _, rest = text.partition(", ")
+    return first, rest
+
+
+def test_every_group_is_a_list(expected: list[dict[str, Any]]) -> None:
+    assert all(isinstance(row[f"tags_{group}"], list) for row in expected for group in TAG_GROUPS)
