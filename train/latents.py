@@ -7,6 +7,7 @@ mean and log-variance), H W latent rows and columns.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,8 +67,11 @@ class ShardReader:
         parts = [self._row(shard, row) for shard, row in zip(shards, rows, strict=True)]
         if len({tuple(part.shape) for part in parts}) > 1:
             raise Halt(ExitCode.MISMATCH, f"{self.folder}: shards {sorted(set(shards))} hold different shapes")
-        batch_BCHW = torch.stack(parts).float()
-        if not bool(torch.isfinite(batch_BCHW).all()):
+        batch_BCHW = torch.empty((len(parts), *parts[0].shape), dtype=torch.float32)
+        for image_CHW, part in zip(batch_BCHW, parts, strict=True):
+            image_CHW.copy_(part)  # from the map and to fp32 in one pass
+        # One pass instead of three: what is not finite stays so in a sum, and finite 16-bit values cannot overflow it.
+        if not math.isfinite(float(batch_BCHW.sum())):
             for shard, row, part in zip(shards, rows, parts, strict=True):
                 if not bool(torch.isfinite(part.float()).all()):
                     raise Halt(
@@ -83,8 +87,7 @@ class ShardReader:
         mapped, dtype = self._maps[shard]
         if not 0 <= row < len(mapped):
             raise Halt(ExitCode.MISMATCH, f"{self.folder / shard} has {len(mapped)} rows, row {row} is asked for")
-        # Copied out of the map: torch wants memory it may write to.
-        return torch.from_numpy(np.array(mapped[row])).view(dtype)
+        return torch.from_numpy(mapped[row]).view(dtype)
 
     def _open(self, shard: str) -> tuple[npt.NDArray[np.generic], torch.dtype]:
         path = self.folder / shard
@@ -92,7 +95,8 @@ class ShardReader:
             raise Halt(ExitCode.MISMATCH, f"index names shard {shard!r} outside the dataset directory")
         start, shape, dtype, _ = _header(path)
         width = 4 if dtype == torch.float32 else 2
-        mapped = np.memmap(path, dtype=f"<i{width}", mode="r", offset=start, shape=shape)
+        # Copy on write, never written to: torch warns about memory it may not write to.
+        mapped = np.memmap(path, dtype=f"<i{width}", mode="c", offset=start, shape=shape)
         return mapped, dtype
 
 
