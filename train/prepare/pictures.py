@@ -6,6 +6,7 @@ Kept apart from the steps so that a worker imports Pillow and numpy and little e
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,13 +15,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from train.buckets import Placement
 from train.prepare.decode import Decoded, Refused, decode, resize_crop
 from train.prepare.files import UnsafePath, read_image, source_root
 from train.prepare.settings import ProbeConfig, SourceConfig
 from train.prepare.sniff import ext_mismatch
+
+THUMB_PX = 256
 
 
 @dataclass(frozen=True)
@@ -145,3 +148,27 @@ def _dct_matrix(size: int) -> npt.NDArray[np.float64]:
 
 
 _DCT = _dct_matrix(32)
+
+
+@dataclass(frozen=True)
+class Thumb:
+    """A small picture for the report; `box` is the part that is kept, as shares of width and height."""
+
+    look: Look
+    box: tuple[float, float, float, float] | None
+
+
+def thumbnail(job: Thumb) -> bytes | None:
+    """JPEG of at most 256 px, without metadata; None where the file cannot be read."""
+    try:
+        image = decode(_read(job.look), job.look.rules).image
+    except (Refused, MemoryError):
+        return None
+    image.thumbnail((THUMB_PX, THUMB_PX))
+    if job.box is not None:
+        outline = [value * side for value, side in zip(job.box, image.size * 2, strict=True)]
+        corners = (outline[0], outline[1], outline[2] - 1, outline[3] - 1)
+        ImageDraw.Draw(image).rectangle(corners, outline=(230, 30, 30), width=2)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=75)
+    return buffer.getvalue()
