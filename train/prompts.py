@@ -13,7 +13,7 @@ from train.exits import ExitCode, Halt
 from train.schema import load_into
 
 Sampler = Literal["euler_a", "euler", "dpmpp_2m"]
-SAMPLER_TITLES: Mapping[str, str] = {"euler_a": "Euler a", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
+SAMPLER_TITLES: Mapping[Sampler, str] = {"euler_a": "Euler a", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
 
 # The card's nine sizes, width x height; all nine are training buckets.
 CARD_SIZES = (
