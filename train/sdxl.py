@@ -7,10 +7,11 @@ translation; nothing is read or written. It follows the U-Net's config, so it ho
 
 from __future__ import annotations
 
-import copy
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
@@ -102,11 +103,16 @@ def links(configs: Configs) -> list[Link]:
 
 def folder_shapes(configs: Configs) -> dict[str, tuple[int, ...]]:
     """Shape of every weight of the four networks by canonical name."""
+    return dict(_folder_shapes(json.dumps({network: dict(configs[network]) for network in NETWORKS})))
+
+
+@lru_cache(maxsize=4)  # a stage asks three times, and building SDXL takes seconds even without memory for it
+def _folder_shapes(configs: str) -> dict[str, tuple[int, ...]]:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    plain = {network: copy.deepcopy(dict(configs[network])) for network in NETWORKS}
+    plain = json.loads(configs)
     with torch.device("meta"):
         models = {
             "unet": UNet2DConditionModel.from_config(plain["unet"]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
@@ -254,8 +255,12 @@ def open_gradients(machine: Machine, networks: Networks, *, strict: bool) -> Gra
             strict_groups=reduce.pair_groups(place.world),
             virtual_per_rank=machine.virtual_per_rank,
         )
-    model = machine.accelerator.prepare_model(networks) if place.world > 1 else networks
-    return Gradients(model, parameters, place)
+    if place.world == 1:
+        return Gradients(networks, parameters, place)
+    with warnings.catch_warnings():
+        # torch 2.13 renames broadcast_buffers; accelerate and older torch know the old name only.
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return Gradients(machine.accelerator.prepare_model(networks), parameters, place)
 
 
 def open_saver(config: StageConfig, run: RunDir, plan: Plan, stop: StopFlag) -> Saver:
