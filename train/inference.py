@@ -86,10 +86,11 @@ def adjusted(settings: PromptsFile, **changes: Any) -> PromptsFile:
 
 
 def _conventions(path: Path, prediction: str) -> TrainedAs:
-    """As the run's own config says; for a bare file or folder the recipe's, with the prediction it declares."""
-    for folder in (path, path.parent):
-        if (folder / "config.yaml").is_file() and ((folder / "DONE").exists() or (folder / "run.json").exists()):
-            return trained_as(load_stage([folder / "config.yaml"]))
+    """As the config beside the weights says; for a bare file or folder the recipe's, with the prediction it declares."""
+    for file in (path / "training.yaml", path / "config.yaml", path.parent / "config.yaml"):
+        finished = (file.parent / "DONE").exists() or file.name == "training.yaml"
+        if file.is_file() and finished:
+            return trained_as(load_stage([file]))
     return replace(RECIPE, prediction="v" if prediction.startswith("v") else "epsilon")
 
 

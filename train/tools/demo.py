@@ -158,7 +158,9 @@ def build(studio: Studio) -> Any:
                 guidance = gr.Slider(1, 15, 7, step=0.5, label="CFG scale")
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(scale=3):
-                gallery = gr.Gallery(label="Pictures, the newest first", columns=3, format="png", elem_id="gallery")
+                gallery = gr.Gallery(
+                    label="Pictures, the newest first", columns=2, format="png", object_fit="contain", elem_id="gallery"
+                )
                 record = gr.Textbox(label="Parameters of the newest, as in its PNG", lines=6, elem_id="record")
 
         def run(kept: list[str], *values: Any) -> tuple[list[str], list[str], str]:
