@@ -57,7 +57,8 @@ kind, path, config = sys.argv[1:4]
 kwargs = {"torch_dtype": torch.bfloat16, "add_watermarker": False}
 pipe = P.from_pretrained(path, **kwargs) if kind == "folder" else P.from_single_file(
     path, config=config, local_files_only=True, **kwargs)
-print(kind, sum(p.numel() for m in (pipe.unet, pipe.text_encoder, pipe.text_encoder_2, pipe.vae) for p in m.parameters()))
+networks = (pipe.unet, pipe.text_encoder, pipe.text_encoder_2, pipe.vae)
+print(kind, sum(p.numel() for network in networks for p in network.parameters()), file=sys.stderr)
 """
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -174,14 +175,28 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(part) for part in line], capture_output=True, text=True, check=False)
 
 
-def test_command_line_converts_both_ways(tmp_path: Path) -> None:
+def in_process(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """The script's main without another start of the libraries."""
+    monkeypatch.setattr(sys, "argv", ["convert.py", *(str(part) for part in arguments)])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    spec = importlib.util.spec_from_file_location("convert_script", ROOT / "scripts/convert.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return int(module.main())
+
+
+def test_command_line_converts_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tinysdxl.write(tmp_path / "folder")
-    done = command(folder, tmp_path / "one.safetensors")
-    assert done.returncode == 0, done.stderr
-    done = command(tmp_path / "one.safetensors", tmp_path / "back", "--tokenizers", folder)
-    assert done.returncode == 0, done.stderr
+    assert in_process(monkeypatch, folder, tmp_path / "one.safetensors") == 0
+    assert in_process(monkeypatch, tmp_path / "one.safetensors", tmp_path / "back", "--tokenizers", folder) == 0
     name = "unet/diffusion_pytorch_model.safetensors"
     assert load_file(folder / name).keys() == load_file(tmp_path / "back" / name).keys()
+    assert (tmp_path / "back/tokenizer_2/vocab.json").is_file()
+
+
+def test_exit_codes(tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04K\x05.")
     done = command(tmp_path / "model.ckpt", tmp_path / "never")
     assert (done.returncode, "pickle" in done.stderr) == (ExitCode.MISMATCH, True)

@@ -9,6 +9,7 @@ import datetime
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -18,12 +19,13 @@ from typing import Any
 from train import faults, modelfolder, singlefile, weightfile
 from train.config import ExportConfig
 from train.exits import ExitCode, Halt
-from train.hub import LocalModel, file_sha256
+from train.hub import FAIPL, LocalModel, file_sha256, model_sha256
 from train.rundir import replace_file, write_json
 from train.weightfile import Blob
 
 log = logging.getLogger("anix")
-ANIMAGINE_LICENSE = "Fair AI Public License 1.0-SD"  # freedevproject.org/faipl-1.0-sd; Animagine XL 3.x and descendants
+RECORD_PREFIX = "anix."  # of our training record in a single file's metadata
+_TEXTS = ("stage", "dataset_fingerprint", "config_hash", "code_revision", "license", "weights_sha256", "date")
 DTYPES = {"fp16": "F16", "fp32": "F32"}
 _SPEC = "https://github.com/Stability-AI/generative-models"  # the implementation that the layout belongs to
 
@@ -34,8 +36,8 @@ def license_of(settings: ExportConfig, source: LocalModel) -> str:
     Raises Halt(USAGE) when nobody states one. A config that replaces an inherited licence is warned about.
     """
     inherited = source.license
-    if inherited is None and "animagine-xl-3" in str(source.path).lower():
-        inherited = ANIMAGINE_LICENSE
+    if inherited is None and _is_animagine(source):
+        inherited = FAIPL
     if settings.license and inherited and settings.license != inherited:
         log.warning("export.license is %r, the parent's is %r: make sure you may", settings.license, inherited)
     stated = settings.license or inherited
@@ -45,6 +47,11 @@ def license_of(settings: ExportConfig, source: LocalModel) -> str:
             f"{source.path} declares no licence: set export.license to the one its weights are under",
         )
     return stated
+
+
+def _is_animagine(source: LocalModel) -> bool:
+    names = (str(source.path), source.metadata.get("modelspec.title", ""))
+    return any(re.search(r"animagine[ _-]?xl[ _-]?v?3", name.lower()) for name in names)
 
 
 def code_revision() -> str:
@@ -78,9 +85,31 @@ def metadata_of(record: Mapping[str, Any], settings: ExportConfig, prediction: s
         "modelspec.author": settings.author,
         "modelspec.description": settings.description,
         "modelspec.tags": settings.tags,
-        "anix.record": json.dumps(record, sort_keys=True),
+        **{RECORD_PREFIX + key: _as_text(value) for key, value in record.items()},
     }
     return {key: value for key, value in fields.items() if value}
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def record_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The training record back from a single file's metadata; empty for files of other makers."""
+    record: dict[str, Any] = {}
+    for key, text in metadata.items():
+        if key.startswith(RECORD_PREFIX) and key != singlefile.CONFIGS_KEY:
+            name = key.removeprefix(RECORD_PREFIX)
+            try:
+                record[name] = text if name in _TEXTS else json.loads(text)
+            except (ValueError, RecursionError):
+                record[name] = text
+    return record
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """`__metadata__` of a single file, its header checked."""
+    return weightfile.open_file(path).metadata
 
 
 def lineage_record(
@@ -149,8 +178,9 @@ def export_stage(
         if source.tokenizers is not None:
             modelfolder.copy_tokenizers(source.tokenizers, new)
         modelfolder.write_pipeline(new, configs["scheduler"])
+        singlefile.write_sidecar(new, metadata, source.logit_scale)
+        replace_file(new / "training.yaml", _without_home((run_path / "config.yaml").read_text(encoding="utf-8")))
         write_json(new / "lineage.json", record)
-        replace_file(new / "training.yaml", (run_path / "config.yaml").read_text())
     for name, digest in hashes.items():
         _require_hash(folder / name, digest)
     _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
@@ -158,7 +188,13 @@ def export_stage(
         averaged = {**weights, **weightfile.open_file(average).blobs}
         told = {**metadata, "modelspec.title": metadata["modelspec.title"] + " (EMA)"}
         _write_single(run_path / f"{stage}-ema.safetensors", averaged, configs, told, source, dtype)
-    write_json(run_path / "lineage.json", record)
+    write_json(run_path / "lineage.json", {**record, "model_sha256": model_sha256(folder)})
+
+
+def _without_home(text: str) -> str:
+    """No user's name in what is passed on."""
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
 
 
 def _with_prediction(source: LocalModel, prediction: str, zero_terminal_snr: bool) -> dict[str, Mapping[str, Any]]:
@@ -178,9 +214,7 @@ def _write_single(
     source: LocalModel,
     dtype: str,
 ) -> None:
-    digest = singlefile.write_single_file(
-        path, weights, configs, metadata, logit_scale=source.logit_scale, dtype=dtype
-    )
+    digest = singlefile.write_single_file(path, weights, configs, metadata, logit_scale=source.logit_scale, dtype=dtype)
     _require_hash(path, digest)
 
 

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,9 @@ from train.rundir import read_done, read_json
 from train.weightfile import Blob
 
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@(.+)$")
-HUB_FILES = ("*.json", "*.txt", "*.safetensors")
-DTYPE_NAMES = ("F32", "F16", "BF16")
+HUB_LIMIT_BYTES = 40 * 10**9  # of one download; SDXL in fp32 is 14 GB
+FAIPL = "Fair AI Public License 1.0-SD"  # freedevproject.org/faipl-1.0-sd; Animagine XL 3.x and descendants
+LICENSE_IN_README = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,17 @@ def resolve(settings: ModelConfig) -> LocalModel:
     foreign file, wrong sha256).
     """
     path = find(settings.init_from)
-    vae = _vae_folder(settings)
-    tokenizers = Path(settings.tokenizers) if settings.tokenizers else None
+    vae = _vae(settings)
     if (path / "DONE").exists() or (path / "run.json").exists() or (path / "config.yaml").exists():
-        model = _open_run(path, vae, tokenizers)
-    elif path.is_dir():
-        model = open_folder(path, vae=vae, tokenizers=tokenizers)
+        model = _open_run(path)
     else:
-        model = open_single_file(path, vae=vae, tokenizers=tokenizers)
+        model = open_folder(path) if path.is_dir() else open_single_file(path)
+    if settings.tokenizers:
+        model = replace(model, tokenizers=Path(settings.tokenizers))
+    if vae is not None:
+        config, weights = vae
+        kept = {name: blob for name, blob in model.weights.items() if not name.startswith("vae.")}
+        model = replace(model, configs={**model.configs, "vae": config}, weights={**kept, **weights})
     if settings.init_sha256 and settings.init_sha256 != model.sha256:
         raise Halt(
             ExitCode.MISMATCH,
@@ -94,57 +98,85 @@ def find(init_from: str) -> Path:
 
 
 def _fetch(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    """Folder of a hub model at one commit: safetensors and text files, no variants, within the size limit.
+
+    Without a network the copy in the library's cache serves, if there is one.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     repository, _, revision = name.partition("@")
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(HUB_FILES)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise Halt(ExitCode.MISMATCH, f"model.init_from {name} cannot be fetched: {error}") from error
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=30)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if wanted_of_hub(file.rfilename)}
+        if "model_index.json" not in sizes:
+            raise Halt(
+                ExitCode.MISMATCH, f"{name} is no diffusers model; download its single file and name that instead"
+            )
+        if sum(sizes.values()) > HUB_LIMIT_BYTES:
+            raise Halt(
+                ExitCode.MISMATCH, f"{name} holds {sum(sizes.values()) / 1e9:.0f} GB, too much for an SDXL model"
+            )
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(sizes)))
+    except (OSError, OfflineModeIsEnabled, HfHubHTTPError, ValueError) as error:
+        try:
+            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, OSError, ValueError):
+            raise Halt(ExitCode.MISMATCH, f"model.init_from {name} cannot be fetched: {error}") from error
 
 
-def open_folder(path: Path, *, vae: Path | None = None, tokenizers: Path | None = None) -> LocalModel:
+def wanted_of_hub(file: str) -> bool:
+    """True for what an SDXL folder needs: configs, tokenizers, full-precision safetensors, the licence's README."""
+    folder, _, name = file.rpartition("/")
+    if not folder:
+        return name in ("model_index.json", "README.md")
+    if folder not in (*sdxl.NETWORKS, *modelfolder.TOKENIZERS, "scheduler"):
+        return False
+    return name.endswith((".json", ".txt")) or (name.endswith(".safetensors") and ".fp16." not in name)
+
+
+def open_folder(path: Path) -> LocalModel:
     """A diffusers SDXL folder."""
     if not (path / "model_index.json").is_file():
         raise Halt(
             ExitCode.MISMATCH, f"{path} is neither a finished run (DONE) nor a diffusers folder (model_index.json)"
         )
-    files = [file for network in sdxl.NETWORKS[:3] for file in modelfolder.weight_files(path / network)]
     return LocalModel(
         kind="folder",
         path=path,
-        sha256=_joint_hash(path, files),
-        configs=modelfolder.read_configs(path, vae=vae),
-        weights=modelfolder.read_weights(path, vae=vae),
-        tokenizers=tokenizers or (path if (path / "tokenizer").is_dir() else None),
-        metadata=_folder_metadata(path, files[0]),
+        sha256=model_sha256(path),
+        configs=modelfolder.read_configs(path),
+        weights=modelfolder.read_weights(path),
+        tokenizers=path if (path / "tokenizer").is_dir() else None,
+        metadata=_folder_metadata(path),
         logit_scale=singlefile.stored_scale(path),
     )
 
 
-def open_single_file(path: Path, *, vae: Path | None = None, tokenizers: Path | None = None) -> LocalModel:
+def open_single_file(path: Path) -> LocalModel:
     """An original-layout SDXL checkpoint."""
     source = weightfile.open_file(path)
     configs = singlefile.configs_in(source)
     weights, logit_scale = singlefile.single_weights(source, configs)
-    if vae is not None:
-        weights = {name: blob for name, blob in weights.items() if not name.startswith("vae.")}
-        weights |= modelfolder.read_weights(vae.parent, vae=vae, networks=("vae",))
-        configs = {**configs, "vae": read_json(vae / "config.json") or {}}
     return LocalModel(
-        "single_file", path, file_sha256(path), configs, weights, tokenizers, source.metadata, None, logit_scale
+        "single_file", path, file_sha256(path), configs, weights, None, source.metadata, None, logit_scale
     )
 
 
-def _open_run(path: Path, vae: Path | None, tokenizers: Path | None) -> LocalModel:
+def _open_run(path: Path) -> LocalModel:
     """Trained weights in fp32 from the run's last checkpoint, the rest from its export."""
     if read_done(path) is None:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
     lineage = read_json(path / "lineage.json")
     if lineage is None:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: lineage.json is missing or damaged")
-    exported = open_folder(path / "model", vae=vae, tokenizers=tokenizers)
+    exported = open_folder(path / "model")
+    if lineage.get("model_sha256") not in (None, exported.sha256):
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"model.init_from {path} changed since it was finished: model/ has sha256 {exported.sha256}, "
+            f"lineage.json says {lineage['model_sha256']}",
+        )
     newest = checkpoint.newest_of(path)
     weights_hash = newest.manifest.files["model.safetensors"].sha256
     if weights_hash != lineage.get("weights_sha256"):
@@ -170,20 +202,38 @@ def _open_run(path: Path, vae: Path | None, tokenizers: Path | None) -> LocalMod
     )
 
 
-def _vae_folder(settings: ModelConfig) -> Path | None:
+def _vae(settings: ModelConfig) -> tuple[Mapping[str, Any], modelfolder.Weights] | None:
+    """(config, weights by canonical name) of `model.vae`: an AutoencoderKL folder, a model that has one, a file."""
     if settings.vae is None:
         return None
-    folder = find(settings.vae)
-    if not (folder / "config.json").is_file():
-        raise Halt(ExitCode.MISMATCH, f"model.vae {folder} is no folder of an AutoencoderKL (config.json and weights)")
-    if settings.vae_sha256:
-        found = file_sha256(modelfolder.weight_files(folder)[0])
-        if found != settings.vae_sha256:
+    path = find(settings.vae)
+    if path.is_dir() and (path / "vae").is_dir():
+        path = path / "vae"
+    if path.is_file():
+        file, found = path, (sdxl.STANDARD["vae"], singlefile.vae_weights(weightfile.open_file(path)))
+    else:
+        config = read_json(path / "config.json")
+        if config is None:
             raise Halt(
-                ExitCode.MISMATCH,
-                f"model.vae {folder} has sha256 {found}, model.vae_sha256 says {settings.vae_sha256}",
+                ExitCode.MISMATCH, f"model.vae {path} is no folder of an AutoencoderKL (config.json and weights)"
             )
-    return folder
+        file = modelfolder.weight_files(path)[0]
+        found = config, modelfolder.read_weights(path.parent, vae=path, networks=("vae",))
+    if settings.vae_sha256 and settings.vae_sha256 != (digest := file_sha256(file)):
+        raise Halt(
+            ExitCode.MISMATCH, f"model.vae {file} has sha256 {digest}, model.vae_sha256 says {settings.vae_sha256}"
+        )
+    return found
+
+
+def vae_identity(model: LocalModel) -> str:
+    """sha256 over the VAE's weights rounded to fp16: the same for a model, its fp16 export and its single file."""
+    digest = hashlib.sha256()
+    for name, blob in sorted(network_weights(model, "vae")):
+        digest.update(f"{name} {list(blob.shape)}\n".encode())
+        for piece in weightfile.cast(blob, "F16", name).pieces():
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -192,19 +242,28 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _joint_hash(root: Path, files: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{os.path.relpath(file, root)} {file_sha256(file)}\n".encode())
-    return digest.hexdigest()
+def model_sha256(folder: Path) -> str:
+    """sha256 over the lines "<sha256>  <file>" (as sha256sum prints them) of a folder's U-Net and encoder files."""
+    files = [file for network in sdxl.NETWORKS[:3] for file in modelfolder.weight_files(folder / network)]
+    lines = [f"{file_sha256(file)}  {os.path.relpath(file, folder)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _folder_metadata(path: Path, unet_file: Path) -> Mapping[str, str]:
+def _folder_metadata(path: Path) -> Mapping[str, str]:
     """What a folder says about itself: our lineage, the single file it came from, or its U-Net file's header."""
     lineage = read_json(path / "lineage.json") or read_json(path.parent / "lineage.json") or {}
     stated = {"modelspec.license": str(lineage["license"])} if lineage.get("license") else {}
-    stored = singlefile.stored_metadata(path)
-    return stated or stored or weightfile.open_file(unet_file).metadata
+    found = (
+        singlefile.stored_metadata(path) or weightfile.open_file(modelfolder.weight_files(path / "unet")[0]).metadata
+    )
+    if "modelspec.license" not in found | stated and (path / "README.md").is_file():
+        # a hub model states its licence in the head of its README; "other" means that license_name follows
+        head = (path / "README.md").read_text(encoding="utf-8", errors="replace")[:4000].partition("\n---")[0]
+        names = [name.strip("\"'") for name in LICENSE_IN_README.findall(head)]
+        for name in names:
+            if name != "other":
+                stated["modelspec.license"] = FAIPL if name.lower().startswith("faipl-1.0-sd") else name
+    return {**found, **stated}
 
 
 def network_weights(model: LocalModel, network: str) -> Iterator[tuple[str, Blob]]:

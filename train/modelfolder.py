@@ -93,11 +93,21 @@ def write_networks(
         if dtype:
             own = {key: weightfile.cast(blob, dtype, f"{network}.{key}") for key, blob in own.items()}
         (folder / network).mkdir()
-        write_json(folder / network / "config.json", without_paths(configs[network]))
+        write_json(folder / network / "config.json", loadable(network, configs[network]))
         hashes[f"{network}/{name}"] = weightfile.write(
             folder / network / name, own, {"format": "pt"}, f"{whose}{network}."
         )
     return hashes
+
+
+def loadable(network: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A network's config such that a pipeline loaded without a dtype is fp32 throughout.
+
+    Left alone, transformers 5 takes an encoder's dtype from its file and diffusers the U-Net's to be fp32; the two
+    then do not fit together. Whoever asks for fp16 gets it as before.
+    """
+    kept = {key: value for key, value in without_paths(config).items() if key not in ("dtype", "torch_dtype")}
+    return kept | ({"torch_dtype": "float32"} if network.startswith("text_encoder") else {})
 
 
 def copy_tokenizers(source: Path, folder: Path) -> None:

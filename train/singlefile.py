@@ -38,15 +38,12 @@ def to_folder(
     source = weightfile.open_file(file)
     configs = modelfolder.read_configs(Path(config)) if config else configs_in(source)
     weights, logit_scale = single_weights(source, configs)
-    beside: dict[str, Any] = {"metadata": source.metadata}
-    if logit_scale:
-        beside["logit_scale"] = {"dtype": logit_scale.dtype, "hex": logit_scale.read().hex()}
     with modelfolder.new_folder(out) as new:
         modelfolder.write_networks(new, weights, configs, whose=f"{file}: ")
         if tokenizers or config:
             modelfolder.copy_tokenizers(Path(str(tokenizers or config)), new)
         modelfolder.write_pipeline(new, configs["scheduler"])
-        write_json(new / SIDECAR, beside)
+        write_sidecar(new, source.metadata, logit_scale)
 
 
 def to_single_file(
@@ -84,7 +81,8 @@ def write_single_file(
     blobs[sdxl.LOGIT_SCALE] = weightfile.cast(scale, dtype, sdxl.LOGIT_SCALE) if dtype else scale
     metadata = dict(metadata)
     if not is_standard(configs):
-        metadata[CONFIGS_KEY] = json.dumps({name: modelfolder.without_paths(configs[name]) for name in sorted(configs)})
+        kept = {name: modelfolder.loadable(name, configs[name]) for name in sorted(configs)}
+        metadata[CONFIGS_KEY] = json.dumps(kept)
     tmp = out.with_name(out.name + ".tmp")
     tmp.unlink(missing_ok=True)
     try:
@@ -111,6 +109,19 @@ def single_weights(source: weightfile.Tensors, configs: sdxl.Configs) -> tuple[W
     for link in links:
         weights.update(_to_folder(link, have[link.single]))
     return weights, have.get(sdxl.LOGIT_SCALE)
+
+
+def vae_weights(source: weightfile.Tensors) -> Weights:
+    """Weights of a file that holds SDXL's VAE alone, or with the model, in the original names."""
+    prefix = sdxl.PREFIXES["vae"]
+    whole = any(name.startswith(prefix) for name in source.blobs)
+    have = {name if whole else prefix + name: blob for name, blob in source.blobs.items()}
+    have = {name: blob for name, blob in have.items() if name.startswith(prefix)}
+    links = [link for link in sdxl.links(sdxl.STANDARD) if link.single.startswith(prefix)]
+    shapes = {name: blob.shape for name, blob in have.items()}
+    check_weights(shapes, {link.single: link.shape for link in links}, f"{source.path} as model.vae")
+    refuse_types(source.path, have)
+    return {name: blob for link in links for name, blob in _to_folder(link, have[link.single])}
 
 
 def configs_in(source: weightfile.Tensors) -> sdxl.Configs:
@@ -183,6 +194,14 @@ def _to_folder(link: sdxl.Link, blob: Blob) -> Iterator[tuple[str, Blob]]:
         yield link.folder[0], weightfile.reshaped(blob, blob.shape[:2])
     else:
         yield link.folder[0], blob
+
+
+def write_sidecar(folder: Path, metadata: Mapping[str, str], logit_scale: Blob | None) -> None:
+    """Keep beside a folder what only a single file has a place for."""
+    beside: dict[str, Any] = {"metadata": dict(metadata)}
+    if logit_scale:
+        beside["logit_scale"] = {"dtype": logit_scale.dtype, "hex": logit_scale.read().hex()}
+    write_json(folder / SIDECAR, beside)
 
 
 def stored_metadata(folder: Path) -> dict[str, str]:

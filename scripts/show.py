@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""Look inside: a caption, an image's bucket, a dataset, a checkpoint, a model, one update of a run."""
+
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import contextlib
+
+from train.exits import run_cli
+from train.tools.show_dispatch import report_of, show
+
+
+def main() -> int:
+    """Parse, ask the tool, print; with --json one JSON object on stdout and nothing else."""
+    arguments = parse()
+    with contextlib.redirect_stdout(sys.stderr):  # libraries that print must not break the JSON
+        report = report_of(arguments)
+    show(report, as_json=arguments.json)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    kinds = parser.add_subparsers(dest="what", required=True)
+
+    caption = kinds.add_parser("caption", parents=[common], help="tags, draws, ids per chunk, what is cut")
+    caption.add_argument("--tokenizers", type=Path, required=True, help="folder with tokenizer/ and tokenizer_2/")
+    caption.add_argument("--text", required=True)
+    caption.add_argument("--draws", type=int, default=0)
+    caption.add_argument("--separator", default="|||")
+    caption.add_argument("--max-tokens", type=int, default=225, choices=(75, 150, 225))
+    caption.add_argument("--overflow", default="tag", choices=("tag", "token"))
+    caption.add_argument("--seed", type=int, default=0)
+    buckets = kinds.add_parser("buckets", parents=[common], help="placement of one image; without --size the table")
+    buckets.add_argument("--size", help="WxH in px")
+    for name, value in (("area", 1024 * 1024), ("min", 512), ("max", 2048), ("step", 64)):
+        buckets.add_argument(f"--{name}-px", type=int, default=value)
+    for name, what in (
+        ("dataset", "prepared dataset"),
+        ("checkpoint", "step-* directory or run"),
+        ("model", "any model"),
+    ):
+        kinds.add_parser(name, parents=[common], help=what).add_argument("path", type=Path)
+    step = kinds.add_parser("step", parents=[common], help="tiles, images, timesteps and losses of one update")
+    step.add_argument("path", type=Path, metavar="RUN")
+    step.add_argument("--update", type=int, required=True)
+    step.add_argument("--recompute", action="store_true", help="run the update again from the checkpoint before it")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_cli(main)

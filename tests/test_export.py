@@ -1,0 +1,295 @@
+"""Opening models of every kind, exporting a finished stage, and what the files then say about themselves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tinysdxl
+import torch
+from diffusers import StableDiffusionXLPipeline
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+from train import checkpoint, export, hub, modelfolder, rundir, sdxl, singlefile
+from train.checkpoint import Progress
+from train.config import CheckpointConfig, ExportConfig, ModelConfig
+from train.exits import ExitCode, Halt
+from train.hub import FAIPL, LocalModel
+from train.resume import Expectations
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tinysdxl.write(tmp_path_factory.mktemp("base") / "base", dtype=torch.float16)
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path) -> dict[str, torch.Tensor]:
+    """A U-Net of fp32 values that fp16 cannot hold."""
+    tensors = load_file(base / "unet/diffusion_pytorch_model.safetensors")
+    return {f"unet.{name}": value.float() + 1e-5 for name, value in tensors.items()}
+
+
+def finish(path: Path, source: LocalModel, trained: dict[str, torch.Tensor], **export_settings: Any) -> Path:
+    """A finished run: last checkpoint, export, DONE, as a stage leaves it."""
+    opened = rundir.open_run_dir(path, "ft1")
+    settings = ExportConfig(license="CC0-1.0", **export_settings)
+    try:
+        opened.write_config(f"output_dir: {Path.home()}/runs\n")
+        state = Expectations(stage="ft1", config={"seed": 31}, facts={"plan": "p", "dataset": "d"}).to_state()
+        tensors = {"model": trained, "optimizer": {}}
+        checkpoint.save(opened, Progress(5, 5, 0, 240), tensors, state, CheckpointConfig(), permanent=True)
+        final = checkpoint.newest_of(path)
+        record = export.lineage_record(
+            stage="ft1", source=source, dataset_fingerprint="f" * 64, config_hash="c" * 64, seed=31, updates=5,
+            images=240, versions={"torch": torch.__version__}, license=export.license_of(settings, source),
+            weights_sha256=final.manifest.files["model.safetensors"].sha256,
+        )  # fmt: skip
+        export.export_stage(path, final.path / "model.safetensors", source, record, settings)
+        opened.write_done({"stage": "ft1"})
+    finally:
+        opened.close()
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(base: Path, trained: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    source = hub.resolve(ModelConfig(init_from=str(base)))
+    return finish(tmp_path_factory.mktemp("runs") / "ft1", source, trained)
+
+
+def test_exported_files_agree_and_hold_the_trained_weights(
+    run: Path, base: Path, trained: dict[str, torch.Tensor]
+) -> None:
+    unet = load_file(run / "model/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(unet[name.removeprefix("unet.")], value.half()) for name, value in trained.items())
+    encoder = load_file(run / "model/text_encoder/model.safetensors")
+    first = load_file(base / "text_encoder/model.safetensors")
+    assert {sdxl.canonical("text_encoder", name): value.tolist() for name, value in first.items()} == {
+        f"text_encoder.{name}": value.tolist() for name, value in encoder.items()
+    }
+    singlefile.to_single_file(run / "model", run / "again.safetensors")
+    digests = [
+        hashlib.sha256((run / name).read_bytes()).hexdigest() for name in ("ft1.safetensors", "again.safetensors")
+    ]
+    os.unlink(run / "again.safetensors")
+    assert digests[0] == digests[1]
+
+
+def test_stock_diffusers_makes_the_same_picture_from_both(run: Path) -> None:
+    """Loaded without a dtype, as newcomers do, although the files are fp16."""
+
+    def picture(pipeline: StableDiffusionXLPipeline) -> list[float]:
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(0)
+        out = pipeline("1girl", height=32, width=32, num_inference_steps=2, output_type="np", generator=generator)
+        return out.images.tolist()
+
+    folder = StableDiffusionXLPipeline.from_pretrained(run / "model", add_watermarker=False)
+    single = StableDiffusionXLPipeline.from_single_file(
+        str(run / "ft1.safetensors"), config=str(run / "model"), local_files_only=True, add_watermarker=False
+    )
+    assert picture(folder) == picture(single)
+
+
+def test_metadata_tells_the_truth(run: Path, base: Path) -> None:
+    metadata = export.read_metadata(run / "ft1.safetensors")
+    assert metadata["modelspec.sai_model_spec"] == "1.0.0"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base"
+    assert metadata["modelspec.license"] == "CC0-1.0"
+    assert metadata["modelspec.prediction_type"] == "epsilon"
+    assert metadata["modelspec.timestep_range"] == "0,1000"
+    record = export.record_in(metadata)
+    assert record["parent"]["sha256"] == hub.model_sha256(base)
+    assert (record["stage"], record["seed"], record["updates"], record["images"]) == ("ft1", 31, 5, 240)
+    assert (record["dataset_fingerprint"], record["config_hash"]) == ("f" * 64, "c" * 64)
+    assert record["code_revision"]
+    lineage = json.loads((run / "lineage.json").read_text())
+    assert {key: lineage[key] for key in record} == record
+    assert str(Path.home()) not in (run / "model/training.yaml").read_text()
+    assert str(Path.home()) not in json.dumps(metadata)
+
+
+def test_files_are_readable_by_umask(run: Path) -> None:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    for path in (run / "ft1.safetensors", run / "model/unet/diffusion_pytorch_model.safetensors"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+
+
+def test_the_next_stage_reads_fp32_and_extends_the_lineage(
+    run: Path, trained: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    source = hub.resolve(ModelConfig(init_from=str(run)))
+    assert source.kind == "run"
+    assert all(source.weights[name].dtype == "F32" for name in trained)
+    assert source.weights["text_encoder.text_model.final_layer_norm.weight"].dtype == "F16"
+    assert source.license == "CC0-1.0"
+    second = finish(tmp_path / "ft2", source, trained)
+    lineage = json.loads((second / "lineage.json").read_text())
+    assert lineage["parent"] == {"stage": "ft1", "sha256": source.sha256, "title": "ft1"}
+    assert [ancestor["stage"] for ancestor in lineage["ancestors"]] == ["ft1"]
+
+
+def test_vae_identity_survives_the_export(base: Path, run: Path) -> None:
+    models = [hub.resolve(ModelConfig(init_from=str(p))) for p in (base, run, run / "ft1.safetensors")]
+    assert len({hub.vae_identity(model) for model in models}) == 1
+
+
+def test_fp32_export_is_exact(base: Path, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    source = hub.resolve(ModelConfig(init_from=str(base)))
+    path = finish(tmp_path / "ft1", source, trained, dtype="fp32")
+    unet = load_file(path / "model/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(unet[name.removeprefix("unet.")], value) for name, value in trained.items())
+
+
+def unfinished(run: Path) -> None:
+    (run / "DONE").unlink()
+
+
+def no_lineage(run: Path) -> None:
+    (run / "lineage.json").unlink()
+
+
+def flipped_checkpoint(run: Path) -> None:
+    flip(next(run.glob("checkpoints/*/model.safetensors")))
+
+
+def flipped_encoder(run: Path) -> None:
+    flip(run / "model/text_encoder/model.safetensors")
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 4
+    path.write_bytes(data)
+
+
+def other_checkpoint(run: Path) -> None:
+    lineage = json.loads((run / "lineage.json").read_text())
+    (run / "lineage.json").write_text(json.dumps({**lineage, "weights_sha256": "0" * 64}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (unfinished, "not finished"),
+        (no_lineage, "lineage.json is missing"),
+        (flipped_checkpoint, "sha256|damaged"),
+        (flipped_encoder, "model/ has sha256"),
+        (other_checkpoint, "changed since it was finished"),
+    ],
+)
+def test_a_changed_parent_is_refused(change: Callable[[Path], None], words: str, run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "ft1")
+    change(tmp_path / "ft1")
+    with pytest.raises(Halt, match=words) as caught:
+        hub.resolve(ModelConfig(init_from=str(tmp_path / "ft1")))
+    assert caught.value.code == ExitCode.MISMATCH
+
+
+def test_pins_are_checked(base: Path, run: Path) -> None:
+    single = run / "ft1.safetensors"
+    for path in (base, run, single):
+        good = hub.resolve(ModelConfig(init_from=str(path))).sha256
+        assert hub.resolve(ModelConfig(init_from=str(path), init_sha256=good)).sha256 == good
+        with pytest.raises(Halt, match=r"model\.init_sha256") as caught:
+            hub.resolve(ModelConfig(init_from=str(path), init_sha256="0" * 64))
+        assert caught.value.code == ExitCode.MISMATCH
+    assert hub.resolve(ModelConfig(init_from=str(single))).sha256 == hashlib.sha256(single.read_bytes()).hexdigest()
+    with pytest.raises(Halt, match=r"model\.vae_sha256"):
+        hub.resolve(ModelConfig(init_from=str(base), vae=str(base / "vae"), vae_sha256="0" * 64))
+
+
+def test_another_vae_replaces_the_models_own(base: Path, tmp_path: Path) -> None:
+    other = tinysdxl.write(tmp_path / "other", seed=4)
+    wanted = load_file(other / "vae/diffusion_pytorch_model.safetensors")["quant_conv.weight"]
+    for vae in (other / "vae", other):
+        model = hub.resolve(ModelConfig(init_from=str(base), vae=str(vae)))
+        assert model.weights["vae.quant_conv.weight"].read() == wanted.numpy().tobytes()
+
+
+def test_single_vae_file_must_be_sdxls(base: Path, tmp_path: Path) -> None:
+    save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "vae.safetensors")
+    with pytest.raises(Halt, match="247 tensors are missing"):
+        hub.resolve(ModelConfig(init_from=str(base), vae=str(tmp_path / "vae.safetensors")))
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "code"),
+    [
+        ("nowhere/at-all", "does not exist", ExitCode.USAGE),
+        ("owner/name@main", "40-digit commit", ExitCode.USAGE),
+        ("model.ckpt", "pickle", ExitCode.MISMATCH),
+    ],
+)
+def test_names_that_lead_nowhere(name: str, words: str, code: ExitCode) -> None:
+    with pytest.raises(Halt, match=words) as caught:
+        hub.find(name)
+    assert caught.value.code == code
+
+
+def test_a_pinned_hub_model_comes_from_the_cache(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--cagliostrolab--animagine-xl-3.0/snapshots" / COMMIT
+    shutil.copytree(base, snapshot)
+    (snapshot / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: faipl-1.0-sd\n---\n# a model\nlicense: no\n"
+    )
+    model = hub.resolve(ModelConfig(init_from=f"cagliostrolab/animagine-xl-3.0@{COMMIT}"))
+    assert model.path == snapshot
+    assert model.license == FAIPL
+    with pytest.raises(Halt, match="cannot be fetched") as caught:
+        hub.find(f"cagliostrolab/other@{COMMIT}")
+    assert caught.value.code == ExitCode.MISMATCH
+
+
+def test_only_what_a_model_needs_is_fetched() -> None:
+    wanted = ["model_index.json", "README.md", "unet/config.json", "vae/diffusion_pytorch_model.safetensors",
+              "tokenizer/merges.txt", "scheduler/scheduler_config.json"]  # fmt: skip
+    refused = ["animagine-xl-3.1.safetensors", "unet/diffusion_pytorch_model.bin", "vae_1_0/x.safetensors",
+               "unet/diffusion_pytorch_model.fp16.safetensors", "handler.py", "unet/model.py"]  # fmt: skip
+    assert [name for name in wanted + refused if hub.wanted_of_hub(name)] == wanted
+
+
+def declared(license: str | None, path: str = "m", title: str = "") -> LocalModel:
+    stated = {"modelspec.license": license} if license else {}
+    return LocalModel("single_file", Path(path), "0", sdxl.STANDARD, {}, None, {**stated, "modelspec.title": title})
+
+
+def test_licence_is_inherited_stated_or_asked_for(caplog: pytest.LogCaptureFixture) -> None:
+    assert export.license_of(ExportConfig(), declared("MIT")) == "MIT"
+    assert export.license_of(ExportConfig(license="CC0"), declared(None)) == "CC0"
+    assert export.license_of(ExportConfig(), declared(None, "models/animagine-xl-3.0-base.safetensors")) == FAIPL
+    assert export.license_of(ExportConfig(), declared(None, title="Animagine XL 3.1")) == FAIPL
+    assert not caplog.records
+    assert export.license_of(ExportConfig(license="MIT"), declared(FAIPL)) == "MIT"
+    assert FAIPL in caplog.text
+    with pytest.raises(Halt, match=r"export\.license") as caught:
+        export.license_of(ExportConfig(), declared(None))
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_v_prediction_is_told_to_every_reader(base: Path, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    source = hub.resolve(ModelConfig(init_from=str(base)))
+    with_v = export._with_prediction(source, "v", True)["scheduler"]
+    assert (with_v["prediction_type"], with_v["rescale_betas_zero_snr"]) == ("v_prediction", True)
+    record = {"stage": "x", "date": "2026-01-01", "license": "CC0"}
+    assert export.metadata_of(record, ExportConfig(), "v")["modelspec.prediction_type"] == "v"
+
+
+def test_tokenizers_must_be_there(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(Halt, match=r"model\.tokenizers"):
+        modelfolder.copy_tokenizers(tmp_path, tmp_path)
