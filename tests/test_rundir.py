@@ -82,7 +82,7 @@ def test_same_process_twice_is_refused_and_the_lock_survives(tmp_path):
 def test_other_ranks_do_not_lock(tmp_path):
     first = rundir.open_run_dir(tmp_path / "r", "s")
     second = rundir.open_run_dir(tmp_path / "r", "s", rank=1)
-    assert second.write_exit(9, "failed", "peer lost", 7, None)
+    assert second.write_exit(9, "failed", "peer lost", 7)
     assert json.loads((tmp_path / "r" / "exit.1.json").read_text())["code"] == 9
     first.close()
     second.close()
@@ -182,9 +182,10 @@ def test_read_json_never_raises(tmp_path, data):
 def test_exit_record_masks_secrets_and_never_raises(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_API_TOKEN", "canary-7fd1")
     run = rundir.open_run_dir(tmp_path, "s")
-    checkpoint = run.checkpoints / "step-00000008"
+    for name in ("step-00000008", "step-00000004", "step-00000012.tmp"):
+        (run.checkpoints / name).mkdir()
     reason = "upload failed with canary-7fd1 at https://me:pw@example.org"
-    assert run.write_exit(1, "failed", reason, 8, checkpoint)
+    assert run.write_exit(1, "failed", reason, 8)
     text = (tmp_path / "exit.json").read_text()
     assert "canary" not in text
     assert "pw" not in text
@@ -193,7 +194,7 @@ def test_exit_record_masks_secrets_and_never_raises(tmp_path, monkeypatch):
     assert record["checkpoint"] == "checkpoints/step-00000008"
     run.close()
     gone = rundir.RunDir(tmp_path / "file" / "x", "s", 0)
-    assert gone.write_exit(1, "failed", "", None, None) is False
+    assert gone.write_exit(1, "failed", "", None) is False
 
 
 def test_the_third_start_into_the_same_failure_is_refused(tmp_path):

@@ -187,7 +187,8 @@ def load_newest(run: RunDir, expectations: resume.Expectations, *, verify: str =
             + "\n  ".join(problems) + "\nRestore one from a copy, or choose another output_dir",
         )  # fmt: skip
     if run.rank == 0:  # a run killed before its first checkpoint has logged updates that will come again
-        resume.cut_metrics(run.metrics, 0)
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            resume.cut_metrics(run.path / name, 0)
         resume.cut_trace(run.path / "trace.txt", 0)
     return None
 

@@ -126,6 +126,10 @@ class SpikeDetector:
 # --- replicas ----------------------------------------------------------------------------------------
 
 
+class ReplicasDiffer(Halt):
+    """The processes hold different weights: the one failure after which nothing may be saved."""
+
+
 @torch.no_grad()
 def checksums(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """int64 [n]: per tensor the wrapping sum of its bit patterns, on the tensors' device, in sorted-name order."""
@@ -152,7 +156,7 @@ def check_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
     """Halt(PEER_LOST) on every process when any parameter differs between them; nothing is saved then."""
     names = differing_replicas(tensors)
     if names:
-        raise Halt(
+        raise ReplicasDiffer(
             ExitCode.PEER_LOST,
             f"update {step}: the processes hold different weights in {len(names)} of {len(tensors)} tensors, such as "
             f"{', '.join(names[:3])}. One device computes wrongly; nothing was saved. Test the devices, then start "

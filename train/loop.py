@@ -6,6 +6,8 @@ same loop.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +23,7 @@ from train.ema import Ema
 from train.exits import ExitCode, Halt
 from train.feed import Feed
 from train.heldout import HeldOut
+from train.peers import Watch
 from train.plan import Plan, Tile, trace_lines
 from train.previews import Previews
 from train.rundir import RunDir
@@ -30,6 +33,8 @@ from train.signals import StopFlag, grace_warning
 from train.snapshot import Saver
 from train.tracking import Tracker, loss_by_decile
 from train.update import Diffusion, Gradients, Outcome, Place, compute_update
+
+log = logging.getLogger("anix")
 
 
 @dataclass
@@ -57,6 +62,8 @@ class Session:
     cycle_updates: int
     last_step: int
     update_s: float = 0.0
+    watch: Watch = field(default_factory=lambda: Watch(None, 0, 1))  # over the other processes
+    stepping: bool = False  # the weights are between two updates: nothing may be saved
     spikes: guard.SpikeDetector = field(default_factory=guard.SpikeDetector)
 
 
@@ -93,12 +100,14 @@ def run_updates(session: Session) -> Progress:
         if applied:
             if session.saver is not None:
                 session.saver.before_step()  # a background save may still be copying the weights
+            session.stepping = True
             faults.at("optimizer", step)
             session.optimizer.step()
             if session.ema is not None:
                 session.ema.update(session.parameters, session.progress.updates + 1)
         session.scale = session.scale.after(overflowed=not applied)
         session.progress = session.progress.after(images, applied=applied)
+        session.stepping, session.watch.step = False, session.progress.step
         if session.scale.exhausted:
             raise refuse_update(session, step, tiles, outcome)
 
@@ -130,7 +139,8 @@ def after_update(session: Session, outcome: Outcome) -> None:
     config, done = session.config, session.progress.step
     last = done >= session.last_step
     if config.sampling.every_steps and done % config.sampling.every_steps == 0:
-        session.previews.write(done, session.ema, session.tracker, session.stop)
+        with session.watch.main_only("previews"):
+            session.previews.write(done, session.ema, session.tracker, session.stop)
     if config.validation.every_steps and done % config.validation.every_steps == 0:
         session.held_out.measure(done, session.progress.updates, session.tracker, session.stop)
     if outcome.stop_asked and not last:
@@ -146,16 +156,41 @@ def after_update(session: Session, outcome: Outcome) -> None:
 def save(session: Session, *, now: bool = False, permanent: bool = False) -> None:
     """Save the present progress: in the background, or before returning with `now`."""
     guard.check_replicas(session.parameters, session.progress.step)
-    if session.saver is None:
-        return
-    tensors = {"model": {name: parameter.detach() for name, parameter in session.parameters.items()}}
-    tensors["optimizer"] = optim.state_tensors(session.optimizer, session.parameters)
+    wait = now or not session.config.checkpoint.background
+    with session.watch.main_only("save") if wait else contextlib.nullcontext():
+        if session.saver is None:
+            return
+        if now:
+            session.saver.save_now(session.progress, tensors(session), session.state(session), permanent=permanent)
+        else:
+            session.saver.save(session.progress, tensors(session), session.state(session))
+
+
+def tensors(session: Session) -> dict[str, dict[str, torch.Tensor]]:
+    """What a checkpoint holds beside its numbers."""
+    found = {"model": {name: parameter.detach() for name, parameter in session.parameters.items()}}
+    found["optimizer"] = optim.state_tensors(session.optimizer, session.parameters)
     if session.ema is not None:
-        tensors["ema"] = dict(session.ema.average)
-    if now:
-        session.saver.save_now(session.progress, tensors, session.state(session), permanent=permanent)
-    else:
-        session.saver.save(session.progress, tensors, session.state(session))
+        found["ema"] = dict(session.ema.average)
+    return found
+
+
+def leave(session: Session, error: BaseException) -> None:
+    """After the loop failed: the main process saves the last completed update, by itself. Then the caller re-raises.
+
+    A failed collective is raised here as Halt(PEER_LOST). No collective is called any more, and nothing is saved from
+    inside the optimizer's step or from differing replicas.
+    """
+    reason = session.watch.failed(error)
+    lost = session.stepping or isinstance(reason, guard.ReplicasDiffer) or session.progress.step == 0
+    over = isinstance(reason, Halt) and reason.code in (ExitCode.STOPPED, ExitCode.CANNOT_WRITE)
+    if session.saver is not None and not lost and not over:
+        try:
+            session.saver.save_now(session.progress, tensors(session), session.state(session))
+        except Exception as failure:  # the first error is the one to report
+            log.warning("the last completed update could not be saved: %s", failure)
+    if reason is not error:
+        raise reason from error
 
 
 def report_saves(session: Session, saver: Saver) -> None:

@@ -45,6 +45,7 @@ class Watch:
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self.rank, self.world, self.step = rank, world, 0
         self._store = store
+        self._calls = 0
         self._leaving = threading.Event()
         self._lock = threading.Lock()  # store clients answer one caller at a time
         self._thread: threading.Thread | None = None
@@ -84,17 +85,19 @@ class Watch:
 
         They raise Halt(PEER_LOST) when the main process falls silent for 60 s or fails in it.
         """
+        self._calls += 1
+        key = f"done/{self._calls}"  # every process comes by in the same order
         if self.world == 1 or self.rank == 0:
             yield True
             if self.world > 1:
-                self._set(f"done/{what}", "1")
+                self._set(key, "1")
             return
         yield False
-        self._wait_for_main(what)
+        self._wait_for_main(what, key)
 
-    def _wait_for_main(self, what: str) -> None:
+    def _wait_for_main(self, what: str, key: str) -> None:
         beat, heard = None, time.monotonic()
-        while not self._has(f"done/{what}"):
+        while not self._has(key):
             note, now = self._note(), self._get("beat/0")
             if note is not None:
                 raise Halt(ExitCode.PEER_LOST, f"{what}: {note}")
@@ -179,6 +182,21 @@ def watch(rank: int, world: int) -> Watch:
     store = dist.distributed_c10d._get_default_store()
     # Its own connection: the training's store operations must not wait behind a beat.
     return Watch(store.clone() if hasattr(store, "clone") else store, rank, world)
+
+
+@contextlib.contextmanager
+def watching(rank: int, world: int) -> Iterator[Watch]:
+    """The watch of this process for the length of a stage; an exception that leaves is told to the others."""
+    watched = watch(rank, world)
+    try:
+        yield watched
+    except BaseException as error:
+        reason = watched.failed(error)
+        if reason is error:
+            raise
+        raise reason from error
+    finally:
+        watched.close()
 
 
 def is_collective_error(error: BaseException) -> bool:

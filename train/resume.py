@@ -140,7 +140,7 @@ def tensor_differences(
 
 
 def cut_metrics(metrics: Path, step: int) -> int:
-    """Move the lines of plan steps beyond `step` (steps done) to `metrics.discarded.jsonl`; how many they were.
+    """Move the lines of plan steps beyond `step` (steps done) to `<name>.discarded.jsonl`; how many they were.
 
     Lines stand in the order of their steps, so the cut is one place in the file: the tail is copied and synced
     first, then cut off. A torn last line, left by a kill, goes with it.
@@ -155,7 +155,7 @@ def cut_metrics(metrics: Path, step: int) -> int:
     if kept == len(lines):
         return 0
     tail = b"".join(lines[kept:])
-    with open(metrics.with_name("metrics.discarded.jsonl"), "ab") as file:
+    with open(metrics.with_suffix(".discarded.jsonl"), "ab") as file:
         file.write(tail if tail.endswith(b"\n") else tail + b"\n")
         file.flush()
         os.fsync(file.fileno())

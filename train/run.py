@@ -44,15 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ExitCode.DONE
     stop = signals.install(orphan=True)
     progress = {"update": 0}
+    last_words = "interrupted a second time: stopped at once, the last checkpoint is valid"
+    stop.stop_now = lambda: run.write_exit(ExitCode.STOPPED, stop.status, last_words, None)
     try:
         run.check_attempts(config_hash(config), config.resume.accept)
         train_stage(config, run, stop, unresolved_yaml(arguments.config, arguments.overrides), progress)
-        run.write_exit(ExitCode.DONE, "done", "", progress["update"], None)
+        run.write_exit(ExitCode.DONE, "done", "", progress["update"])
         return ExitCode.DONE
     except BaseException as error:
         halt = as_halt(error)
         status = stop.status if halt.code == ExitCode.STOPPED else "failed"
-        run.write_exit(halt.code, status, halt.message, progress["update"], None)
+        run.write_exit(halt.code, status, halt.message, progress["update"])
         run.count_attempt(halt.code, halt.message, progress["update"], config_hash(config))
         if halt is error:
             raise
@@ -80,38 +82,43 @@ def as_halt(error: BaseException) -> Halt:
 
 def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: str, reached: dict[str, int]) -> None:
     """The recipe of one stage, from the dataset to the files the next stage starts from."""
-    from train import handoff, loop, preflight, session, stage
+    from train import handoff, loop, peers, preflight, session, stage
 
     # Processes: the update's tiles divide among them.
     machine = stage.open_machine(config)
 
-    # Model: the predecessor's weights, hash checked; its tokenizers and VAE.
-    source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
+    # From here on a process that fails is named by the others, and work of one is waited for.
+    with peers.watching(machine.place.rank, machine.place.world) as watch:
+        # Model: the predecessor's weights, hash checked; its tokenizers and VAE.
+        source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
 
-    # Data: the stage's selection, held-out images apart, in the order of the plan; captions behind the separator.
-    data = stage.open_data(config, source)
+        # Data: the stage's selection, held-out images apart, in the order of the plan; captions behind the separator.
+        data = stage.open_data(config, source)
 
-    # Networks: U-Net and text encoders as one module, recomputing as much as memory asks for.
-    execution = stage.settle(config, machine, data.plan, source)
-    networks = stage.open_networks(config, components, machine, execution)
+        # Networks: U-Net and text encoders as one module, recomputing as much as memory asks for.
+        execution = stage.settle(config, machine, data.plan, source)
+        networks = stage.open_networks(config, components, machine, execution)
 
-    # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
-    running = session.open_session(
-        config, run, machine, data, source, components, networks, execution, stop
-    )
-    run.write_config(yaml)
-    with session.closing(running):
-        preflight.check(running, data.tokenizer)
+        # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
+        running = session.open_session(config, run, machine, data, source, components, networks, execution, stop)
+        run.write_config(yaml)
+        with session.closing(running):
+            preflight.check(running, data.tokenizer)
 
-        # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.
-        try:
-            loop.run_updates(running)
-        finally:
-            reached["update"] = running.progress.step
+            # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.
+            running.watch = watch
+            try:
+                loop.run_updates(running)
+            except BaseException as error:
+                loop.leave(running, error)
+                raise
+            finally:
+                reached["update"] = running.progress.step
 
-        # Hand-off: last checkpoint, diffusers folder and single file, lineage, then DONE.
-        loop.save(running, now=True, permanent=True)
-        handoff.finish(running, source, data.index.fingerprint, session.versions())
+            # Hand-off: last checkpoint, diffusers folder and single file, lineage, then DONE.
+            loop.save(running, now=True, permanent=True)
+            with watch.main_only("export"):
+                handoff.finish(running, source, data.index.fingerprint, session.versions())
 
 
 if __name__ == "__main__":

@@ -103,19 +103,16 @@ class RunDir:
         """Mark the stage finished. The last write of a stage."""
         write_json(self.path / "DONE", record)
 
-    def write_exit(
-        self, code: int, status: str, reason: str, update: int | None, checkpoint: Path | str | None
-    ) -> bool:
+    def write_exit(self, code: int, status: str, reason: str, update: int | None) -> bool:
         """Leave `exit.json` (rank 0) or `exit.<rank>.json`, because launchers hide the exit code.
 
         Returns False instead of raising: it runs when the disk may be full. `status` is one of
         done | stopped | requeue | failed. Secrets in `reason` are masked.
         """
         name = "exit.json" if self.rank == 0 else f"exit.{self.rank}.json"
-        where = os.path.relpath(checkpoint, self.path) if checkpoint else None
         record = {
             "code": int(code), "status": status, "reason": mask(reason), "update": update,
-            "checkpoint": where, "rank": self.rank, "time": _now(),
+            "checkpoint": self._newest(), "rank": self.rank, "time": _now(),
         }  # fmt: skip
         try:
             write_json(self.path / name, record)
@@ -123,6 +120,14 @@ class RunDir:
             print(f"warning: cannot write {self.path / name}: {error}", file=sys.stderr)
             return False
         return True
+
+    def _newest(self) -> str | None:
+        """The newest committed checkpoint, relative to the run directory."""
+        try:
+            names = [name for name in os.listdir(self.checkpoints) if re.fullmatch(r"step-\d{8,}", name)]
+        except OSError:
+            return None
+        return f"checkpoints/{max(names, key=lambda name: int(name[5:]))}" if names else None
 
     def count_attempt(self, code: int, reason: str, update: int, config_hash: str) -> None:
         """Count a failure in `attempts.json`; the same one twice in a row makes `check_attempts` refuse.

@@ -24,7 +24,7 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self.stop_now: Callable[[], None] | None = None  # last words before an immediate stop
+        self.stop_now: Callable[[], object] | None = None  # last words before an immediate stop
         self._interrupted_at: float | None = None
         self._before: dict[int, object] = {}
 
