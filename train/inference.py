@@ -86,7 +86,7 @@ def adjusted(settings: PromptsFile, **changes: Any) -> PromptsFile:
 
 
 def _conventions(path: Path, prediction: str) -> TrainedAs:
-    """As the config beside the weights says; for a bare file or folder the recipe's, with the prediction it declares."""
+    """As the config beside the weights says; without one the recipe's, with the prediction the file declares."""
     for file in (path / "training.yaml", path / "config.yaml", path.parent / "config.yaml"):
         finished = (file.parent / "DONE").exists() or file.name == "training.yaml"
         if file.is_file() and finished:
