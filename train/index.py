@@ -96,6 +96,11 @@ class Index:
         image, caption = (_column(self._table, name)[self._rows] for name in ("image_digest", "caption_digest"))
         return image, caption
 
+    @property
+    def images(self) -> npt.NDArray[np.int64]:
+        """A number per entry that is equal for the repeats of one image."""
+        return self._rows
+
     def select(self, which: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Index:
         """Those images alone."""
         return Index(self._table, self._rows[which], self.uids[which], self._meta)

@@ -103,7 +103,7 @@ def open_machine(config: StageConfig) -> Machine:
 def open_data(config: StageConfig, source: LocalModel) -> Data:
     """Selection, held-out split and plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
     index = Index.open(config.data.path, config.selection)
-    held = validation.held_out(index.uids, config.validation.share)
+    held = validation.held_out(index.uids, config.validation.share, index.images)
     kept, held_out = index.select(~held), index.select(held)
     counts = Counter(zip(kept.bucket_w.tolist(), kept.bucket_h.tolist(), strict=True))
     check_buckets(counts, config.batch.min_bucket or config.batch.micro)
