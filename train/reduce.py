@@ -8,6 +8,7 @@ So 1, 2, 4 .. processes add the same numbers in the same order.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -68,13 +69,17 @@ class BinaryCounter:
         return self.partials.pop()[1]
 
 
-def pair_groups(world: int) -> dict[int, dict[int, dist.ProcessGroup]]:
-    """Distance 1, 2, 4 .. to {lower rank: group of the pair}; all ranks create them in the same order."""
+def pair_groups(world: int, timeout_s: float | None = None) -> dict[int, dict[int, dist.ProcessGroup]]:
+    """Distance 1, 2, 4 .. to {lower rank: group of the pair}; all ranks create them in the same order.
+
+    A new group does not inherit the timeout of the process group: without one a hanging peer is waited for for long.
+    """
+    timeout = None if timeout_s is None else datetime.timedelta(seconds=timeout_s)
     groups: dict[int, dict[int, dist.ProcessGroup]] = {}
     distance = 1
     while distance < world:
         lower = [rank for rank in range(world) if rank < rank ^ distance]
-        groups[distance] = {rank: dist.new_group([rank, rank ^ distance]) for rank in lower}
+        groups[distance] = {rank: dist.new_group([rank, rank ^ distance], timeout=timeout) for rank in lower}
         distance *= 2
     return groups
 

@@ -130,7 +130,7 @@ def open_session(
     expected = expectations(config, data, source, networks, ema)
     loaded = restore(run, expected, networks, optimizer, ema, config, data.index, is_main=place.is_main)
     progress = loaded.progress if loaded else Progress()
-    gradients = open_gradients(machine, networks, strict=config.batch.determinism == "strict")
+    gradients = open_gradients(config, machine, networks)
     return Session(
         config=config,
         place=place,
@@ -243,16 +243,16 @@ def open_feed(config: StageConfig, machine: Machine, data: Data, source: LocalMo
     )
 
 
-def open_gradients(machine: Machine, networks: Networks, *, strict: bool) -> Gradients:
+def open_gradients(config: StageConfig, machine: Machine, networks: Networks) -> Gradients:
     """DDP around the one module, or plain module and flat buffer when the order of sums must not vary."""
     place = machine.place
     parameters = list(trained_parameters(networks).values())
-    if strict:
+    if config.batch.determinism == "strict":
         return Gradients(
             networks,
             parameters,
             place,
-            strict_groups=reduce.pair_groups(place.world),
+            strict_groups=reduce.pair_groups(place.world, config.launch.collective_timeout_s),
             virtual_per_rank=machine.virtual_per_rank,
         )
     if place.world == 1:
