@@ -23,6 +23,7 @@ from train.config import CheckpointConfig, ExportConfig, ModelConfig
 from train.exits import ExitCode, Halt
 from train.hub import FAIPL, LocalModel
 from train.resume import Expectations
+from train.tools import show_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -140,6 +141,29 @@ def test_the_next_stage_reads_fp32_and_extends_the_lineage(
     lineage = json.loads((second / "lineage.json").read_text())
     assert lineage["parent"] == {"stage": "ft1", "sha256": source.sha256, "title": "ft1"}
     assert [ancestor["stage"] for ancestor in lineage["ancestors"]] == ["ft1"]
+
+
+def test_export_may_be_repeated_and_writes_the_average_beside(
+    run: Path, base: Path, trained: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    shutil.copytree(run, tmp_path / "ft1")
+    before = (tmp_path / "ft1/ft1.safetensors").read_bytes()
+    record = json.loads((run / "model/lineage.json").read_text())
+    final = next(run.glob("checkpoints/*/model.safetensors"))
+    save_file({name: value * 0.5 for name, value in trained.items()}, tmp_path / "ema.safetensors")
+    source = hub.resolve(ModelConfig(init_from=str(base)))
+    export.export_stage(tmp_path / "ft1", final, source, record, ExportConfig(), average=tmp_path / "ema.safetensors")
+    assert (tmp_path / "ft1/ft1.safetensors").read_bytes() == before
+    averaged = load_file(tmp_path / "ft1/ft1-ema.safetensors")["model.diffusion_model.out.2.weight"]
+    assert torch.equal(averaged, (trained["unet.conv_out.weight"] * 0.5).half())
+    assert export.read_metadata(tmp_path / "ft1/ft1-ema.safetensors")["modelspec.title"] == "ft1 (EMA)"
+
+
+def test_show_prints_the_record(run: Path) -> None:
+    for path, kind in ((run, "run"), (run / "model", "folder"), (run / "ft1.safetensors", "single_file")):
+        report = show_model.report(path)
+        assert (report["kind"], report["license"], report["training"]["stage"]) == (kind, "CC0-1.0", "ft1")
+        assert report["training"]["parent"]["sha256"]
 
 
 def test_vae_identity_survives_the_export(base: Path, run: Path) -> None:

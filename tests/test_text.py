@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from train.checkpointing import set_text_checkpointing
 from train.exits import ExitCode, Halt
 from train.text import TagTokenizer, chunk_ids, encode, load_tag_tokenizer, load_tokenizer, size_vector
 
@@ -305,6 +306,29 @@ def test_gradients_reach_both_encoders_but_not_the_unused_layer(
     assert all(parameter.grad is not None for parameter in two.parameters())
     one.zero_grad()
     two.zero_grad()
+
+
+def test_recomputing_layers_changes_no_gradient(encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]) -> None:
+    """transformers collects hidden states with hooks; inside a checkpointed layer those could be cut off."""
+
+    def gradients(recompute: bool) -> list[torch.Tensor]:
+        for encoder in encoders:
+            encoder.train()
+            set_text_checkpointing(encoder, recompute)
+            encoder.zero_grad()
+        context, pooled = encode(*encoders, *batch_ids([5, 80]))
+        (context.square().sum() + pooled.square().sum()).backward()
+        found = [p.grad.clone() for encoder in encoders for p in encoder.parameters() if p.grad is not None]
+        for encoder in encoders:
+            set_text_checkpointing(encoder, False)
+            encoder.zero_grad()
+            encoder.eval()
+        return found
+
+    plain, recomputed = gradients(False), gradients(True)
+    assert len(plain) == len(recomputed) > 20
+    for one, two in zip(plain, recomputed, strict=True):
+        torch.testing.assert_close(one, two)
 
 
 def test_size_vector_order_and_the_unets_embedding_of_it() -> None:
