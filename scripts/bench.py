@@ -1,0 +1,67 @@
+#!/usr/bin/env python
+"""Benchmarks: `cpu` beside the reference trainers found by environment variable, `gpu` of the full-size training step."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import argparse
+import json
+
+from train.exits import ExitCode, Halt, run_cli
+
+
+def parse() -> argparse.Namespace:
+    """Command line of bench.py."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    cpu = kinds.add_parser("cpu", help="data path, loop, checkpoints; about five minutes, no network")
+    cpu.add_argument("--only", default="A1,A2,A3,A4,A5,A6,A7", help="rows to run")
+    cpu.add_argument("--repeats", type=int, default=5)
+    cpu.add_argument(
+        "--tokenizers", type=Path, help="folder with tokenizer/ and tokenizer_2/; default: the tiny world's"
+    )
+    gpu = kinds.add_parser("gpu", help="one process per variant, random weights, 832x1216")
+    gpu.add_argument("--only", help="variants to run, for example plain,cl_compile")
+    gpu.add_argument("--probe", action="store_true", help="versions, memory and the card's two ceilings, nothing else")
+    gpu.add_argument("--budget", type=float, default=560.0, help="seconds; what no longer fits is skipped and said so")
+    gpu.add_argument(
+        "--tiny", action="store_true", help="tiny model on any device: checks the driver, measures nothing"
+    )
+    gpu.add_argument("--dry-run", action="store_true", help="list variants and predictions")
+    for command in (cpu, gpu):
+        command.add_argument("--out", type=Path, help="JSON file")
+        command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run, write, print."""
+    arguments = parse()
+    only = arguments.only.split(",") if arguments.only else None
+    if arguments.kind == "cpu":
+        from train.tools import bench, bench_cpu
+
+        if unknown := sorted(set(only or ()) - set(bench_cpu.ROWS)):
+            raise Halt(ExitCode.USAGE, f"--only {unknown[0]} is no row; choose from {', '.join(bench_cpu.ROWS)}")
+        result = bench_cpu.run(only or bench_cpu.ROWS, arguments.repeats, arguments.tokenizers)
+        text = bench.describe(result)
+    else:
+        from train.tools import bench_gpu
+
+        result = bench_gpu.run(
+            only, arguments.budget, probe_only=arguments.probe, tiny=arguments.tiny, dry_run=arguments.dry_run
+        )
+        text = bench_gpu.describe(result)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result) if arguments.json else text)
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    run_cli(main)

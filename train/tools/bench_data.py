@@ -1,0 +1,213 @@
+"""Rows A1 to A3 of benchmark A: index to first batch, captions to token ids, latents from disk to a tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from train.captions import DrawOptions, draw, split
+from train.index import Index
+from train.latents import ShardReader, write_shard
+from train.plan import Plan
+from train.text import TagTokenizer, load_tag_tokenizer
+from train.tools.bench import Checkout, find_checkout, interleave, row, skipped, why_skipped
+from train.tools.bench_refs import TAGS, Reference, write_index, write_metadata
+
+CARD_IMAGES = 873_504
+REFERENCE_IMAGES = 100_000
+CAPTIONS, COMPARED = 10_000, 500
+LATENTS, BATCH = 2_000, 16
+WORKERS, WORKER_CAPTIONS = 4, 20_000
+_OLD, _NEW = "SDSCRIPTS_ORIGINAL_DIR", "SDSCRIPTS_DIR"
+_OPTIONS = DrawOptions(
+    shuffle=True, tag_dropout=0.0, caption_dropout=0.0, caption_dropout_every_epochs=0, warmup_min=1, warmup_updates=0
+)
+
+
+def index_rows(folder: Path, repeats: int, scale: float = 1.0) -> list[dict[str, Any]]:
+    """A1: from a path to the ids of the first batch. `scale` shrinks every size, for tests."""
+    large, small = int(CARD_IMAGES * scale), int(REFERENCE_IMAGES * scale)
+    write_index(folder / "large", large)
+    write_index(folder / "small", small)
+    sides: dict[str, Callable[[], Any]] = {
+        "ours": lambda: _open_first_batch(folder / "small"),
+        "ours, card size": lambda: _open_first_batch(folder / "large"),
+    }
+    rss: dict[str, int] = {}
+    found = {variable: find_checkout(variable) for variable in (_OLD, _NEW)}
+    rows = [skipped("A1", "index to first batch", why_skipped(v)) for v, checkout in found.items() if checkout is None]
+    if any(found.values()):
+        old, new = write_metadata(folder / "images", small)
+        for (variable, checkout), metadata in zip(found.items(), (old, new), strict=True):
+            if checkout is not None:
+                sides[checkout.repository] = _index_side(checkout, metadata, variable, rss)
+    timings = interleave(sides, repeats)
+    items = dict.fromkeys(timings, small) | {"ours, card size": large}
+    notes: dict[str, Any] = {"peak RSS of a reference, MB": {n: kb // 1024 for n, kb in rss.items()}}
+    notes |= _worker_memory(folder / "large")
+    goal = "<= 2 s and >= 100x the original; < 50 MB PSS growth per process and worker"
+    what = f"index to first batch, {small:,} images ({large:,} at card size)"
+    return [row("A1", what, goal, timings, items, notes=notes), *rows]
+
+
+def _open_first_batch(folder: Path) -> list[str]:
+    index = Index.open(folder, "bench")
+    plan = Plan(
+        index.uids, index.bucket_w, index.bucket_h, seed=1, tile_images=16, tiles_per_update=1, epochs=1, max_updates=1
+    )
+    return [index.key(row) for row in plan.update(0)[0].rows.tolist()]
+
+
+def _index_side(checkout: Checkout, metadata: Path, variable: str, rss: dict[str, int]) -> Callable[[], Any]:
+    def once() -> tuple[float, float]:
+        reference = Reference(checkout)  # imports are not counted
+        told = reference.ask(do="index", metadata=str(metadata), image_dir=str(metadata.parent))
+        reference.close()
+        assert len(told["first"]) > 0, variable
+        rss[checkout.repository] = told["rss_kb"]
+        return told["cpu_s"], told["wall_s"]
+
+    return once
+
+
+def _worker_memory(folder: Path) -> dict[str, Any]:
+    """Growth of the proportional set size of forked workers that walk through captions."""
+    index = Index.open(folder, "bench")
+    count = min(WORKER_CAPTIONS, len(index) // WORKERS)
+    grown = []
+    for worker in range(WORKERS):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            before = _pss_mb()
+            for at in range(worker * count, (worker + 1) * count):
+                index.caption(at)
+            os.write(write, str(_pss_mb() - before).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        grown.append(float(os.read(read, 64)))
+        os.close(read)
+        os.close(write)
+    return {"PSS growth per worker, MB": round(statistics.median(grown), 1)}
+
+
+def _pss_mb() -> float:
+    text = Path("/proc/self/smaps_rollup").read_text()
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith("Pss:"))) / 1024
+
+
+def caption_rows(folder: Path, tokenizers: Path, repeats: int, count: int = CAPTIONS) -> list[dict[str, Any]]:
+    """A2: shuffle behind the separator and ids for both encoders; ids of equal draws are compared."""
+    chance = random.Random(0)
+    texts = ["1girl, ||| " + ", ".join(chance.sample(TAGS, 30)) for _ in range(count)]
+    file = folder / "captions.json"
+    file.write_text(json.dumps(texts))
+    tokenizer = load_tag_tokenizer(tokenizers)
+    pairs = [split(text) for text in texts]
+    checkout = find_checkout(_OLD)
+    sides: dict[str, Callable[[], Any]] = {"ours": lambda: _tokenize(tokenizer, pairs)}
+    told: dict[str, Any] = {}
+    if checkout is not None:
+        reference = Reference(checkout)
+
+        def theirs() -> tuple[float, float]:
+            told.update(
+                reference.ask(do="captions", captions=str(file), tokenizers=str(tokenizers), seed=1, returned=COMPARED)
+            )
+            return told["cpu_s"], told["wall_s"]
+
+        sides[checkout.repository] = theirs
+    timings = interleave(sides, repeats)
+    notes: dict[str, Any] = {"tokenizers": tokenizers.name}
+    rows = []
+    if checkout is not None:
+        reference.close()
+        notes["ids equal for equal draws"] = f"{_equal_ids(tokenizer, told)} of {len(told['drawn'])}"
+    else:
+        rows = [skipped("A2", "captions", why_skipped(_OLD))]
+    goal = ">= 10x, ids equal"
+    return [row("A2", "caption shuffle + ids of both encoders", goal, timings, count, notes=notes), *rows]
+
+
+def _tokenize(tokenizer: TagTokenizer, pairs: Sequence[tuple[list[str], list[str]]]) -> None:
+    for uid, (fixed, flex) in enumerate(pairs):
+        drawn = draw(fixed, flex, _OPTIONS, seed=1, uid=uid, epoch=0, update=0)
+        ids, _ = tokenizer.fit(*drawn, 225, "token")
+        tokenizer.chunk_ids(ids)
+
+
+def _equal_ids(tokenizer: TagTokenizer, told: dict[str, Any]) -> int:
+    equal = 0
+    for text, ids in zip(told["drawn"], told["ids"], strict=True):
+        content, _ = tokenizer.fit([], text.split(", "), 225, "token")
+        mine = tokenizer.chunk_ids(content)
+        equal += all(np.array_equal(one, other) for one, other in zip(mine, ids, strict=True))
+    return equal
+
+
+def latent_rows(folder: Path, repeats: int, count: int = LATENTS) -> list[dict[str, Any]]:
+    """A3: batches of 16 in random order to one fp32 tensor; page cache warm, then dropped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    chance = np.random.default_rng(0)
+    values = torch.from_numpy(chance.standard_normal((count, 4, 152, 104), dtype=np.float32))
+    names = []
+    for start in range(0, count, 1024):
+        names.append(f"832x1216-{start:05d}.safetensors")
+        write_shard(folder / names[-1], values[start : start + 1024].half(), {})
+    files = [folder / f"{number}.npz" for number in range(count)]
+    for file, latent in zip(files, values, strict=True):
+        np.savez(file, latents=latent.numpy(), original_size=np.array([832, 1216]), crop_ltrb=np.zeros(4))
+    order = chance.permutation(count)[: count // BATCH * BATCH].reshape(-1, BATCH).tolist()
+    reader = ShardReader(folder)
+
+    def ours() -> None:
+        for batch in order:
+            reader.read([names[i // 1024] for i in batch], [i % 1024 for i in batch])
+
+    checkout = find_checkout(_OLD)
+    rows = [] if checkout else [skipped("A3", "latents", why_skipped(_OLD))]
+    reference = Reference(checkout) if checkout else None
+    for state, paths in (("warm", []), ("cold", [*files, *(folder / name for name in names)])):
+        sides: dict[str, Callable[[], Any]] = {"ours": _after_drop(ours, paths)}
+        if checkout is not None and reference is not None:
+            batches = [[str(files[i]) for i in batch] for batch in order]
+            sides[checkout.repository] = _after_drop(_npz_side(reference, batches), paths)
+        timings = interleave(sides, repeats)
+        rows.append(row("A3", f"latents to a tensor, {state}", ">= 10x npz", timings, len(order) * BATCH))
+    if reference is not None:
+        reference.close()
+    return rows
+
+
+def _npz_side(reference: Reference, batches: list[list[str]]) -> Callable[[], tuple[float, float]]:
+    def once() -> tuple[float, float]:
+        told = reference.ask(do="latents", batches=batches)
+        return told["cpu_s"], told["wall_s"]
+
+    return once
+
+
+def _after_drop(run: Callable[[], Any], paths: Sequence[Path]) -> Callable[[], tuple[float, float]]:
+    """`run` timed without the time to drop `paths` from the page cache before it."""
+
+    def once() -> tuple[float, float]:
+        for path in paths:
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+        wall, cpu = time.perf_counter(), time.process_time()
+        told = run()
+        spent = time.process_time() - cpu, time.perf_counter() - wall
+        return told if isinstance(told, tuple) else spent
+
+    return once

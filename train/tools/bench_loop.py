@@ -1,0 +1,228 @@
+"""Rows A4 to A6 of benchmark A: what our loop adds to bare training, host synchronisations, stalls around a save."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train import handoff, optim, peers, signals, stage
+from train import session as sessions
+from train.checkpoint import Progress
+from train.config import CheckpointConfig, load_stage
+from train.latents import write_shard
+from train.loop import Session, run_updates
+from train.rundir import open_run_dir
+from train.snapshot import Saver
+from train.tools.bench import Timing, row
+from train.tools.bench_refs import write_index
+from train.tools.tiny_model import write_model
+from train.update import TileBackward, image_losses
+
+ROOT = Path(__file__).resolve().parents[2]
+IMAGES, MICRO, TILES, BUCKET = 480, 16, 3, (128, 128)
+UPDATES_PER_ROUND, WARM_UPDATES = 6, 5
+STATE_BYTES = 1_000_000_000
+_SYNCING = ("tolist", "numpy", "cpu", "item", "__repr__", "__bool__", "__float__", "__int__", "__index__")
+
+
+@contextlib.contextmanager
+def tiny_session(folder: Path, *overrides: str) -> Iterator[Session]:
+    """A real stage on the tiny SDXL over synthetic latents of 16x16."""
+    torch.manual_seed(0)
+    write_model(folder / "model")
+    write_index(folder / "data", IMAGES, [("latents.safetensors", IMAGES)], BUCKET)
+    write_shard(folder / "data" / "latents.safetensors", torch.randn(IMAGES, 4, 16, 16).half(), {})
+    config = load_stage(
+        [ROOT / "configs" / "tiny" / "pretrain.yaml"],
+        [
+            f"output_dir={folder / 'run'}", f"model.init_from={folder / 'model'}", f"data.path={folder / 'data'}",
+            "data.select=bench", f"batch.micro={MICRO}", f"batch.effective={MICRO * TILES}", "epochs=1000",
+            "schedule.cycles=10", "schedule.cycle_steps=100000", "checkpoint.every_steps=1000000", *overrides,
+        ],
+    )  # fmt: skip
+    run = open_run_dir(config.output_dir, config.stage)
+    machine = stage.open_machine(config)
+    with contextlib.closing(run), peers.watching(machine.place.rank, machine.place.world) as watch:
+        source, components = handoff.open_source(config, with_vae=False)
+        data = stage.open_data(config, source)
+        execution = stage.settle(config, machine, data.plan, source)
+        networks = stage.open_networks(config, components, machine, execution)
+        stop = signals.StopFlag()
+        running = sessions.open_session(config, run, machine, data, source, components, networks, execution, stop)
+        running.watch = watch
+        with sessions.closing(running):
+            yield running
+
+
+def advance(session: Session, updates: int) -> None:
+    """Run that many updates of the real loop, with a checkpoint due at none of them."""
+    session.last_step = session.progress.step + updates + 1  # the loop saves at the true last step only
+    goal = session.progress.step + updates
+    session.last_step = goal
+    run_updates(session)
+
+
+def bare_update(session: Session, batches: list[Any]) -> None:
+    """The same tiles forward, backward, clip and step: no data, plan, learning rate, checks or log."""
+    for parameter in session.gradients.parameters:
+        parameter.grad = None
+    for batch in batches:
+        losses_B = image_losses(session.gradients.model, batch, session.diffusion)
+        (losses_B.sum() / (MICRO * TILES)).backward()
+    optim.clip_grad_norm(session.gradients.parameters, session.config.optimizer.max_grad_norm)
+    session.optimizer.step()
+
+
+def loop_row(folder: Path, repeats: int) -> dict[str, Any]:
+    """A4: our update against the bare one, in turns of six."""
+    with tiny_session(folder) as session:
+        dataset = session.feed.dataset
+        batches = [dataset[0, number] for number in range(TILES)]
+        advance(session, WARM_UPDATES)
+        timings = {"ours": Timing(), "bare": Timing()}
+        sides = {"ours": lambda: advance(session, 1), "bare": lambda: bare_update(session, batches)}
+        for _ in range(repeats * UPDATES_PER_ROUND):
+            for name, run in sides.items():
+                wall, cpu = time.perf_counter(), time.process_time()
+                run()
+                timings[name].wall_s.append(time.perf_counter() - wall)
+                timings[name].cpu_s.append(time.process_time() - cpu)
+    ours, bare = (statistics.median(timings[name].cpu_s) for name in ("ours", "bare"))
+    notes = {
+        "overhead over bare, CPU time": f"{(ours - bare) / bare:+.1%}",
+        "overhead per update, ms": round((ours - bare) * 1000, 1),
+        "includes": "data made in the same process (on a GPU machine workers make it), noise, plan, log, one read",
+        "diffusers' script": "skipped: it needs torchvision, which this project does not install",
+    }
+    what = f"update of {TILES} x {MICRO} images, tiny SDXL, logging on"
+    return row("A4", what, "<= 3 % over bare forward + backward + clip + step", timings, MICRO * TILES, notes=notes)
+
+
+class SyncCounter(TorchDispatchMode):
+    """Counts reads of tensor values by the host; the patched methods count what dispatch does not see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self._kept: dict[str, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "_local_scalar_dense" in name or "nonzero" in name or "masked_select" in name:
+            self.found[name] += 1
+        elif "aten.index" in name and any(_is_mask(x) for x in (args[1] if len(args) > 1 else ()) or ()):
+            self.found["boolean index"] += 1
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self) -> SyncCounter:
+        for name in _SYNCING:
+            self._kept[name] = getattr(torch.Tensor, name)
+            setattr(torch.Tensor, name, self._counting(name, self._kept[name]))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for name, method in self._kept.items():
+            setattr(torch.Tensor, name, method)
+
+    def _counting(self, name: str, method: Any) -> Any:
+        def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.found[name] += 1
+            return method(tensor, *args, **kwargs)
+
+        return counted
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in (torch.bool, torch.uint8)
+
+
+def micro_step_syncs(session: Session) -> Counter[str]:
+    """A5: host reads of one micro-step (forward, loss, backward of one tile) of a real session."""
+    batch = session.feed.dataset[0, 0]
+    assert not isinstance(batch, Exception)
+    backward = TileBackward(
+        session.diffusion, session.scale, MICRO * TILES, TILES, session.place.device,
+        average=session.diffusion.loss.average,
+    )  # fmt: skip
+    backward(session.gradients.model, batch, factor=1)
+    with SyncCounter() as counter:
+        backward(session.gradients.model, batch, factor=1)
+    return counter.found
+
+
+def sync_row(folder: Path) -> dict[str, Any]:
+    """A5 as a row."""
+    with tiny_session(folder) as session:
+        found = micro_step_syncs(session)
+    notes = {"host synchronisations per micro-step": sum(found.values()), "by kind": dict(found)}
+    return {"id": "A5", "what": "host synchronisations", "goal": "= 0", "sides": {}, "ratios": {}, "noisy": [],
+            "notes": notes}  # fmt: skip
+
+
+def checkpoint_row(folder: Path, size: int = STATE_BYTES) -> dict[str, Any]:
+    """A6: how much longer than the median the updates around a background save are, against one copy of the state."""
+    each = size // 40
+    state = {"model": {f"w{i}": torch.zeros(each // 4) for i in range(40)}}
+    work = torch.randn(700, 700)
+    run = open_run_dir(folder / "run", "bench")
+    saver = Saver(run, CheckpointConfig(keep=2), permanent_every=10**9)
+    memcpy = _memcpy_s(state)
+    times, stalls = [], []
+    for step in range(1, 46):
+        started = time.perf_counter()
+        saver.before_step()
+        for _ in range(6):
+            work = torch.tanh(work @ work)
+        if step in (15, 35):
+            saver.save(Progress(step, step, step), state, {})
+            stalls.append(step)
+        saver.raise_failures()
+        times.append(time.perf_counter() - started)
+    saver.finish()
+    reports = saver.reports()
+    run.close()
+    median = statistics.median(times)
+    longest = {step: max(times[step - 2 : step + 2]) - median for step in stalls}
+    second = longest[stalls[-1]]
+    notes = {
+        "state, GB": size / 1e9,
+        "one memcpy, s": round(memcpy, 3),
+        "median update, s": round(median, 3),
+        "stall of the first save (allocates its buffer), s": round(longest[stalls[0]], 3),
+        "stall of later saves, s": round(second, 3),
+        "stall over memcpy": round(second / memcpy, 2),
+        "write in the background, s": [round(report.write_s, 2) for report in reports],
+    }
+    return {"id": "A6", "what": "checkpoint stall", "goal": "<= 1.5x one host memcpy of the state", "sides": {},
+            "ratios": {}, "noisy": [], "notes": notes}  # fmt: skip
+
+
+def _memcpy_s(state: dict[str, dict[str, torch.Tensor]]) -> float:
+    """Median seconds of copying the state into memory that is there already."""
+    target = copy.deepcopy(state)
+    spent = []
+    for _ in range(3):
+        started = time.perf_counter()
+        for name, tensor in state["model"].items():
+            target["model"][name].copy_(tensor)
+        spent.append(time.perf_counter() - started)
+    return statistics.median(spent)
+
+
+def loop_rows(repeats: int, size: int = STATE_BYTES) -> list[dict[str, Any]]:
+    """A4, A5 and A6 in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="anix-bench-") as folder:
+        where = Path(folder)
+        return [loop_row(where / "loop", repeats), sync_row(where / "sync"), checkpoint_row(where / "save", size)]
