@@ -124,6 +124,10 @@ def open_session(
 ) -> Session:
     """Everything the loop owns, at the point where the run stands."""
     place, plan = machine.place, data.plan
+    # What a setting can still spoil comes before the checkpoint is read and before files are opened.
+    cycle = cycle_updates(config, plan)
+    previews = Previews(config, components, networks, place)
+    held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling_factor(source))
     optimizer = make_optimizer(config, networks)
     parameters = trained_parameters(networks)
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
@@ -146,11 +150,11 @@ def open_session(
         stop=stop,
         run=run,
         state=state_of(config, expected, loaded, place, execution),
-        previews=Previews(config, components, networks, place),
-        held_out=HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling_factor(source)),
+        previews=previews,
+        held_out=held_out,
         progress=progress,
         scale=loss_scale(config.precision, loaded.state.get("scaler") if loaded else None),
-        cycle_updates=cycle_updates(config, plan),
+        cycle_updates=cycle,
         last_step=plan.total_updates,
     )
 
