@@ -310,7 +310,7 @@ def test_disk_too_full_is_known_before_writing(run, monkeypatch):
         save_steps(run, 20, settings=CheckpointConfig(on_full_disk="stop"))
     assert caught.value.code == ExitCode.CANNOT_WRITE
     with pytest.raises(Halt) as caught:
-        checkpoint.check_space(run, some_tensors(), KEEP2)
+        checkpoint.check_space(run, checkpoint.checkpoint_bytes(some_tensors()), KEEP2)
     assert caught.value.code == ExitCode.MISMATCH
     assert steps_of(run) == [10]
 

@@ -121,9 +121,9 @@ def checkpoint_bytes(tensors: Tensors) -> int:
     return sum(tensorfile.file_bytes(group) for group in tensors.values())
 
 
-def check_space(run: RunDir, tensors: Tensors, settings: CheckpointConfig) -> None:
-    """Halt(MISMATCH) at start when the disk cannot hold `keep` checkpoints and the one being written."""
-    one = checkpoint_bytes(tensors) * SPACE_FACTOR
+def check_space(run: RunDir, one_bytes: int, settings: CheckpointConfig) -> None:
+    """Halt(MISMATCH) at start when the disk cannot hold `keep` checkpoints of that size and the one being written."""
+    one = one_bytes * SPACE_FACTOR
     there = sum(m.total_bytes for _, _, m in _committed(run.checkpoints))
     need = max(one, (settings.keep + 1) * one - there)
     have = free_bytes(run.checkpoints)
@@ -170,6 +170,8 @@ def load_newest(run: RunDir, expectations: resume.Expectations, *, verify: str =
     sound one was written under settings that must not change.
     """
     entries = sorted((e for e in os.listdir(run.checkpoints) if not e.startswith(".")), key=_newest_first)
+    if run.look_up_to is not None:
+        entries = [e for e in entries if (step := manifest.step_of(e)) is not None and step <= run.look_up_to]
     problems: list[str] = []
     for name in entries:
         try:

@@ -6,10 +6,12 @@ Shape legend: B images of a tile (or of the part in which it is executed), C H W
 from __future__ import annotations
 
 import logging
+
 import numpy as np
 import torch
 from torch import nn
 
+from train import checkpoint
 from train.dataset import Batch
 from train.exits import ExitCode, Halt
 from train.loop import Session
@@ -19,6 +21,7 @@ from train.update import image_losses
 
 log = logging.getLogger("anix")
 ADAM_STATES = 2  # fp32 values per trained parameter that the first step allocates
+STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 1.0}  # per trained value in a checkpoint, rounded up
 
 
 def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
@@ -33,6 +36,7 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
     The optimizer's state, which does not exist before the first step, is stood in for by an allocation of its size.
     Gradients are dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket.
     """
+    check_disk(session)
     device, model = session.place.device, session.gradients.model
     target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     images = -(-session.config.batch.micro // session.diffusion.split)
@@ -54,6 +58,14 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
             session.gradients.clear()
     del reserve
     return torch.cuda.max_memory_allocated(device) if on_gpu else 0
+
+
+def check_disk(session: Session) -> None:
+    """Halt(MISMATCH) with what is needed and what there is when the disk cannot hold the checkpoints to be kept."""
+    if session.saver is not None:
+        values = sum(parameter.numel() for parameter in session.parameters.values())
+        per_value = 4 + STATE_BYTES[session.config.optimizer.name] + (4 if session.ema is not None else 0)
+        checkpoint.check_space(session.run, int(values * per_value), session.config.checkpoint)
 
 
 def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:

@@ -91,6 +91,7 @@ class RunDir:
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
         self.run_id = ""
+        self.look_up_to: int | None = None  # checkpoints of later steps are overlooked (to replay an update)
         self.done: dict[str, Any] | None = None  # what DONE says, when the stage is finished
         self._lock_fd: int | None = None
 
