@@ -42,10 +42,10 @@ def outlet_modes(tracking: TrackingConfig) -> tuple[str, ...]:
 class Outlet:
     """Feeds the outlet process from a thread. `put` never blocks: a full queue drops the message and counts it."""
 
-    def __init__(self, settings: Mapping[str, Any], modes: Sequence[str], *, ready_s: float = READY_S) -> None:
+    def __init__(self, settings: Mapping[str, Any], modes: Sequence[str], *, ready_s: float | None = None) -> None:
         self._settings = dict(settings)
         self._modes = tuple(modes)
-        self._ready_s = ready_s
+        self._ready_s = READY_S if ready_s is None else ready_s
         self._queue: queue.Queue[tuple[int | None, str] | None] = queue.Queue(QUEUE_LENGTH)
         self._unsent: tuple[int | None, str] | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -65,9 +65,9 @@ class Outlet:
         except queue.Full:
             self.dropped += 1
 
-    def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Deliver what is queued within `timeout_s`, then end the outlet process one way or the other."""
-        deadline = time.monotonic() + timeout_s
+    def close(self, timeout_s: float | None = None) -> None:
+        """Deliver what is queued within `timeout_s` (CLOSE_S), then end the outlet process one way or the other."""
+        deadline = time.monotonic() + (CLOSE_S if timeout_s is None else timeout_s)
         while not self._gone:
             try:
                 self._queue.put(None, timeout=0.1)

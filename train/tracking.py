@@ -15,7 +15,7 @@ from typing import IO, Any
 
 from train.config import TrackingConfig
 from train.masking import mask
-from train.outlets import CLOSE_S, Outlet, outlet_modes
+from train.outlets import Outlet, outlet_modes
 
 log = logging.getLogger("anix")
 
@@ -107,8 +107,8 @@ class Tracker:
             paths = [str(Path(file).resolve()) for file in files]
             self._outlet.put({"kind": "images", "step": step, "files": paths})
 
-    def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Finish the bar and the file; wait at most `timeout_s` for the outlets, then leave them behind."""
+    def close(self, timeout_s: float | None = None) -> None:
+        """Finish the bar and the file; wait at most `timeout_s` (30 s) for the outlets, then end them."""
         if not self.is_main:
             return
         self._bar.close()
