@@ -16,7 +16,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help="diffusers folder, .safetensors file, or .toml")
     parser.add_argument("out", metavar="OUT", type=Path, help="what to write; nothing is written over")
-    parser.add_argument("--tokenizers", type=Path, help="file to folder: folder with tokenizer/ and tokenizer_2/")
+    parser.add_argument(
+        "--tokenizers",
+        type=Path,
+        help="file to folder: folder with tokenizer/ and tokenizer_2/ (default: models/sdxl-tokenizers if it is there)",
+    )
     parser.add_argument("--config", type=Path, help="file to folder: diffusers folder with the networks' configs")
     parser.add_argument("--vae", type=Path, help="folder to file: VAE folder that replaces the folder's own")
     parser.add_argument("--processes", type=int, default=1, help="TOML: how many processes (GPUs) the run used")
@@ -36,7 +40,9 @@ def main() -> int:
     elif source.exists():
         from train import singlefile
 
-        singlefile.to_folder(source, out, tokenizers=arguments.tokenizers, config=arguments.config)
+        usual = Path("models/sdxl-tokenizers")  # where the shipped stage configs look too
+        tokenizers = arguments.tokenizers or (usual if usual.is_dir() and not arguments.config else None)
+        singlefile.to_folder(source, out, tokenizers=tokenizers, config=arguments.config)
         if not (out / "tokenizer").exists():
             print("no tokenizers in the folder: a single file has none; --tokenizers adds them", file=sys.stderr)
         print(f"{out}: diffusers folder")

@@ -195,6 +195,23 @@ def test_sharded_folder_and_fp16_variant(plain: Path, tmp_path: Path) -> None:
     same(load_file(tmp_path / "want.safetensors"), load_file(tmp_path / "out.safetensors"))
 
 
+def test_v_prediction_is_marked_for_other_programs_and_read_back(plain: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(plain, model)
+    path = model / "scheduler/scheduler_config.json"
+    told = {**json.loads(path.read_text()), "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    path.write_text(json.dumps(told))
+    singlefile.to_single_file(model, tmp_path / "v.safetensors", metadata={})
+    tensors = load_file(tmp_path / "v.safetensors")
+    assert (tensors["v_pred"].shape, tensors["ztsnr"].shape) == ((0,), (0,))
+    bare = weightfile.Tensors(tmp_path, {}, weightfile.open_file(tmp_path / "v.safetensors").blobs)
+    for configs in (singlefile.configs_in(bare), modelfolder.read_configs(model)):
+        assert configs["scheduler"]["prediction_type"] == "v_prediction"
+        assert configs["scheduler"]["rescale_betas_zero_snr"] is True
+    singlefile.to_folder(tmp_path / "v.safetensors", tmp_path / "back")
+    same(networks(model), networks(tmp_path / "back"))
+
+
 def test_file_mode_follows_the_umask(single: Path, back: Path) -> None:
     mask = os.umask(0o022)
     os.umask(mask)

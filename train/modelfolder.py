@@ -148,7 +148,7 @@ def write_pipeline(folder: Path, scheduler: Mapping[str, Any]) -> None:
         "feature_extractor": [None, None],
         "force_zeros_for_empty_prompt": True,
         "image_encoder": [None, None],
-        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "scheduler": ["diffusers", scheduler.get("_class_name", "EulerAncestralDiscreteScheduler")],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
         "tokenizer": tokenizer,

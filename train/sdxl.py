@@ -25,6 +25,9 @@ LOGIT_SCALE = PREFIXES["text_encoder_2"] + "logit_scale"  # in the single file o
 LOGIT_SCALE_DEFAULT = 4.6052  # ln 100, where CLIP's training clips it
 POSITION_IDS = PREFIXES["text_encoder"] + "text_model.embeddings.position_ids"  # 0..76, in some files; not a weight
 
+# Empty tensors by which inference programs tell a v-prediction model, and one with zero terminal snr, from SDXL's own.
+V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
+
 Configs = Mapping[str, Mapping[str, Any]]
 Operation = Literal["copy", "join", "transpose", "to_conv"]
 

@@ -21,6 +21,7 @@ from train.rundir import fsync_dir, read_json, write_json
 from train.weightfile import Blob
 
 SIDECAR = "single_file.json"
+_EMPTY = Blob("F32", (0,), lambda: iter(()))
 CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is not SDXL's own
 
 
@@ -79,6 +80,10 @@ def write_single_file(
     blobs = {link.single: _to_single(link, weights) for link in links}
     scale = logit_scale or _default_scale(next(iter(weights.values())).dtype)
     blobs[sdxl.LOGIT_SCALE] = weightfile.cast(scale, dtype, sdxl.LOGIT_SCALE) if dtype else scale
+    if configs["scheduler"].get("prediction_type") == "v_prediction":
+        blobs[sdxl.V_MARK] = _EMPTY
+        if configs["scheduler"].get("rescale_betas_zero_snr"):
+            blobs[sdxl.ZERO_SNR_MARK] = _EMPTY
     metadata = dict(metadata)
     if not is_standard(configs):
         kept = {name: modelfolder.loadable(name, configs[name]) for name in sorted(configs)}
@@ -98,7 +103,8 @@ def write_single_file(
 
 def single_weights(source: weightfile.Tensors, configs: sdxl.Configs) -> tuple[Weights, Blob | None]:
     """(weights by canonical name, logit_scale) of an opened single file, names and shapes proved complete."""
-    have = {name: blob for name, blob in source.blobs.items() if name != sdxl.POSITION_IDS}
+    no_weights = (sdxl.POSITION_IDS, sdxl.V_MARK, sdxl.ZERO_SNR_MARK)
+    have = {name: blob for name, blob in source.blobs.items() if name not in no_weights}
     refuse_other_kinds(source.path, have)
     links = sdxl.links(configs)
     wanted = {link.single: link.shape for link in links}
@@ -128,7 +134,12 @@ def configs_in(source: weightfile.Tensors) -> sdxl.Configs:
     """The configs that a single file carries in its metadata, else SDXL's own."""
     text = source.metadata.get(CONFIGS_KEY)
     if not text:
-        return sdxl.STANDARD
+        scheduler = dict(sdxl.STANDARD["scheduler"])
+        if sdxl.V_MARK in source.blobs or source.metadata.get("modelspec.prediction_type", "").startswith("v"):
+            scheduler["prediction_type"] = "v_prediction"
+        if sdxl.ZERO_SNR_MARK in source.blobs:
+            scheduler["rescale_betas_zero_snr"] = True
+        return {**sdxl.STANDARD, "scheduler": scheduler}
     try:
         configs = json.loads(text)
         return {name: dict(configs[name]) for name in (*sdxl.NETWORKS, "scheduler")}
