@@ -43,6 +43,7 @@ _GS = frozenset(["g", "s", "general", "sensitive", "safe"])
 _PARTS = re.compile(r"[ァ-ヺー]+|(?:(?![ァ-ヺー_])[\w'])+")
 _WEIGHT = re.compile(r":\s*[+-]?\d*\.?\d+(?=\s*[)\]>])")
 _QUALIFIER = re.compile(r"\(\s*([^()]*?)\s*\)")
+_RULE_WORDS = R1_WORDS | R1_WORDS_E621 | R2_WORDS | RATING_WORDS
 _PHRASES = frozenset(tuple(tag.split("_")) for tag in R2_TAGS)
 
 
@@ -77,7 +78,7 @@ def excluded_match(
     e621: bool = False,
 ) -> tuple[str, str] | None:
     """As `excluded_by`, with the word that matched: what the report counts, in numbers only."""
-    seen = [tag_marks(tag) for tag in tags]
+    seen = [marks for marks in map(tag_marks, tags) if marks is not None]
     if caption:
         seen.append(text_marks(caption))
     first_rule = R1_WORDS | R1_WORDS_E621 if e621 else R1_WORDS
@@ -103,10 +104,11 @@ def _counts_as_explicit(rating: str | None, assume_rating: str | None) -> bool:
 
 
 @lru_cache(maxsize=1 << 18)
-def tag_marks(tag: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Words of a tag, and the exact tags of R2 that it is."""
+def tag_marks(tag: str) -> tuple[frozenset[str], frozenset[str]] | None:
+    """Words of a tag, and the exact tags of R2 that it is; None where no rule reads any of them."""
     words = _words(tag)
-    return frozenset(words), _exact(words, whole=True)
+    exact = _exact(words, whole=True)
+    return (frozenset(words), exact) if exact or not _RULE_WORDS.isdisjoint(words) else None
 
 
 def text_marks(text: str) -> tuple[frozenset[str], frozenset[str]]:

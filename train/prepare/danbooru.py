@@ -5,8 +5,9 @@ Reads today's API, gallery-dl's additions and old dumps (numbers as strings, `ta
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from train.prepare.files import is_image, require_source, source_root, walk
@@ -176,11 +177,11 @@ def find_image(root: Path, name: str, post_id: int, fields: Mapping[str, Any], p
 
     The probe reports the ones that are not there.
     """
-    candidates = list(_candidates(name, post_id, fields, post))
+    candidates = dict.fromkeys(_candidates(name, post_id, fields, post))
     for candidate in candidates:
-        if ".." not in candidate and (root / candidate).exists():
+        if ".." not in candidate and "\0" not in candidate and os.path.exists(f"{root}/{candidate}"):
             return candidate
-    return candidates[0]
+    return next(iter(candidates))
 
 
 def _candidates(name: str, post_id: int, fields: Mapping[str, Any], post: Mapping[str, Any]) -> Iterator[str]:
@@ -195,14 +196,14 @@ def _candidates(name: str, post_id: int, fields: Mapping[str, Any], post: Mappin
             yield without  # gallery-dl: a.jpg.json
         else:
             yield from (f"{without}.{ext}" for ext in extensions)
-    folder = PurePosixPath(name).parent
+    folder = name.rpartition("/")[0]
     stems = [str(post_id), f"danbooru_{post_id}_{fields.get('md5')}", f"{post_id % 1000:04d}/{post_id}"]
     if isinstance(fields.get("md5"), str):
         stems += [str(fields["md5"]), f"{str(fields['md5'])[:2]}/{fields['md5']}"]
     if isinstance(post.get("filename"), str):
         stems += [str(post["filename"]), f"danbooru_{post_id}_{post['filename']}"]
+    below = f"{folder}/" if folder else ""
     for stem in stems:
-        yield str(folder / f"{stem}.{extension or 'jpg'}")
-        if folder.parts:
-            yield f"{stem}.{extension or 'jpg'}"
-    yield from (str(folder / f"{post_id}.{ext}") for ext in extensions)
+        yield f"{below}{stem}.{extension or 'jpg'}"
+        yield f"{stem}.{extension or 'jpg'}"
+    yield from (f"{below}{post_id}.{ext}" for ext in extensions)

@@ -25,6 +25,8 @@ from train.prepare.settings import SourceConfig
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".jxl"]
 )
+_UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")
+_CLIMBS = re.compile(r"^[\\/]|^[A-Za-z]:[\\/]|(^|[\\/])\.\.([\\/]|$)")
 MAX_IMAGE_BYTES = 1 << 30
 
 
@@ -55,10 +57,9 @@ def is_image(name: str) -> bool:
 
 def check_relative(uri: str) -> str:
     """`uri` itself, if it is a relative path of printable text that does not climb. Raises UnsafePath."""
-    if not uri or any(ord(letter) < 32 or 0xD800 <= ord(letter) < 0xE000 for letter in uri):
+    if not uri or _UNPRINTABLE.search(uri):
         raise UnsafePath(f"{uri!a} is empty or holds control characters or bytes that are not UTF-8")
-    path = PurePosixPath(uri.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", uri):
+    if _CLIMBS.search(uri):
         raise UnsafePath(f"{uri!r} is not a relative path inside the source root")
     return uri
 

@@ -79,18 +79,15 @@ def _lines(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 
 def _array(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    decode = codecs.getincrementaldecoder("utf-8-sig")("strict").decode
+    # Bytes that are not UTF-8 become marks that a record's checks refuse, so only their post is lost.
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     buffer, row, ended, wanted = "", 0, False, _CHUNK_BYTES
     opened = False
     while True:
-        try:
-            while len(buffer) < wanted and not ended:
-                data = file.read(_CHUNK_BYTES)
-                ended = not data
-                buffer += decode(data, final=ended)
-        except UnicodeDecodeError as error:
-            yield row, Malformed(f"{error}; the rest of the file is not read")
-            return
+        while len(buffer) < wanted and not ended:
+            data = file.read(_CHUNK_BYTES)
+            ended = not data
+            buffer += decode(data, final=ended)
         buffer = buffer.lstrip() if opened else buffer.lstrip()[1:].lstrip()
         opened = True
         buffer = buffer.removeprefix(",").lstrip() if row else buffer
@@ -122,17 +119,13 @@ def iter_members(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _members(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
-    decode = codecs.getincrementaldecoder("utf-8-sig")("strict").decode
+    decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
     buffer, ended, wanted, opened = "", False, _CHUNK_BYTES, False
     while True:
-        try:
-            while len(buffer) < wanted and not ended:
-                data = file.read(_CHUNK_BYTES)
-                ended = not data
-                buffer += decode(data, final=ended)
-        except UnicodeDecodeError as error:
-            yield "", Malformed(f"{error}; the rest of the file is not read")
-            return
+        while len(buffer) < wanted and not ended:
+            data = file.read(_CHUNK_BYTES)
+            ended = not data
+            buffer += decode(data, final=ended)
         buffer = buffer.lstrip() if opened else buffer.lstrip()[1:].lstrip()
         opened = True
         buffer = buffer.removeprefix(",").lstrip()

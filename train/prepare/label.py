@@ -191,7 +191,7 @@ def _with_tagger(
 def wanted_tags(tags: Sequence[dict[str, Any]], category: int, threshold: float, present: Sequence[str]) -> list[str]:
     """Tags of one category above its threshold, most probable first: a character tag never turns general."""
     chosen = [tag for tag in tags if tag["category"] == category and tag["prob"] > threshold]
-    chosen.sort(key=lambda tag: (-tag["prob"], tag["tag"]))
+    chosen.sort(key=lambda tag: -tag["prob"])  # stable: equal ones keep the order of their source
     return [tag["tag"] for tag in chosen if tag["tag"] not in present]
 
 

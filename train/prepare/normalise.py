@@ -29,6 +29,9 @@ _INT32 = ("width", "height", "up_score", "down_score", "fav_count")
 _INT64 = ("source_id", "file_size", "parent_id")
 _FLAGS = ("is_deleted", "is_banned", "is_pending", "has_children")
 _BAD_IN_TAG = re.compile(r",|\|\|\||[\r\n\v\f\x00\x85\u2028\u2029]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")
+_SUSPECT = re.compile(_BAD_IN_TAG.pattern + "|[\ud800-\udfff\\\\]")
 _ESCAPED = re.compile(r"\\([()\[\]{}])")
 _TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0", "")
 
@@ -72,6 +75,8 @@ def to_record(post: RawPost, source: SourceConfig) -> dict[str, Any] | Quarantin
 
 def printable(text: str) -> str:
     """`text` with what a table cannot hold written as escapes."""
+    if not _UNPRINTABLE.search(text):
+        return text
     text = text.encode("utf-8", "backslashreplace").decode()
     return "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in text)
 
@@ -120,7 +125,7 @@ def clean_caption(text: str, source: SourceConfig) -> str:
     if len(text) > MAX_CAPTION_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
         raise BadCaption(f"caption is longer than {MAX_CAPTION_BYTES} bytes")
     line = re.split(r"[\r\n]", text.removeprefix("\ufeff"), maxsplit=1)[0].strip()
-    if any(0xD800 <= ord(letter) < 0xE000 or letter == "\0" for letter in line):
+    if "\0" in line or _SURROGATE.search(line):
         raise BadCaption("caption holds NUL or broken characters")
     if source.escaped:
         line = _ESCAPED.sub(r"\1", line)
@@ -230,19 +235,23 @@ def _tags(value: Any, source: SourceConfig) -> list[str]:
         return []
     if isinstance(value, str) or not hasattr(value, "__iter__"):
         raise BadRecord(f"tags are {value!r}, expected a list")
-    tags = []
-    for tag in value:
-        if not isinstance(tag, str):
-            raise BadRecord(f"tag {tag!r} is not text")
-        if source.escaped:
-            tag = _ESCAPED.sub(r"\1", tag)
-        if any(0xD800 <= ord(letter) < 0xE000 for letter in tag):
-            raise BadRecord(f"tag {tag!a} holds broken characters")
-        if _BAD_IN_TAG.search(tag):
-            if source.on_bad_tag == "error":
-                raise BadRecord(f"tag {tag!r} holds a comma, a separator, a line break or NUL: see on_bad_tag")
-            if source.on_bad_tag == "drop":
-                continue
-            tag = re.sub(r"_{2,}", "_", _BAD_IN_TAG.sub("_", tag)).strip("_ ")
-        tags.append(tag)
-    return tags
+    tags = list(value)
+    try:
+        if not _SUSPECT.search(" ".join(tags)):
+            return tags
+    except TypeError as error:
+        raise BadRecord(f"a tag is not text: {error}") from error
+    return [tag for tag in (_tag(tag, source) for tag in tags) if tag is not None]
+
+
+def _tag(tag: str, source: SourceConfig) -> str | None:
+    """A tag with something suspect in it: unescaped, refused, replaced, or None to drop it."""
+    if source.escaped:
+        tag = _ESCAPED.sub(r"\1", tag)
+    if _SURROGATE.search(tag):
+        raise BadRecord(f"tag {tag!a} holds broken characters")
+    if not _BAD_IN_TAG.search(tag):
+        return tag
+    if source.on_bad_tag == "error":
+        raise BadRecord(f"tag {tag!r} holds a comma, a separator, a line break or NUL: see on_bad_tag")
+    return None if source.on_bad_tag == "drop" else re.sub(r"_{2,}", "_", _BAD_IN_TAG.sub("_", tag)).strip("_ ")

@@ -1,9 +1,149 @@
-"""Step `tag`."""
+"""Step `tag`: tags for pictures that have none, from a column or from a WD tagger v3 (ONNX).
+
+The table keeps every tag above a low floor with its category and probability; the thresholds are applied by `label`, so
+changing one rewrites labels only. The tagger's rating is kept too, but no rating is ever taken from it.
+"""
 
 from __future__ import annotations
 
-from train.prepare.settings import DatasetConfig
+import csv
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from train.exits import ExitCode, Halt
+from train.prepare import units
+from train.prepare.judge import judge
+from train.prepare.peers import Peers
+from train.prepare.records import TAG_GROUPS, TAGS
+from train.prepare.score import read_column, run_model
+from train.prepare.settings import DatasetConfig, TagConfig, dataset_dir
+
+TAG_VERSION = 1
+FLOOR = 0.1  # lowest probability worth keeping; thresholds below it are refused
+SIDE_PX = 448
 
 
 def run(settings: DatasetConfig) -> None:
-    """Nothing yet."""
+    """Write `tags/`, or nothing with `tag.source: none`."""
+    config, dataset = settings.tag, dataset_dir(settings)
+    if config.source == "none":
+        print("tag: tag.source is none: no tags are added")
+        return
+    if min(config.general_threshold, config.character_threshold) < FLOOR:
+        raise Halt(ExitCode.USAGE, f"tag: thresholds below {FLOOR} are refused, the table keeps nothing under it")
+    wanted = untagged(dataset) if config.use == "missing" else None
+    if config.source == "column":
+        _from_column(config, dataset, wanted)
+    else:
+        _from_wd(settings, dataset, wanted)
+    units.merge_quarantine(dataset)
+    judge(settings, "tag")
+
+
+def untagged(dataset: Path) -> pa.Array:
+    """Keys of the records without any tag or caption."""
+    columns = [f"tags_{group}" for group in TAG_GROUPS]
+    found = []
+    for unit in units.stream_table(dataset, "records", ["key", "caption", "hard_exclusion", *columns]):
+        empty = pc.and_(pc.is_null(unit["hard_exclusion"]), pc.equal(pc.coalesce(unit["caption"], ""), ""))
+        for column in columns:
+            empty = pc.and_(empty, pc.equal(pc.list_value_length(unit[column]), 0))
+        found.append(unit["key"].filter(empty).combine_chunks())
+    return pa.concat_arrays(found) if found else pa.array([], pa.string())
+
+
+def _from_column(config: TagConfig, dataset: Path, wanted: pa.Array | None) -> None:
+    """Precomputed tags: a list, or a text joined by `, `; all general, of probability 1."""
+    table = read_column(Path(config.path or ""), config.column, "tag")
+    known = wanted if wanted is not None else units.read_table(dataset, "records", ["key"])["key"].combine_chunks()
+    table = table.filter(pc.is_in(table["key"], value_set=known)).sort_by("key")
+    rows, hashes = [], []
+    for key, value in zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True):
+        tags = value.split(",") if isinstance(value, str) else value or []
+        tags = [tag.strip() for tag in tags if isinstance(tag, str) and tag.strip()]
+        bad = next((tag for tag in tags if "," in tag or "|||" in tag or "\n" in tag or "\0" in tag), None)
+        if bad is not None:
+            raise Halt(ExitCode.USAGE, f"tag.path {config.path}: {key} has the tag {bad!r}")
+        found = [{"tag": tag, "category": 0, "prob": 1.0} for tag in tags]
+        rows.append({"key": key, "model": config.model or "column", "tags": found})
+        hashes.append(units.row_hash(key, *tags))
+    step = units.Step(dataset, "tags", TAGS, units.config_id(code=TAG_VERSION, model=config.model), ("records",))
+    cut = units.cut(pa.Table.from_pylist(rows, schema=TAGS), hashes, 50_000)
+    with Peers(dataset) as peers:
+        units.run_units(step, cut, lambda part: (part, []), peers)
+    print(f"tag: {len(rows)} records have tags of the column")
+
+
+def _from_wd(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) -> None:
+    folder = Path(settings.tag.model or "")
+    session = load_session(folder, settings.tag)
+    vocabulary = read_vocabulary(folder / "selected_tags.csv")
+    with open(folder / "model.onnx", "rb") as file:
+        model = f"{folder.name}@{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    name = session.get_inputs()[0].name
+
+    def predict(images: list[Image.Image]) -> list[tuple[Any, ...]]:
+        if not images:
+            return []
+        pixels_BHWC = np.stack([tagger_pixels(image) for image in images])
+        found = session.run(None, {name: pixels_BHWC})[0]
+        return [(above_floor(row, vocabulary),) for row in np.asarray(found, np.float32)]
+
+    def row(key: str, tags: list[dict[str, Any]] | None) -> dict[str, Any]:
+        return {"key": key, "model": model, "tags": tags or []}
+
+    config = units.config_id(code=TAG_VERSION, model=model, floor=FLOOR)
+    step = units.Step(dataset, "tags", TAGS, config, ("records", "probe"))
+    run_model(settings, step, settings.tag.batch, predict, row, "tag", wanted)
+
+
+def load_session(folder: Path, config: TagConfig) -> Any:
+    """The ONNX session; needs the extra `tag`. Raises Halt(USAGE) naming what is missing."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise Halt(ExitCode.USAGE, "tag.source: wd needs onnxruntime: pip install -e .[tag]") from error
+    for name in ("model.onnx", "selected_tags.csv"):
+        if not (folder / name).is_file():
+            raise Halt(ExitCode.USAGE, f"tag.model {folder} has no {name}")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    providers = onnxruntime.get_available_providers()
+    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
+
+
+def read_vocabulary(path: Path) -> list[tuple[str, int]]:
+    """(tag, category) of each output: 0 general, 4 character, 9 rating. Raises Halt(USAGE)."""
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            return [(row["name"], int(row["category"])) for row in csv.DictReader(file)]
+    except (OSError, KeyError, ValueError, csv.Error) as error:
+        raise Halt(ExitCode.USAGE, f"{path} must be CSV with name and category: {error}") from error
+
+
+def tagger_pixels(image: Image.Image) -> np.ndarray:
+    """float32 [448, 448, 3], BGR 0..255: padded to a white square, then resized."""
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (255, 255, 255))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    resized = square.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized, np.float32)[:, :, ::-1])
+
+
+def above_floor(probabilities: np.ndarray, vocabulary: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+    """Tags above the floor in the vocabulary's order. Raises Halt(MISMATCH) when the lengths differ."""
+    if len(probabilities) != len(vocabulary):
+        raise Halt(
+            ExitCode.MISMATCH, f"tag.model: {len(probabilities)} outputs, selected_tags.csv has {len(vocabulary)} tags"
+        )
+    chosen = np.flatnonzero(probabilities > FLOOR).tolist()
+    return [
+        {"tag": vocabulary[n][0], "category": vocabulary[n][1], "prob": float(probabilities[n])} for n in chosen
+    ]
