@@ -253,6 +253,30 @@ def test_starvation_is_said_once_a_while() -> None:
     assert "data.workers" in said[0]
 
 
+def test_a_starving_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tracker(tmp_path, total=60)
+    for update in range(1, 61):
+        time.sleep(0.001)
+        run.log({"step": update, "update": update}, transient={"data_wait_s": 0.0005 if update > 3 else 0.0})
+    run.close()
+    assert capsys.readouterr().err.count("data.workers") == 1
+    assert "data_wait_s" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_line_costs_little(tmp_path: Path) -> None:
+    """1 % of the fastest update there is (0.1 s, the tiny model) would be 1 ms."""
+    run = tracker(tmp_path, total=2000)
+    record = {"loss": 0.1, "lr_unet": 1e-5, "grad_norm": 0.5, "images_per_s": 3.0, "loss_by_decile": [0.1] * 10}
+    best = 1.0
+    for update in range(1, 2001):
+        before = time.perf_counter()
+        run.log({"step": update, "update": update, **record}, transient={"data_wait_s": 0.0})
+        best = min(best, time.perf_counter() - before)
+    run.close()
+    assert best < 0.001
+    print(f"log: {best * 1e6:.0f} us at best")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["offline", "online"])
 def test_real_wandb(

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -47,6 +48,8 @@ class Tracker:
         self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl")
         self._trace = (Path(run_dir) / "trace.txt").open("a") if tracking.trace else None
         self._bar = _make_bar(run_name, total_updates, resume_update)
+        self._starvation = StarvationWatch()
+        self._last_log_s = time.monotonic()
         modes = outlet_modes(tracking)
         if modes:
             settings = {
@@ -61,7 +64,8 @@ class Tracker:
     def log(self, record: Mapping[str, Any], transient: Mapping[str, Any] | None = None) -> None:
         """Append one update's record: step, update, epoch, images, loss, lr_unet, ... (numbers, text, lists).
 
-        `transient` goes to the outlets only: times and sizes of this machine, which no other run would repeat.
+        `transient` goes to the outlets only: times and sizes of this machine, which no other run would repeat. Its
+        `data_wait_s` is watched: a training that starves for data says so.
         """
         if not self.is_main:
             return
@@ -70,6 +74,11 @@ class Tracker:
         if self._outlet:
             extra = {key: _plain(value) for key, value in (transient or {}).items()}
             self._outlet.put({"kind": "metrics", "record": plain | extra})
+        now_s = time.monotonic()
+        starving = self._starvation.see((transient or {}).get("data_wait_s", 0.0), now_s - self._last_log_s)
+        self._last_log_s = now_s
+        if starving:
+            self.alert(starving)
         self._bar.set_postfix_str(_postfix(plain), refresh=False)
         self._bar.update(max(int(plain.get("update", self._bar.n + 1)) - self._bar.n, 0))
 
