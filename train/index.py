@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import safetensors.numpy
 
 from train.exclusions import excluded_by
@@ -28,20 +31,30 @@ INDEX, VERSION = "index.arrow", "1"
 CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
 LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
 _NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
+_CONSTANT = ("vae_id", "dtype", "content", "preproc_hash", "uid", "policy_hash")  # in the header, or derived
 U64 = npt.NDArray[np.uint64]
+
+
+def _numbers(name: str) -> cached_property[npt.NDArray[Any]]:
+    """A column of numbers of the selected rows, gathered when it is first asked for: many are asked by nobody."""
+    return cached_property(lambda index: _column(index._table, name)[index._rows])
 
 
 class Index:
     """The selected images of one stage, in the order of their keys; position i is what the plan calls a row."""
 
-    def __init__(self, table: pa.Table, rows: npt.NDArray[np.int64], uids: U64, meta: Mapping[str, str]) -> None:
+    orig_w = _numbers("orig_w")
+    orig_h = _numbers("orig_h")
+    bucket_w = _numbers("bucket_w")
+    bucket_h = _numbers("bucket_h")
+    resized_w = _numbers("resized_w")
+    resized_h = _numbers("resized_h")
+    crop_top = _numbers("crop_top")
+    crop_left = _numbers("crop_left")
+
+    def __init__(self, table: pa.Table, rows: npt.NDArray[np.integer[Any]], uids: U64, meta: Mapping[str, str]) -> None:
         self._table, self._rows, self._meta = table, rows, meta
         self.uids = uids
-        numbers = {name: _column(table, name)[rows] for name in _NUMBERS}
-        self.orig_w, self.orig_h = numbers["orig_w"], numbers["orig_h"]
-        self.bucket_w, self.bucket_h = numbers["bucket_w"], numbers["bucket_h"]
-        self.resized_w, self.resized_h = numbers["resized_w"], numbers["resized_h"]
-        self.crop_top, self.crop_left = numbers["crop_top"], numbers["crop_left"]
         self.vae_id, self.content = meta["vae_id"], meta["content"]
 
     @classmethod
@@ -65,8 +78,7 @@ class Index:
         table, whole = _map(folder / INDEX)
         rows, meta = _map(selection)
         _require_fresh(folder, stage, whole, meta)
-        picked = _column(rows, "row").astype(np.int64)
-        return cls(table, picked, np.array(_column(rows, "uid")), {**whole, **meta})
+        return cls(table, _column(rows, "row"), np.array(_column(rows, "uid")), {**whole, **meta})
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -99,7 +111,7 @@ class Index:
     @property
     def images(self) -> npt.NDArray[np.int64]:
         """A number per entry that is equal for the repeats of one image."""
-        return self._rows
+        return self._rows.astype(np.int64)
 
     def select(self, which: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Index:
         """Those images alone."""
@@ -162,59 +174,100 @@ def build_index(
     for a row that the hard exclusions refuse.
     """
     _refuse_excluded(index)
-    keys = index.column("key").to_pylist()
+    left_out = [name for name in ("content_hash", "gate_rating", *_CONSTANT) if name in index.column_names]
+    table = index.drop_columns(left_out)
     image, caption = _digests(index)
-    table = index.drop_columns(["content_hash", "gate_rating"])
     table = table.append_column("image_digest", pa.array(image)).append_column("caption_digest", pa.array(caption))
+    for name in (*CAPTION_COLUMNS, *LABEL_COLUMNS, "shard"):  # each word once: a quarter of the size
+        column = table.column(name).combine_chunks()
+        table = table.set_column(table.schema.get_field_index(name), name, _encoded(column))
     whole = {"version": VERSION, **meta, "sources": json.dumps(_source_hashes(dataset_dir, None))}
     _write(dataset_dir / INDEX, table.combine_chunks(), whole)
-    buckets = zip(index.column("bucket_w").to_pylist(), index.column("bucket_h").to_pylist(), strict=True)
-    places = {(key, w, h): row for row, (key, (w, h)) in enumerate(zip(keys, buckets, strict=True))}
+    uids = np.array([uid_of(key) for key in index.column("key").to_pylist()], dtype=np.uint64)
+    _refuse_equal_uids(uids, index)
     for stage, selection in selections.items():
-        rows, uids = _select_rows(stage, selection, places)
-        columns = pa.table({"row": pa.array(rows, pa.int32()), "uid": pa.array(uids, pa.uint64())})
+        rows, stage_uids = _select_rows(stage, selection, index, uids)
+        columns = pa.table({"row": pa.array(rows, pa.int32()), "uid": pa.array(stage_uids, pa.uint64())})
         stage_meta = {"version": VERSION, "sources": json.dumps(_source_hashes(dataset_dir, stage))}
         _write(dataset_dir / f"index_{stage}.arrow", columns, stage_meta)
 
 
-def _select_rows(
-    stage: str, selection: pa.Table, places: Mapping[tuple[str, int, int], int]
-) -> tuple[list[int], list[int]]:
-    rows: list[int] = []
-    uids: dict[int, str] = {}
-    columns = (selection.column(name).to_pylist() for name in ("key", "repeats", "bucket_w", "bucket_h"))
-    missing = []
-    for key, repeats, width, height in zip(*columns, strict=True):
-        place = places.get((key, width, height))
-        if place is None:
-            missing.append(key)
-            continue
-        for repeat in range(repeats):
-            uid = uid_of(key, repeat)
-            if uid in uids:
-                raise Halt(ExitCode.MISMATCH, f"{key} and {uids[uid]} have the same uid {uid:016x}: rename one")
-            uids[uid] = key
-            rows.append(place)
-    if missing:
+def _encoded(column: pa.Array) -> pa.Array:
+    """Strings, or lists of strings, by number."""
+    if pa.types.is_list(column.type):
+        flat, offsets = pc.list_flatten(column), pc.cumulative_sum(pc.fill_null(pc.list_value_length(column), 0))
+        starts = pa.concat_arrays([pa.array([0], pa.int32()), offsets.cast(pa.int32())])
+        return pa.ListArray.from_arrays(starts, flat.dictionary_encode())
+    return column.dictionary_encode() if pa.types.is_string(column.type) else column
+
+
+def _refuse_equal_uids(uids: U64, index: pa.Table) -> None:
+    """Equal uids of different keys: the plan could not tell the images apart."""
+    order = np.argsort(uids, kind="stable")
+    same = np.flatnonzero(uids[order][1:] == uids[order][:-1])
+    keys = index.column("key")
+    for at in same.tolist():
+        one, other = keys[int(order[at])].as_py(), keys[int(order[at + 1])].as_py()
+        if one != other:
+            uid = int(uids[order[at]])
+            raise Halt(ExitCode.MISMATCH, f"{one} and {other} have the same uid {uid:016x}: rename one")
+
+
+def _select_rows(stage: str, selection: pa.Table, index: pa.Table, uids: U64) -> tuple[npt.NDArray[np.int64], U64]:
+    """(row in the index, uid) of every selected (key, repeat), in the selection's order."""
+    keys, repeats = selection.column("key").to_pylist(), _column(selection, "repeats").astype(np.int64)
+    wanted = np.array([uid_of(key) for key in keys], dtype=np.uint64)
+    marks, sought = _place_marks(uids, index), _place_marks(wanted, selection)
+    order = np.argsort(marks, kind="stable")
+    at = np.minimum(np.searchsorted(marks[order], sought), max(len(order) - 1, 0))
+    rows = order[at] if len(order) else np.zeros(len(sought), dtype=np.int64)
+    missing = np.flatnonzero(marks[rows] != sought) if len(order) else np.arange(len(sought))
+    if len(missing):
+        examples = ", ".join(keys[row] for row in missing[:3].tolist())
         raise Halt(
             ExitCode.MISMATCH,
-            f"{len(missing)} images of selection {stage} have no latents, such as {', '.join(missing[:3])}: "
+            f"{len(missing)} images of selection {stage} have no latents, such as {examples}: "
             "run scripts/prepare.py latents",
         )
-    return rows, list(uids)
+    first = np.repeat(wanted, repeats)
+    number = np.arange(len(first)) - np.repeat(np.cumsum(repeats) - repeats, repeats)
+    for place in np.flatnonzero(number).tolist():
+        first[place] = uid_of(keys[int(np.searchsorted(np.cumsum(repeats), place, side="right"))], int(number[place]))
+    if len(np.unique(first)) != len(first):
+        raise Halt(ExitCode.MISMATCH, f"selection {stage}: two keys have the same uid, or one key stands there twice")
+    return np.repeat(rows, repeats), first
+
+
+def _place_marks(uids: U64, table: pa.Table) -> U64:
+    """One number per (uid, bucket); of different pairs equal with the chance of two uids being equal."""
+    width, height = (_column(table, name).astype(np.uint64) for name in ("bucket_w", "bucket_h"))
+    size = (width << np.uint64(16)) | height
+    marks: U64 = uids ^ (size * np.uint64(0x9E3779B97F4A7C15))  # odd, so different sizes stay different
+    return marks
 
 
 def _digests(index: pa.Table) -> tuple[U64, U64]:
     """Per row: digest of what the picture is, digest of what its caption says."""
-    hashes = index.column("content_hash").to_pylist()
     numbers = np.stack([_column(index, name).astype(np.int64) for name in _NUMBERS], axis=1)
     image = np.empty(len(index), dtype=np.uint64)
-    caption = np.empty(len(index), dtype=np.uint64)
-    fixed, flex = (index.column(name).to_pylist() for name in CAPTION_COLUMNS)
-    for row, content in enumerate(hashes):
+    for row, content in enumerate(index.column("content_hash").to_pylist()):
         image[row] = _short_hash(numbers[row].tobytes() + (content or "").encode())
-        caption[row] = _short_hash("\x00".join([*fixed[row], "\x01", *flex[row]]).encode())
+    caption = np.empty(len(index), dtype=np.uint64)
+    parts = [_tag_hashes(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]
+    for row in range(len(index)):
+        fixed, flex = (values[starts[row] : starts[row + 1]].tobytes() for starts, values in parts)
+        caption[row] = _short_hash(fixed + b"|||" + flex)
     return image, caption
+
+
+def _tag_hashes(column: pa.Array) -> tuple[npt.NDArray[np.int64], U64]:
+    """(where each row starts, 64-bit hash of every tag), each distinct tag hashed once."""
+    words = pc.list_flatten(column).dictionary_encode()
+    hashes = np.array([_short_hash(word.encode()) for word in words.dictionary.to_pylist()], dtype=np.uint64)
+    lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy().astype(np.int64)
+    starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+    values: U64 = hashes[words.indices.to_numpy()] if len(words) else np.zeros(0, dtype=np.uint64)
+    return starts, values
 
 
 def _short_hash(data: bytes) -> int:
@@ -225,10 +278,16 @@ def _refuse_excluded(index: pa.Table) -> None:
     """The last of the three gates of the hard exclusions: no caption with such a tag is ever indexed.
 
     Fixed tags are count tags and names, which are not split into words; the gates before this one saw their kinds.
+    A rule needs a tag that is refused on its own in an explicit record, so rows without one need no second look.
     """
-    columns = (index.column(name).to_pylist() for name in ("key", "flex_tags", "gate_rating"))
-    for key, flex, rating in zip(*columns, strict=True):
-        rule = excluded_by(rating=rating, tags=flex)
+    flex = index.column("flex_tags").combine_chunks()
+    flat = pc.list_flatten(flex)
+    suspects = [tag for tag in pc.unique(flat).to_pylist() if excluded_by(rating="e", tags=[tag]) is not None]
+    hits = pc.is_in(flat, value_set=pa.array(suspects, flat.type)).to_numpy(zero_copy_only=False)
+    rows = pa.array(np.unique(pc.list_parent_indices(flex).to_numpy()[hits]))
+    columns = (index.column(name).take(rows).to_pylist() for name in ("key", "flex_tags", "gate_rating"))
+    for key, tags, rating in zip(*columns, strict=True):
+        rule = excluded_by(rating=rating, tags=tags)
         if rule is not None:
             raise Halt(
                 ExitCode.MISMATCH,
@@ -282,8 +341,8 @@ def _column(table: pa.Table, name: str) -> npt.NDArray[Any]:
 
 
 def _write(path: Path, table: pa.Table, meta: Mapping[str, str]) -> None:
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     table = table.replace_schema_metadata(dict(meta))
     with pa.OSFile(str(tmp), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
+        writer.write_table(table, max_chunksize=max(len(table), 1))  # one chunk: its columns need no copy
     tmp.rename(path)

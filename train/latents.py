@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from train.exits import ExitCode, Halt
-from train.rundir import fsync_dir, write_all
+from train.rundir import fsync_dir, read_json, write_all
 
 SHARD_IMAGES = 1024
 TENSOR = "latents"
@@ -32,7 +31,7 @@ def write_shard(path: Path, latents_NCHW: torch.Tensor, meta: Mapping[str, str])
     entry = {"dtype": _NAMES[latents.dtype], "shape": list(latents.shape), "data_offsets": [0, len(data)]}
     text = json.dumps({"__metadata__": dict(meta), TENSOR: entry}, sort_keys=True).encode()
     text += b" " * (-len(text) % 8)
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
         write_all(fd, len(text).to_bytes(8, "little") + text + data)
@@ -54,10 +53,11 @@ class ShardReader:
 
     def __init__(self, dataset_dir: str | Path) -> None:
         self.folder = Path(dataset_dir)
-        self._maps: dict[str, tuple[npt.NDArray[np.generic], torch.dtype]] = {}
+        self._maps: dict[str, torch.Tensor] = {}
+        self._wanted_vae: str | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "_maps": {}}
+        return {"folder": self.folder, "_maps": {}, "_wanted_vae": None}
 
     def read(self, shards: Sequence[str], rows: Sequence[int]) -> torch.Tensor:
         """fp32 [B,C,H,W], image k from `shards[k]` at `rows[k]`.
@@ -84,20 +84,28 @@ class ShardReader:
     def _row(self, shard: str, row: int) -> torch.Tensor:
         if shard not in self._maps:
             self._maps[shard] = self._open(shard)
-        mapped, dtype = self._maps[shard]
-        if not 0 <= row < len(mapped):
-            raise Halt(ExitCode.MISMATCH, f"{self.folder / shard} has {len(mapped)} rows, row {row} is asked for")
-        return torch.from_numpy(mapped[row]).view(dtype)
+        latents_NCHW = self._maps[shard]
+        if not 0 <= row < len(latents_NCHW):
+            raise Halt(ExitCode.MISMATCH, f"{self.folder / shard} has {len(latents_NCHW)} rows, row {row} is asked for")
+        return latents_NCHW[row]
 
-    def _open(self, shard: str) -> tuple[npt.NDArray[np.generic], torch.dtype]:
+    def _open(self, shard: str) -> torch.Tensor:
         path = self.folder / shard
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise Halt(ExitCode.MISMATCH, f"index names shard {shard!r} outside the dataset directory")
-        start, shape, dtype, _ = _header(path)
-        width = 4 if dtype == torch.float32 else 2
-        # Copy on write, never written to: torch warns about memory it may not write to.
-        mapped = np.memmap(path, dtype=f"<i{width}", mode="c", offset=start, shape=shape)
-        return mapped, dtype
+        start, shape, dtype, meta = _header(path)
+        if self._wanted_vae is None:
+            self._wanted_vae = (read_json(self.folder / "dataset.json") or {}).get("latents", {}).get("vae_id", "")
+        if self._wanted_vae and meta.get("vae_id", self._wanted_vae) != self._wanted_vae:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{path} was made by VAE {meta['vae_id'][:12]}, the dataset is of {self._wanted_vae[:12]}: run "
+                "scripts/prepare.py latents again",
+            )
+        # Not numpy's map, which keeps a file descriptor: a large set has more shards than a process may open files.
+        # Private, so torch may believe that it could write to it.
+        mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+        return mapped[start:].view(dtype).view(shape)
 
 
 def _header(path: Path) -> tuple[int, tuple[int, ...], torch.dtype, dict[str, str]]:

@@ -1,0 +1,174 @@
+"""The memory-mapped index: what it says of each image, what it refuses, and that opening it stays cheap."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from synthetic import make_dataset
+
+from train.exits import ExitCode, Halt
+from train.index import Index, build_index
+from train.prepare.records import SELECT
+from train.rng import uid_of
+
+META = {"vae_id": "v", "content": "sample", "buckets": "b"}
+
+
+def row(key: str, **changes: Any) -> dict[str, Any]:
+    return {
+        "key": key, "orig_w": 300, "orig_h": 200, "bucket_w": 128, "bucket_h": 96, "resized_w": 144, "resized_h": 96,
+        "crop_top": 0, "crop_left": 8, "shard": "latents/128x96-00000.safetensors", "row": 3, "content_hash": "c",
+        "gate_rating": "g", "fixed_tags": ["1girl"], "flex_tags": ["smile", "hat"], "quality": "best quality",
+        "rating_tags": ["safe"], "year": None, "aesthetic": None,
+    } | changes  # fmt: skip
+
+
+def index_of(rows: list[dict[str, Any]]) -> pa.Table:
+    texts = pa.list_(pa.string())
+    kinds = {"fixed_tags": texts, "flex_tags": texts, "rating_tags": texts, "year": pa.string(), "aesthetic": pa.string(),
+             "bucket_w": pa.int16(), "bucket_h": pa.int16()}  # fmt: skip
+    names = list(row("x"))
+    fields = [(name, kinds.get(name, pa.string() if isinstance(row("x")[name], str) else pa.int32())) for name in names]
+    return pa.Table.from_pylist(rows, schema=pa.schema(fields))
+
+
+def selection_of(*picked: tuple[str, int, int, int]) -> pa.Table:
+    names = ("key", "repeats", "bucket_w", "bucket_h")
+    rows = [dict(zip(names, one, strict=True)) | {"why": "all"} for one in picked]
+    return pa.Table.from_pylist(rows, schema=SELECT)
+
+
+def built(folder: Path, rows: list[dict[str, Any]], **selections: pa.Table) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "dataset.json").write_text('{"schema_version": 1}')
+    pq.write_table(index_of(rows), folder / "index.parquet")
+    for stage, table in selections.items():
+        pq.write_table(table, folder / f"select_{stage}.parquet")
+    build_index(folder, index_of(rows), selections, META)
+    return folder
+
+
+def test_says_what_was_stored(tmp_path: Path) -> None:
+    rows = [row("a:1"), row("a:2", fixed_tags=[], flex_tags=[], shard="latents/other.safetensors", row=0, year="newest")]
+    index = Index.open(built(tmp_path, rows, ft=selection_of(("a:1", 1, 128, 96), ("a:2", 1, 128, 96))), "ft")
+    assert [index.key(0), index.key(1)] == ["a:1", "a:2"]
+    assert index.caption(0) == (["1girl"], ["smile", "hat"])
+    assert index.caption(1) == ([], [])
+    assert index.latent(1) == ("latents/other.safetensors", 0)
+    assert index.labels(1) == {"quality": "best quality", "rating_tags": ["safe"], "year": "newest", "aesthetic": None}
+    assert index.uids.tolist() == [uid_of("a:1"), uid_of("a:2")]
+    numbers = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
+    assert [int(getattr(index, name)[0]) for name in numbers] == [300, 200, 128, 96, 144, 96, 0, 8]
+    assert index.vae_id == "v"
+
+
+def test_repeats_have_own_uids_and_one_image(tmp_path: Path) -> None:
+    chosen = selection_of(("a:1", 3, 128, 96), ("a:2", 1, 128, 96))
+    index = Index.open(built(tmp_path, [row("a:1"), row("a:2", row=4)], ft=chosen), "ft")
+    assert index.uids.tolist() == [uid_of("a:1"), uid_of("a:1", 1), uid_of("a:1", 2), uid_of("a:2")]
+    assert [index.key(i) for i in range(4)] == ["a:1", "a:1", "a:1", "a:2"]
+    assert len(set(index.images.tolist())) == 2
+
+
+def test_two_stages_with_different_buckets(tmp_path: Path) -> None:
+    rows = [row("a:1"), row("a:1", bucket_w=96, bucket_h=128, row=7)]
+    built(tmp_path, rows, one=selection_of(("a:1", 1, 128, 96)), two=selection_of(("a:1", 1, 96, 128)))
+    assert Index.open(tmp_path, "one").latent(0)[1] == 3
+    assert Index.open(tmp_path, "two").latent(0)[1] == 7
+
+
+def test_select_keeps_the_rows_together(tmp_path: Path) -> None:
+    index = Index.open(make_dataset(tmp_path / "d"), "ft1")
+    mask = np.arange(len(index)) % 3 == 1
+    part = index.select(mask)
+    assert [part.key(i) for i in range(len(part))] == [index.key(i) for i in np.flatnonzero(mask).tolist()]
+    assert part.uids.tolist() == index.uids[mask].tolist()
+    assert part.orig_w.tolist() == index.orig_w[mask].tolist()
+    assert part.selection_hash != index.selection_hash
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"crop_left": 9}, {"content_hash": "other"}, {"flex_tags": ["hat", "smile"]}, {"fixed_tags": ["1girl", "smile"],
+     "flex_tags": ["hat"]}, {"orig_w": 301}],
+)  # fmt: skip
+def test_fingerprint_sees_every_change(tmp_path: Path, changes: dict[str, Any]) -> None:
+    chosen = selection_of(("a:1", 1, 128, 96))
+    one = Index.open(built(tmp_path / "one", [row("a:1")], ft=chosen), "ft").fingerprint
+    other = Index.open(built(tmp_path / "two", [row("a:1", **changes)], ft=chosen), "ft").fingerprint
+    moved = Index.open(built(tmp_path / "three", [row("a:1", row=9, shard="latents/x")], ft=chosen), "ft").fingerprint
+    assert one != other
+    assert one == moved  # where a latent lies is not what it is
+
+
+@pytest.mark.parametrize(
+    ("rating", "tags", "refused"),
+    [("g", ["loli"], True), ("e", ["child"], True), (None, ["baby"], True), ("g", ["child"], False), ("s", ["hat"], False),
+     ("g", ["child", "nsfw"], True)],
+)  # fmt: skip
+def test_last_gate(tmp_path: Path, rating: str | None, tags: list[str], refused: bool) -> None:
+    rows = [row("a:1"), row("a:2", flex_tags=["smile", *tags], gate_rating=rating)]
+    chosen = selection_of(("a:1", 1, 128, 96), ("a:2", 1, 128, 96))
+    if refused:
+        with pytest.raises(Halt, match="a:2 is hard-excluded") as halt:
+            built(tmp_path, rows, ft=chosen)
+        assert halt.value.code == ExitCode.MISMATCH
+        assert not (tmp_path / "index.arrow").exists()
+    else:
+        assert len(Index.open(built(tmp_path, rows, ft=chosen), "ft")) == 2
+
+
+def test_selected_without_latents_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Halt, match=r"1 images of selection ft have no latents, such as a:9: run scripts/prepare.py latents"):
+        built(tmp_path, [row("a:1")], ft=selection_of(("a:1", 1, 128, 96), ("a:9", 1, 128, 96)))
+    with pytest.raises(Halt, match="have no latents"):  # the key is there, in another bucket
+        built(tmp_path, [row("a:1")], ft=selection_of(("a:1", 1, 96, 128)))
+
+
+def test_not_prepared_stale_and_damaged(tmp_path: Path) -> None:
+    with pytest.raises(Halt, match=r"not a prepared dataset.*prepare.py all"):
+        Index.open(tmp_path / "nothing", "ft")
+    folder = built(tmp_path / "d", [row("a:1")], ft=selection_of(("a:1", 1, 128, 96)))
+    with pytest.raises(Halt, match=r"no selection 'pretrain' \(it has ft\)"):
+        Index.open(folder, "pretrain")
+    pq.write_table(selection_of(("a:1", 2, 128, 96)), folder / "select_ft.parquet")
+    with pytest.raises(Halt, match=r"select_ft.parquet changed after.*prepare.py latents") as halt:
+        Index.open(folder, "ft")
+    assert halt.value.code == ExitCode.MISMATCH
+    folder = built(tmp_path / "e", [row("a:1")], ft=selection_of(("a:1", 1, 128, 96)))
+    (folder / "index.arrow").write_bytes((folder / "index.arrow").read_bytes()[:-40])
+    with pytest.raises(Halt, match="missing or damaged"):
+        Index.open(folder, "ft")
+
+
+def test_opening_reads_no_captions(tmp_path: Path) -> None:
+    """200,000 images: well below the share of 0.8 s and 100 MB that a card-sized set may take."""
+    count = 200_000
+    offsets = pa.array(np.arange(count + 1, dtype=np.int32) * 35)
+    tags = pa.array([f"tag {i}" for i in range(1000)]).take(pa.array(np.arange(count * 35) * 7919 % 1000))
+    table = index_of([row("k")]).take(pa.array(np.zeros(count, dtype=np.int64)))
+    keys = pa.array([f"k:{i:07d}" for i in range(count)])
+    table = table.set_column(0, "key", keys)
+    table = table.set_column(table.column_names.index("flex_tags"), "flex_tags", pa.ListArray.from_arrays(offsets, tags))
+    ones = pa.array(np.ones(count, dtype=np.int16))
+    chosen = pa.table({"key": keys, "repeats": ones, "bucket_w": table["bucket_w"], "bucket_h": table["bucket_h"]})
+    (tmp_path / "dataset.json").write_text('{"schema_version": 1}')
+    build_index(tmp_path, table, {"ft": chosen}, META)
+    del table, tags
+    before, started = _rss_mb(), time.process_time()
+    index = Index.open(tmp_path, "ft")
+    assert len(index.bucket_w) == count
+    assert time.process_time() - started < 0.8
+    assert _rss_mb() - before < 40
+    assert index.caption(count - 1)[1][0] == f"tag {(count - 1) * 35 * 7919 % 1000}"
+
+
+def _rss_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
