@@ -21,8 +21,9 @@ from train import checkpoint, export, hub, modelfolder, rundir, sdxl, singlefile
 from train.checkpoint import Progress
 from train.config import CheckpointConfig, ExportConfig, ModelConfig
 from train.exits import ExitCode, Halt
-from train.hub import FAIPL, LocalModel
+from train.hub import LocalModel
 from train.resume import Expectations
+from train.singlefile import FAIPL
 from train.tools import show_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

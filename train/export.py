@@ -19,7 +19,7 @@ from typing import Any
 from train import faults, modelfolder, singlefile, weightfile
 from train.config import ExportConfig
 from train.exits import ExitCode, Halt
-from train.hub import FAIPL, LocalModel, file_sha256, model_sha256
+from train.hub import LocalModel, file_sha256, model_sha256
 from train.rundir import replace_file, write_json
 from train.weightfile import Blob
 
@@ -37,7 +37,7 @@ def license_of(settings: ExportConfig, source: LocalModel) -> str:
     """
     inherited = source.license
     if inherited is None and _is_animagine(source):
-        inherited = FAIPL
+        inherited = singlefile.FAIPL
     if settings.license and inherited and settings.license != inherited:
         log.warning("export.license is %r, the parent's is %r: make sure you may", settings.license, inherited)
     stated = settings.license or inherited

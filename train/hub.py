@@ -21,8 +21,6 @@ from train.weightfile import Blob
 
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@(.+)$")
 HUB_LIMIT_BYTES = 40 * 10**9  # of one download; SDXL in fp32 is 14 GB
-FAIPL = "Fair AI Public License 1.0-SD"  # freedevproject.org/faipl-1.0-sd; Animagine XL 3.x and descendants
-LICENSE_IN_README = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -249,21 +247,11 @@ def model_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _folder_metadata(path: Path) -> Mapping[str, str]:
-    """What a folder says about itself: our lineage, the single file it came from, or its U-Net file's header."""
+def _folder_metadata(path: Path) -> dict[str, str]:
+    """What a folder says about itself, our lineage first."""
     lineage = read_json(path / "lineage.json") or read_json(path.parent / "lineage.json") or {}
     stated = {"modelspec.license": str(lineage["license"])} if lineage.get("license") else {}
-    found = (
-        singlefile.stored_metadata(path) or weightfile.open_file(modelfolder.weight_files(path / "unet")[0]).metadata
-    )
-    if "modelspec.license" not in found | stated and (path / "README.md").is_file():
-        # a hub model states its licence in the head of its README; "other" means that license_name follows
-        head = (path / "README.md").read_text(encoding="utf-8", errors="replace")[:4000].partition("\n---")[0]
-        names = [name.strip("\"'") for name in LICENSE_IN_README.findall(head)]
-        for name in names:
-            if name != "other":
-                stated["modelspec.license"] = FAIPL if name.lower().startswith("faipl-1.0-sd") else name
-    return {**found, **stated}
+    return {**singlefile.metadata_of_folder(path), **stated}
 
 
 def network_weights(model: LocalModel, network: str) -> Iterator[tuple[str, Blob]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from train.modelfolder import Weights, check_weights, refuse_existing, refuse_ty
 from train.rundir import fsync_dir, read_json, write_json
 from train.weightfile import Blob
 
+FAIPL = "Fair AI Public License 1.0-SD"  # freedevproject.org/faipl-1.0-sd; Animagine XL 3.x and descendants
+LICENSE_IN_README = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 SIDECAR = "single_file.json"
 _EMPTY = Blob("F32", (0,), lambda: iter(()))
 CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is not SDXL's own
@@ -59,7 +62,7 @@ def to_single_file(
     configs = modelfolder.read_configs(folder, vae=Path(vae) if vae else None)
     weights = modelfolder.read_weights(folder, vae=Path(vae) if vae else None)
     if metadata is None:
-        metadata = stored_metadata(folder)
+        metadata = metadata_of_folder(folder)
     return write_single_file(out, weights, configs, metadata, logit_scale=stored_scale(folder))
 
 
@@ -215,10 +218,28 @@ def write_sidecar(folder: Path, metadata: Mapping[str, str], logit_scale: Blob |
     write_json(folder / SIDECAR, beside)
 
 
-def stored_metadata(folder: Path) -> dict[str, str]:
-    """Metadata of the single file that a folder was made from; empty for any other folder."""
-    metadata = (read_json(folder / SIDECAR) or {}).get("metadata")
-    return {str(k): str(v) for k, v in metadata.items()} if isinstance(metadata, dict) else {}
+def metadata_of_folder(folder: Path) -> dict[str, str]:
+    """Metadata of the single file that a folder was made from; of any other, its U-Net file's and its licence."""
+    kept = (read_json(folder / SIDECAR) or {}).get("metadata")
+    if isinstance(kept, dict):
+        return {str(key): str(value) for key, value in kept.items()}
+    metadata = dict(weightfile.open_file(modelfolder.weight_files(folder / "unet")[0]).metadata)
+    metadata.pop("format", None)
+    if "modelspec.license" not in metadata and (license := _license_in_readme(folder / "README.md")):
+        metadata["modelspec.license"] = license
+    return metadata
+
+
+def _license_in_readme(path: Path) -> str | None:
+    """A hub model states its licence in the head of its README; after "other" comes license_name."""
+    if not path.is_file():
+        return None
+    head = path.read_text(encoding="utf-8", errors="replace")[:4000].partition("\n---")[0]
+    names = [name.strip("\"'") for name in LICENSE_IN_README.findall(head)]
+    stated = [name for name in names if name != "other"]
+    if not stated:
+        return None
+    return FAIPL if stated[-1].lower().startswith("faipl-1.0-sd") else stated[-1]
 
 
 def stored_scale(folder: Path) -> Blob | None:

@@ -28,7 +28,7 @@ def report(path: Path) -> dict[str, Any]:
     shapes = {name: blob.shape for name, blob in weights.items()}
     modelfolder.check_weights(shapes, sdxl.folder_shapes(configs), str(folder))
     lineage = read_json(path / "lineage.json") or read_json(folder / "lineage.json") or {}
-    metadata = singlefile.stored_metadata(folder)
+    metadata = singlefile.metadata_of_folder(folder)
     return {
         "path": str(path),
         "kind": "run" if run else "folder",
