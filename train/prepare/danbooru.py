@@ -12,7 +12,7 @@ from typing import Any
 
 from train.prepare.files import is_image, require_source, source_root, walk
 from train.prepare.jsonstream import Malformed, iter_values
-from train.prepare.normalise import BadRecord, RawPost, printable
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 
@@ -77,11 +77,10 @@ def _posts(source: SourceConfig, name: str, file: Path, make: MakePost) -> Itera
                     if not isinstance(post, dict):
                         raise BadRecord(f"expected a post, found {type(post).__name__}")
                     yield make(source, root, name, place, post)
-                except (BadRecord, ValueError, TypeError) as error:
-                    key = printable(f"{source.name}:{place.replace(' row ', '#')}")
-                    yield Quarantine(key, "ingest", "bad_record", printable(f"{place}: {error}"), type(error).__name__)
+                except REFUSALS as error:
+                    yield refusal(f"{source.name}:{place.replace(' row ', '#')}", place, error)
     except OSError as error:
-        yield Quarantine(printable(f"{source.name}:{name}"), "ingest", "bad_record", f"{name}: {error}", "OSError")
+        yield refusal(f"{source.name}:{name}", name, error)
 
 
 def _unwrapped(place: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -154,8 +153,8 @@ def tag_groups(post: Mapping[str, Any]) -> dict[str, Any]:
     if groups:
         return groups
     flat = first_of(post, ("tag_string", "tags"))
-    if flat is None:
-        raise BadRecord("no tags: expected tag_string_general and its like, or tags")
+    if not isinstance(flat, str | list):
+        raise BadRecord("no tags: expected tag_string_general and its like, or tags as text or list")
     return {"general": flat.split() if isinstance(flat, str) else flat}
 
 

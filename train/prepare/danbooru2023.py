@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from train.exits import ExitCode, Halt
 from train.prepare.danbooru import find_image, post_number
 from train.prepare.files import require_source, source_root, tar_members
-from train.prepare.normalise import BadRecord, RawPost
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.table import refused
@@ -48,7 +48,7 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
         for number, (row, tag_ids) in enumerate(rows):
             try:
                 yield _post(root, f"{name} post {row.get('id')}", row, tag_ids, tags)
-            except (BadRecord, ValueError, TypeError) as error:
+            except REFUSALS as error:
                 yield refused(source, name, number, error)
     except (sqlite3.Error, pa.ArrowInvalid, OSError) as error:
         raise Halt(ExitCode.USAGE, f"sources {source.name}: {path} cannot be read: {error}") from error
@@ -94,6 +94,7 @@ def _tars(root: str, shard: int) -> tuple[str, ...]:
 def _sqlite(path: Path) -> tuple[TagTable, Iterator[tuple[Row, list[int]]]]:
     # immutable: no lock file or journal is written beside the user's database
     connection = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro&immutable=1", uri=True)
+    connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     tags = {row[0]: (row[1], row[2]) for row in connection.execute("SELECT id, name, type FROM tag")}
     return tags, _sqlite_rows(connection)
 

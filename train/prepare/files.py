@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
-from train.prepare.records import Quarantine
+from train.prepare.records import ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
 IMAGE_SUFFIXES = frozenset(
@@ -80,31 +80,39 @@ def _real_root(root: str) -> str:
 
 
 def walk(source: SourceConfig, root: Path) -> Iterator[str | Quarantine]:
-    """Relative paths of all regular files below `root`, sorted; links out of it and unreadable names as Quarantine.
+    """Relative paths of all regular files below `root`; links out of it, pipes and unreadable names as Quarantine.
 
     Hidden folders are skipped. Links to folders inside the root are skipped too: their files are met at home.
     """
-    yield from _walk(source, root, "")
-
-
-def _walk(source: SourceConfig, root: Path, below: str) -> Iterator[str | Quarantine]:
-    with os.scandir(root / below) as entries:
-        ordered = sorted(entries, key=lambda entry: entry.name)
-    for entry in ordered:
-        uri = f"{below}/{entry.name}" if below else entry.name
+    waiting = [""]
+    while waiting:
+        folder = waiting.pop()
         try:
-            resolve_inside(root, uri)
-        except UnsafePath as error:
-            shown = uri.encode("utf-8", "backslashreplace").decode()
-            printable = "".join(c if ord(c) >= 32 else repr(c)[1:-1] for c in shown)
-            reason = "outside_root" if entry.is_symlink() else "bad_record"
-            yield Quarantine(f"{source.name}:{printable}", "ingest", reason, str(error))  # type: ignore[arg-type]
+            with os.scandir(root / folder) as entries:
+                ordered = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            yield _refused(source, folder, "bad_record", error)
             continue
-        if entry.is_dir(follow_symlinks=False):
-            if not entry.name.startswith("."):
-                yield from _walk(source, root, uri)
-        elif not entry.is_dir():
-            yield uri
+        for entry in ordered:
+            uri = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                resolve_inside(root, uri)
+            except UnsafePath as error:
+                yield _refused(source, uri, "outside_root" if entry.is_symlink() else "bad_record", error)
+                continue
+            if entry.is_dir(follow_symlinks=False):
+                if not entry.name.startswith("."):
+                    waiting.append(uri)
+            elif entry.is_file() or (entry.is_symlink() and not entry.is_dir()):
+                yield uri
+            elif not entry.is_symlink():
+                yield _refused(source, uri, "bad_record", UnsafePath("not a regular file"))
+
+
+def _refused(source: SourceConfig, uri: str, reason: ErrorReason, error: Exception) -> Quarantine:
+    shown = uri.encode("utf-8", "backslashreplace").decode()
+    shown = "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in shown)
+    return Quarantine(f"{source.name}:{shown}", "ingest", reason, f"{shown}: {error}", type(error).__name__)
 
 
 def read_image(source: SourceConfig, uri: str, member: str | None = None) -> bytes:
@@ -121,11 +129,16 @@ def read_image(source: SourceConfig, uri: str, member: str | None = None) -> byt
     return _read_member(path, member)
 
 
+def is_plain(info: tarfile.TarInfo) -> bool:
+    """Whether a tar's member is an ordinary file whose bytes lie in one piece."""
+    return info.type in (tarfile.REGTYPE, tarfile.AREGTYPE)
+
+
 def _read_file(path: Path) -> bytes:
+    if not stat.S_ISREG(path.stat().st_mode):  # before opening: a pipe would block
+        raise OSError(f"{path} is not a regular file")
     with open(path, "rb") as file:
         info = os.fstat(file.fileno())
-        if not stat.S_ISREG(info.st_mode):
-            raise OSError(f"{path} is not a regular file")
         if info.st_size > MAX_IMAGE_BYTES:
             raise OSError(f"{path} holds {info.st_size} bytes, more than {MAX_IMAGE_BYTES}")
         return file.read()
@@ -154,7 +167,7 @@ def _members(path: str, mtime_ns: int) -> dict[str, tuple[int, int]]:
     found: dict[str, tuple[int, int]] = {}
     with tarfile.open(path, "r:") as archive:
         for info in archive:
-            if info.isreg() and info.size <= MAX_IMAGE_BYTES:
+            if is_plain(info) and info.size <= MAX_IMAGE_BYTES:
                 found.setdefault(info.name, (info.offset_data, info.size))
     return found
 

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 
 from train.prepare.files import require_source, source_root, walk
 from train.prepare.jsonstream import Malformed, iter_values
-from train.prepare.mapped import check_columns, mapped_post
-from train.prepare.normalise import BadRecord, RawPost
+from train.prepare.mapped import mapped_post
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.table import Row, csv_rows, parquet_rows, refused
@@ -27,7 +27,6 @@ _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """Every image of the folder's metadata files, parquet files and Arrow files."""
     require_source(source)
-    check_columns(source)
     root = source_root(source)
     for found in walk(source, root):
         if isinstance(found, Quarantine):
@@ -61,7 +60,7 @@ def _metadata(source: SourceConfig, root: Path, name: str) -> Iterator[RawPost |
                 raise BadRecord("no file_name")
             uri = str(PurePosixPath(name).parent / file)
             yield mapped_post(source, row, f"{name} row {number}", root, uri)
-        except (BadRecord, ValueError, TypeError) as error:
+        except REFUSALS as error:
             yield refused(source, name, number, error)
 
 
@@ -101,7 +100,7 @@ def _embedded_rows(source: SourceConfig, root: Path, name: str) -> Iterator[RawP
         try:
             member = f"row:{number}:{image}"
             yield mapped_post(source, row, f"{name} row {number}", root, name, member, f"{name}#{number}")
-        except (BadRecord, ValueError, TypeError) as error:
+        except REFUSALS as error:
             yield refused(source, name, number, error)
 
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
 from train.prepare.judge import Complaint
+from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
 from train.prepare.records import RECORDS, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
@@ -81,6 +82,7 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
 
 def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """What the source's adapter finds."""
+    check_columns(source)
     adapter = importlib.import_module(f"train.prepare.{source.adapter}")
     yield from adapter.read(source)
 

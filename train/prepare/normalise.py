@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -20,11 +20,14 @@ from train.captions import join
 from train.exclusions import excluded_by
 from train.labels import RATING_WORDS, parse_date
 from train.prepare.files import UnsafePath, check_relative
-from train.prepare.records import TAG_GROUPS, Quarantine
+from train.prepare.records import TAG_GROUPS, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
 MAX_CAPTION_BYTES = 1 << 16
+MAX_MESSAGE_CHARS = 1000
 SEPARATOR = "|||"
+# What reading one hostile record may raise; anything else is a defect of ours and must show.
+REFUSALS = (ValueError, TypeError, OverflowError, OSError, RecursionError)
 _INT32 = ("width", "height", "up_score", "down_score", "fav_count")
 _INT64 = ("source_id", "file_size", "parent_id")
 _FLAGS = ("is_deleted", "is_banned", "is_pending", "has_children")
@@ -64,13 +67,19 @@ def to_record(post: RawPost, source: SourceConfig) -> dict[str, Any] | Quarantin
     key = f"{source.name}:{post.id}"
     try:
         return _record(key, post, source)
-    except UnsafePath as error:
-        reason, found = "outside_root", error
-    except BadCaption as error:
-        reason, found = "bad_caption", error  # type: ignore[assignment]
-    except (BadRecord, ValueError, TypeError, OverflowError) as error:
-        reason, found = "bad_record", error  # type: ignore[assignment]
-    return Quarantine(printable(key), "ingest", reason, f"{post.place}: {found}", type(found).__name__)  # type: ignore[arg-type]
+    except REFUSALS as error:
+        return refusal(key, post.place, error)
+
+
+def refusal(key: str, place: str, error: Exception) -> Quarantine:
+    """The quarantine row of a record that raised one of REFUSALS."""
+    reason: ErrorReason = "bad_record"
+    if isinstance(error, UnsafePath):
+        reason = "outside_root"
+    elif isinstance(error, BadCaption):
+        reason = "bad_caption"
+    message = printable(f"{place}: {error}")
+    return Quarantine(printable(key), "ingest", reason, message[:MAX_MESSAGE_CHARS], type(error).__name__)
 
 
 def printable(text: str) -> str:
@@ -83,7 +92,7 @@ def printable(text: str) -> str:
 
 def _record(key: str, post: RawPost, source: SourceConfig) -> dict[str, Any]:
     check_relative(post.uri)
-    if not post.id or printable(key) != key:
+    if not post.id or printable(key) != key or printable(post.member or "") != (post.member or ""):
         raise BadRecord(f"id {post.id!a} is empty or holds control characters")
     row: dict[str, Any] = {"key": key, "source": source.name, "uri": post.uri, "member": post.member}
     fields = post.fields
@@ -147,8 +156,8 @@ def _raw_hash(row: Mapping[str, Any]) -> str:
 
 def _extension(value: Any, name: str) -> str:
     suffix = PurePosixPath(name).suffix
-    text = value if isinstance(value, str) and value else suffix
-    return text.lower().lstrip(".")
+    text = (value if isinstance(value, str) and value else suffix).lower().lstrip(".")
+    return text if re.fullmatch(r"[a-z0-9]{0,10}", text) else suffix.lower().lstrip(".")
 
 
 def _md5(value: Any) -> str | None:
@@ -157,7 +166,7 @@ def _md5(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
+    return printable(value[:200]) if isinstance(value, str) and value else None
 
 
 def is_missing(value: Any) -> bool:
@@ -215,7 +224,7 @@ def _date(value: Any) -> tuple[str | None, int | None]:
         return None, None
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = datetime.fromtimestamp(value, UTC)  # moebooru writes seconds since 1970
-    found = value if isinstance(value, datetime) else parse_date(value)
+    found = value if isinstance(value, date) else parse_date(value)
     if found is None:
         return printable(str(value))[:200], None
     return found.isoformat(), found.year
@@ -233,7 +242,7 @@ def _rating(value: Any, scheme: str) -> str | None:
 def _tags(value: Any, source: SourceConfig) -> list[str]:
     if value is None:
         return []
-    if isinstance(value, str) or not hasattr(value, "__iter__"):
+    if not isinstance(value, list | tuple):
         raise BadRecord(f"tags are {value!r}, expected a list")
     tags = list(value)
     try:

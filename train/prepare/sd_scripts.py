@@ -13,7 +13,7 @@ from typing import Any
 from train.prepare.danbooru import JSON_SUFFIXES, json_files
 from train.prepare.files import IMAGE_SUFFIXES, is_image, require_source, source_root
 from train.prepare.jsonstream import Malformed, iter_members, iter_values
-from train.prepare.normalise import BadRecord, RawPost, printable
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 
@@ -33,9 +33,8 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
             place = f"{name} row {row}"
             try:
                 yield _post(root, place, key, value)
-            except (BadRecord, ValueError) as error:
-                shown = printable(f"{source.name}:{name}#{row}")
-                yield Quarantine(shown, "ingest", "bad_record", printable(f"{place}: {error}"), type(error).__name__)
+            except REFUSALS as error:
+                yield refusal(f"{source.name}:{name}#{row}", place, error)
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:

@@ -31,7 +31,10 @@ def _image(source: SourceConfig, root: Path, uri: str) -> RawPost | Quarantine:
         if not os.path.lexists(root / name):
             continue
         try:
-            return RawPost(id=uri, place=name, uri=uri, caption=read_caption(resolve_inside(root, name)))
+            file = resolve_inside(root, name)
+            if not file.is_file():  # a pipe would block the reader for ever
+                raise BadCaption("not a regular file")
+            return RawPost(id=uri, place=name, uri=uri, caption=read_caption(file))
         except UnsafePath as error:
             return Quarantine(f"{source.name}:{uri}", "ingest", "outside_root", str(error), "UnsafePath")
         except (BadCaption, OSError) as error:

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.prepare.files import require_source, source_root, walk
-from train.prepare.mapped import check_columns, mapped_post
-from train.prepare.normalise import BadRecord, RawPost, printable
+from train.prepare.mapped import mapped_post
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 
@@ -24,7 +24,6 @@ Row = Mapping[str, Any]
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """Every row of the source's file, or of the files of its folder."""
     path = require_source(source)
-    check_columns(source)
     root = source_root(source)
     for name, file in table_files(source, path):
         if isinstance(file, Quarantine):
@@ -59,14 +58,13 @@ def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[R
                 yield mapped_post(source, row, place, root, uri, f"row:{number}:{image}", f"{name}#{number}")
             else:
                 yield mapped_post(source, row, place, root)
-        except (BadRecord, ValueError, TypeError) as error:
+        except REFUSALS as error:
             yield refused(source, name, number, error)
 
 
 def refused(source: SourceConfig, name: str, number: int, error: Exception) -> Quarantine:
     """The quarantine row of a table's row."""
-    key = printable(f"{source.name}:{name}#{number}")
-    return Quarantine(key, "ingest", "bad_record", printable(f"{name} row {number}: {error}"), type(error).__name__)
+    return refusal(f"{source.name}:{name}#{number}", f"{name} row {number}", error)
 
 
 def parquet_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:

@@ -12,10 +12,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train.prepare.danbooru import danbooru_post
-from train.prepare.files import UnsafePath, check_relative, is_image, require_source, source_root, walk
+from train.prepare.files import UnsafePath, check_relative, is_image, is_plain, require_source, source_root, walk
 from train.prepare.jsonstream import MAX_VALUE_BYTES, Malformed, parse
-from train.prepare.mapped import check_columns, mapped_post
-from train.prepare.normalise import MAX_CAPTION_BYTES, BadRecord, RawPost, printable
+from train.prepare.mapped import mapped_post
+from train.prepare.normalise import MAX_CAPTION_BYTES, REFUSALS, BadRecord, RawPost, printable
 from train.prepare.records import ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
@@ -25,7 +25,6 @@ Sample = dict[str, Any]  # images: member names, json and txt: bytes
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """Every image of every tar."""
     path = require_source(source)
-    check_columns(source)
     root = source_root(source)
     tars = [path.name] if path.is_file() else walk(source, path)
     for found in tars:
@@ -43,7 +42,7 @@ def _tar(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[Ra
                 problem = _refused_member(source, name, info)
                 if problem is not None:
                     yield problem
-                if problem is not None or not info.isreg():
+                if problem is not None or not is_plain(info):
                     continue
                 key = sample_key(info.name)
                 if key != current:
@@ -67,9 +66,9 @@ def _refused_member(source: SourceConfig, name: str, info: tarfile.TarInfo) -> Q
         check_relative(info.name)
     except UnsafePath as error:
         return _quarantine(source, place, "outside_root", f"{printable(name)}: {error}", error)
-    if info.isreg() or info.isdir():
+    if is_plain(info) or info.isdir():
         return None
-    problem = BadRecord(f"{place} is a link or a device, only regular members are read")
+    problem = BadRecord(f"{place} is a link, a device or sparse, only regular members are read")
     reason: ErrorReason = "outside_root" if info.issym() or info.islnk() else "bad_record"
     return _quarantine(source, place, reason, str(problem), problem)
 
@@ -91,7 +90,7 @@ def _posts(source: SourceConfig, root: Path, name: str, sample: Sample) -> Itera
             yield _post(source, root, name, member, place, sample)
         except UnicodeDecodeError as error:
             yield _quarantine(source, place, "bad_caption", f"{place}: {error}", error)
-        except (BadRecord, ValueError, TypeError) as error:
+        except REFUSALS as error:
             yield _quarantine(source, place, "bad_record", f"{place}: {error}", error)
 
 
