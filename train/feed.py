@@ -5,14 +5,18 @@ The order comes from the plan alone; worker count, prefetch depth and restarts o
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from train import signals
 from train.config import DataConfig
 from train.dataset import Batch, TileDataset
 from train.exits import ExitCode, Halt
@@ -62,6 +66,7 @@ class Feed:
         self._waiting: Batch | None = None
         self._first = first_step
         self._loader: Iterator[Batch | Halt] | None = None
+        self._deaths = Deaths()
 
     def next_update(self) -> Iterator[Batch]:
         """The batches of the next plan step, on the device, one copy ahead of use."""
@@ -83,13 +88,15 @@ class Feed:
         loader, self._loader = self._loader, None
         if loader is not None and hasattr(loader, "_shutdown_workers"):
             loader._shutdown_workers()
+        self._deaths.restore()
 
     def _take(self) -> Batch:
         for attempt in range(POOL_RETRIES + 1):
             try:
                 if self._loader is None:
                     self._loader = self._open()
-                batch = next(self._loader)
+                with self._deaths.raised_here():
+                    batch = next(self._loader)
                 if isinstance(batch, Halt):
                     raise batch
                 self._number += 1
@@ -122,7 +129,7 @@ class Feed:
                 "multiprocessing_context": "fork",
                 "worker_init_fn": _start_worker,
             }
-        return iter(
+        loader = iter(
             DataLoader(
                 self.dataset,
                 batch_size=None,
@@ -133,6 +140,9 @@ class Feed:
                 **workers,
             )
         )
+        if self.data.workers:
+            self._deaths.guard()
+        return loader
 
     def _explain(self, error: Exception) -> Halt:
         step, number = self._place()
@@ -143,6 +153,46 @@ class Feed:
             f"data for update {step} could not be made: {error}; images in flight (uids): {listed}; "
             "fewer data.workers or data.workers=0 may help",
         )
+
+
+class Deaths:
+    """Owner of the signal that tells of a dead worker. torch raises at once, wherever the main thread happens to be,
+    even between two parameters inside optimizer.step(); here it is raised where data is taken and nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self._raise: Callable[[int, FrameType | None], Any] | None = None  # torch's handler
+        self._taking = self._seen = False
+
+    def guard(self) -> None:
+        """Stand before the handler that torch installed with the pool."""
+        current = signal.getsignal(signal.SIGCHLD)
+        if callable(current) and current != self._handle:
+            self._raise = current
+            signal.signal(signal.SIGCHLD, self._handle)
+
+    def restore(self) -> None:
+        """Give the signal back to torch."""
+        if self._raise is not None and signal.getsignal(signal.SIGCHLD) == self._handle:
+            signal.signal(signal.SIGCHLD, self._raise)
+
+    @contextlib.contextmanager
+    def raised_here(self) -> Iterator[None]:
+        """Inside, a worker's death is a RuntimeError at once, one seen since the last time included."""
+        self._taking = True
+        try:
+            if self._seen and self._raise is not None:
+                self._seen = False
+                self._raise(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._taking = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._taking and self._raise is not None:
+            self._raise(number, frame)
+        else:
+            self._seen = True
 
 
 class _Tail(Sampler[tuple[int, int]]):
@@ -164,6 +214,7 @@ class _Tail(Sampler[tuple[int, int]]):
 def _start_worker(_: int) -> None:
     # Workers only slice memory maps and draw numbers; more threads would fight with the training for cores.
     torch.set_num_threads(1)
+    signals.reset_in_worker()
     reset_in_worker()
 
 
