@@ -31,6 +31,7 @@ from train.tools.tiny_world import write_file
 # Shape legend: B pictures of one size, S noise draws, C H W latent channels, rows, columns.
 SETTINGS = Path(__file__).resolve().parents[2] / "configs" / "tiny" / "prompts.yaml"
 STAGES = ("pretrain", "ft1", "ft2")
+MAX_TOKENS = 75  # as the tiny configs train
 _LOSS_WINDOW = 50  # updates
 
 
@@ -108,7 +109,7 @@ def _denoised(components: Any, prompts: Sequence[CheckPrompt], settings: Prompts
     told = [settings.negative] * len(prompts)
     told += [sampling.captions_text(prompt.text, settings.quality_prefix) for prompt in prompts]
     tokens = text.TagTokenizer(components.tokenizer, components.tokenizer_2)
-    pairs = [tokens.chunk_ids(tokens.fit([], captions.split(one)[1])[0]) for one in told]
+    pairs = [tokens.chunk_ids(tokens.fit([], captions.split(one)[1], MAX_TOKENS)[0], MAX_TOKENS) for one in told]
     ids_1_BN77, ids_2_BN77 = (torch.from_numpy(np.stack(ids)) for ids in zip(*pairs, strict=True))
     context_BLD, pooled_BP = text.encode(components.text_encoder, components.text_encoder_2, ids_1_BN77, ids_2_BN77)
     size_B6 = torch.tensor([text.size_vector(width, height, 0, 0, width, height)] * len(told), dtype=torch.float32)

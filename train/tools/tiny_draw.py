@@ -24,12 +24,13 @@ HAIR: dict[str, Colour] = {
     "pink": (246, 128, 184),
     "white": (238, 239, 245),
 }
+# No hair colour's word is used for anything else, so that a bag of words tells the hair; eyes and clothes share theirs.
 EYES: dict[str, Colour] = {
     "brown": (120, 70, 30),
-    "blue": (40, 100, 220),
-    "green": (30, 150, 70),
-    "red": (200, 40, 40),
-    "yellow": (225, 180, 20),
+    "aqua": (40, 180, 190),
+    "purple": (130, 60, 190),
+    "orange": (235, 130, 20),
+    "yellow": (225, 190, 30),
 }
 SHIRTS: dict[str, Colour] = {
     "orange_shirt": (232, 134, 46),

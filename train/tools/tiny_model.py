@@ -22,12 +22,12 @@ from train.tools.tiny_tokenizer import EOS, build_vocabulary, write_tokenizer
 from train.tools.tiny_vae import WEIGHTS, build_vae, deterministic_file
 from train.tools.tiny_world import write_file
 
-MODEL_VERSION = 1  # raise it when the architecture or the first weights change
+MODEL_VERSION = 2  # raise it when the architecture or the first weights change
 LICENSE = "Apache-2.0"  # of these weights; exports inherit it
 _STAMP = "tiny.json"
 _WIDTH_1, _WIDTH_2 = 32, 64  # of the text encoders; SDXL 768 and 1280
 _TIME_WIDTH = 32  # per number of the size embedding; SDXL 256
-_EMBEDDING_STD = 0.5  # CLIP's 0.02 belongs to trained encoders: from scratch the U-Net would see next to nothing
+_EMBEDDING_STD = 2.0  # CLIP's 0.02 belongs to trained encoders: from scratch the U-Net would see next to nothing
 UNET = {
     "sample_size": 16,
     "in_channels": 4,
@@ -35,7 +35,7 @@ UNET = {
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
     "block_out_channels": (32, 64, 64),
-    "layers_per_block": 2,
+    "layers_per_block": 1,
     "transformer_layers_per_block": (1, 1, 1),
     "attention_head_dim": (2, 4, 4),  # diffusers' name; the values are numbers of heads, as in SDXL's config
     "use_linear_projection": True,
@@ -82,7 +82,8 @@ def _save(folder: Path, seed: int) -> None:
     for name, pad_token in (("tokenizer", EOS), ("tokenizer_2", "!")):  # as SDXL's folder declares them
         write_tokenizer(folder / name, pad_token)
     unet, text_encoder, text_encoder_2 = build_trainable(seed)
-    vae = build_vae()
+    with torch.random.fork_rng(devices=[]):
+        vae = build_vae()
     vae.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,

@@ -21,23 +21,23 @@ Combination = tuple[str, str, str]  # hair, eyes, background
 HELD_OUT_COUNT = 48
 EXPRESSIONS = ("smile", "open_mouth", "surprised", "angry", "expressionless", "closed_eyes")
 # Width x height before prepare; each ratio lands in one of five buckets of the tiny configs, some only after a crop.
-SIZES = ((192, 240), (240, 300), (192, 256), (224, 224), (288, 288), (240, 192), (300, 240), (256, 192),
-         (160, 320), (180, 320), (320, 160), (320, 180))
-_SIZE_WEIGHTS = (10, 8, 6, 10, 8, 8, 6, 5, 3, 3, 3, 3)
+SIZES = ((192, 256), (225, 300), (240, 300), (224, 224), (256, 256), (200, 220), (256, 192), (300, 225), (300, 240),
+         (128, 320), (320, 128))
+_SIZE_WEIGHTS = (10, 8, 6, 10, 8, 6, 10, 8, 6, 3, 3)
 FORMATS = ("png", "jpg", "webp")
 DELETED, BANNED, COPIES = (37, 141, 305, 498), (72, 411), (120, 266, 390, 555)  # posts that prepare must leave out
 
 # name, series, hair, eyes, count tag: adults by trade, made up for this world
 CHARACTERS = (
-    ("ostrava_(harbor_lights)", "harbor_lights", "blue", "green", "1girl"),
-    ("bosun_(harbor_lights)", "harbor_lights", "white", "blue", "1boy"),
+    ("ostrava_(harbor_lights)", "harbor_lights", "blue", "aqua", "1girl"),
+    ("bosun_(harbor_lights)", "harbor_lights", "white", "purple", "1boy"),
     ("marrow_(harbor_lights)", "harbor_lights", "red", "brown", "1boy"),
     ("doctor_sorrel", "green_ward", "green", "brown", "1girl"),
     ("nurse_tamar", "green_ward", "black", "brown", "1girl"),
-    ("professor_lind", "green_ward", "blonde", "blue", "1boy"),
+    ("professor_lind", "green_ward", "blonde", "aqua", "1boy"),
     ("pilot_quill", "paper_skies", "pink", "yellow", "1girl"),
-    ("engineer_vesna", "paper_skies", "red", "green", "1girl"),
-    ("colonel_ash", "paper_skies", "black", "red", "1boy"),
+    ("engineer_vesna", "paper_skies", "red", "orange", "1girl"),
+    ("colonel_ash", "paper_skies", "black", "orange", "1boy"),
     ("baker_juno", "paper_skies", "blonde", "brown", "1other"),
 )
 # name, weight of the outline
@@ -97,7 +97,7 @@ HELD_OUT = _choose_held_out()
 def check_prompts() -> list[CheckPrompt]:
     """The 48 prompts of the tag-following check, one for each held-out combination."""
     pick = random.Random("check prompts")
-    sizes = ((128, 160), (128, 128), (160, 128))
+    sizes = ((96, 128), (96, 96), (128, 96))
     prompts = []
     for number, (hair, eyes, background) in enumerate(HELD_OUT):
         tags = [pick.choice(("1girl", "1boy")), "original", "solo", f"{hair}_hair", f"{eyes}_eyes"]
