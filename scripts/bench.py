@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Benchmarks: `cpu` beside the reference trainers found by environment variable, `gpu` of the full-size training step."""
+"""Benchmarks: `cpu` beside reference trainers found by environment variable, `gpu` of the full-size training step."""
 
 import os
 import sys

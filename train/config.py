@@ -354,6 +354,7 @@ def _cross_problems(config: StageConfig) -> list[str]:
         (strict and "auto" in (model.gradient_checkpointing, batch.split),
          "batch.determinism: strict refuses auto in model.gradient_checkpointing and batch.split, "
          "because what it picks depends on free memory: name a value"),
+        (model.weights == "bf16" and config.precision != "bf16", "model.weights: bf16 needs precision: bf16"),
         (strict and model.weights == "bf16", "batch.determinism: strict refuses model.weights: bf16"),
         (strict and optimizer.sharding != "none", "batch.determinism: strict refuses optimizer.sharding"),
         (config.schedule.unit == "optimizer_step" and config.schedule.processes != 1,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from train import faults, guard, optim, rng
+from train import faults, guard, optim, rng, stochastic
 from train.checkpoint import Progress
 from train.config import StageConfig
 from train.ema import Ema
@@ -102,7 +102,12 @@ def run_updates(session: Session) -> Progress:
                 session.saver.before_step()  # a background save may still be copying the weights
             session.stepping = True
             faults.at("optimizer", step)
-            session.optimizer.step()
+            if config.model.weights == "bf16":
+                stochastic.step(
+                    session.optimizer, session.parameters.values(), seed=config.seed, update=session.progress.updates
+                )
+            else:
+                session.optimizer.step()
             if session.ema is not None:
                 session.ema.update(session.parameters, session.progress.updates + 1)
         session.scale = session.scale.after(overflowed=not applied)

@@ -50,6 +50,7 @@ class Stream(IntEnum):
     INPUT_PERTURBATION = 15
     VALIDATION_NOISE = 16
     VALIDATION_TIMESTEP = 17
+    ROUNDING = 18  # of bf16 weights; keyed by update, not by image
 
 
 def uid_of(key: str, repeat: int = 0) -> int:

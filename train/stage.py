@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from train import fast, loop, memory, optim, reduce, singlefile, text, validation
+from train import fast, loop, memory, optim, reduce, singlefile, stochastic, text, validation
 from train.checkpointing import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.config import StageConfig
 from train.dataset import make_plan
@@ -26,6 +26,7 @@ from train.models import (
     cast_frozen,
     parameter_groups,
     set_train_mode,
+    trained_parameters,
 )
 from train.plan import Plan, check_buckets, plan_fingerprint, tiles_per_update
 from train.snapshot import available_host_bytes
@@ -75,12 +76,8 @@ def open_machine(config: StageConfig) -> Machine:
             f"batch.accumulation {batch.accumulation} x micro {batch.micro} x {world} processes is not "
             f"batch.effective {batch.effective}: leave it null, or give {accumulation}",
         )
-    for key, value, plain in (
-        ("model.weights", config.model.weights, "fp32"),
-        ("optimizer.sharding", config.optimizer.sharding, "none"),
-    ):
-        if value != plain:
-            raise Halt(ExitCode.USAGE, f"{key}: {value} is not built yet; use {plain}")
+    if config.optimizer.sharding != "none":
+        raise Halt(ExitCode.USAGE, f"optimizer.sharding: {config.optimizer.sharding} is not built yet; use none")
     strict = batch.determinism == "strict"
     virtual_per_rank = reduce.check_strict_world(tiles, world) if strict else 1
     if strict:
@@ -176,6 +173,8 @@ def open_networks(
         for encoder in (networks.text_encoder, networks.text_encoder_2):
             set_text_checkpointing(encoder, execution.text_checkpointing)
     cast_frozen(networks, DTYPES[config.precision])
+    if settings.weights == "bf16":
+        stochastic.to_16_bit(trained_parameters(networks).values())
     networks.to(machine.place.device)
     if settings.channels_last:
         fast.to_channels_last(networks.unet)

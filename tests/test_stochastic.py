@@ -1,0 +1,91 @@
+"""bf16 weights: rounding without bias, updates that nearest rounding would lose, every optimizer, exact repetition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from train import optim, stochastic
+from train.config import OptimizerConfig
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_rounding_takes_a_neighbour_and_is_right_on_average() -> None:
+    low, high = torch.tensor(1.0), torch.tensor(1.0 + 2**-7)  # neighbours in bf16
+    for share in (0.0, 0.1, 0.5, 0.9):
+        values = (low + share * (high - low)).expand(200_000).contiguous()
+        rounded = stochastic.round_stochastic(values, generator())
+        assert rounded.dtype == torch.bfloat16
+        assert set(rounded.unique().tolist()) <= {low.item(), high.item()}
+        # four standard deviations of 200,000 draws
+        assert (rounded.float().mean() - values[0]).abs() <= (high - low) * 4 * 0.5 / 200_000**0.5
+
+
+def test_what_bf16_can_hold_stays_and_so_do_signs_and_infinities() -> None:
+    exact = torch.tensor([0.0, -0.0, 1.5, -2.0, 1e-30, float("inf"), -float("inf")]).bfloat16().float()
+    assert torch.equal(stochastic.round_stochastic(exact, generator()), exact.bfloat16())
+    values = -torch.rand(1000, generator=generator(1)) - 0.1
+    rounded = stochastic.round_stochastic(values, generator(2)).float()
+    assert ((rounded - values).abs() <= values.abs() * 2**-7).all()
+    assert (rounded < 0).all()
+    assert torch.isnan(stochastic.round_stochastic(torch.tensor([float("nan")]), generator())).all()
+
+
+def test_memory_format_survives() -> None:
+    weights = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
+    assert stochastic.round_stochastic(weights, generator()).is_contiguous(memory_format=torch.channels_last)
+
+
+def config(name: str) -> OptimizerConfig:
+    return OptimizerConfig(name=name, unet_lr=1e-5, betas=(0.9, 0.99))  # type: ignore[arg-type]
+
+
+def train(weights: str, name: str, updates: int, seed: int = 1) -> list[nn.Parameter]:
+    """`updates` steps of constant gradients on weights of 1.0, in fp32 or in bf16 with stochastic rounding."""
+    parameters = [nn.Parameter(torch.ones(96, 64)), nn.Parameter(torch.ones(64))]
+    if weights == "bf16":
+        for parameter in parameters:
+            parameter.data = parameter.data.bfloat16()
+    optimizer = optim.make_optimizer([("unet", parameters, 1e-5)], config(name))
+    for update in range(updates):
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 0.01)
+        if weights == "bf16":
+            stochastic.step(optimizer, parameters, seed=seed, update=update)
+        else:
+            optimizer.step()
+    return parameters
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_updates_below_the_resolution_of_bf16_arrive(name: str) -> None:
+    exact, rounded = train("fp32", name, 60), train("bf16", name, 60)
+    moved = 1 - exact[0].mean().item()
+    assert 0 < moved < 2**-9  # half the distance below 1: nearest rounding would have moved nothing
+    assert rounded[0].dtype == torch.bfloat16
+    # the mean over 6,144 weights; each ends at most one bf16 distance from where it should be
+    assert 1 - rounded[0].float().mean().item() == pytest.approx(moved, rel=0.35)
+
+
+def test_equal_seed_and_update_round_alike() -> None:
+    one, again, other = (train("bf16", "adamw", 20, seed)[0].detach() for seed in (1, 1, 2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, other)
+
+
+def test_state_is_fp32_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = train("bf16", "adamw", 5)
+    monkeypatch.setattr(stochastic, "CHUNK_BYTES", 1)
+    parts = train("bf16", "adamw", 5)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.equal(one, other)
+    parameters = [nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))]
+    optimizer = optim.make_optimizer([("unet", parameters, 1e-5)], config("adamw"))
+    parameters[0].grad = torch.ones_like(parameters[0])
+    stochastic.step(optimizer, parameters, seed=1, update=0)
+    assert optimizer.state[parameters[0]]["exp_avg"].dtype == torch.float32
+    assert parameters[0].grad is None
