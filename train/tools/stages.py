@@ -43,7 +43,7 @@ def launch_stage(
     command = launch_command(launch, processes) + [str(RUN_PY), "--config", str(config), *overrides]
     # Ours from an earlier start must not be mistaken for the answer of this one.
     (output_dir / "exit.json").unlink(missing_ok=True)
-    environment = os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")}
+    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", **os.environ}  # time for the last save
     child = subprocess.Popen(command, env=environment)
     try:
         code = child.wait()
@@ -62,7 +62,8 @@ def launch_command(launch: Path | None, processes: int) -> list[str]:
     if launch is not None:
         return [*base, "--config_file", str(launch)]
     if processes == 1:
-        return [*base, "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        one = ["--num_processes", "1", "--num_machines", "1"]
+        return [*base, *one, "--mixed_precision", "no", "--dynamo_backend", "no"]
     if not _has_gpu():
         # accelerate's CPU mode starts one process whatever it is told; torchrun starts as many as asked.
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
