@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 
 from train.exits import ExitCode, Halt
 
-_PATTERN = re.compile(r"\s*([a-z_0-9]+)\s*(>=|<=|==|>|<|\bnot_in\b|\bin\b|\bhas_any\b|\bhas_none\b|\bhas\b)\s*(.+?)\s*")
+_PATTERN = re.compile(r"\s*([a-z_0-9]+)\s*(>=|<=|==|>|<|\bnot_in\b|\bin\b|\bhas_any\b|\bhas_none\b|\bhas\b)\s*(\S|\S.*\S)\s*")
 _LIST_OPS = ("in", "not_in", "has_any", "has_none")
 _COMPARE = {">": pc.greater, ">=": pc.greater_equal, "<": pc.less, "<=": pc.less_equal, "==": pc.equal}
 Value = str | float | int | bool
@@ -110,7 +110,7 @@ def _split(inner: str) -> list[str]:
 def _value(text: str, predicate: str) -> Value:
     if len(text) >= 2 and text[0] == text[-1] and text[0] in "\"'":
         return text[1:-1]
-    if any(mark in text for mark in "[]\"'"):
+    if any(mark in text for mark in "[]\"'<>="):
         raise _bad(predicate, f"{text!r} is neither a number nor a word")
     if text in ("true", "false"):
         return text == "true"

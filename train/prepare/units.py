@@ -206,7 +206,8 @@ class _Reuse:
         paths = [*sorted(step.folder.glob("*.parquet")), *sorted((step.folder / "stale").glob("*.parquet"))]
         for path in paths:
             metadata = _metadata(path)
-            if metadata.get("config") == step.config and path.name not in current and "hashes" in metadata:
+            known = path.parent == step.folder and path.name in current
+            if metadata.get("config") == step.config and not known and "hashes" in metadata:
                 self.files.append((metadata["first"], metadata["last"], path))
 
     def find(self, unit: Unit) -> tuple[list[pa.Table], list[Quarantine]]:
