@@ -98,7 +98,7 @@ def captions_text(prompt: str, prefix: str) -> str:
 class Condition:
     """What the U-Net is told: B = 1 (no guidance) or 2 (negative first)."""
 
-    context_BLD: Tensor  # noqa: N815
+    context_BLD: Tensor
     added: dict[str, Tensor]  # text_embeds [B,P], time_ids [B,6]
 
 
