@@ -3,8 +3,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/install.sh
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(getconf _NPROCESSORS_ONLN | awk '{print ($1 > 2) ? 2 : $1}')}"
-export OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# Two processes of one thread each: the tiny model's operations are too small to share among threads.
+processes=$(getconf _NPROCESSORS_ONLN | awk '{print ($1 > 1) ? 2 : 1}')
+export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 python=.venv/bin/python
 started=$(date +%s)
 
@@ -13,7 +14,8 @@ if [ -f runs/tiny/ft2/DONE ]; then
   echo "All three stages are already trained; nothing to do. Delete runs/tiny to train again."
 else
   $python scripts/prepare.py all --config configs/tiny/dataset.yaml
-  $python scripts/recipe.py --configs configs/tiny/pretrain.yaml configs/tiny/ft1.yaml configs/tiny/ft2.yaml
+  $python scripts/recipe.py --configs configs/tiny/pretrain.yaml configs/tiny/ft1.yaml configs/tiny/ft2.yaml \
+    --processes "$processes"
 fi
 if [ ! -f runs/tiny/samples/grid.png ]; then
   $python scripts/sample.py --model runs/tiny/ft2/model --prompts configs/tiny/prompts.yaml --out runs/tiny/samples
