@@ -277,3 +277,14 @@ def test_aesthetic_scores_join_by_key(tmp_path: Path) -> None:
     score.run(config)
     label.run(config)
     assert _labels(config)[0]["aesthetic"] == "displeasing"  # a float32 0.27 is a little more
+
+
+@pytest.mark.slow
+def test_benchmark_runs_in_small(tmp_path: Path) -> None:
+    from train.tools.bench_labels import label_seconds, write_records
+
+    write_records(tmp_path / "d", 60_000)  # two units
+    found = label_seconds(tmp_path / "d")
+    assert read_table(tmp_path / "d", "labels", ["key"])["key"].length() == 60_000
+    assert found["cpu_s"] < 60
+    assert found["rss_mb"] < 2000
