@@ -55,7 +55,7 @@ def make_dataset(
     pq.write_table(index, folder / "index.parquet")
     for stage in stages:
         pq.write_table(selection, folder / f"select_{stage}.parquet")
-    build_index(folder, index, dict.fromkeys(stages, selection), {"vae_id": "test", "content": "sample", "buckets": "t"})
+    build_index(folder, index, dict.fromkeys(stages, selection), {"vae_id": "", "content": "sample", "buckets": "t"})
     (folder / "dataset.json").write_text(json.dumps({"schema_version": 1, "fingerprint": "test"}))
     return folder
 

@@ -225,9 +225,24 @@ def _vae(settings: ModelConfig) -> tuple[Mapping[str, Any], modelfolder.Weights]
 
 
 def vae_identity(model: LocalModel) -> str:
-    """sha256 over the VAE's weights rounded to fp16: the same for a model, its fp16 export and its single file."""
+    """Identity of the model's VAE, as the latents made with it carry it."""
+    return blobs_identity(dict(network_weights(model, "vae")))
+
+
+def vae_file_identity(file: Path) -> str:
+    """Identity of the VAE in a weights file: of a VAE folder, or in the original names."""
+    source = weightfile.open_file(file)
+    if (file.parent / "config.json").is_file():
+        weights = modelfolder.read_weights(file.parent.parent, vae=file.parent, networks=("vae",))
+    else:
+        weights = singlefile.vae_weights(source)
+    return blobs_identity(weights)
+
+
+def blobs_identity(weights: Mapping[str, Blob]) -> str:
+    """sha256 over weights rounded to fp16: the same for a model, its fp16 export and its single file."""
     digest = hashlib.sha256()
-    for name, blob in sorted(network_weights(model, "vae")):
+    for name, blob in sorted(weights.items()):
         digest.update(f"{name} {list(blob.shape)}\n".encode())
         for piece in weightfile.cast(blob, "F16", name).pieces():
             digest.update(piece)

@@ -18,7 +18,7 @@ from train.checkpointing import exempt_steps_of, set_checkpointing, set_text_che
 from train.config import StageConfig
 from train.dataset import make_plan
 from train.exits import ExitCode, Halt
-from train.hub import LocalModel
+from train.hub import LocalModel, vae_identity
 from train.index import Index
 from train.models import (
     Components,
@@ -100,6 +100,13 @@ def open_machine(config: StageConfig) -> Machine:
 def open_data(config: StageConfig, source: LocalModel) -> Data:
     """Selection, held-out split and plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
     index = Index.open(config.data.path, config.selection)
+    own_vae = vae_identity(source)
+    if index.vae_id and index.vae_id != own_vae:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"data.path {config.data.path}: its latents were made with another VAE (identity {index.vae_id[:12]}) than "
+            f"the stage's ({own_vae[:12]}): set model.vae to that VAE, or run scripts/prepare.py latents with this one",
+        )
     held = validation.held_out(index.uids, config.validation.share, index.images)
     kept, held_out = index.select(~held), index.select(held)
     counts = Counter(zip(kept.bucket_w.tolist(), kept.bucket_h.tolist(), strict=True))

@@ -5,7 +5,6 @@ Shape legend: B pictures of a batch, C latent channels, H W pixel rows and colum
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from train import faults
 from train.exits import ExitCode, Halt
+from train.hub import vae_file_identity
 from train.rng import Stream, normals
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -43,9 +43,8 @@ def weights_file(vae: str | None) -> Path:
 
 
 def vae_identity(weights: Path) -> str:
-    """sha256 of the weights file: what every shard and the index record."""
-    with open(weights, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Identity of the weights, in whatever file and precision they lie: what every shard and the index record."""
+    return vae_file_identity(weights)
 
 
 def load_vae(weights: Path) -> Any:
