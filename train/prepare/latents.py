@@ -250,7 +250,8 @@ def _outcome(work: Work) -> tuple[list[str], list[tuple[str, str]]]:
     for name, slots in work.shards:
         meta = read_meta(work.dataset / name)
         bad = set(json.loads(meta["nan"]))
-        unreadable += [(str(key), str(why)) for key, why in json.loads(meta["unreadable"])]
+        wanted = {slot.key for slot in slots if slot.entry in work.entries}
+        unreadable += [(str(key), str(why)) for key, why in json.loads(meta["unreadable"]) if key in wanted]
         entries += [
             Quarantine(slot.key, "latents", "nan_latent", f"{slot.bucket_w}x{slot.bucket_h}: not finite in fp32 either")
             for slot in slots
