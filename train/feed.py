@@ -104,11 +104,11 @@ class Feed:
             except Halt:
                 self.close()
                 raise
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, EOFError) as error:
                 self.close()
                 if not _pool_failure(error) or attempt == POOL_RETRIES:
                     raise self._explain(error) from error
-                log.warning("data workers failed (%s); starting them again", str(error).splitlines()[0])
+                log.warning("data workers failed (%s); starting them again", _first_line(error))
         raise AssertionError("unreachable")
 
     def _place(self) -> tuple[int, int]:
@@ -150,7 +150,7 @@ class Feed:
         listed = ", ".join(f"{uid:016x}" for uid in uids)
         return Halt(
             ExitCode.UNEXPECTED,
-            f"data for update {step} could not be made: {error}; images in flight (uids): {listed}; "
+            f"data for update {step} could not be made: {_first_line(error)}; images in flight (uids): {listed}; "
             "fewer data.workers or data.workers=0 may help",
         )
 
@@ -218,7 +218,12 @@ def _start_worker(_: int) -> None:
     reset_in_worker()
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _pool_failure(error: Exception) -> bool:
     """Whether the pool broke (dead or silent worker, no shared memory), as opposed to an error in our code."""
     text = str(error)
-    return "DataLoader" in text or "shared memory" in text or isinstance(error, OSError)
+    # EOFError: the worker died between announcing a batch and handing over the file that holds it.
+    return "DataLoader" in text or "shared memory" in text or isinstance(error, OSError | EOFError)
