@@ -12,7 +12,9 @@ import pytest
 from PIL import Image
 
 from train.exits import ExitCode, Halt
+from train.labels import preset
 from train.prepare import ingest, label, probe, score, tag
+from train.prepare.policy import resolve
 from train.prepare.settings import DatasetConfig, ScoreConfig, SourceConfig, TagConfig, dataset_dir, load_settings
 from train.prepare.units import read_table
 
@@ -185,3 +187,13 @@ def test_shipped_config_documents_every_key() -> None:
     commented = [line for line in lines if ":" in line.split("#")[0] and not line.lstrip().startswith("#")]
     bare = [line for line in commented if "#" not in line and line[0] == " " and not line.rstrip().endswith(":")]
     assert all("tag:" in line or "tags_" in line or "min_bucket: 48" in line or "curated" in line for line in bare), bare
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("dataset.yaml")), ids=str)
+def test_every_shipped_dataset_config_loads(path: Path) -> None:
+    assert load_settings([path]).sources
+
+
+def test_as_run_labels_bug_for_bug() -> None:
+    path = ROOT / "configs" / "as_run" / "dataset.yaml"
+    assert resolve(load_settings([path]).policy) == preset("animagine31")

@@ -79,9 +79,9 @@ def _token_counter(folder: str | None) -> tuple[TokenCount | None, str | None]:
     if folder is None:
         print("label: tokenizers is null: token counts are left out")
         return None, None
-    from train.text import TagTokenizer, load_tokenizer
+    from train.text import load_tag_tokenizer
 
-    tokenizer = TagTokenizer(load_tokenizer(Path(folder) / "tokenizer"), load_tokenizer(Path(folder) / "tokenizer_2"))
+    tokenizer = load_tag_tokenizer(Path(folder))
     return (lambda text: len(tokenizer.content_ids([text]))), tokenizer.identity()
 
 
