@@ -123,7 +123,7 @@ def test_three_stages(runs: list[Path], tmp_path: Path) -> None:
     checker = parsed(out)
     for words in (
         "Summary", "Stage comparison", "pretrain", "ft2", "best quality", "base & more", "cosine_restarts",
-        "optimizer.unet_lr", "pretrain → ft1", "update 60", "1girl, <b>smile</b>", "Fair AI Public License 1.0-SD",
+        "optimizer.unet_lr", "pretrain → ft1", "pretrain → ft2", "update 60", "1girl, <b>smile</b>", "Fair AI Public License 1.0-SD",
     ):  # fmt: skip
         assert words in checker.text, words
     assert "-0.5400 ± " in checker.text  # paired change 0.9 -> 0.5 over factors 1 to 1.7

@@ -86,7 +86,8 @@ def summary_table(runs: Sequence[Run]) -> str:
     rows = []
     for number, run in enumerate(runs):
         losses = [value for _, value in run.series("loss")]
-        first, last = (fmean(part) if part else None for part in (losses[:EDGE_UPDATES], losses[-EDGE_UPDATES:]))
+        edge = min(EDGE_UPDATES, max(len(losses) // 2, 1))  # in a short run the two must not overlap
+        first, last = (fmean(part) if part else None for part in (losses[:edge], losses[-edge:]))
         final = run.metrics[-1] if run.metrics else {}
         speeds = [value for _, value in run.series("images_per_s")]
         held = run.validation[-1] if run.validation else {}
@@ -113,7 +114,7 @@ def curves(runs: Sequence[Run]) -> str:
     rows = []
     for key, label, noisy in CHARTS:
         found = [run.series(key) for run in runs]
-        smoothed = [smooth(points, max(len(points) // 50, 1)) if noisy else points for points in found]
+        smoothed = [smooth(points, max(len(points) // 25, 1)) if noisy else points for points in found]
         # The axis follows the smoothed lines and most of the dots: one spike must not flatten everything else.
         values = [y for points in smoothed for _, y in points] + [y for points in found for y in middle(points)]
         if not values:
@@ -211,7 +212,8 @@ def held_out_section(runs: Sequence[Run]) -> str:
 
 def _changes(runs: Sequence[Run]) -> str:
     rows = []
-    for before, after in itertools.pairwise(runs):
+    pairs = [*itertools.pairwise(runs), *([(runs[0], runs[-1])] if len(runs) > 2 else [])]
+    for before, after in pairs:
         change = paired_change(before.validation[-1].get("losses", {}), after.validation[-1].get("losses", {}))
         if change:
             rows.append([f"{escape(before.name)} → {escape(after.name)}", with_interval(change, signed=True)])
