@@ -98,7 +98,7 @@ def as_records(rows: list[Post]) -> tuple[pa.Table, Inputs]:
     )  # fmt: skip
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(posts, min_size=1, max_size=12), policies)
 def test_equal_to_the_oracle(rows: list[Post], policy: Policy) -> None:
     records, inputs = as_records(rows)
@@ -234,7 +234,7 @@ def test_strict_preset_stops_with_the_key(tmp_path: Path) -> None:
     assert stopped.value.code == ExitCode.MISMATCH
 
 
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 1000))
 def test_order_and_number_of_processes_change_nothing(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, seed: int

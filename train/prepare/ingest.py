@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from train.exclusions import EXCLUSIONS_VERSION
@@ -27,9 +28,11 @@ from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
 from train.prepare.records import RECORDS, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
-from train.prepare.units import Step, config_id, finalize, merge_quarantine, write_parquet, write_text
+from train.prepare.unchanged import sources_mark
+from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_manifest, write_parquet, write_text
 
 INGEST_VERSION = 1
+_MARK = "sources.json"
 _SPILL_ROWS = 50_000
 _SPILL_SCHEMA = pa.schema(
     [field.with_type(pa.string()) if field.name == "rating" else field for field in RECORDS]
@@ -43,6 +46,14 @@ def run(settings: DatasetConfig) -> None:
     Raises Complaint(MISMATCH) after finishing, when more than `max_quarantine_fraction` of the posts are errors.
     """
     dataset = dataset_dir(settings)
+    config = config_id(code=INGEST_VERSION, schema=SCHEMA_VERSION, exclusions=EXCLUSIONS_VERSION)
+    step = Step(dataset, "records", RECORDS, config)
+    mark = sources_mark(settings.sources, config)  # taken first: what changes meanwhile is met by the next run
+    before = _finished(step, mark)
+    if before is not None:
+        print("ingest: the sources are as they were, nothing to do")
+        report_and_judge(settings, "ingest", *before)
+        return
     # Every process does the whole, with equal results: none waits for another that may never come.
     spill = dataset / f".parsed-{os.environ.get('RANK', '0')}"
     shutil.rmtree(spill, ignore_errors=True)
@@ -50,16 +61,33 @@ def run(settings: DatasetConfig) -> None:
     batches, refused = _parse(settings, spill)
     order, doubles, repeated = _sorted_rows(batches)
     refused += doubles + _excluded(batches, order)
-    config = config_id(code=INGEST_VERSION, schema=SCHEMA_VERSION, exclusions=EXCLUSIONS_VERSION)
-    step = Step(dataset, "records", RECORDS, config)
     names = _write_units(step, batches, order)
     write_parquet(dataset / "quarantine" / "records" / names[0], quarantine_table(refused))
     finalize(step, names)
     merge_quarantine(dataset)
     _write_facts(dataset, settings, len(order), repeated, refused)
+    write_text(step.folder / _MARK, json.dumps({"mark": mark, "units": names}, indent=1) + "\n")
     del batches
     shutil.rmtree(spill, ignore_errors=True)
     report_and_judge(settings, "ingest", len(order), refused)
+
+
+def _finished(step: Step, mark: str) -> tuple[int, list[Quarantine]] | None:
+    """(records, what was refused) of a finished ingest of the same sources, else None."""
+    manifest = read_manifest(step.dataset, step.table)
+    path = step.folder / _MARK
+    if manifest is None or not path.exists():
+        return None
+    known = json.loads(path.read_text())
+    if known != {"mark": mark, "units": manifest["units"]}:
+        return None
+    entries = step.dataset / "quarantine" / "records" / manifest["units"][0]
+    if not entries.exists() or not all((step.folder / name).exists() for name in manifest["units"]):
+        return None
+    rows = pq.read_table(entries).to_pylist()
+    return manifest["rows"], [
+        Quarantine(row["key"], row["step"], row["reason"], row["message"], row["exception"]) for row in rows
+    ]
 
 
 def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: list[Quarantine]) -> None:
