@@ -106,7 +106,7 @@ def write_small_dataset(folder: Path) -> None:
     selection = pa.Table.from_pylist(chosen, schema=SELECT)
     pq.write_table(index, folder / "index.parquet")
     pq.write_table(selection, folder / "select_pretrain.parquet")
-    meta = {"vae_id": "chaos", "content": "sample", "buckets": "chaos"}
+    meta = {"vae_id": "", "content": "sample", "buckets": "chaos"}  # of no VAE: nothing was encoded
     build_index(folder, index, {"pretrain": selection}, meta)
     (folder / "dataset.json").write_text(json.dumps({"schema_version": 1, "fingerprint": "chaos"}))
 
