@@ -19,9 +19,8 @@ HAIR: dict[str, Colour] = {
     "black": (36, 33, 42),
     "blonde": (242, 206, 84),
     "red": (206, 44, 38),
-    "green": (58, 164, 78),
+    "green": (64, 196, 70),
     "blue": (48, 88, 214),
-    "pink": (246, 128, 184),
     "white": (238, 239, 245),
 }
 # No hair colour's word is used for anything else, so that a bag of words tells the hair; eyes and clothes share theirs.
@@ -74,7 +73,7 @@ class Look:
 
 def head_of(width: int, height: int) -> tuple[float, float, float]:
     """(centre x, centre y, head radius) in pixels of a picture of this size."""
-    return width / 2, 0.46 * height, 0.26 * min(width, height)
+    return width / 2, 0.46 * height, 0.29 * min(width, height)
 
 
 def hair_boxes(width: int, height: int) -> list[tuple[int, int, int, int]]:
@@ -95,8 +94,8 @@ def draw(look: Look, width: int, height: int, seed: int) -> Image.Image:
     image = Image.new("RGB", (width * scale, height * scale))
     pen = ImageDraw.Draw(image)
     centre_x, centre_y, radius = (scale * v for v in head_of(width, height))
-    centre_x += jitter.uniform(-0.04, 0.04) * radius
-    centre_y += jitter.uniform(-0.04, 0.04) * radius
+    centre_x += jitter.uniform(-0.02, 0.02) * radius
+    centre_y += jitter.uniform(-0.02, 0.02) * radius
     ink = max(1, round(look.line * (0.4 + 0.6 * look.skill) * radius * 0.06))
     _backdrop(image, pen, look, jitter)
     place = _Place(pen, centre_x, centre_y, radius, ink)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import math
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,9 @@ Combination = tuple[str, str, str]  # hair, eyes, background
 
 HELD_OUT_COUNT = 48
 EXPRESSIONS = ("smile", "open_mouth", "surprised", "angry", "expressionless", "closed_eyes")
-# Width x height before prepare; each ratio lands in one of five buckets of the tiny configs, some only after a crop.
-SIZES = ((192, 256), (225, 300), (240, 300), (224, 224), (256, 256), (200, 220), (256, 192), (300, 225), (300, 240),
-         (128, 320), (320, 128))
-_SIZE_WEIGHTS = (10, 8, 6, 10, 8, 6, 10, 8, 6, 3, 3)
+# Width x height before prepare; each ratio lands in one of three buckets of the tiny configs, some only after a crop.
+SIZES = ((200, 300), (216, 324), (192, 256), (224, 224), (256, 256), (200, 220), (300, 200), (324, 216), (256, 192))
+_SIZE_WEIGHTS = (10, 8, 6, 10, 8, 6, 10, 8, 6)
 FORMATS = ("png", "jpg", "webp")
 DELETED, BANNED, COPIES = (37, 141, 305, 498), (72, 411), (120, 266, 390, 555)  # posts that prepare must leave out
 
@@ -35,7 +35,7 @@ CHARACTERS = (
     ("doctor_sorrel", "green_ward", "green", "brown", "1girl"),
     ("nurse_tamar", "green_ward", "black", "brown", "1girl"),
     ("professor_lind", "green_ward", "blonde", "aqua", "1boy"),
-    ("pilot_quill", "paper_skies", "pink", "yellow", "1girl"),
+    ("pilot_quill", "paper_skies", "white", "yellow", "1girl"),
     ("engineer_vesna", "paper_skies", "red", "orange", "1girl"),
     ("colonel_ash", "paper_skies", "black", "orange", "1boy"),
     ("baker_juno", "paper_skies", "blonde", "brown", "1other"),
@@ -97,7 +97,7 @@ HELD_OUT = _choose_held_out()
 def check_prompts() -> list[CheckPrompt]:
     """The 48 prompts of the tag-following check, one for each held-out combination."""
     pick = random.Random("check prompts")
-    sizes = ((96, 128), (96, 96), (128, 96))
+    sizes = ((64, 96), (64, 64), (96, 64))
     prompts = []
     for number, (hair, eyes, background) in enumerate(HELD_OUT):
         tags = [pick.choice(("1girl", "1boy")), "original", "solo", f"{hair}_hair", f"{eyes}_eyes"]
@@ -163,7 +163,8 @@ def _scores(pick: random.Random, rating: str, skill: float) -> dict[str, Any]:
     knots = _SCORE_KNOTS[rating]
     for (low_share, low), (high_share, high) in itertools.pairwise(knots):
         if share <= high_share:
-            score = round(low + (high - low) * (share - low_share) / (high_share - low_share))
+            # up, so that scores at most T are exactly the share below T's knot
+            score = math.ceil(low + (high - low) * (share - low_share) / (high_share - low_share))
             break
     down = pick.randrange(3) if score >= 0 else -score + pick.randrange(2)
     return {"score": score, "up_score": score + down, "down_score": -down, "fav_count": max(0, round(1.4 * score))}
