@@ -91,7 +91,7 @@ def write_index(
             "caption_digest": uids,
         }
     )
-    meta = {"version": ours.VERSION, "vae_id": "bench", "content": "mean", "buckets": ""}
+    meta = {"version": ours.VERSION, "vae_id": "", "content": "mean", "buckets": ""}
     (folder / "dataset.json").write_text('{"schema_version": "1"}')
     whole = meta | {"sources": json.dumps(ours._source_hashes(folder, None))}
     ours._write(folder / ours.INDEX, table, whole)

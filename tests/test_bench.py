@@ -1,0 +1,155 @@
+"""The benchmarks' own parts: medians and noise, references found or skipped, real syncs counted, budget and errors.
+
+No timing is asserted: machines differ, and these run on busy ones.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.exits import ExitCode, Halt
+from train.tools import bench, bench_data, bench_gpu, bench_variants
+from train.tools.bench import Timing
+from train.tools.bench_loop import SMALL_BATCH, SyncCounter, micro_step_syncs, tiny_session
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def no_references(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in bench.CHECKOUTS:
+        monkeypatch.delenv(variable, raising=False)
+
+
+def test_sides_take_turns_and_medians_decide() -> None:
+    order: list[str] = []
+    told = iter([(1.0, 10.0), (9.0, 90.0), (2.0, 10.0)])
+
+    def ours() -> tuple[float, float]:
+        order.append("ours")
+        return next(told)
+
+    timings = bench.interleave({"ours": ours, "other": lambda: order.append("other")}, 3)
+    assert order == ["ours", "other"] * 3
+    report = timings["ours"].report()
+    assert (report["cpu_s"], report["wall_s"], report["spread"]) == (2.0, 10.0, 8.0)
+
+
+def test_a_row_knows_ratios_and_noise() -> None:
+    timings = {"ours": Timing([1.0], [1.0]), "slow": Timing([4.0, 4.0], [4.0, 8.0])}
+    row = bench.row("A0", "what", "goal", timings, {"ours": 200, "slow": 100})
+    assert row["ratios"] == {"ours / slow": 8.0}
+    assert row["noisy"] == ["slow"]
+    assert "8x" in bench.describe({"machine": bench.machine(), "rows": [row]})
+
+
+def test_a_missing_reference_is_named_with_its_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench.find_checkout("SDSCRIPTS_DIR") is None
+    assert bench.why_skipped("SDSCRIPTS_DIR") == "skipped: set SDSCRIPTS_DIR to a checkout of kohya-ss/sd-scripts"
+    monkeypatch.setenv("SDSCRIPTS_DIR", str(tmp_path))
+    found = bench.find_checkout("SDSCRIPTS_DIR")
+    assert found is not None
+    assert not found.expected
+
+
+def test_our_sides_of_the_data_rows_run_small(tmp_path: Path) -> None:
+    from train.tools.tiny_tokenizer import EOS, write_tokenizer
+
+    rows = bench_data.index_rows(tmp_path / "index", 2, scale=0.002)
+    assert rows[0]["sides"]["ours"]["items"] == 200
+    for name, pad in (("tokenizer", EOS), ("tokenizer_2", "!")):
+        write_tokenizer(tmp_path / "model" / name, pad)
+    rows += bench_data.caption_rows(tmp_path, tmp_path / "model", 2, count=20)
+    rows += bench_data.latent_rows(tmp_path / "latents", 2, count=32)
+    assert sum("skipped" in row for row in rows) == 4
+    assert all(row["sides"]["ours"]["repeats"] == 2 for row in rows if "sides" in row)
+
+
+def test_the_counter_sees_every_kind_of_host_read() -> None:
+    tensor = torch.arange(4.0)
+    with SyncCounter() as counter:
+        tensor.sum().item()
+        tensor.tolist()
+        tensor.numpy()
+        tensor[tensor > 1]
+        float(tensor[0])
+        bool(tensor[0] == 0)
+        torch.nonzero(tensor)
+    found = counter.found
+    assert found["item"] == found["tolist"] == found["numpy"] == found["boolean index"] == 1
+    assert found["__float__"] == found["__bool__"] == 1
+    assert sum(count for name, count in found.items() if "local_scalar" in name) >= 3
+    with SyncCounter() as counter:
+        (tensor * 2).sum()
+        tensor[torch.tensor([1, 2])]
+    assert not counter.found
+    assert torch.Tensor.item(tensor[1]) == 1.0  # restored
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.train_text_encoders=false", "optimizer.text_encoder_lr=null")])
+def test_no_host_synchronisation_per_micro_step(tmp_path: Path, overrides: tuple[str, ...]) -> None:
+    with tiny_session(tmp_path, *SMALL_BATCH, *overrides) as session:
+        assert micro_step_syncs(session) == {}
+
+
+def test_variants_and_predictions() -> None:
+    labels = [variant.label for variant in bench_variants.VARIANTS]
+    assert len(set(labels)) == len(labels)
+    for variant in bench_variants.VARIANTS:
+        assert variant.images == 48
+        told = bench_variants.prediction(variant)
+        assert told["predicted_gib"] <= 130  # of a 141 GB card
+        assert told["predicted_images_per_s"] < told["hardware_limit_images_per_s"]
+    limit = {v.label: bench_variants.prediction(v)["hardware_limit_images_per_s"] for v in bench_variants.VARIANTS}
+    assert (limit["plain/1"], limit["none_8/1"]) == (pytest.approx(29.9, abs=0.1), pytest.approx(37.7, abs=0.1))
+    assert (limit["plain/2"], limit["none_12/2"]) == (pytest.approx(31.2, abs=0.1), pytest.approx(39.2, abs=0.1))
+
+
+def test_gpu_driver_chooses_refuses_and_tabulates(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [v.label for v in bench_gpu.choose(["plain", "none_8/1"])] == ["plain/1", "plain/2", "none_8/1"]
+    with pytest.raises(Halt, match="no variant") as halt:
+        bench_gpu.choose(["warp"])
+    assert halt.value.code == ExitCode.USAGE
+    monkeypatch.setattr(bench_gpu, "_child", lambda asked, limit: {"gpu": None, "versions": {}})
+    with pytest.raises(Halt, match="CUDA"):
+        bench_gpu.run(["plain"])
+    answers = {"probe": {"gpu": "Card", "peak_tflops": 800.0, "versions": {"torchao": "absent: ImportError"}}}
+
+    def child(asked: dict, limit: float) -> dict:
+        if asked.get("probe"):
+            return answers["probe"]
+        name = asked["variant"]["name"]
+        return {"error": "OutOfMemoryError: 2 GiB"} if name == "none_8" else {"images_per_s": 10.0, "peak_gib": 70.0}
+
+    monkeypatch.setattr(bench_gpu, "_child", child)
+    result = bench_gpu.run(["ref_diffusers/1", "plain/1", "none_8", "fp8"], 1000)
+    by_name = {row["name"]: row for row in result["variants"]}
+    assert by_name["plain"]["mfu_of_measured_peak"] == pytest.approx(10 * by_name["plain"]["useful_tflop"] / 800)
+    assert by_name["none_8"]["error"].startswith("OutOfMemoryError")
+    assert "torchao" in by_name["fp8"]["skipped"]
+    assert "1.00x" in bench_gpu.describe(result)
+    late = bench_gpu.run(["plain/1", "compile/1"], 100.0)["variants"]
+    assert "skipped" not in late[0]
+    assert "budget" in late[1]["skipped"]
+
+
+def test_a_child_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_gpu, "ROOT", Path("/"))  # no train package there
+    assert "exit 1" in bench_gpu._child({"probe": True}, 60)["error"]
+
+
+@pytest.mark.slow
+def test_a_variant_runs_end_to_end_on_the_tiny_model() -> None:
+    command = [sys.executable, "scripts/bench.py", "gpu", "--tiny", "--json", "--only", "plain/1,ref_sdscripts/1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)["variants"]
+    assert [row["error"] for row in rows] == [None, None]
+    assert all(row["images_per_s"] > 0 for row in rows)
+    # same weights, inputs and loss on both sides: the reference differs in precision and host reads alone
+    assert rows[0]["loss_first"] == pytest.approx(rows[1]["loss_first"], rel=0.05)
