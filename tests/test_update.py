@@ -20,7 +20,7 @@ from train.exits import ExitCode, Halt
 from train.loop import Session
 from train.plan import Tile
 from train.rng import Stream
-from train.update import Outcome, compute_update
+from train.update import Outcome, compute_update, image_losses
 
 
 def one_update(session: Session, step: int = 0) -> Outcome:
@@ -29,7 +29,7 @@ def one_update(session: Session, step: int = 0) -> Outcome:
     return compute_update(
         session.gradients, session.feed.next_update(), diffusion=session.diffusion, scale=session.scale,
         images=sum(len(tile.rows) for tile in tiles), tiles_here=len(tiles), tiles_in_update=len(tiles), step=step,
-        max_grad_norm=0.0, stop_asked=False,
+        max_grad_norm=0.0, stop_asked=lambda: False,
     )  # fmt: skip
 
 
@@ -127,8 +127,8 @@ def plain(
 
 
 @pytest.mark.parametrize("changes", [
-    ("batch.split=2",), ("batch.split=4",), ("model.gradient_checkpointing=full",),
-    ("model.gradient_checkpointing=partial",), ("batch.determinism=strict",), ("data.workers=1",),
+    ("batch.split=2",), ("batch.split=4", "model.gradient_checkpointing=partial"),
+    ("model.gradient_checkpointing=full",), ("batch.determinism=strict", "data.workers=1"),
 ])  # fmt: skip
 def test_execution_does_not_change_the_update(
     changes: tuple[str, ...],
@@ -158,6 +158,25 @@ def test_tiles_accumulate_to_the_gradient_of_one_batch(base_model: Path, tmp_pat
     assert torch.allclose(parts.losses_G, whole.losses_G[order], rtol=1e-6, atol=0)
     assert parts.mean_loss == pytest.approx(whole.mean_loss, rel=1e-6)
     assert relative(in_tiles, at_once) < 1e-6
+
+
+@pytest.mark.parametrize("average", ["images", "micro_batches"])
+def test_what_a_short_tile_weighs(average: str, base_model: Path, tmp_path: Path) -> None:
+    data = synthetic.make_dataset(tmp_path / "set", (5,), buckets=((64, 64),))
+    changes = ("batch.remainder=keep", "batch.micro=4", f"loss.average={average}")
+    with opened(Stage(tmp_path, data, base_model), *changes) as session:
+        tiles = []
+        for number in (0, 1):
+            batch = session.feed.dataset[0, number]
+            session.gradients.clear()
+            image_losses(session.gradients.model, batch, session.diffusion).mean().backward()
+            tiles.append((len(batch.slots_B), gradients(session)))
+        assert sorted(count for count, _ in tiles) == [1, 4]
+        one_update(session)
+        (n, first), (m, second) = tiles
+        share = (n / 5, m / 5) if average == "images" else (0.5, 0.5)
+        wanted = {name: share[0] * first[name] + share[1] * second[name] for name in first}
+        assert relative(gradients(session), wanted) < 1e-6
 
 
 def generator_states() -> list[bytes]:

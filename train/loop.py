@@ -90,7 +90,7 @@ def run_updates(session: Session) -> Progress:
             tiles_in_update=len(tiles),
             step=step,
             max_grad_norm=config.optimizer.max_grad_norm,
-            stop_asked=session.stop.asked,
+            stop_asked=lambda: session.stop.asked,
         )
         applied = guard.may_apply(outcome.losses_finite, outcome.grad_norm)
         if not outcome.losses_finite or (not applied and not session.scale.enabled):

@@ -7,7 +7,7 @@ of processes nor the cutting of tiles changes it. Shape legend: B images, C H W 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -197,7 +197,7 @@ def compute_update(
     tiles_in_update: int,
     step: int,
     max_grad_norm: float,
-    stop_asked: bool,
+    stop_asked: Callable[[], bool],
 ) -> Outcome:
     """Gradients of one update, clipped and ready, and what all processes agree on. Changes no weight."""
     place = gradients.place
@@ -208,7 +208,7 @@ def compute_update(
         gradients.accumulate(batches, tiles_here, step, backward)
     faults.at("control", step)
     # [per-image losses | stop flag | fault flag]: zeros elsewhere, so the sum over processes is exact.
-    flags = torch.tensor([float(stop_asked), 0.0], device=place.device)
+    flags = torch.tensor([float(stop_asked()), 0.0], device=place.device)
     control = torch.cat([backward.losses_G, flags])
     if place.world > 1 and not faults.skips("control", step):
         dist.all_reduce(control)

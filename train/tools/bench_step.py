@@ -200,7 +200,7 @@ def _our_update(
         tiles_in_update=variant.accumulation,
         step=number,
         max_grad_norm=1.0,
-        stop_asked=False,
+        stop_asked=lambda: False,
     )
     applied = outcome.losses_finite and bool(np.isfinite(outcome.grad_norm))
     if applied:

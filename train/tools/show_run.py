@@ -132,7 +132,7 @@ def _recompute(path: Path, config: Any, source: Any, components: Any, data: Any,
             tiles_in_update=len(tiles),
             step=update,
             max_grad_norm=config.optimizer.max_grad_norm,
-            stop_asked=False,
+            stop_asked=lambda: False,
         )
     return {
         "replayed_from": start,
