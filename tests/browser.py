@@ -57,7 +57,7 @@ class Browser:
         assert "exceptionDetails" not in result, result
         return result["result"].get("value")
 
-    def wait_for(self, expression: str, timeout_s: float = 60.0) -> Any:
+    def wait_for(self, expression: str, timeout_s: float = 180.0) -> Any:
         """Ask until the expression is true; fails with the page's text after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -91,7 +91,7 @@ class Browser:
                 result: dict[str, Any] = answer["result"]
                 return result
 
-    def _message(self, timeout_s: float = 60.0) -> dict[str, Any]:
+    def _message(self, timeout_s: float = 180.0) -> dict[str, Any]:
         deadline = time.monotonic() + timeout_s
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], max(deadline - time.monotonic(), 0))

@@ -264,7 +264,7 @@ def test_in_a_real_browser(runs: list[Path], tmp_path: Path) -> None:
     out = write_page(runs, tmp_path / "report.html")
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
                "--window-size=1280,3000", f"--screenshot={tmp_path / 'page.png'}", out.as_uri()]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert not re.search(r"Refused to|net::ERR", done.stderr)
     with Image.open(tmp_path / "page.png") as image:
         colours = image.convert("RGB").getcolors(image.width * image.height) or []
