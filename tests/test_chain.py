@@ -146,6 +146,7 @@ def test_a_predecessor_that_changed_is_refused(change: str, chain: Chain, datase
     assert not (stage.output / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_predecessor_that_changed_under_a_started_run_is_refused(
     chain: Chain, dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:
@@ -160,6 +161,7 @@ def test_a_predecessor_that_changed_under_a_started_run_is_refused(
     assert stage.run("epochs=1", "seed=31", f"model.init_from={moved}") == ExitCode.DONE, stage.message
 
 
+@pytest.mark.slow
 def test_an_export_that_was_interrupted_is_made_again(
     straight: Path, dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:

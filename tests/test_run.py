@@ -42,6 +42,7 @@ def test_a_stop_and_a_rerun_equal_the_straight_run(
     assert state(stage.output)["history"] == [[0, 1], [7, 1]]
 
 
+@pytest.mark.slow
 def test_a_crash_between_checkpoints_loses_only_what_was_not_saved(
     straight: Path, dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:
@@ -56,6 +57,7 @@ def test_a_crash_between_checkpoints_loses_only_what_was_not_saved(
     assert [json.loads(line)["step"] for line in discarded] == [5, 6]
 
 
+@pytest.mark.slow
 def test_a_kill_loses_only_what_was_not_saved(straight: Path, dataset: Path, base_model: Path, tmp_path: Path) -> None:
     stage = Stage(tmp_path, dataset, base_model)
     warm_up()
@@ -89,6 +91,7 @@ def test_workers_and_savers_do_not_change_a_bit(
     assert result(stage.output) == result(straight)
 
 
+@pytest.mark.slow
 def test_previews_do_not_change_a_bit(straight: Path, dataset: Path, base_model: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("steps: 2\nprompts:\n  - {text: 1girl, width: 64, height: 64, seed: 3}\n")
@@ -100,6 +103,7 @@ def test_previews_do_not_change_a_bit(straight: Path, dataset: Path, base_model:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_validation_does_not_change_a_bit(dataset: Path, base_model: Path, tmp_path: Path) -> None:
     plain, watched = (Stage(tmp_path / name, dataset, base_model) for name in ("plain", "watched"))
     assert plain.run("validation.share=0.2") == ExitCode.DONE, plain.message
@@ -109,6 +113,7 @@ def test_validation_does_not_change_a_bit(dataset: Path, base_model: Path, tmp_p
     assert [json.loads(line)["step"] for line in lines][:3] == [2, 4, 6]
 
 
+@pytest.mark.slow
 def test_the_average_follows_its_formula_and_survives_a_stop(
     dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +146,7 @@ def test_the_average_follows_its_formula_and_survives_a_stop(
     assert result(stopped.output) == result(stage.output)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_passed_over(
     straight: Path, dataset: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from stages import Stage, losses, result, state, weights
 from train.exits import ExitCode
 from train.tools.ranks import Ranks, warm_up
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -42,7 +43,6 @@ def test_two_processes_equal_one_fast(straight: Path, dataset: Path, base_model:
     assert distance(weights(stage.output), weights(straight)) < 1e-3
 
 
-@pytest.mark.slow
 def test_strict_gives_the_same_bits_through_changes_of_the_world(
     straight: Path, dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:
@@ -57,7 +57,6 @@ def test_strict_gives_the_same_bits_through_changes_of_the_world(
     assert result(alone.output)["trace"] == result(straight)["trace"]
 
 
-@pytest.mark.slow
 def test_strict_adafactor_with_frozen_encoders_on_two_processes(
     dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:
@@ -68,7 +67,6 @@ def test_strict_adafactor_with_frozen_encoders_on_two_processes(
     assert result(both.output) == result(alone.output)
 
 
-@pytest.mark.slow
 def test_torchrun_with_two_processes_equals_one_process_with_twice_the_accumulation(
     dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:
