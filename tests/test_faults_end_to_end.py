@@ -76,7 +76,7 @@ class Lab:
         assert chaos.compare_runs(self.reference, self.folder / name) == []
 
     def wait_for_update(self, launch: ranks.Ranks, name: str, update: int) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while len(chaos.metrics(self.folder / name)) < update:
             assert not launch.poll(), launch.text()
             assert time.monotonic() < end
@@ -117,11 +117,11 @@ def test_f30_an_exception_on_one_rank_is_told_by_the_other(lab):
 @pytest.mark.parametrize("fault", ["reduce@5:1:skip", "forward@5:1:hang", "control@5:1:skip"])
 def test_f29_a_deadlock_ends_within_the_timeout_with_all_stacks(lab, fault):
     name = "f29-" + fault.partition("@")[0]
-    start = time.monotonic()
     codes = lab.run(name, "launch.collective_timeout_s=5", world=2, fault=fault, timeout_s=5)
-    took = time.monotonic() - start
     assert codes == [9, 9]
-    assert took < 40, took  # start-up included
+    last_update, end = (lab.folder / name / file for file in ("metrics.jsonl", "exit.json"))
+    took = end.stat().st_mtime - last_update.stat().st_mtime
+    assert took < 5 + 5 + 10, took  # the timeout, what the promise allows, and an update on a crowded machine
     assert "update 5" in lab.exit(name)["reason"]
     for rank in (0, 1):
         assert 'File "' in lab.last.text(rank), f"no stack of rank {rank}"

@@ -24,7 +24,7 @@ from train.exits import ExitCode, Halt
 from train.masking import mask
 
 BEAT_S = 1.0
-SILENT_S = 3.0  # without a beat while being looked at: lost
+SILENT_S = 5.0  # without a beat while being looked at: lost
 STALE_S = 60.0  # without a beat of the main process while it works alone: lost
 GRACE_S = 5.0  # for the main thread to leave by itself once another process has failed
 _COLLECTIVE_SIGNS = (
@@ -118,7 +118,7 @@ class Watch:
         after = self._beats()
         silent = [rank for rank in range(self.world) if rank != self.rank and before[rank] == after[rank]]
         if silent:
-            return f"rank {', '.join(map(str, silent))} is gone"
+            return f"rank {', '.join(map(str, silent))} is gone or silent"
         return "a collective did not complete although every process is alive"
 
     def _watch(self) -> None:

@@ -79,7 +79,7 @@ class Ranks:
                     self.codes[index] = os.waitstatus_to_exitcode(status)
         return all(code is not None for code in self.codes)
 
-    def wait(self, timeout_s: float = 90.0) -> list[int]:
+    def wait(self, timeout_s: float = 300.0) -> list[int]:
         """Exit code per rank, negative for a signal. What still runs after `timeout_s` is killed: an AssertionError."""
         end = time.monotonic() + timeout_s
         while not self.poll():
