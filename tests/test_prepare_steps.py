@@ -21,6 +21,7 @@ from train.prepare.files import is_image
 from train.prepare.judge import Complaint
 from train.prepare.records import ErrorReason
 from train.rng import Stream, normals, uid_of
+from train.tools.show_dataset import report
 
 pytestmark = pytest.mark.slow
 COUNT = 30
@@ -276,3 +277,36 @@ def test_odd_files_are_all_reported(tmp_path: Path) -> None:
     strict = settings_of(tmp_path, max_quarantine_fraction=0.02)
     with pytest.raises(Complaint, match=r"max_quarantine_fraction 0\.02"):
         prepare(strict, "probe")
+
+
+def test_report_names_the_broken_limit(copy: Path) -> None:
+    limits = {"report.fail_if.masterpiece": 0.0, "policy.quality.min_group": 1, "report.pictures": "none"}
+    with pytest.raises(Complaint, match=r"report\.fail_if\.masterpiece: .* > 0 ") as complaint:
+        prepare(settings_of(copy, **limits), "report")
+    assert complaint.value.code == ExitCode.MISMATCH
+    page = (copy / "data/set/report.html").read_text()
+    assert "1 limits broken" in page
+    assert "data:image" not in page
+    shard = next((copy / "data/set/latents").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(Complaint, match="unreadable_latents"):
+        prepare(settings_of(copy), "report")
+
+
+def test_hostile_text_is_shown_as_text(copy: Path) -> None:
+    post = json.loads((copy / "pictures/0.json").read_text())
+    post["tag_string_general"] += " <img/src=x/onerror=alert(1)> &amp;"
+    (copy / "pictures/0.json").write_text(json.dumps(post))
+    prepare(settings_of(copy))
+    page = (copy / "data/set/report.html").read_text()
+    assert "<img/src" not in page
+    assert "&lt;img/src=x/onerror" in page
+
+
+def test_show_dataset(made: Path) -> None:
+    facts = report(made / "data/set")
+    assert facts["stages"]["pretrain"]["images"] == COUNT
+    assert sum(facts["stages"]["pretrain"]["buckets"].values()) == COUNT
+    assert facts["stages"]["ft1"]["fingerprint"] == Index.open(made / "data/set", "ft1").fingerprint
+    with pytest.raises(Halt, match="not a prepared dataset"):
+        report(made)

@@ -19,6 +19,7 @@ from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.units import has_table, read_table, stream_table
 
 _DERIVED = ("area", "aspect", "tags", "aesthetic_score", "near_duplicate")
+_GATE_TAGS = ("tags_general", "tags_meta", "tags_species", "flex_tags")
 _GATE_COLUMNS = ["key", "source", "rating", "tags_general", "tags_meta", "tags_species", "tags_character", "caption"]
 
 
@@ -102,18 +103,19 @@ class Candidates:
     def _gate(self, keys: pa.Array) -> list[tuple[str, str]]:
         """(key, rule) of what the hard exclusions refuse when they see the final tags."""
         sources = {source.name: source for source in self.settings.sources}
-        refused = []
         labels = read_table(self.dataset, "labels", ["key", "flex_tags"])
-        flex = dict(zip(*(labels.column(name).to_pylist() for name in ("key", "flex_tags")), strict=True))
-        wanted = set(keys.to_pylist())
+        label_keys = labels.column("key").combine_chunks()
+        flex_tags = labels.column("flex_tags").combine_chunks()
+        refused = []
         for part in stream_table(self.dataset, "records", _GATE_COLUMNS):
-            for row in part.to_pylist():
-                if row["key"] not in wanted:
-                    continue
+            part = part.filter(pc.is_in(part.column("key"), value_set=keys))
+            at = pc.index_in(part.column("key").combine_chunks(), value_set=label_keys)
+            part = part.append_column("flex_tags", flex_tags.take(at))
+            for row in part.filter(pa.array(_suspicious(part))).to_pylist():
                 source = sources.get(row["source"])
                 rule = excluded_by(
                     rating=row["rating"],
-                    tags=[*row["tags_general"], *row["tags_meta"], *row["tags_species"], *flex[row["key"]]],
+                    tags=[tag for name in _GATE_TAGS for tag in row[name]],
                     characters=row["tags_character"],
                     caption=row["caption"],
                     assume_rating=source.assume_rating if source else None,
@@ -122,6 +124,26 @@ class Candidates:
                 if rule is not None:
                     refused.append((row["key"], rule))
         return refused
+
+
+def _suspicious(rows: pa.Table) -> npt.NDArray[np.bool_]:
+    """Rows that a rule could refuse: with a tag or name refused on its own in the strictest setting, or a caption.
+
+    A rule needs one such tag, so the others need no look at all their tags; most of a card-sized set's time.
+    """
+    found = pc.is_valid(rows.column("caption")).to_numpy().astype(bool)
+    for name in (*_GATE_TAGS, "tags_character"):
+        column = rows.column(name).combine_chunks()
+        flat = pc.list_flatten(column)
+        distinct = pc.unique(flat).to_pylist()
+        as_name = name == "tags_character"
+        bad = [
+            word for word in distinct
+            if excluded_by(rating="e", tags=[] if as_name else [word], characters=[word] if as_name else [], e621=True)
+        ]  # fmt: skip
+        hits = pc.is_in(flat, value_set=pa.array(bad, flat.type)).to_numpy(zero_copy_only=False)
+        found[pc.list_parent_indices(column).to_numpy()[hits]] = True
+    return found
 
 
 def _dropped_duplicates(dataset: Path) -> pa.Array:
