@@ -112,6 +112,12 @@ def test_held_out_combinations_are_never_drawn() -> None:
         assert {hair for hair, _, _ in drawn} == set(HAIR)
 
 
+def test_a_hair_colours_word_stands_for_nothing_else(posts: list[tiny_posts.Post]) -> None:
+    for post in posts:
+        words = post.fields["tag_string"].replace("_", " ").split()
+        assert [word for word in words if word in HAIR] == [post.look.hair]
+
+
 def test_check_prompts_ask_once_for_each_held_out_combination() -> None:
     prompts = check_prompts()
     asked = collections.Counter(prompt.hair for prompt in prompts)
