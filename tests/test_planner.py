@@ -13,7 +13,7 @@ import pytest
 from train.config import StageConfig, load_stage
 from train.exits import ExitCode, Halt
 from train.plan import Plan
-from train.tools import plan_machines, planner
+from train.tools import plan_machines, plan_page, planner
 from train.tools.planner import Images, Request
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -163,7 +163,10 @@ def test_a_small_model_gets_no_prediction(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"block_out_channels": [32, 32, 64]}')
     config = stage("pretrain.yaml", f"model.init_from={tmp_path}")
-    report = planner.plan_stage(config, A100)["memory"]
+    plan = planner.plan_stage(config, A100)
+    report = plan["memory"]
+    assert (plan["time"], plan["disk"]["checkpoint_bytes"]) == (None, None)
+    assert "pretrain" in plan_page.describe(plan)
     assert report["fits"] is None
     assert "[32, 32, 64]" in report["note"]
 

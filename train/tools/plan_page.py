@@ -15,24 +15,17 @@ CURVE_POINTS = 4000
 
 def describe(plan: dict[str, Any]) -> str:
     """The plan as aligned text, origins of assumed numbers beside them."""
-    batch, disk, time, memory = plan["batch"], plan["disk"], plan["time"], plan["memory"]
+    batch = plan["batch"]
     lines = [
         f"stage {plan['stage']}: {plan['images']:,} images ({plan['images_source']}), {plan['epochs']} epochs",
         f"  update  {batch['micro']} images x {batch['accumulation']} tiles x {batch['processes']} processes "
         f"= {batch['effective']}; {plan['updates_per_epoch']:,} per epoch, {plan['total_updates']:,} in all, "
         f"{plan['image_visits']:,} image visits",
         *_bucket_lines(plan["buckets"]),
-        *_memory_lines(memory),
-        f"  disk    latents {disk['latents_bytes'] / 1e9:.1f} GB ({disk['latents_note']}), checkpoint "
-        f"{disk['checkpoint_bytes'] / 1e9:.1f} GB x at most {disk['checkpoints_at_most']} "
-        f"= {disk['checkpoints_bytes'] / 1e9:.0f} GB, export {disk['export_bytes'] / 1e9:.1f} GB",
-        f"  time    {time['images_per_s_per_gpu']:.2f} images/s per GPU ({time['source']}): "
-        f"{time['wall_hours']:.1f} h, {time['gpu_hours']:.1f} GPU hours; "
-        f"{time['tflop_per_image']:.2f} TFLOP per image, "
-        f"MFU {time['mfu']:.0%} of {time['peak_tflops']:g} TFLOP/s ({time['peak_source']})",
+        *_memory_lines(plan["memory"]),
+        *_disk_lines(plan["disk"]),
+        *_time_lines(plan["time"]),
     ]
-    if "cost" in time:
-        lines.append(f"  cost    {time['cost']:,.2f} at {time['price_per_gpu_hour']:g} per GPU hour")
     cycle = plan["schedule"]["cycle_updates"]
     lines.append(f"  lr      {plan['schedule']['name']}" + (f", cycle of {cycle:,} updates" if cycle else ""))
     for row in plan["lr"]:
@@ -69,6 +62,30 @@ def _memory_lines(report: dict[str, Any]) -> list[str]:
         f"          {parts}",
         table,
     ]
+
+
+def _disk_lines(disk: dict[str, Any]) -> list[str]:
+    line = f"  disk    latents {disk['latents_bytes'] / 1e9:.2f} GB ({disk['latents_note']})"
+    if disk["checkpoint_bytes"] is not None:
+        line += (
+            f", checkpoint {disk['checkpoint_bytes'] / 1e9:.1f} GB x at most {disk['checkpoints_at_most']} "
+            f"= {disk['checkpoints_bytes'] / 1e9:.0f} GB, export {disk['export_bytes'] / 1e9:.1f} GB"
+        )
+    return [line]
+
+
+def _time_lines(time: dict[str, Any] | None) -> list[str]:
+    if time is None:
+        return []
+    lines = [
+        f"  time    {time['images_per_s_per_gpu']:.2f} images/s per GPU ({time['source']}): "
+        f"{time['wall_hours']:.1f} h, {time['gpu_hours']:.1f} GPU hours",
+        f"          {time['tflop_per_image']:.2f} TFLOP per image, MFU {time['mfu']:.0%} of {time['peak_tflops']:g} "
+        f"TFLOP/s ({time['peak_source']})",
+    ]
+    if "cost" in time:
+        lines.append(f"  cost    {time['cost']:,.2f} at {time['price_per_gpu_hour']:g} per GPU hour")
+    return lines
 
 
 def write_files(folder: Path, config: StageConfig, plan: dict[str, Any]) -> None:

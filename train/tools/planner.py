@@ -75,6 +75,7 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
     schedule.check(config.schedule, _peak_keys(config), cycle_updates=cycle, total_updates=total, epochs=config.epochs)
     gpu, how = find_gpu(request.gpu, request.memory_gib)
     setup = memory.setup_of(config, request.world)
+    foreign = _foreign_size(config.model.init_from)  # what is counted below is SDXL's own size
     return {
         "stage": config.stage,
         "config_hash": config_hash(config),
@@ -99,8 +100,8 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
         },
         "lr": [lr_row(config, update, cycle) for update in _rows(request.updates, total, cycle if restarts else total)],
         "memory": memory_report(config, request.world, images, gpu, how),
-        "disk": _disk_report(config, setup, images, per_epoch, total),
-        "time": _time_report(config, setup, images, request, gpu, total),
+        "disk": _disk_report(config, None if foreign else setup, images, per_epoch, total),
+        "time": _time_report(config, setup, images, request, gpu, total) if foreign is None else None,
     }
 
 
@@ -263,11 +264,13 @@ def _parts(prediction: Prediction) -> dict[str, float]:
     return {name: _gib(size) for name, size in asdict(prediction).items()}
 
 
-def _disk_report(config: StageConfig, setup: Setup, images: Images, per_epoch: int, total: int) -> dict[str, Any]:
-    """Bytes of the latent cache, the run's checkpoints at their most, and the export."""
+def _disk_report(
+    config: StageConfig, setup: Setup | None, images: Images, per_epoch: int, total: int
+) -> dict[str, Any]:
+    """Bytes of the latent cache, the run's checkpoints at their most, and the export; None where `setup` is unknown."""
     counts = images.buckets or {memory.largest(make_buckets()): images.count}
     latents = sum(count * 2 * 4 * (width // 8) * (height // 8) for (width, height), count in counts.items())
-    one = memory.checkpoint_bytes(setup)
+    one = memory.checkpoint_bytes(setup) if setup is not None else None
     every = config.checkpoint.permanent_every_steps or max(1, per_epoch)
     permanent = total // every
     return {
@@ -276,8 +279,8 @@ def _disk_report(config: StageConfig, setup: Setup, images: Images, per_epoch: i
         "checkpoint_bytes": one,
         "checkpoints_at_most": config.checkpoint.keep + 1 + permanent,
         "permanent_checkpoints": permanent,
-        "checkpoints_bytes": one * (config.checkpoint.keep + 1 + permanent),
-        "export_bytes": EXPORT_BYTES * (2 if config.export.dtype == "fp32" else 1),
+        "checkpoints_bytes": one * (config.checkpoint.keep + 1 + permanent) if one is not None else None,
+        "export_bytes": EXPORT_BYTES * (2 if config.export.dtype == "fp32" else 1) if one is not None else None,
     }
 
 
