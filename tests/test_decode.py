@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oddimages import Case, bomb, cases, drawn, encoded
 from PIL import Image
 
-from train.buckets import make_buckets, place
+from train.buckets import assign, make_buckets, place
 from train.prepare.decode import Refused, decode, resize_crop
 from train.prepare.pictures import perceptual_hash
 from train.prepare.settings import ProbeConfig
@@ -162,3 +162,20 @@ def test_phash_is_imagehash_on_a_known_picture() -> None:
     bits = "".join("1" if value > np.median(low) else "0" for value in low.flatten())
     assert perceptual_hash(image) == int(bits, 2)
     assert bin(perceptual_hash(image) ^ perceptual_hash(image.resize((200, 200)))).count("1") <= 3
+
+
+@pytest.mark.parametrize("size", [(1500, 2000), (1920, 1080), (900, 1300)])
+def test_faster_backend_agrees_with_the_reference(size: tuple[int, int]) -> None:
+    pytest.importorskip("pyvips")
+    from train.prepare.vips import cut_jpeg
+
+    image = drawn(size[0] // 6, size[1] // 6).resize(size, Image.Resampling.BICUBIC)
+    put = place(*size, assign(*size, make_buckets()))
+    jpeg = encoded(image, "JPEG", quality=92)
+    found = cut_jpeg(jpeg, put)
+    assert found is not None
+    error = found.astype(np.float64) - resize_crop(decode(jpeg, RULES).image, put)
+    assert 10 * np.log10(255**2 / (error**2).mean()) > 40
+    assert cut_jpeg(encoded(image, "PNG"), put) is None
+    assert cut_jpeg(encoded(image.convert("CMYK"), "JPEG"), put) is None
+    cut_jpeg(jpeg[:3000], put)  # damaged: anything but an exception

@@ -27,9 +27,10 @@ def cut_jpeg(data: bytes, place: Placement) -> npt.NDArray[np.uint8] | None:
         plain = header.mode == "RGB" and "icc_profile" not in header.info and header.getexif().get(0x0112, 1) == 1
         if not plain or header.width < place.resized_w or header.height < place.resized_h:
             return None
-    image = pyvips.Image.thumbnail_buffer(data, place.resized_w, height=place.resized_h, size="force", no_rotate=True)
-    part = image.crop(place.crop_left, place.crop_top, place.bucket_w, place.bucket_h)
-    pixels: npt.NDArray[np.uint8] = np.ndarray(
-        buffer=part.write_to_memory(), dtype=np.uint8, shape=(part.height, part.width, part.bands)
-    )
-    return pixels
+    try:
+        whole = pyvips.Image.thumbnail_buffer(data, place.resized_w, height=place.resized_h, size="force", no_rotate=True)
+        part = whole.crop(place.crop_left, place.crop_top, place.bucket_w, place.bucket_h)
+        pixels: npt.NDArray[np.uint8] = np.frombuffer(part.write_to_memory(), dtype=np.uint8)
+    except pyvips.Error:  # whatever it dislikes, the reference decides
+        return None
+    return pixels.reshape(place.bucket_h, place.bucket_w, 3)
