@@ -19,21 +19,21 @@ HAIR: dict[str, Colour] = {
     "black": (36, 33, 42),
     "blonde": (242, 206, 84),
     "red": (206, 44, 38),
-    "green": (64, 196, 70),
+    "aqua": (50, 218, 224),
     "blue": (48, 88, 214),
     "white": (238, 239, 245),
 }
 # No hair colour's word is used for anything else, so that a bag of words tells the hair; eyes and clothes share theirs.
 EYES: dict[str, Colour] = {
     "brown": (120, 70, 30),
-    "aqua": (40, 180, 190),
+    "green": (30, 160, 70),
     "purple": (130, 60, 190),
     "orange": (235, 130, 20),
     "yellow": (225, 190, 30),
 }
 SHIRTS: dict[str, Colour] = {
     "orange_shirt": (232, 134, 46),
-    "aqua_shirt": (70, 190, 190),
+    "green_shirt": (70, 170, 100),
     "grey_jacket": (128, 132, 140),
     "brown_jacket": (122, 84, 56),
     "purple_sweater": (128, 82, 168),

@@ -29,12 +29,12 @@ DELETED, BANNED, COPIES = (37, 141, 305, 498), (72, 411), (120, 266, 390, 555)  
 
 # name, series, hair, eyes, count tag: adults by trade, made up for this world
 CHARACTERS = (
-    ("ostrava_(harbor_lights)", "harbor_lights", "blue", "aqua", "1girl"),
+    ("ostrava_(harbor_lights)", "harbor_lights", "blue", "green", "1girl"),
     ("bosun_(harbor_lights)", "harbor_lights", "white", "purple", "1boy"),
     ("marrow_(harbor_lights)", "harbor_lights", "red", "brown", "1boy"),
-    ("doctor_sorrel", "quiet_ward", "green", "brown", "1girl"),
+    ("doctor_sorrel", "quiet_ward", "aqua", "brown", "1girl"),
     ("nurse_tamar", "quiet_ward", "black", "brown", "1girl"),
-    ("professor_lind", "quiet_ward", "blonde", "aqua", "1boy"),
+    ("professor_lind", "quiet_ward", "blonde", "green", "1boy"),
     ("pilot_quill", "paper_skies", "white", "yellow", "1girl"),
     ("engineer_vesna", "paper_skies", "red", "orange", "1girl"),
     ("colonel_ash", "paper_skies", "black", "orange", "1boy"),
