@@ -66,11 +66,13 @@ class Batch:
             return [self]
         images = len(self.slots_B)
         bounds = [images * i // count for i in range(count + 1)]
-        return [
+        pieces = [
             self._with({name: tensor[a:b] for name, tensor in self.tensors().items()})
             for a, b in zip(bounds, bounds[1:], strict=False)
             if b > a
         ]
+        # What is counted per tile is carried by its first piece alone.
+        return [pieces[0], *(replace(piece, tags_dropped=0, substituted=()) for piece in pieces[1:])]
 
 
 class TileDataset(Dataset[Batch | Halt]):

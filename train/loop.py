@@ -251,6 +251,7 @@ def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rate
             "grad_norm": outcome.grad_norm,
             "images_per_s": images / session.update_s,
             "skipped": progress.skipped,
+            "tags_cut": outcome.tags_cut,
             "loss_scale": session.scale.scale,
             "loss_by_decile": loss_by_decile(timesteps.tolist(), outcome.losses_G.tolist()),
         },

@@ -57,7 +57,7 @@ class Outcome:
     losses_G: torch.Tensor  # float64 on the host, plan order
     grad_norm: float  # before clipping, unscaled
     stop_asked: bool
-    fault_seen: bool
+    tags_cut: int  # tags of this update's captions that lost tokens at the limit
 
     @property
     def losses_finite(self) -> bool:
@@ -145,10 +145,12 @@ class TileBackward:
     ) -> None:
         self.diffusion, self.scale, self.images, self.tiles, self.average = diffusion, scale, images, tiles, average
         self.losses_G = torch.zeros(images, dtype=torch.float32, device=device)
+        self.tags_cut = 0
 
     def __call__(self, model: nn.Module, part: Batch, *, factor: int) -> None:
         """Adds to the gradients the share of this part in the update's loss, times the loss scale and `factor`."""
         faults.at("forward", part.step)
+        self.tags_cut += part.tags_dropped
         losses_B = image_losses(model, part, self.diffusion)
         losses_B = faults.bend("loss", losses_B, part.step)
         self.losses_G[part.slots_B] = losses_B.detach()
@@ -207,8 +209,8 @@ def compute_update(
     with fast.pin_attention(diffusion.attention, place.device.type):
         gradients.accumulate(batches, tiles_here, step, backward)
     faults.at("control", step)
-    # [per-image losses | stop flag | fault flag]: zeros elsewhere, so the sum over processes is exact.
-    flags = torch.tensor([float(stop_asked()), 0.0], device=place.device)
+    # [per-image losses | stop flag | tags cut]: zeros elsewhere and whole numbers, so the sum is exact.
+    flags = torch.tensor([float(stop_asked()), float(backward.tags_cut)], device=place.device)
     control = torch.cat([backward.losses_G, flags])
     if place.world > 1 and not faults.skips("control", step):
         dist.all_reduce(control)
@@ -222,6 +224,6 @@ def compute_update(
         losses_G=read[:images],
         grad_norm=float(read[-1]),
         stop_asked=bool(read[images] > 0),
-        fault_seen=bool(read[images + 1] > 0),
+        tags_cut=int(read[images + 1]),
     )
 
