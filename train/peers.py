@@ -24,7 +24,7 @@ from train.exits import ExitCode, Halt
 from train.masking import mask
 
 BEAT_S = 1.0
-SILENT_S = 5.0  # without a beat while being looked at: lost
+SILENT_S = 3.0  # without a beat while being looked at: lost
 STALE_S = 60.0  # without a beat of the main process while it works alone: lost
 GRACE_S = 5.0  # for the main thread to leave by itself once another process has failed
 _COLLECTIVE_SIGNS = (
