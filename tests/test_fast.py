@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from train import fast
+from train.buckets import make_buckets
 from train.exits import ExitCode, Halt
-from train.tools.bench_counts import loss_and_gradients, tiny_inputs, tiny_unet
+from train.tools.bench_counts import loss_and_gradients, tiny_inputs, tiny_unet, unet_inputs
 
 
 def test_pin_attention_sets_the_kernels_and_restores_them() -> None:
@@ -107,3 +109,37 @@ def test_float8_without_hopper_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Halt, match="Hopper") as halt:
         fast.to_float8(tiny_unet())
     assert halt.value.code == ExitCode.MISMATCH
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_two_graphs_per_area_and_no_limit_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 transformer graphs for the 33 buckets' 12 areas; the default limit of 8 would stop at the fifth."""
+    graphs = []
+
+    def counting(module: torch.fx.GraphModule, _inputs: object) -> object:
+        graphs.append(module)
+        return module.forward
+
+    unet = tiny_unet()
+    monkeypatch.setattr(torch.nn.Module, "compile", _transformers_only(torch.nn.Module.compile))
+    torch._dynamo.reset()
+    fast.compile_blocks(unet, backend=counting)  # type: ignore[arg-type]
+    areas = {w * h: (w, h) for w, h in make_buckets()}.values()
+    assert len(areas) == 12
+    for width, height in areas:
+        kwargs = unet_inputs(unet, 1, width, height, 5, text_grad=False, dtype=torch.float32)
+        with torch.no_grad():
+            unet(**kwargs)
+    torch._dynamo.reset()
+    assert len(graphs) == 24
+
+
+def _transformers_only(compile_: Callable[..., None]) -> Callable[..., None]:
+    """Resnets have graphs of their own; here only the transformer blocks are counted."""
+
+    def chosen(module: torch.nn.Module, *args: object, **kwargs: object) -> None:
+        if type(module).__name__ == "BasicTransformerBlock":
+            compile_(module, *args, **kwargs)
+
+    return chosen
