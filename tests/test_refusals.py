@@ -27,7 +27,7 @@ def kept(folder: Path) -> dict[str, str]:
 def stopped(dataset: Path, base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """A run that was stopped after update 3."""
     stage = Stage(tmp_path_factory.mktemp("stopped"), dataset, base_model)
-    assert stage.run(ANIX_FAULT="control@1:term") == ExitCode.STOPPED
+    assert stage.run(ANIX_FAULT="control@2:term") == ExitCode.STOPPED
     return stage
 
 

@@ -33,7 +33,7 @@ def test_a_stop_and_a_rerun_equal_the_straight_run(
     straight: Path, dataset: Path, base_model: Path, tmp_path: Path
 ) -> None:
     stage = Stage(tmp_path, dataset, base_model)
-    assert stage.run(ANIX_FAULT="control@5:term") == ExitCode.STOPPED
+    assert stage.run(ANIX_FAULT="control@6:term") == ExitCode.STOPPED
     left = json.loads((stage.output / "exit.json").read_text())
     assert (left["code"], left["status"], left["update"]) == (85, "stopped", 7)
     assert len(losses(stage.output)) == 7
@@ -151,7 +151,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     straight: Path, dataset: Path, base_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     stage = Stage(tmp_path, dataset, base_model)
-    assert stage.run("checkpoint.every_steps=3", ANIX_FAULT="control@5:term") == ExitCode.STOPPED
+    assert stage.run("checkpoint.every_steps=3", ANIX_FAULT="control@6:term") == ExitCode.STOPPED
     newest = stage.output / "checkpoints" / "step-00000007" / "model.safetensors"
     data = bytearray(newest.read_bytes())
     data[-5] ^= 1

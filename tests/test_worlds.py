@@ -49,8 +49,8 @@ def test_strict_gives_the_same_bits_through_changes_of_the_world(
     alone, moved = (Stage(tmp_path / name, dataset, base_model) for name in ("alone", "moved"))
     strict = "batch.determinism=strict"
     assert alone.run(strict) == ExitCode.DONE
-    assert launch(moved, 4, strict, fault="control@1:2:term") == [85] * 4, moved.message
-    assert launch(moved, 2, strict, fault="control@4:1:term") == [85] * 2, moved.message
+    assert launch(moved, 4, strict, fault="control@2:2:term") == [85] * 4, moved.message
+    assert launch(moved, 2, strict, fault="control@5:1:term") == [85] * 2, moved.message
     assert moved.run(strict) == ExitCode.DONE, moved.message
     assert result(moved.output) == result(alone.output)
     assert state(moved.output)["history"] == [[0, 4], [3, 2], [6, 1]]
