@@ -145,6 +145,7 @@ def test_a_child_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_variant_runs_end_to_end_on_the_tiny_model() -> None:
     command = [sys.executable, "scripts/bench.py", "gpu", "--tiny", "--json", "--only", "plain/1,ref_sdscripts/1"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -109,6 +109,7 @@ def wait_for_server(address: str, server: subprocess.Popen[bytes], log: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_from_page_load_to_picture_in_a_browser(model: Path, tmp_path: Path) -> None:
     pytest.importorskip("gradio")
     find_chromium()

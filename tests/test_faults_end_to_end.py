@@ -24,7 +24,7 @@ import pytest
 from train import checkpoint
 from train.tools import chaos, chaos_world, ranks, show_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[1]
 UPDATES = 10
 CANARY = "canary-3c1f9e-secret"

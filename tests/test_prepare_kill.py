@@ -17,6 +17,7 @@ KILLS = 20
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_killed_and_restarted_is_byte_identical(tmp_path: Path) -> None:
     write_posts(tmp_path / "pictures", 16)
     write_vae(tmp_path / "vae")
