@@ -174,7 +174,9 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
     noisy_BCHW = noisy_BCHW.to(dtype)
     if diffusion.channels_last:
         noisy_BCHW = fast.as_channels_last(noisy_BCHW)
-    with torch.autocast(part.latents_BCHW.device.type, dtype, enabled=dtype != torch.float32):
+    # No cache: every weight is used once per forward, and cached casts would hold 5 GiB until it ends.
+    device_type = part.latents_BCHW.device.type
+    with torch.autocast(device_type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
         prediction_BCHW = model(
             noisy_BCHW, part.timesteps_B, part.ids_1_BN77, part.ids_2_BN77, part.size_B6
         )
