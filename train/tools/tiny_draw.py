@@ -18,9 +18,9 @@ Colour = tuple[int, int, int]
 HAIR: dict[str, Colour] = {
     "black": (36, 33, 42),
     "blonde": (242, 206, 84),
-    "red": (206, 44, 38),
+    "red": (176, 24, 32),
     "aqua": (50, 218, 224),
-    "blue": (48, 88, 214),
+    "blue": (34, 50, 160),
     "white": (238, 239, 245),
 }
 # No hair colour's word is used for anything else, so that a bag of words tells the hair; eyes and clothes share theirs.

@@ -20,7 +20,7 @@ from train.exits import ExitCode, Halt
 from train.tools.tiny_draw import draw
 from train.tools.tiny_posts import HELD_OUT_COUNT, Post, make_post
 
-WORLD_VERSION = 5  # raise it when the drawing or the posts change: worlds of another version are refused
+WORLD_VERSION = 6  # raise it when the drawing or the posts change: worlds of another version are refused
 MARKER = "world.json"
 SOURCE = "tiny"  # name of the source in configs/tiny/dataset.yaml, first half of every key
 
