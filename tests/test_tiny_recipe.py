@@ -12,7 +12,7 @@ import pytest
 from train.tools.tiny_check import STAGES, check_model, first_and_last_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 def run(folder: Path, script: str, *arguments: str) -> str:
