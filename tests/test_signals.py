@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
     [(signal.SIGTERM, "stopped"), (signal.SIGINT, "stopped"), (signal.SIGUSR1, "requeue"), (signal.SIGHUP, "stopped")],
 )
 def test_handlers_only_set_a_flag(number, status):
+    outer = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored, and then respected, when we run under nohup
     before = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)}
     stop = signals.install()
     try:
@@ -32,7 +33,9 @@ def test_handlers_only_set_a_flag(number, status):
         assert stop.name == number.name  # the first one is the reason
     finally:
         stop.restore()
-    assert {n: signal.getsignal(n) for n in before} == before
+        left = {n: signal.getsignal(n) for n in before}
+        signal.signal(signal.SIGHUP, outer)
+    assert left == before
 
 
 def test_nohup_is_respected():
