@@ -296,8 +296,6 @@ def _advice(setup: Setup, exempt_steps: int | None, split: int | None) -> str:
         changes.append("optimizer.name: adamw8bit")
     if setup.weights == "fp32":
         changes.append("model.weights: bf16")
-    if setup.shards == 1:
-        changes.append("optimizer.sharding: zero1 on several GPUs")
     if setup.trains_text:
         changes.append("model.train_text_encoders: false")
     return "try " + ", ".join(changes)
