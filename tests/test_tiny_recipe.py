@@ -43,8 +43,8 @@ def test_pretraining_loss_falls_at_least_fourfold(runs: Path) -> None:
 def test_hair_colour_follows_the_tag_for_combinations_never_drawn(runs: Path, tmp_path: Path) -> None:
     found = check_model(runs / "ft2" / "model", out=tmp_path)
     assert found.total == 48
-    # Wanted: 0.9. Reached so far: 0.67, all misses between neighbours (aqua as blue, blonde as red); chance is 0.17.
-    assert found.share >= 0.6, found.wrong
+    # 44 of 48 at guidance 7 on two processes; chance is 0.17.
+    assert found.share >= 0.9, found.wrong
     assert (tmp_path / "sheet.png").is_file()
 
 
