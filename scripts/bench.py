@@ -19,11 +19,12 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     cpu = kinds.add_parser("cpu", help="data path, loop, checkpoints; about five minutes, no network")
-    cpu.add_argument("--only", default="A1,A2,A3,A4,A5,A6,A7", help="rows to run")
+    cpu.add_argument("--only", default="A1,A2,A3,A4,A5,A6,A7,A8", help="rows to run")
     cpu.add_argument("--repeats", type=int, default=5)
     cpu.add_argument(
         "--tokenizers", type=Path, help="folder with tokenizer/ and tokenizer_2/; default: the tiny world's"
     )
+    cpu.add_argument("--rows", type=int, metavar="N", help="records labelled in A8, for example 10000000; default: 873,504")
     gpu = kinds.add_parser("gpu", help="one process per variant, random weights, 832x1216")
     gpu.add_argument("--only", help="variants to run, for example plain,cl_compile")
     gpu.add_argument("--probe", action="store_true", help="versions, memory and the card's two ceilings, nothing else")
@@ -47,7 +48,7 @@ def main() -> int:
 
         if unknown := sorted(set(only or ()) - set(bench_cpu.ROWS)):
             raise Halt(ExitCode.USAGE, f"--only {unknown[0]} is no row; choose from {', '.join(bench_cpu.ROWS)}")
-        result = bench_cpu.run(only or bench_cpu.ROWS, arguments.repeats, arguments.tokenizers)
+        result = bench_cpu.run(only or bench_cpu.ROWS, arguments.repeats, arguments.tokenizers, arguments.rows)
         text = bench.describe(result)
     else:
         from train.tools import bench_gpu

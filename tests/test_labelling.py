@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from train.captions import split
 from train.exits import ExitCode, Halt
-from train.labels import COUNT_TAGS, LabelError, Policy, Post, label_post, preset
+from train.labels import COUNT_TAGS, LabelError, Policy, Post, label_post, percentile_thresholds, preset
 from train.prepare import ingest, label
 from train.prepare.labelling import Inputs, label_table
+from train.prepare.policy import counted_thresholds
 from train.prepare.records import LABELS, TAG_GROUPS
 from train.prepare.settings import (
     AestheticConfig,
@@ -279,12 +280,31 @@ def test_aesthetic_scores_join_by_key(tmp_path: Path) -> None:
     assert _labels(config)[0]["aesthetic"] == "displeasing"  # a float32 0.27 is a little more
 
 
+@given(st.lists(st.one_of(st.integers(-3, 9), st.sampled_from([2.5, 7.25])), min_size=1, max_size=60))
+def test_thresholds_of_counted_scores_are_those_of_sorted_scores(scores: list[float]) -> None:
+    values, counts = np.unique(np.array(scores, np.float64), return_counts=True)
+    assert counted_thresholds(values, counts).tolist() == list(percentile_thresholds(sorted(scores)))
+
+
+def test_key_range_of_a_unit(tmp_path: Path) -> None:
+    keys = ["b:1", "b:10", "b:9", "b:é"]
+    pq.write_table(pa.table({"other": [1, 2, 3, 4], "key": keys}), tmp_path / "some.parquet", row_group_size=3)
+    assert label._key_range(tmp_path / "some.parquet") == ("b:1", "b:é")
+    pq.write_table(pa.table({"key": keys}), tmp_path / "plain.parquet", row_group_size=3, write_statistics=False)
+    assert label._key_range(tmp_path / "plain.parquet") == ("b:1", "b:é")
+    pq.write_table(pa.table({"key": keys[:0]}), tmp_path / "none.parquet")
+    assert label._key_range(tmp_path / "none.parquet") == ("~", "")
+
+
 @pytest.mark.slow
 def test_benchmark_runs_in_small(tmp_path: Path) -> None:
-    from train.tools.bench_labels import label_seconds, write_records
+    from train.tools.bench_labels import label_rows, label_seconds, write_records
 
-    write_records(tmp_path / "d", 60_000)  # two units
-    found = label_seconds(tmp_path / "d")
-    assert read_table(tmp_path / "d", "labels", ["key"])["key"].length() == 60_000
-    assert found["cpu_s"] < 60
-    assert found["rss_mb"] < 2000
+    (table, empirical) = label_rows(tmp_path, 60_000)  # two units
+    assert read_table(tmp_path / "labels", "labels", ["key"])["key"].length() == 60_000
+    assert "empirical" in empirical["what"]
+    assert table["sides"]["ours"]["cpu_s"] < 60
+    write_records(tmp_path / "six", 300_000)
+    few, many = (label_seconds(tmp_path / name)["rss_mb"] for name in ("labels", "six"))
+    assert many < 2000
+    assert many < few + 150, "the table is held whole: 300,000 rows of labels and records are 350 MB"

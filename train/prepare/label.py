@@ -6,7 +6,7 @@ Only labels depend on the policy: changing a threshold rewrites this table and n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ def run(settings: DatasetConfig) -> None:
         tokenizer=tokenizer_id, tag=_thresholds(settings.tag), exclusions=EXCLUSIONS_VERSION,
     )  # fmt: skip
     step = units.Step(dataset, "labels", LABELS, config, ("records", *used))
-    inputs = [_unit_inputs(dataset, path, used) for path in records]
+    ranges = {table: [(file, _key_range(file)) for file in units.require_table(dataset, table)] for table in used}
+    inputs = [_unit_inputs(path, ranges) for path in records]
     names = [f"{n:05d}-{units.config_id(config=config, of=inputs[n][0])}.parquet" for n in range(len(records))]
 
     def make(number: int) -> None:
@@ -85,22 +86,27 @@ def _token_counter(folder: str | None) -> tuple[TokenCount | None, str | None]:
     return (lambda text: len(tokenizer.content_ids([text]))), tokenizer.identity()
 
 
-def _unit_inputs(dataset: Path, path: Path, tables: Sequence[str]) -> tuple[list[str], dict[str, list[Path]]]:
+def _unit_inputs(
+    path: Path, ranges: Mapping[str, Sequence[tuple[Path, tuple[str, str]]]]
+) -> tuple[list[str], dict[str, list[Path]]]:
     """(names of all files that a unit's labels depend on, those of each joined table)."""
     first, last = _key_range(path)
-    joined: dict[str, list[Path]] = {}
-    for table in tables:
-        ranges = [(file, _key_range(file)) for file in units.require_table(dataset, table)]
-        joined[table] = [file for file, (low, high) in ranges if low <= last and high >= first]
+    joined = {
+        table: [file for file, (low, high) in files if low <= last and high >= first] for table, files in ranges.items()
+    }
     return [path.name, *(file.name for files in joined.values() for file in files)], joined
 
 
 def _key_range(path: Path) -> tuple[str, str]:
     """First and last key of a file; ("~", "") when it is empty."""
     with pq.ParquetFile(path) as file:
-        groups = file.num_row_groups
-        if file.metadata.num_rows == 0:
+        groups, metadata = file.num_row_groups, file.metadata
+        if metadata.num_rows == 0:
             return "~", ""
+        place = file.schema_arrow.get_field_index("key")
+        ends = [metadata.row_group(group).column(place).statistics for group in (0, groups - 1)]
+        if all(end is not None and end.has_min_max for end in ends):  # rows are sorted by key
+            return str(ends[0].min), str(ends[1].max)
         first = file.read_row_group(0, columns=["key"])["key"][0].as_py()
         last = file.read_row_group(groups - 1, columns=["key"])["key"][-1].as_py()
     return first, last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from train.exits import ExitCode, Halt
-from train.labels import PERCENTILES, POOLED, QUALITY_TABLES, Policy, percentile_thresholds, preset
+from train.labels import PERCENTILES, POOLED, QUALITY_TABLES, Policy, preset
 from train.prepare.settings import PolicyConfig, QualityConfig
 from train.prepare.units import config_id, stream_table, write_text
 
@@ -22,6 +23,7 @@ _SWITCHES = (
     "meta_blacklist", "year_source", "year_fallback", "aesthetic_edges", "aesthetic_skip_substring", "banned_artist",
     "missing_rating_or_score", "rating_words", "empty_tags", "duplicate_tags",
 )  # fmt: skip
+Counted = tuple[np.ndarray, np.ndarray]  # rising scores, how often each occurs
 _SCORE_COLUMNS = ["rating", "score", "score_real", "media_year", "created_year", "hard_exclusion"]
 
 
@@ -118,19 +120,38 @@ def post_days(created_at: pa.ChunkedArray | pa.Array) -> pa.ChunkedArray | pa.Ar
 
 
 def empirical(config: QualityConfig, policy: Policy, dataset: Path) -> dict[str, tuple[float, ...]]:
-    """Thresholds per group of the records' scores, and the pooled ones, where the guards allow them."""
-    found: dict[str, list[np.ndarray]] = {}
+    """Thresholds per group of the records' scores, and the pooled ones, where the guards allow them.
+
+    Holds how often each score occurs, never one value per record: scores repeat, whatever the size of the set.
+    """
+    counted: dict[str, Counted] = {}
     for unit in stream_table(dataset, "records", _SCORE_COLUMNS):
         for group, scores in _grouped(unit, policy):
-            found.setdefault(group, []).append(scores)
-    groups = {name: np.sort(np.concatenate(parts)) for name, parts in sorted(found.items())}
+            values, counts = np.unique(scores, return_counts=True)
+            counted[group] = _added([counted[group], (values, counts)]) if group in counted else (values, counts)
+    groups = dict(sorted(counted.items()))
     if groups:
-        groups[POOLED] = np.sort(np.concatenate(list(groups.values())))
+        groups[POOLED] = _added(list(groups.values()))
     return {
-        name: tuple(float(value) for value in percentile_thresholds(scores))  # type: ignore[arg-type]
-        for name, scores in groups.items()
-        if len(scores) >= config.min_group and len(np.unique(scores)) >= config.min_distinct
+        name: tuple(float(value) for value in counted_thresholds(values, counts))
+        for name, (values, counts) in groups.items()
+        if counts.sum() >= config.min_group and len(values) >= config.min_distinct
     }
+
+
+def counted_thresholds(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """`train.labels.percentile_thresholds` of scores given as rising float64 values and how often each occurs."""
+    last = np.cumsum(counts)  # rank of the last of each value, from 1
+    ranks = [-(-p * int(last[-1]) // 100) for p in PERCENTILES]
+    found: np.ndarray = values[np.searchsorted(last, ranks, side="left")]
+    return found
+
+
+def _added(parts: Sequence[Counted]) -> Counted:
+    values, place = np.unique(np.concatenate([part[0] for part in parts]), return_inverse=True)
+    counts = np.zeros(len(values), np.int64)
+    np.add.at(counts, place, np.concatenate([part[1] for part in parts]))
+    return values, counts
 
 
 def _grouped(unit: pa.Table, policy: Policy) -> list[tuple[str, np.ndarray]]:

@@ -13,15 +13,18 @@ from typing import Any
 from train.tools import bench
 from train.tools.tiny_model import write_model
 
-ROWS = ("A1", "A2", "A3", "A4", "A5", "A6", "A7")
+ROWS = ("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8")
 
 
-def run(only: Sequence[str] = ROWS, repeats: int = bench.REPEATS, tokenizers: Path | None = None) -> dict[str, Any]:
+def run(
+    only: Sequence[str] = ROWS, repeats: int = bench.REPEATS, tokenizers: Path | None = None, records: int | None = None
+) -> dict[str, Any]:
     """{"machine": ..., "rows": [...]}; at most five minutes on two idle cores. References come from the environment.
 
-    tokenizers: folder with tokenizer/ and tokenizer_2/; None = the tiny world's, on both sides.
+    tokenizers: folder with tokenizer/ and tokenizer_2/; None = the tiny world's, on both sides. records: to label in
+    row A8; None = the card's 873,504.
     """
-    from train.tools import bench_data, bench_images, bench_loop  # torch and diffusers, some seconds
+    from train.tools import bench_data, bench_images, bench_labels, bench_loop  # torch and diffusers, some seconds
 
     warnings.simplefilter("ignore")  # of libraries, about the references' old calls
     logging.getLogger("anix").setLevel(logging.ERROR)
@@ -45,4 +48,6 @@ def run(only: Sequence[str] = ROWS, repeats: int = bench.REPEATS, tokenizers: Pa
             rows.append(bench_loop.checkpoint_row(folder / "save"))
         if "A7" in only:
             rows += bench_images.image_rows(max(2, repeats - 2))
+        if "A8" in only:
+            rows += bench_labels.label_rows(folder / "records", records or bench_labels.CARD_IMAGES)
     return {"machine": where, "rows": rows, "seconds": round(time.perf_counter() - started, 1)}
