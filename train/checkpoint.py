@@ -30,6 +30,7 @@ from train.rundir import RunDir, free_bytes, fsync_dir, replace_file, write_all
 
 SPACE_FACTOR = 1.05  # file systems need room for their own records
 STATE_SCHEMA = 1
+STATE_LIMIT_BYTES = 8 << 20  # 10 kB and 20 bytes per restart are usual
 _DISK_POLL_S = 0.5  # with on_full_disk: wait
 _DISK_WARN_S = 60.0
 
@@ -201,7 +202,9 @@ def open_checkpoint(path: Path, *, verify: str = "full") -> Loaded:
         raise Damaged("not a checkpoint: the name is not step-NNNNNNNN")
     found = manifest.verify(path, full=verify == "full")
     try:
-        state = json.loads((path / "state.json").read_bytes())
+        if found.files["state.json"].bytes > STATE_LIMIT_BYTES:
+            raise Damaged(f"state.json: larger than {STATE_LIMIT_BYTES >> 20} MiB")
+        state = json.loads((path / "state.json").read_bytes(), parse_constant=_refuse_constant)
         if state["schema_version"] != STATE_SCHEMA:
             raise Damaged(f"state.json: schema version {state['schema_version']}, known is {STATE_SCHEMA}")
         progress = Progress(*(int(state[key]) for key in ("step", "updates", "skipped", "images")))
@@ -215,6 +218,10 @@ def open_checkpoint(path: Path, *, verify: str = "full") -> Loaded:
     if progress.step != found.step:
         raise Damaged(f"state.json is that of step {progress.step}")
     return Loaded(path, progress, state, found)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"state.json holds {name}, which is no JSON")
 
 
 def newest_of(run_path: Path) -> Loaded:

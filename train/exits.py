@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+import traceback
 from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
+
+from train.masking import MaskingFilter, mask
 
 
 class ExitCode(IntEnum):
@@ -38,11 +42,15 @@ class Halt(Exception):
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with its code; a Halt becomes one message on stderr, not a traceback."""
+    """Run `main` and exit with its code; a Halt becomes one message on stderr, not a traceback. Secrets are masked."""
+    logging.getLogger("anix").addFilter(MaskingFilter())
     try:
         code = main() or 0
     except Halt as halt:
-        print(f"error: {halt.message}", file=sys.stderr)
+        print(f"error: {mask(halt.message)}", file=sys.stderr)
         code = int(halt.code)
+    except Exception:
+        print(mask(traceback.format_exc()), file=sys.stderr)
+        code = int(ExitCode.UNEXPECTED)
     sys.stdout.flush()
     sys.exit(code)

@@ -20,6 +20,7 @@ from train import faults, modelfolder, singlefile, weightfile
 from train.config import ExportConfig
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel, file_sha256, model_sha256
+from train.masking import mask_settings
 from train.rundir import replace_file, write_json
 from train.weightfile import Blob
 
@@ -76,15 +77,15 @@ def metadata_of(record: Mapping[str, Any], settings: ExportConfig, prediction: s
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
         "modelspec.implementation": _SPEC,
-        "modelspec.title": settings.title or str(record["stage"]),
+        "modelspec.title": mask_settings(settings.title or str(record["stage"])),
         "modelspec.resolution": "1024x1024",
         "modelspec.date": str(record["date"]),
         "modelspec.prediction_type": "v" if prediction == "v" else "epsilon",
         "modelspec.timestep_range": "0,1000",
         "modelspec.license": str(record["license"]),
-        "modelspec.author": settings.author,
-        "modelspec.description": settings.description,
-        "modelspec.tags": settings.tags,
+        "modelspec.author": mask_settings(settings.author),
+        "modelspec.description": mask_settings(settings.description),
+        "modelspec.tags": mask_settings(settings.tags),
         **{RECORD_PREFIX + key: _as_text(value) for key, value in record.items()},
     }
     return {key: value for key, value in fields.items() if value}

@@ -75,13 +75,17 @@ def bad_step(
     bad = [s for s in record["slots"] if isinstance(s["loss"], str)]
     named = ", ".join(f"{s['uid']}@{s['epoch']} t {s['t']} ({s['loss']})" for s in bad[:8])
     what = f"the loss of {len(bad)} images" if bad else f"the gradient (loss scale {scale:g})"
-    if run.rank == 0:
-        write_json(run.path / "bad_step.json", record)
+    where = "All is in bad_step.json"
+    try:
+        if run.rank == 0:
+            write_json(run.path / "bad_step.json", record)
+    except OSError as error:  # the update must not be applied all the same
+        where = f"bad_step.json could not be written ({error.strerror})"
     return Halt(
         ExitCode.NON_FINITE,
         f"update {step}: {what} is not finite; the weights are those of the update before. "
         + (f"Images (uid@epoch): {named}{' ...' if len(bad) > 8 else ''}. " if bad else "")
-        + f"All is in bad_step.json; scripts/show.py step {run.path} --update {step} --recompute repeats it",
+        + f"{where}; scripts/show.py step {run.path} --update {step} --recompute repeats it",
     )
 
 

@@ -74,12 +74,24 @@ def decode(data: bytes) -> Manifest:
             raise Damaged(f"{NAME}: schema version {body['schema_version']}, known is {SCHEMA_VERSION}")
         files = {str(name): FileRecord(**record) for name, record in body["files"].items()}
         manifest = Manifest(body["run_id"], body["step"], body["permanent"], files)
+        _check_types(manifest)
         intact = encode(manifest) == data
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise Damaged(f"{NAME}: not readable ({type(error).__name__})") from None
+        raise Damaged(f"{NAME}: not readable ({type(error).__name__}: {str(error)[:100]})") from None
     if not intact:
         raise Damaged(f"{NAME}: its own sha256 does not match")
     return manifest
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Whoever can compute a sha256 can sign nonsense; it must not come further than here."""
+    expected = [(manifest.run_id, str), (manifest.step, int), (manifest.permanent, bool)]
+    for name, record in manifest.files.items():
+        if os.path.basename(name) != name or name in ("", ".", "..", NAME):
+            raise ValueError(f"{name!r} is no file of a checkpoint")
+        expected += [(record.bytes, int), (record.sha256, str), (record.tensors, int)]
+    if any(type(value) is not kind for value, kind in expected):
+        raise TypeError("a value of another type")
 
 
 def step_of(name: str) -> int | None:

@@ -169,18 +169,27 @@ def cut_trace(trace: Path, step: int) -> int:
     """Drop the lines of plan steps from `step` on from trace.txt: they will be written again; how many they were."""
     if not trace.is_file():
         return 0
-    lines = trace.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and int(line.split(" ", 1)[0]) < step]
-    trace.write_text("".join(kept))
-    return len(lines) - len(kept)
+    with open(trace, "rb") as file:
+        lines = file.readlines()
+    kept = 0
+    while kept < len(lines) and _traces_before(lines[kept], step):
+        kept += 1
+    with open(trace, "r+b") as file:
+        file.truncate(sum(map(len, lines[:kept])))
+    return len(lines) - kept
 
 
 def _belongs(line: bytes, step: int) -> bool:
     try:
         record = json.loads(line)
         return line.endswith(b"\n") and int(record["step"]) <= step
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return False
+
+
+def _traces_before(line: bytes, step: int) -> bool:
+    number = line.split(b" ", 1)[0]
+    return line.endswith(b"\n") and number.isdigit() and int(number) < step
 
 
 def _config_differences(state: Mapping[str, Any], now: Expectations) -> list[Difference]:

@@ -11,6 +11,7 @@ next stage (export.py).
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,9 @@ from train import faults, signals
 from train.config import StageConfig, config_hash, load_stage, unresolved_yaml
 from train.exits import ExitCode, Halt, run_cli
 from train.rundir import RunDir, open_run_dir
+
+# Of whatever was being written: the disk is full, over quota, read-only or broken.
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,6 +79,8 @@ def as_halt(error: BaseException) -> Halt:
             ExitCode.OUT_OF_MEMORY,
             f"out of memory: {error}; try model.gradient_checkpointing=full, batch.split=2 or configs/memory/",
         )
+    if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        return Halt(ExitCode.CANNOT_WRITE, f"{error.filename or 'a file'} cannot be written: {error.strerror}")
     if kind in ("DistBackendError", "DistNetworkError", "DistStoreError"):
         return Halt(ExitCode.PEER_LOST, f"another process is gone or silent: {error}")
     return Halt(ExitCode.UNEXPECTED, f"{kind}: {error}")

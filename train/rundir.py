@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from train.exits import ExitCode, Halt
-from train.masking import mask
+from train.masking import mask, mask_settings
 
 REPEATS_REFUSED = 2  # so many equal failures in a row, and the next start refuses
 _COUNTED = (ExitCode.UNEXPECTED, ExitCode.NON_FINITE, ExitCode.OUT_OF_MEMORY, ExitCode.PEER_LOST)
+_FILES = ("DONE", "config.yaml", "metrics.jsonl", "exit.json", "attempts.json", "run.json", "lineage.json", "trace.txt")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # A POSIX record lock belongs to the process: closing ANY descriptor of the file drops it. So a lock file
 # is opened once per process; the pid is part of the key because a forked child inherits this set, not the lock.
@@ -56,7 +58,8 @@ def replace_file(path: Path | str, data: bytes | str) -> None:
     tmp = path.with_name(path.name + ".tmp")
     fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     try:
-        write_all(fd, data.encode("utf-8") if isinstance(data, str) else data)
+        # A message may name a file whose name is not UTF-8: that must not hide the message.
+        write_all(fd, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -69,7 +72,7 @@ def write_json(path: Path | str, record: Mapping[str, Any]) -> None:
     replace_file(path, json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: Path | str, max_bytes: int = 64 << 20) -> dict[str, Any] | None:
+def read_json(path: Path | str, max_bytes: int = 8 << 20) -> dict[str, Any] | None:
     """The object stored in `path`; None when it is absent, too large, damaged or not an object."""
     try:
         with open(path, "rb") as file:
@@ -98,7 +101,7 @@ class RunDir:
     def write_config(self, yaml_text: str) -> None:
         """`config.yaml`: the complete, unresolved config of this start. Rank 0's alone, others do nothing."""
         if self.rank == 0:
-            replace_file(self.path / "config.yaml", yaml_text)
+            replace_file(self.path / "config.yaml", mask_settings(yaml_text))
 
     def write_done(self, record: Mapping[str, Any]) -> None:
         """Mark the stage finished. The last write of a stage."""
@@ -142,7 +145,7 @@ class RunDir:
         }  # fmt: skip
         old = read_json(self.path / "attempts.json") or {}
         same = all(old.get(key) == value for key, value in record.items())
-        count = int(old.get("count", 0)) + 1 if same else 1
+        count = _count(old) + 1 if same else 1
         with contextlib.suppress(OSError):
             write_json(self.path / "attempts.json", {**record, "count": count, "time": _now()})
 
@@ -153,7 +156,7 @@ class RunDir:
                 (self.path / "attempts.json").unlink(missing_ok=True)
             return
         old = read_json(self.path / "attempts.json") or {}
-        if old.get("count", 0) < REPEATS_REFUSED or old.get("config_hash") != config_hash:
+        if _count(old) < REPEATS_REFUSED or old.get("config_hash") != config_hash:
             return
         raise Halt(
             ExitCode.MISMATCH,
@@ -178,6 +181,7 @@ def open_run_dir(output_dir: Path | str, stage: str, *, rank: int = 0) -> RunDir
     CANNOT_WRITE.
     """
     run = RunDir(Path(os.path.abspath(output_dir)), stage, rank)
+    _refuse_what_is_in_the_way(run.path)
     _refuse_other_stage(run)
     run.done = read_done(run.path)
     if run.done is not None:
@@ -229,6 +233,17 @@ def free_bytes(path: Path | str) -> int:
 # --- parts of opening --------------------------------------------------------------------------------
 
 
+def _refuse_what_is_in_the_way(path: Path) -> None:
+    """A folder or a device under the name of a file of ours would end the run only when that file is written."""
+    for name in _FILES:
+        try:
+            mode = os.stat(path / name).st_mode
+        except OSError:
+            continue  # absent, or a dangling link: told when it is written
+        if not stat.S_ISREG(mode):
+            raise Halt(ExitCode.CANNOT_WRITE, f"{path / name} is not a regular file: move it away")
+
+
 def _refuse_other_stage(run: RunDir) -> None:
     owner = (read_json(run.path / "run.json") or {}).get("stage") or _stage_of_config(run.path)
     used = any((run.path / name).exists() for name in ("DONE", "metrics.jsonl"))
@@ -244,8 +259,9 @@ def _refuse_other_stage(run: RunDir) -> None:
 
 def _stage_of_config(path: Path) -> str | None:
     try:
-        text = (path / "config.yaml").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
+        with open(path / "config.yaml", "rb") as file:
+            text = file.read(1 << 20).decode("utf-8", "replace")
+    except OSError:
         return None
     found = re.search(r"^stage:\s*['\"]?([^'\"\s#]+)", text, re.MULTILINE)
     return found.group(1) if found else None
@@ -265,7 +281,7 @@ def _lock(run: RunDir) -> None:
     key = (os.getpid(), str(run.path))
     if key in _held:
         raise Halt(ExitCode.LOCKED, f"{run.path} is already open in this process (pid {key[0]})")
-    fd = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    fd = os.open(run.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
         fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -292,6 +308,11 @@ def _test_writable(path: Path) -> None:
     probe = path / ".writable.tmp"
     replace_file(probe, b"x" * 4096)
     probe.unlink()
+
+
+def _count(attempts: Mapping[str, Any]) -> int:
+    count = attempts.get("count")
+    return count if isinstance(count, int) else 0
 
 
 def _errno_text(error: OSError) -> str:

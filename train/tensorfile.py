@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from train import faults
 from train.manifest import FileRecord
 from train.rundir import write_all
+from train.weightfile import HEADER_LIMIT_BYTES
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -85,6 +86,9 @@ def write(path: Path, tensors: Mapping[str, torch.Tensor], *, step: int | None =
 def read_specs(path: Path) -> dict[str, Spec]:
     """Shape and dtype of every tensor of a file, from its header. Raises SafetensorError, OSError."""
     by_name = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+    with open(path, "rb") as raw:
+        if int.from_bytes(raw.read(8), "little") > HEADER_LIMIT_BYTES:
+            raise SafetensorError("its first 8 bytes are no header length")
     with safe_open(path, framework="pt") as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
         return {n: Spec(tuple(s.get_shape()), by_name[s.get_dtype()]) for n, s in slices.items()}

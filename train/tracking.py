@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from train.config import TrackingConfig
-from train.masking import mask
+from train.masking import mask, mask_settings
 from train.outlets import Outlet, outlet_modes
 
 log = logging.getLogger("anix")
@@ -46,7 +46,7 @@ class Tracker:
         if not is_main:
             return
         self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl")
-        self._trace = (Path(run_dir) / "trace.txt").open("a") if tracking.trace else None
+        self._trace = MetricsFile(Path(run_dir) / "trace.txt") if tracking.trace else None
         self._bar = _make_bar(run_name, total_updates, resume_update)
         self._starvation = StarvationWatch()
         self._last_log_s = time.monotonic()
@@ -55,9 +55,9 @@ class Tracker:
             settings = {
                 "run_dir": str(Path(run_dir).resolve()),
                 "tensorboard": tracking.tensorboard,
-                "project": tracking.project or "anix",
-                "name": tracking.name or run_name,
-                "config": {key: _plain(value) for key, value in config_flat.items()},
+                "project": mask_settings(tracking.project or "anix"),
+                "name": mask_settings(tracking.name or run_name),
+                "config": {key: mask_settings(_plain(value)) for key, value in config_flat.items()},
             }
             self._outlet = Outlet(settings, modes)
 
@@ -85,17 +85,19 @@ class Tracker:
     def trace(self, lines: str) -> None:
         """Append to trace.txt which images an update used, where the config asks for it."""
         if self.is_main and self._trace is not None:
-            self._trace.write(lines)
-            self._trace.flush()
+            self._trace.append(lines.removesuffix("\n"))
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Append a held-out measurement (`update`, `loss`, `strata`, ...) to validation.jsonl."""
         if not self.is_main:
             return
         plain = _plain(record)
-        file = MetricsFile(self._metrics.path.with_name("validation.jsonl"))
-        file.append(json.dumps(plain))
-        file.close()
+        try:
+            file = MetricsFile(self._metrics.path.with_name("validation.jsonl"))
+            file.append(json.dumps(plain))
+            file.close()
+        except OSError as error:  # a measurement is not worth the run
+            log.warning("validation.jsonl cannot be written: %s", error)
         if self._outlet:
             shown = {key: value for key, value in plain.items() if key not in ("update", "step", "losses")}
             self._outlet.put({"kind": "metrics", "record": {"update": plain["update"], "validation": shown}})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import importlib
+import logging
 import os
 import pkgutil
 import signal
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from train.exits import ExitCode, Halt
+from train.masking import MaskingFilter, mask
 
 
 def warm_up() -> None:
@@ -112,6 +114,7 @@ def _child(
             os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
             os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world))
         os.environ |= env
+        logging.getLogger("anix").addFilter(MaskingFilter())
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         if world > 1:
@@ -123,12 +126,12 @@ def _child(
 
         code = run.main(list(arguments))
     except Halt as halt:
-        print(f"error: {halt.message}", file=sys.stderr)
+        print(f"error: {mask(halt.message)}", file=sys.stderr)
         code = int(halt.code)
     except SystemExit as leave:
         code = leave.code if isinstance(leave.code, int) else 1
     except BaseException:
-        traceback.print_exc()
+        print(mask(traceback.format_exc()), file=sys.stderr)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
