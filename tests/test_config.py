@@ -65,6 +65,7 @@ def refusal(path: Path, *overrides: str) -> str:
         ("noise.zero_terminal_snr=true", "loss.prediction: v"),
         ("checkpoint.keep=1", "checkpoint.keep is 1, must be at least 2"),
         ("data.caption_dropout=1.0", "data.caption_dropout"),
+        ("validation.every_steps=10", "needs validation.share"),
         ("stage=a/b", "stage is 'a/b'"),
         ("model.vae=${oc.env:HF_TOKEN}", "refused"),
         ("model.vae=${oc.decode:x}", "refused"),

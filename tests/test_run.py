@@ -99,7 +99,7 @@ def test_previews_do_not_change_a_bit(straight: Path, dataset: Path, base_model:
     assert stage.run("sampling.every_steps=4", f"sampling.prompts={prompts}") == ExitCode.DONE, stage.message
     assert result(stage.output) == result(straight)
     assert sorted(path.parent.name for path in (stage.output / "samples").glob("*/grid.png")) == [
-        "step-00000004", "step-00000008"
+        "step-00000004", "step-00000008", "step-00000009"
     ]  # fmt: skip
 
 
@@ -107,10 +107,10 @@ def test_previews_do_not_change_a_bit(straight: Path, dataset: Path, base_model:
 def test_validation_does_not_change_a_bit(dataset: Path, base_model: Path, tmp_path: Path) -> None:
     plain, watched = (Stage(tmp_path / name, dataset, base_model) for name in ("plain", "watched"))
     assert plain.run("validation.share=0.2") == ExitCode.DONE, plain.message
-    assert watched.run("validation.share=0.2", "validation.every_steps=2") == ExitCode.DONE, watched.message
+    assert watched.run("validation.share=0.2", "validation.every_steps=4") == ExitCode.DONE, watched.message
     assert result(watched.output) == result(plain.output)
     lines = (watched.output / "validation.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines][:3] == [2, 4, 6]
+    assert [json.loads(line)["step"] for line in lines] == [4, 6]  # and at the end, which is no multiple
 
 
 @pytest.mark.slow

@@ -181,7 +181,7 @@ class ExportConfig:
 class SamplingConfig:
     """Preview pictures during training."""
 
-    every_steps: int = 0  # 0 = off
+    every_steps: int = 0  # 0 = off; otherwise at the stage's end too
     prompts: str = "configs/prompts.yaml"
 
 
@@ -189,7 +189,7 @@ class SamplingConfig:
 class ValidationConfig:
     """Held-out loss."""
 
-    every_steps: int = 0  # 0 = off
+    every_steps: int = 0  # 0 = off; otherwise at the stage's end too
     share: float = 0.0  # keys held out by a hash of the key alone
     images: int = 256
 
@@ -362,6 +362,8 @@ def _cross_problems(config: StageConfig) -> list[str]:
         (not data.separator.strip() or "," in data.separator,
          f"data.separator is {data.separator!r}: not empty, no comma"),
         (batch.remainder != "carry" and strict, "batch.determinism: strict needs batch.remainder: carry"),
+        (config.validation.every_steps > 0 and config.validation.share == 0,
+         "validation.every_steps needs validation.share, such as 0.02: with 0 no image is held out"),
     ]  # fmt: skip
     return [message for broken, message in rules if broken] + _eps_problems(optimizer)
 

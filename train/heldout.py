@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import torch
@@ -19,6 +20,8 @@ from train.tracking import Tracker
 from train.update import Diffusion, Place, image_losses
 from train.validation import Making, chosen, evaluate
 
+log = logging.getLogger("anix")
+
 
 class HeldOut:
     """Owner of the images that never train. `measure` must be called by every process alike."""
@@ -34,6 +37,8 @@ class HeldOut:
         scaling: float,
     ) -> None:
         self.index = index.select(chosen(index.uids, config.validation.images))
+        if config.validation.every_steps and len(self.index) == 0:
+            log.warning("validation.share %g holds out no image of this selection", config.validation.share)
         self.reader = ShardReader(config.data.path)
         self.tokens, self.networks, self.place = tokens, networks, place
         self.micro = config.batch.micro

@@ -140,13 +140,13 @@ def learning_rates(config: StageConfig, updates: int, cycle_updates: int) -> dic
 
 
 def after_update(session: Session, outcome: Outcome) -> None:
-    """Previews, validation, checkpoints and the agreed stop, each when it is due."""
+    """Previews, validation, checkpoints and the agreed stop, each when it is due; the first two at the end as well."""
     config, done = session.config, session.progress.step
     last = done >= session.last_step
-    if config.sampling.every_steps and done % config.sampling.every_steps == 0:
+    if config.sampling.every_steps and (last or done % config.sampling.every_steps == 0):
         with session.watch.main_only("previews"):
             session.previews.write(done, session.ema, session.tracker, session.stop)
-    if config.validation.every_steps and done % config.validation.every_steps == 0:
+    if config.validation.every_steps and (last or done % config.validation.every_steps == 0):
         session.held_out.measure(done, session.progress.updates, session.tracker, session.stop)
     if outcome.stop_asked and not last:
         save(session, now=True)
