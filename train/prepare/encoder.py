@@ -23,23 +23,23 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 
 
-def weights_file(vae: str | None) -> Path:
-    """The safetensors file of `latents.vae`: a VAE folder, a model folder with `vae/`, or the file itself.
+def weights_file(vae: str | None, key: str = "latents.vae") -> Path:
+    """The safetensors file that `key` names: a VAE folder, a model folder with `vae/`, or the file itself.
 
     Raises Halt(USAGE) when it is not given or not there, Halt(MISMATCH) for weights in a pickle.
     """
     if vae is None:
-        raise Halt(ExitCode.USAGE, "latents.vae is not set: name a VAE folder, a model folder or a .safetensors file")
+        raise Halt(ExitCode.USAGE, f"{key} is not set: name a VAE folder, a model folder or a .safetensors file")
     path = Path(vae)
     if path.is_file():
         if path.suffix != ".safetensors":
-            raise Halt(ExitCode.MISMATCH, f"latents.vae {path} is not a .safetensors file; pickles are never opened")
+            raise Halt(ExitCode.MISMATCH, f"{key} {path} is not a .safetensors file; pickles are never opened")
         return path
     for folder in (path, path / "vae"):
         for name in _WEIGHT_FILES:
             if (folder / name).is_file():
                 return folder / name
-    raise Halt(ExitCode.USAGE, f"latents.vae {path} holds no {_WEIGHT_FILES[0]}")
+    raise Halt(ExitCode.USAGE, f"{key} {path} holds no {_WEIGHT_FILES[0]}")
 
 
 def vae_identity(weights: Path) -> str:

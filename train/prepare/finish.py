@@ -15,8 +15,10 @@ import pyarrow.parquet as pq
 from train.buckets import place
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
-from train.index import Index, build_index
+from train.index import Index
+from train.indexing import build_index
 from train.latents import read_meta
+from train.prepare.npz import NPZ_PREPROCESSING, tally
 from train.prepare.records import INDEX, SCHEMA_VERSION
 from train.prepare.select import selection_counts, selection_merges, selection_path
 from train.prepare.settings import DatasetConfig, dataset_dir
@@ -51,20 +53,23 @@ def finish(
     for old in dataset.glob("index_*.arrow"):  # of stages that are gone
         if old.stem.removeprefix("index_") not in selections:
             old.unlink()
-    _write_dataset_json(settings, recipe, policy, len(index))  # an index opens only beside a dataset.json
+    _write_dataset_json(settings, recipe, policy, index)  # an index opens only beside a dataset.json
     build_index(dataset, joined.drop_columns(["policy_hash"]), selections, meta)
     fingerprints = {stage: Index.open(dataset, stage).fingerprint for stage in selections}
-    _write_dataset_json(settings, recipe, policy, len(index), fingerprints)
+    _write_dataset_json(settings, recipe, policy, index, fingerprints)
 
 
 def index_table(dataset: Path, recipe: Recipe, used: list[Slot], facts: Mapping[str, Mapping[str, Any]]) -> pa.Table:
     """One row per stored picture and bucket, sorted by (key, bucket)."""
     rows = []
     for name, slots in by_shard(used):
-        stored = {slot: row for row, slot in enumerate(json.loads(read_meta(dataset / name)["slots"]))}
+        meta = read_meta(dataset / name)
+        stored = {slot: row for row, slot in enumerate(json.loads(meta["slots"]))}
+        imported = set(json.loads(meta.get("npz", "[]")))
         for slot in slots:
             if slot.slot in stored:
-                rows.append(_row(recipe, slot, stored[slot.slot], facts[slot.key]))
+                row = _row(recipe, slot, stored[slot.slot], facts[slot.key])
+                rows.append(row | {"preproc_hash": NPZ_PREPROCESSING} if slot.slot in imported else row)
     rows.sort(key=lambda row: (row["key"], row["bucket_w"], row["bucket_h"]))
     return pa.Table.from_pylist(rows, schema=INDEX)
 
@@ -101,22 +106,28 @@ def _join(settings: DatasetConfig, index: pa.Table, facts: Mapping[str, Mapping[
 
 
 def _write_dataset_json(
-    settings: DatasetConfig, recipe: Recipe, policy: list[str], rows: int, fingerprints: Mapping[str, str] | None = None
+    settings: DatasetConfig,
+    recipe: Recipe,
+    policy: list[str],
+    index: pa.Table,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> None:
     dataset = dataset_dir(settings)
     path = dataset / "dataset.json"
+    shards = pc.unique(index.column("shard")).to_pylist()
+    npz = {"npz": tally(dataset, shards)} if any(source.npz_vae for source in settings.sources) else {}
     state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     state |= {
         "schema_version": SCHEMA_VERSION, "name": settings.name,
         "fingerprint": config_id(**dict(fingerprints or {})), "fingerprints": dict(fingerprints or {}),
         "policy_hash": policy[0] if len(policy) == 1 else policy, "hard_exclusion_version": EXCLUSIONS_VERSION,
-        "latents": {**asdict(recipe), "images": rows},
+        "latents": {**asdict(recipe), "images": len(index), **npz},
         "tables": {name: table_fingerprint(dataset, name) for name in
                    ("records", "probe", "aesthetic", "tags", "dupes", "labels")},
         "select": {stage: {"counts": selection_counts(dataset, stage), "merged": selection_merges(dataset, stage)}
                    for stage in settings.select},
         "sources": [
-            {key: value for key, value in asdict(source).items() if key not in ("path", "images", "dictionary")}
+            {key: value for key, value in asdict(source).items() if key not in ("path", "images", "dictionary", "npz_vae")}
             for source in settings.sources
         ],
     }  # fmt: skip

@@ -25,6 +25,7 @@ from train.prepare.decode import DECODE_VERSION, Refused
 from train.prepare.encoder import Encoder, load_vae, pick_device, vae_identity, weights_file
 from train.prepare.finish import finish
 from train.prepare.judge import Complaint, judge
+from train.prepare.npz import Unusable, imported, tally
 from train.prepare.peers import Peers
 from train.prepare.pictures import Cut, Look, cut_one
 from train.prepare.pool import Lost, Pool
@@ -80,6 +81,7 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     weights = weights_file(settings.latents.vae)
     recipe = make_recipe(settings, vae_identity(weights))
+    _check_npz_vae(settings, recipe.vae_id)
     _drop_other_index(dataset, recipe)
     wanted, facts = _wanted(settings)
     shards, used = make_plan(dataset, wanted, recipe.identity)
@@ -90,6 +92,8 @@ def run(settings: DatasetConfig) -> None:
     lost, unreadable = _outcome(work)
     finish(settings, recipe, used, facts, without={*lost, *(key for key, _ in unreadable)})
     merge_quarantine(dataset)
+    if any(source.npz_vae for source in settings.sources) and peers.rank == 0:
+        _tell_npz(tally(dataset, [name for name, _ in work.shards]))
     if unreadable:
         first = "; ".join(f"{key}: {why}" for key, why in unreadable[:5])
         raise Complaint(
@@ -104,8 +108,25 @@ def make_recipe(settings: DatasetConfig, vae_id: str) -> Recipe:
     """What the config decides about latents."""
     config = settings.latents
     rules = {"animated": settings.probe.animated, "allow_truncated": settings.probe.allow_truncated}
-    preproc = config_id(decode=DECODE_VERSION, resize=config.resize, backend=config.backend, rules=rules)
+    taken = {"npz": npz} if (npz := sorted(source.name for source in settings.sources if source.npz_vae)) else {}
+    preproc = config_id(decode=DECODE_VERSION, resize=config.resize, backend=config.backend, rules=rules, **taken)
     return Recipe(vae_id, preproc, config.content, config.dtype, config.encode, settings.seed)
+
+
+def _check_npz_vae(settings: DatasetConfig, vae_id: str) -> None:
+    for source in settings.sources:
+        if source.npz_vae is not None and vae_identity(weights_file(source.npz_vae, "sources[].npz_vae")) != vae_id:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"sources: npz_vae of {source.name}, {source.npz_vae}, is not the VAE of latents.vae, {settings.latents.vae}"
+                ": latents of two VAEs do not mix. Name that VAE in latents.vae too, or set npz_vae to null to encode anew",
+            )
+
+
+def _tell_npz(counts: Mapping[str, Any]) -> None:
+    print(f"latents: {counts['images']} taken over from .npz of sd-scripts")
+    for why, count in counts["unusable"].items():
+        print(f"latents: {count} .npz not taken, encoded instead: {why} (as {counts['examples'][why]})")
 
 
 def _drop_other_index(dataset: Path, recipe: Recipe) -> None:
@@ -130,7 +151,7 @@ def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], dict[str, dict[str, 
         table = pq.read_table(path, columns=["key", "bucket_w", "bucket_h"]).to_pydict()
         pairs |= set(zip(table["key"], table["bucket_w"], table["bucket_h"], strict=True))
     keys = pa.array(sorted({key for key, _, _ in pairs}), pa.string())
-    probe = ok_files(settings, ["key", "width", "height", "sha256"])
+    probe = ok_files(settings, ["key", "width", "height", "sha256", "has_alpha", "exif_orientation"])
     probe = probe.filter(pc.is_in(probe.column("key"), value_set=keys))
     records = read_table(dataset, "records", ["key", "source", "uri", "member"])
     records = records.filter(pc.is_in(records.column("key"), value_set=keys))
@@ -189,28 +210,48 @@ def _is_made(work: Work, number: int) -> bool:
 def _make_shard(work: Work, number: int, encoder: Encoder, pool: Pool[Cut, Any], bar: Any) -> None:
     name, slots = work.shards[number]
     slots = [slot for slot in slots if slot.entry in work.entries]
-    stored: list[tuple[int, torch.Tensor]] = []
+    stored, unusable = _taken_over(work, slots)
+    bar.update(len(stored))
+    imported = sorted(stored)
+    rest = [slot for slot in slots if slot.slot not in stored]
     lost: list[int] = []
     unreadable: list[tuple[str, str]] = []
-    pictures = pool.map(_jobs(work.settings, slots, work.facts))
-    for batch in _batches(slots, pictures, work.settings.latents.batch, unreadable):
+    pictures = pool.map(_jobs(work.settings, rest, work.facts))
+    for batch in _batches(rest, pictures, work.settings.latents.batch, unreadable):
         latents = encoder.encode([pixels for _, pixels in batch], [uid_of(slot.key) for slot, _ in batch])
         for (slot, _), latent in zip(batch, latents, strict=True):
             if latent is None:
                 lost.append(slot.slot)
             else:
-                stored.append((slot.slot, latent))
+                stored[slot.slot] = latent
         bar.update(len(batch))
     channels = 8 if work.recipe.content == "moments" else 4
     empty = torch.zeros((0, channels, slots[0].bucket_h // 8, slots[0].bucket_w // 8)).to(encoder.store)
     path = work.dataset / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_shard(path, torch.stack([latent for _, latent in stored]) if stored else empty, {
+    order = sorted(stored)
+    write_shard(path, torch.stack([stored[slot] for slot in order]) if order else empty, {
         **{key: str(value) for key, value in asdict(work.recipe).items()},
         "fingerprint": shard_mark(work.shards[number][1], work.recipe.identity),
-        "slots": json.dumps([slot for slot, _ in stored]), "nan": json.dumps(lost),
-        "unreadable": json.dumps(sorted(unreadable)),
+        "slots": json.dumps(order), "nan": json.dumps(lost), "unreadable": json.dumps(sorted(unreadable)),
+        "npz": json.dumps(imported), "npz_unusable": json.dumps(unusable),
     })  # fmt: skip
+
+
+def _taken_over(work: Work, slots: list[Slot]) -> tuple[dict[int, torch.Tensor], list[tuple[str, str]]]:
+    """(slot -> latents that sd-scripts left, (file, reason) of those that are of no use)."""
+    sources = {source.name: source for source in work.settings.sources}
+    store = {"fp16": torch.float16, "bf16": torch.bfloat16}[work.recipe.dtype]
+    taken: dict[int, torch.Tensor] = {}
+    unusable: list[tuple[str, str]] = []
+    for slot in slots:
+        fact = work.facts[slot.key]
+        found = imported(sources[fact["source"]], fact, (slot.bucket_w, slot.bucket_h), work.recipe.dtype)
+        if isinstance(found, Unusable):
+            unusable.append((found.name, found.why))
+        elif found is not None:
+            taken[slot.slot] = torch.from_numpy(found).to(store)
+    return taken, unusable
 
 
 def _jobs(settings: DatasetConfig, slots: list[Slot], facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Cut]:

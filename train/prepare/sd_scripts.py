@@ -1,7 +1,8 @@
 """Metadata JSON of sd-scripts: `{image key: {caption, tags, ...}}`, or one object with `image_path` per line.
 
-A key is a path or a bare stem. The text is caption + ", " + tags where both exist. Its npz files are not imported: they
-do not say which VAE made them.
+A key is a path or a bare stem. The text is caption + ", " + tags where both exist. `train_resolution` decides nothing
+here: it may be that of an older file, so sizes are measured and the bucket follows. The .npz beside the images are taken
+over by the step `latents` where the source says which VAE made them (`npz_vae`).
 """
 
 from __future__ import annotations

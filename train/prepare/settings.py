@@ -49,6 +49,7 @@ class SourceConfig:
     escaped: bool = False  # tags carry backslashes before brackets
     on_bad_tag: Literal["error", "drop", "replace"] = "error"
     on_second_separator: Literal["error", "fork", "suffix"] = "error"
+    npz_vae: str | None = None  # the VAE that made the sd-scripts .npz beside the images; null = they are not used
 
 
 @dataclass(frozen=True)
@@ -311,6 +312,8 @@ def _problems(settings: DatasetConfig) -> list[str]:
             found.append(f"sources[{number}].name is {source.name!r}: letters, digits, . - and _ only")
         if source.adapter == "table" and not source.columns:
             found.append(f"sources[{number}].columns is needed by adapter table: our column: theirs")
+        if source.npz_vae is not None and settings.latents.content != "sample":
+            found.append(f"sources[{number}].npz_vae: .npz hold one draw, which needs latents.content: sample")
     for stage, select in settings.select.items():
         if select.repeats < 1 or select.min_bucket < 1:
             found.append(f"select.{stage}: repeats and min_bucket must be at least 1")
