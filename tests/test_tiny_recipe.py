@@ -12,7 +12,8 @@ import pytest
 from train.tools.tiny_check import STAGES, check_model, first_and_last_loss
 
 ROOT = Path(__file__).resolve().parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' schedulers
+pytestmark = [pytest.mark.slow, pytest.mark.long, NUMPY_2]
 
 
 def run(folder: Path, script: str, *arguments: str) -> str:

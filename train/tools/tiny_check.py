@@ -76,9 +76,8 @@ def check_model(folder: Path, settings: PromptsFile | None = None, out: Path | N
 
     if not (folder / "model_index.json").is_file():
         raise Halt(ExitCode.USAGE, f"{folder} is not a diffusers folder (no model_index.json)")
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        str(folder), torch_dtype=torch.float32, local_files_only=True, add_watermarker=False
-    )
+    pipeline = StableDiffusionXLPipeline.from_pretrained(str(folder), local_files_only=True, add_watermarker=False)
+    pipeline.to(dtype=torch.float32)
     prompts = check_prompts()
     images = sample(pipeline, prompts, settings or load_prompts(SETTINGS))
     if out is not None:
