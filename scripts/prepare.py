@@ -11,6 +11,7 @@ import argparse
 import importlib
 import time
 
+from train import signals
 from train.exits import run_cli
 from train.prepare.judge import Complaint
 from train.prepare.settings import STEPS, dataset_dir, load_settings
@@ -31,8 +32,10 @@ def main() -> int:
     settings = load_settings(arguments.config, arguments.overrides)
     started = time.monotonic()
     complaints = []
+    signals.install()
     for step in STEPS if arguments.step == "all" else [arguments.step]:
         try:
+            signals.raise_if_asked(step)
             importlib.import_module(f"train.prepare.{step}").run(settings)
         except Complaint as complaint:  # the step is finished; what it found shows in the report
             print(f"error: {complaint.message}", file=sys.stderr)

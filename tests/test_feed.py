@@ -93,11 +93,23 @@ def test_a_killed_worker_is_replaced_in_the_middle_of_an_update(dataset: Path, w
     assert same(found, wanted)
 
 
-@pytest.mark.parametrize("fault", ["worker@1:kill", "worker@1:raise=OSError"])
-def test_workers_that_keep_dying_end_the_run_with_the_images_in_flight(
-    fault: str, dataset: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fault", ["worker@*:raise=OSError", "worker@1:raise=OSError", "worker@*:enospc"])
+def test_workers_without_shared_memory_become_fewer_and_nothing_changes(
+    fault: str, dataset: Path, wanted: list[list[Batch]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ANIX_FAULT", fault)
+    source = feed(dataset, workers=3, prefetch=2)
+    assert same(drain(source, len(wanted)), wanted)
+    assert source.workers == 0
+    told = [record.getMessage() for record in caplog.records if "shared memory" in record.getMessage()]
+    assert ["one worker" in text for text in told] == [True, False]
+    assert "no workers from here on" in told[1]
+
+
+def test_workers_that_keep_dying_end_the_run_with_the_images_in_flight(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANIX_FAULT", "worker@1:kill")
     source = feed(dataset, workers=1)
     with pytest.raises(Halt) as halted:
         drain(source, 2)

@@ -102,7 +102,8 @@ class TileDataset(Dataset[Batch | Halt]):
         """
         step, number = place
         try:
-            faults.at("worker", step)
+            if torch.utils.data.get_worker_info() is not None:
+                faults.at("worker", step)
             tiles = self.plan.update(step)
             first_slot = sum(len(tile.rows) for tile in tiles[:number])
             return self.make(tiles[number], step, first_slot)

@@ -12,7 +12,9 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +162,17 @@ def export_stage(
     prediction: str = "epsilon",
     zero_terminal_snr: bool = False,
     average: Path | None = None,
+    poll: Callable[[], None] = lambda: None,
 ) -> None:
     """Write `model/`, `<stage>.safetensors`, `lineage.json`, and with EMA `<stage>-ema.safetensors`.
 
     `trained` is the final checkpoint's model.safetensors, `average` its ema.safetensors. Repeatable: what an
-    interrupted export left is replaced. Raises Halt(CANNOT_WRITE), or Halt(MISMATCH) when a file reads back wrong.
+    interrupted export left is replaced. `poll` is called between pieces of tensors and may raise. Raises Halt(CANNOT_WRITE), or Halt(MISMATCH) when a file reads back wrong.
     """
     faults.at("export")
     dtype, stage = DTYPES[settings.dtype], str(record["stage"])
     metadata = metadata_of(record, settings, prediction)
-    weights = {**source.weights, **weightfile.open_file(trained).blobs}
+    weights = _polled({**source.weights, **weightfile.open_file(trained).blobs}, poll)
     configs = _with_prediction(source, prediction, zero_terminal_snr)
     folder = run_path / "model"
     if folder.exists():
@@ -186,10 +189,22 @@ def export_stage(
         _require_hash(folder / name, digest)
     _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
     if average is not None:
-        averaged = {**weights, **weightfile.open_file(average).blobs}
+        averaged = {**weights, **_polled(weightfile.open_file(average).blobs, poll)}
         told = {**metadata, "modelspec.title": metadata["modelspec.title"] + " (EMA)"}
         _write_single(run_path / f"{stage}-ema.safetensors", averaged, configs, told, source, dtype)
+    poll()
     write_json(run_path / "lineage.json", {**record, "model_sha256": model_sha256(folder)})
+
+
+def _polled(weights: Mapping[str, Blob], poll: Callable[[], None]) -> dict[str, Blob]:
+    """The same tensors; reading one calls `poll` before every piece."""
+
+    def pieces(blob: Blob) -> Iterator[memoryview]:
+        for piece in blob.pieces():
+            poll()
+            yield piece
+
+    return {name: replace(blob, pieces=partial(pieces, blob)) for name, blob in weights.items()}
 
 
 def _without_home(text: str) -> str:

@@ -45,7 +45,8 @@ class Feed:
     """Owner of the worker pool. `next_update()` gives the batches of the next plan step for this process.
 
     A worker that dies or stays silent is replaced together with its pool, from the place reached; after
-    two such repairs in a row it is Halt(UNEXPECTED) naming the images in flight.
+    two such repairs in a row it is Halt(UNEXPECTED) naming the images in flight. Where workers lack shared memory
+    or descriptors, there are fewer of them from then on, at last none.
     """
 
     def __init__(
@@ -67,6 +68,12 @@ class Feed:
         self._first = first_step
         self._loader: Iterator[Batch | Halt] | None = None
         self._deaths = Deaths()
+        self._lean = 0  # 1: one worker, one batch ahead; 2: batches are made in this process
+
+    @property
+    def workers(self) -> int:
+        """Worker processes of the next pool."""
+        return (self.data.workers, min(self.data.workers, 1), 0)[self._lean]
 
     def next_update(self) -> Iterator[Batch]:
         """The batches of the next plan step, on the device, one copy ahead of use."""
@@ -108,7 +115,15 @@ class Feed:
                 self.close()
                 if not _pool_failure(error) or attempt == POOL_RETRIES:
                     raise self._explain(error) from error
-                log.warning("data workers failed (%s); starting them again", _first_line(error))
+                if self.workers and _shortage(error):
+                    self._lean += 1
+                    less = "one worker, one batch ahead" if self.workers else "no workers"
+                    log.warning(
+                        "data workers lack shared memory or files (%s): %s from here on; enlarge /dev/shm or lower "
+                        "data.workers and data.prefetch", _first_line(error), less,
+                    )  # fmt: skip
+                else:
+                    log.warning("data workers failed (%s); starting them again", _first_line(error))
         raise AssertionError("unreachable")
 
     def _place(self) -> tuple[int, int]:
@@ -122,9 +137,9 @@ class Feed:
         # The loader would draw its workers' seed from the global generator.
         generator = torch.Generator().manual_seed(0)
         workers: dict[str, Any] = {}
-        if self.data.workers:
+        if self.workers:
             workers = {
-                "prefetch_factor": self.data.prefetch,
+                "prefetch_factor": 1 if self._lean else self.data.prefetch,
                 "timeout": self.data.worker_timeout_s,
                 "multiprocessing_context": "fork",
                 "worker_init_fn": _start_worker,
@@ -134,13 +149,13 @@ class Feed:
                 self.dataset,
                 batch_size=None,
                 sampler=places,
-                num_workers=self.data.workers,
+                num_workers=self.workers,
                 pin_memory=self.device.type == "cuda",
                 generator=generator,
                 **workers,
             )
         )
-        if self.data.workers:
+        if self.workers:
             self._deaths.guard()
         return loader
 
@@ -220,6 +235,12 @@ def _start_worker(_: int) -> None:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _shortage(error: Exception) -> bool:
+    """Whether workers could not hand over what they made; the loader gives their errors back without the number."""
+    signs = ("shared memory", "Bus error", "shm", "Too many open files", "Cannot allocate memory")
+    return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
 
 
 def _pool_failure(error: Exception) -> bool:

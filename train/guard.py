@@ -96,6 +96,23 @@ def json_number(value: float) -> float | str:
     return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
 
 
+# --- a stop outside an update ------------------------------------------------------------------------
+
+
+def stop_if_asked(asked: bool, device: torch.device, step: int) -> None:
+    """Halt(STOPPED) on every process alike when any of them was asked to stop. One collective, before update `step`.
+
+    Inside the loop the control vector carries the flag; this is for loading and preflight, where nothing is lost.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        flag = torch.tensor([float(asked)], device=device)
+        dist.all_reduce(flag)
+        asked = bool(flag.item() > 0)
+    if asked:
+        saved = f"after update {step}, which is saved" if step else "before the first update"
+        raise Halt(ExitCode.STOPPED, f"stopped by a signal {saved}: the same command goes on")
+
+
 # --- loss spikes -------------------------------------------------------------------------------------
 
 

@@ -24,10 +24,18 @@ def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Com
 
 
 def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versions: dict[str, str]) -> None:
-    """Export, lineage, DONE; on the main process. Each step may be repeated after a kill."""
+    """Export, lineage, DONE; on the main process. Each step may be repeated after a kill.
+
+    Raises Halt(STOPPED) when asked to stop under way: the next start makes the export, no update.
+    """
     if not session.place.is_main:
         return
     config, run = session.config, session.run
+
+    def poll() -> None:
+        if session.stop.asked:
+            raise Halt(ExitCode.STOPPED, "stopped by a signal during the export: the same command makes it anew")
+
     final = checkpoint.newest_of(run.path)
     record = export.lineage_record(
         stage=config.stage,
@@ -50,5 +58,6 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
         prediction=config.loss.prediction,
         zero_terminal_snr=config.noise.zero_terminal_snr,
         average=final.path / "ema.safetensors" if "ema" in final.groups else None,
+        poll=poll,
     )
     run.write_done({"stage": config.stage, "updates": session.progress.updates, "images": session.progress.images})

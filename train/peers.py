@@ -36,6 +36,8 @@ _COLLECTIVE_SIGNS = (
     "Timed out waiting",
 )
 
+_STOPPED = "stopped: "  # instead of "done", in the key that the others wait for
+
 log = logging.getLogger("anix")
 
 
@@ -83,12 +85,18 @@ class Watch:
     def main_only(self, what: str) -> Iterator[bool]:
         """`with watch.main_only("export") as mine: if mine: ...`; the others leave the block after the main one.
 
-        They raise Halt(PEER_LOST) when the main process falls silent for 60 s or fails in it.
+        They raise Halt(PEER_LOST) when the main process falls silent for 60 s or fails in it, and Halt(STOPPED) as it
+        does when it was asked to stop inside.
         """
         self._calls += 1
         key = f"done/{self._calls}"  # every process comes by in the same order
         if self.world == 1 or self.rank == 0:
-            yield True
+            try:
+                yield True
+            except Halt as halt:
+                if halt.code == ExitCode.STOPPED and self.world > 1:
+                    self._set(key, f"{_STOPPED}{halt.message}")
+                raise
             if self.world > 1:
                 self._set(key, "1")
             return
@@ -106,6 +114,9 @@ class Watch:
             if time.monotonic() - heard > STALE_S:
                 raise Halt(ExitCode.PEER_LOST, f"{what}: the main process has not been heard from for {STALE_S:.0f} s")
             time.sleep(0.05)
+        said = self._get(key) or ""
+        if said.startswith(_STOPPED):
+            raise Halt(ExitCode.STOPPED, said.removeprefix(_STOPPED))
 
     def _who_failed(self) -> str:
         """The note of the process that failed first, else the ranks that do not beat."""

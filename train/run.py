@@ -88,7 +88,7 @@ def as_halt(error: BaseException) -> Halt:
 
 def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: str, reached: dict[str, int]) -> None:
     """The recipe of one stage, from the dataset to the files the next stage starts from."""
-    from train import handoff, loop, peers, preflight, session, stage
+    from train import guard, handoff, loop, peers, preflight, session, stage
 
     # Processes: the update's tiles divide among them.
     machine = stage.open_machine(config)
@@ -108,8 +108,11 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
         # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
         running = session.open_session(config, run, machine, data, source, components, networks, execution, stop)
         run.write_config(yaml)
+        reached["update"] = running.progress.step
         with session.closing(running):
+            guard.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
             preflight.check(running, data.tokenizer)
+            guard.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
 
             # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.
             running.watch = watch

@@ -10,13 +10,16 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from train.exits import ExitCode
+from train.exits import ExitCode, Halt
 
 SECOND_INTERRUPT_S = 2.0  # a terminal and a launcher may both deliver one Ctrl-C
 _PR_SET_PDEATHSIG = 1
 _IMPORTED_BY = (os.getpid(), os.getppid())  # so early that the parent was certainly alive
 # Only these start us as their child and vanish without a word; a shell's end must not stop a run under nohup.
 _LAUNCHER_MARKS = ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "ANIX_LAUNCHED")
+
+
+_latest: StopFlag | None = None  # signals are the process's, so is the flag that they set
 
 
 class StopFlag:
@@ -44,6 +47,8 @@ class StopFlag:
 
     def install(self) -> StopFlag:
         """Handle SIGTERM, SIGINT, SIGUSR1, and SIGHUP unless it is ignored (nohup). Main thread only."""
+        global _latest
+        _latest = self
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._handle)
@@ -51,6 +56,8 @@ class StopFlag:
 
     def restore(self) -> None:
         """Put the former handlers back."""
+        global _latest
+        _latest = None if _latest is self else _latest
         while self._before:
             number, handler = self._before.popitem()
             signal.signal(number, handler)  # type: ignore[arg-type]
@@ -73,6 +80,19 @@ def install(*, orphan: bool = False) -> StopFlag:
         pid, parent = _IMPORTED_BY
         watch_parent(stop, parent if pid == os.getpid() else os.getppid())
     return stop
+
+
+def raise_if_asked(what: str) -> None:
+    """Halt(STOPPED) when the last installed flag was asked to stop: for work in pieces that are kept."""
+    if _latest is not None and _latest.asked:
+        kept = "what is finished is kept, the same command goes on"
+        raise Halt(ExitCode.STOPPED, f"{what}: stopped by a signal ({_latest.name}); {kept}")
+
+
+def ignore_in_worker() -> None:
+    """For a worker that ends with its input or is killed: a signal to the whole group is its parent's affair."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def reset_in_worker() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from train import signals
 from train.exits import ExitCode, Halt
 
 BEAT_S = 2.0
@@ -60,6 +61,7 @@ class Peers:
         """Return when every (unit, file) is there; units of peers that are gone are made here."""
         waiting = [(unit, path) for unit, path in files if not path.exists()]
         while waiting:
+            signals.raise_if_asked("waiting for the other processes")
             lost = next((unit for unit, _ in waiting if not self._alive(unit % self.world)), None)
             if lost is not None:
                 make(lost)

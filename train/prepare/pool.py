@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any, Generic, TypeVar
 
+from train import signals
+
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -45,15 +47,17 @@ class Pool(Generic[J, R]):
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
             worker.pipe.close()  # idle workers end by themselves at the end of their input
-            worker.process.terminate()
+            worker.process.kill()  # they ignore what asks politely, see signals.ignore_in_worker
         for worker in self._workers:
             worker.process.join()
         self._workers = []
 
     def map(self, jobs: Iterable[J]) -> Iterator[R | Lost]:
-        """The result of every job, in order."""
+        """The result of every job, in order. Raises Halt(STOPPED) between two when a signal asked for it."""
         if self.count == 0:
-            yield from map(self.function, jobs)
+            for job in jobs:
+                signals.raise_if_asked("pictures")
+                yield self.function(job)
             return
         source = enumerate(jobs)
         done: dict[int, R | Lost] = {}
@@ -69,6 +73,7 @@ class Pool(Generic[J, R]):
                 worker.pipe.send(item[1])
             if taken < given and taken not in done:
                 self._collect(done)
+            signals.raise_if_asked("pictures")  # before a worker that died of the same signal is taken for a crash
             while taken in done:
                 yield done.pop(taken)
                 taken += 1
@@ -88,7 +93,11 @@ class Pool(Generic[J, R]):
         theirs.close()
         worker = _Worker(process, ours)
         self._workers.append(worker)
-        worker.pipe.recv()  # its imports are done: the clock of the first job starts now
+        try:
+            worker.pipe.recv()  # its imports are done: the clock of the first job starts now
+        except EOFError:
+            signals.raise_if_asked("pictures")
+            raise
         return worker
 
     def _collect(self, done: dict[int, R | Lost]) -> None:
@@ -119,6 +128,7 @@ class Pool(Generic[J, R]):
 
 
 def _serve(pipe: Connection, function: Callable[[Any], Any], memory_bytes: int) -> None:
+    signals.ignore_in_worker()
     used = _virtual_bytes()
     if used and memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))

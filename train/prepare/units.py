@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from train import signals
 from train.exits import ExitCode, Halt
 from train.prepare.peers import Peers
 from train.prepare.records import QUARANTINE, ROW_GROUP_ROWS, Quarantine, quarantine_table
@@ -301,7 +302,11 @@ def has_table(dataset: Path, table: str) -> bool:
 
 
 def write_parquet(path: Path, table: pa.Table, metadata: dict[str, str] | None = None) -> None:
-    """Write through a temporary name, sync, rename. Same rows and metadata, same bytes."""
+    """Write through a temporary name, sync, rename. Same rows and metadata, same bytes.
+
+    Every step comes by here often, and what is finished is kept: the place to heed a signal, Halt(STOPPED).
+    """
+    signals.raise_if_asked(path.parent.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = table.replace_schema_metadata(metadata or None).combine_chunks()
 
