@@ -71,12 +71,14 @@ class Plan:
         """
         self._uids = np.asarray(uids, dtype=np.uint64)
         self._seed, self._m, self._t, self._remainder = seed, tile_images, tiles_per_update, remainder
-        if same := duplicate_uids(self._uids):
+        ascending = np.argsort(self._uids)  # the only sort of all images; unstable is faster, and no two are equal:
+        if (self._uids[ascending[1:]] == self._uids[ascending[:-1]]).any():
+            same = duplicate_uids(self._uids)
             pairs = ", ".join(f"{first} and {second}" for first, second in same[:5])
             raise Halt(
                 ExitCode.MISMATCH, f"{len(same)} equal uids, at positions {pairs}: each image may come only once"
             )
-        self._buckets, self._rows = _group_by_bucket(self._uids, np.asarray(widths), np.asarray(heights))
+        self._buckets, self._rows = _group_by_bucket(ascending, np.asarray(widths), np.asarray(heights))
         self._counts = [len(rows) for rows in self._rows]
         self._perms: dict[tuple[int, int], I64] = {}  # (bucket index, epoch) -> rows
         self._orders: dict[int, tuple[I64, I64]] = {}  # epoch -> (bucket index, tile number) of each of its tiles
@@ -189,15 +191,22 @@ class Plan:
         self._perms = {(b, e): rows for (b, e), rows in self._perms.items() if abs(e - epoch) <= 1}
 
 
-def _group_by_bucket(uids: U64, widths: npt.NDArray[Any], heights: npt.NDArray[Any]) -> tuple[list[Size], list[I64]]:
-    """Sizes present, sorted by (w, h), and per size its rows in ascending uid."""
-    if not len(uids) == len(widths) == len(heights):
-        raise ValueError(f"lengths differ: {len(uids)} uids, {len(widths)} widths, {len(heights)} heights")
-    sizes = (widths.astype(np.int64) << 32) | heights.astype(np.int64)
-    order = np.lexsort((uids, sizes))
-    values, starts = np.unique(sizes[order], return_index=True)
-    buckets = [(value >> 32, value & 0xFFFFFFFF) for value in values.tolist()]
-    return buckets, np.split(order, starts[1:]) if len(order) else []
+def _group_by_bucket(
+    ascending: I64, widths: npt.NDArray[Any], heights: npt.NDArray[Any]
+) -> tuple[list[Size], list[I64]]:
+    """Sizes present, sorted by (w, h), and per size its rows in the order of `ascending`, the rows by uid."""
+    if not len(ascending) == len(widths) == len(heights):
+        raise ValueError(f"lengths differ: {len(ascending)} uids, {len(widths)} widths, {len(heights)} heights")
+    order = ascending
+    for sides in (heights, widths):  # stable, so the last one leads; numpy counts 16-bit keys instead of comparing
+        small = sides.astype(np.uint16 if len(sides) and 0 <= sides.min() <= sides.max() < 1 << 16 else np.int64)
+        order = order[np.argsort(small[order], kind="stable")]
+    if not len(order):
+        return [], []
+    w, h = widths[order], heights[order]
+    starts = np.flatnonzero((w[1:] != w[:-1]) | (h[1:] != h[:-1])) + 1
+    firsts = [0, *starts.tolist()]
+    return [(int(w[first]), int(h[first])) for first in firsts], np.split(order, starts)
 
 
 def duplicate_uids(uids: npt.ArrayLike) -> list[tuple[int, int]]:
