@@ -96,7 +96,7 @@ def stage_yaml(
 def metrics(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the machine's speed."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "images_per_s"} for line in lines]
+    return [{k: value for k, value in line.items() if k not in ("images_per_s", "data_wait_s")} for line in lines]
 
 
 def weights_hash(run: Path) -> str:

@@ -14,7 +14,8 @@ from train.resume import Expectations, compare, key_class
 # fmt: off
 FREE = set("""data.workers data.prefetch data.on_read_error data.worker_timeout_s output_dir tracking.wandb
 tracking.trace sampling.every_steps sampling.prompts checkpoint.every_steps checkpoint.keep resume.accept export.dtype
-export.license launch.grace_s launch.collective_timeout_s validation.every_steps validation.images""".split())  # noqa: SIM905
+export.license launch.grace_s launch.collective_timeout_s validation.every_steps validation.images
+validation.select""".split())  # noqa: SIM905
 WARN = set("""epochs max_updates batch.split batch.accumulation model.gradient_checkpointing model.compile
 model.channels_last model.attention optimizer.sharding ema.device""".split())  # noqa: SIM905
 REFUSE = set("""stage seed precision validation.share batch.micro batch.effective batch.min_bucket batch.remainder

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -257,10 +258,24 @@ def test_a_starving_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[st
     run = tracker(tmp_path, total=60)
     for update in range(1, 61):
         time.sleep(0.001)
-        run.log({"step": update, "update": update}, transient={"data_wait_s": 0.0005 if update > 3 else 0.0})
+        run.log({"step": update, "update": update, "data_wait_s": 0.0005 if update > 3 else 0.0})
     run.close()
     assert capsys.readouterr().err.count("data.workers") == 1
-    assert "data_wait_s" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_the_bar_tells_what_a_run_is_judged_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tracker(tmp_path, total=10, resume=4)
+    run._bar.mininterval = 0.0
+    record = {"loss": 0.125, "lr_unet": 1e-5, "lr_text_encoder": 5e-6, "grad_norm": 0.5, "images_per_s": 3.0}
+    run.log({"step": 6, "update": 5, "epoch": 0.5, "skipped": 1, **record})
+    time.sleep(0.05)
+    run.log({"step": 7, "update": 6, "epoch": 0.6, "skipped": 1, **record})
+    run.close()
+    shown = capsys.readouterr().err.split("\r")[-1]
+    for words in ("test:  60%", "6/10", "epoch 0.60", "loss 0.1250", "lr 1.00e-05", "te 5.00e-06", "norm 0.500",
+                  "img/s 3.00", "skipped 1", "mem "):  # fmt: skip
+        assert words in shown, shown
+    assert re.search(r"\[00:00<00:\d\d", shown), "elapsed and remaining time"
 
 
 def test_a_line_costs_little(tmp_path: Path) -> None:
@@ -270,7 +285,7 @@ def test_a_line_costs_little(tmp_path: Path) -> None:
     best = 1.0
     for update in range(1, 2001):
         before = time.perf_counter()
-        run.log({"step": update, "update": update, **record}, transient={"data_wait_s": 0.0})
+        run.log({"step": update, "update": update, "data_wait_s": 0.0, **record})
         best = min(best, time.perf_counter() - before)
     run.close()
     assert best < 0.001

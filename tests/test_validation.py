@@ -28,6 +28,7 @@ from train.validation import (
     paired_change,
     strata_of,
     summary,
+    t_975,
 )
 
 LABELS = [
@@ -205,10 +206,16 @@ def test_summary_literal() -> None:
     uids = np.array([1, 2, 3], dtype=np.uint64)
     record = summary(uids, np.array([1.0, 2.0, 6.0]), [LABELS[0], LABELS[0], LABELS[1]])
     assert record["loss"] == 3.0
-    assert record["interval"] == pytest.approx(1.96 * math.sqrt(7 / 3))
+    assert record["interval"] == pytest.approx(4.3027 * math.sqrt(7 / 3))  # t with 2 degrees of freedom
     assert record["strata"]["quality/best quality"]["loss"] == 1.5
     assert record["strata"]["rating/safe"] == {"images": 1, "loss": 6.0, "interval": None}
     assert record["losses"]["0000000000000003"] == 6.0
+
+
+def test_quantiles_of_students_t() -> None:
+    table = {1: 12.706, 2: 4.303, 4: 2.776, 5: 2.571, 6: 2.447, 10: 2.228, 30: 2.042, 100: 1.984, 10**6: 1.960}
+    for freedom, known in table.items():
+        assert t_975(freedom) == pytest.approx(known, rel=2e-3)
 
 
 def test_paired_change() -> None:

@@ -191,7 +191,8 @@ class ValidationConfig:
 
     every_steps: int = 0  # 0 = off; otherwise at the stage's end too
     share: float = 0.0  # keys held out by a hash of the key alone
-    images: int = 256
+    images: int = 256  # those with the lowest hashes
+    select: str | None = None  # selection that gives the images; null = the stage's. The last stage's in all: comparable
 
 
 @dataclass(frozen=True)

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
-from train.config import LossConfig, NoiseConfig, StageConfig
+from train.config import LossConfig, NoiseConfig, StageConfig, load_stage
 from train.dataset import Batch
+from train.exits import Halt
 from train.index import Index
 from train.latents import ShardReader
 from train.models import Networks
 from train.noise import alphas_cumprod
+from train.rundir import replace_file
 from train.sampling import without_training
 from train.signals import StopFlag
 from train.text import TagTokenizer
 from train.tracking import Tracker
 from train.update import Diffusion, Place, image_losses
-from train.validation import Making, chosen, evaluate
+from train.validation import Making, chosen, evaluate, strata_of
 
 log = logging.getLogger("anix")
+FILE = "held_out.json"  # in the run directory: which images never trained, and the strata of each
 
 
 class HeldOut:
@@ -39,6 +44,13 @@ class HeldOut:
         self.index = index.select(chosen(index.uids, config.validation.images))
         if config.validation.every_steps and len(self.index) == 0:
             log.warning("validation.share %g holds out no image of this selection", config.validation.share)
+        if config.validation.every_steps and place.is_main and (leaky := leak(config)):
+            log.warning(leaky)
+        if config.validation.every_steps and place.is_main and len(self.index):
+            try:
+                replace_file(Path(config.output_dir) / FILE, members(self.index))
+            except OSError as error:  # a report without strata is not worth the run
+                log.warning("%s: cannot be written: %s", FILE, error)
         self.reader = ShardReader(config.data.path)
         self.tokens, self.networks, self.place = tokens, networks, place
         self.micro = config.batch.micro
@@ -74,3 +86,31 @@ class HeldOut:
 
     def _loss_of(self, batch: Batch) -> torch.Tensor:
         return image_losses(self.networks, batch, self.diffusion)
+
+
+def leak(config: StageConfig) -> str | None:
+    """What to say when a predecessor held out less than this stage does, so that it trained on some of its images."""
+    parent, seen = Path(config.model.init_from), set[Path]()
+    while (file := parent / "config.yaml").is_file() and parent not in seen:
+        seen.add(parent)
+        try:
+            found = load_stage([file])
+        except Halt:
+            return None  # another version's: nothing is known
+        if found.validation.share < config.validation.share:
+            return (
+                f"{parent} was trained with validation.share {found.validation.share:g}, this stage holds out "
+                f"{config.validation.share:g}: the held-out loss is measured on images that it saw. "
+                "Give every stage the same share"
+            )
+        parent = Path(found.model.init_from)
+    return None
+
+
+def members(index: Index) -> str:
+    """JSON text {uid: {"key", "strata"}}: what a report needs to compare two runs stratum by stratum."""
+    found = {
+        f"{uid:016x}": {"key": index.key(row), "strata": strata_of(index.labels(row))}
+        for row, uid in enumerate(index.uids.tolist())
+    }
+    return json.dumps(found, ensure_ascii=False, indent=0) + "\n"

@@ -232,7 +232,7 @@ def slot_timesteps(session: Session, tiles: tuple[Tile, ...]) -> np.ndarray:
 
 
 def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rates: dict[str, float]) -> None:
-    """One line of metrics.jsonl; everything but the speed is the same for any number of processes."""
+    """One line of metrics.jsonl; everything but the two times is the same for any number of processes."""
     progress, images = session.progress, len(outcome.losses_G)
     timesteps = slot_timesteps(session, tiles)
     session.tracker.trace("".join(_trace(progress.step - 1, tiles, timesteps)))
@@ -250,12 +250,12 @@ def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rate
             "lr_text_encoder": rates.get("text_encoder"),
             "grad_norm": outcome.grad_norm,
             "images_per_s": images / session.update_s,
+            "data_wait_s": round(session.feed.wait_s, 6),
             "skipped": progress.skipped,
             "tags_cut": outcome.tags_cut,
             "loss_scale": session.scale.scale,
             "loss_by_decile": loss_by_decile(timesteps.tolist(), outcome.losses_G.tolist()),
-        },
-        transient={"data_wait_s": session.feed.wait_s},
+        }
     )
 
 

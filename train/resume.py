@@ -20,7 +20,7 @@ Class = Literal["free", "warn", "refuse"]
 _FREE_SECTIONS = {"tracking", "sampling", "checkpoint", "resume", "export", "launch"}
 _FREE = {
     "output_dir", "data.workers", "data.prefetch", "data.on_read_error", "data.worker_timeout_s",
-    "validation.every_steps", "validation.images",
+    "validation.every_steps", "validation.images", "validation.select",
 }  # fmt: skip
 _WARN = {
     "epochs", "max_updates", "batch.split", "batch.accumulation", "model.gradient_checkpointing",

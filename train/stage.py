@@ -107,8 +107,9 @@ def open_data(config: StageConfig, source: LocalModel) -> Data:
             f"data.path {config.data.path}: its latents were made with another VAE (identity {index.vae_id[:12]}) than "
             f"the stage's ({own_vae[:12]}): set model.vae to that VAE, or run scripts/prepare.py latents with this one",
         )
-    held = validation.held_out(index.uids, config.validation.share, index.images)
-    kept, held_out = index.select(~held), index.select(held)
+    kept = index.select(~validation.held_out(index.uids, config.validation.share, index.images))
+    measured = Index.open(config.data.path, config.validation.select) if config.validation.select else index
+    held_out = measured.select(validation.held_out(measured.uids, config.validation.share, measured.images))
     counts = Counter(zip(kept.bucket_w.tolist(), kept.bucket_h.tolist(), strict=True))
     check_buckets(counts, config.batch.min_bucket or config.batch.micro)
     plan = make_plan(kept, config)

@@ -61,21 +61,19 @@ class Tracker:
             }
             self._outlet = Outlet(settings, modes)
 
-    def log(self, record: Mapping[str, Any], transient: Mapping[str, Any] | None = None) -> None:
+    def log(self, record: Mapping[str, Any]) -> None:
         """Append one update's record: step, update, epoch, images, loss, lr_unet, ... (numbers, text, lists).
 
-        `transient` goes to the outlets only: times and sizes of this machine, which no other run would repeat. Its
-        `data_wait_s` is watched: a training that starves for data says so.
+        Its `data_wait_s` is watched: a training that starves for data says so.
         """
         if not self.is_main:
             return
         plain = {key: _plain(value) for key, value in record.items()}
         self._metrics.append(json.dumps(plain))
         if self._outlet:
-            extra = {key: _plain(value) for key, value in (transient or {}).items()}
-            self._outlet.put({"kind": "metrics", "record": plain | extra})
+            self._outlet.put({"kind": "metrics", "record": plain})
         now_s = time.monotonic()
-        starving = self._starvation.see((transient or {}).get("data_wait_s", 0.0), now_s - self._last_log_s)
+        starving = self._starvation.see(plain.get("data_wait_s") or 0.0, now_s - self._last_log_s)
         self._last_log_s = now_s
         if starving:
             self.alert(starving)
@@ -252,6 +250,8 @@ def _postfix(record: Mapping[str, Any]) -> str:
         value = record.get(key)
         if isinstance(value, int | float):
             shown.append(f"{label} {form.format(value)}")
+    if record.get("skipped"):
+        shown.append(f"skipped {record['skipped']}")
     return ", ".join([*shown, f"mem {memory_bytes() / 2**30:.1f}G"])
 
 

@@ -21,7 +21,7 @@ from train.exits import ExitCode, Halt
 from train.tools import chaos_world, ranks
 
 WORLDS = (1, 2)
-NOT_COMPARED = {"images_per_s"}  # the machine's speed
+NOT_COMPARED = {"images_per_s", "data_wait_s"}  # the machine's speed
 
 
 @dataclass

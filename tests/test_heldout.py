@@ -1,0 +1,112 @@
+"""Held-out images in real stages: no stage ever draws one, on any number of processes, and looking changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import synthetic
+from stages import Stage, opened, result
+from test_worlds import launch
+
+from train.config import load_stage
+from train.exits import ExitCode, Halt
+from train.heldout import FILE, leak
+from train.prepare.records import SELECT
+
+SHARE = "validation.share=0.3"
+PROMPTS = "steps: 2\nprompts:\n  - {text: 1girl, width: 64, height: 64, seed: 3}\n"
+
+
+@pytest.fixture(scope="module")
+def curated(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The dataset with selections that shrink from stage to stage, as the recipe's do."""
+    folder = tmp_path_factory.mktemp("curated") / "set"
+    shutil.copytree(dataset, folder)
+    index = pq.read_table(folder / "index.parquet")
+    whole = pq.read_table(folder / "select_pretrain.parquet")
+    selections = {"pretrain": whole, "ft1": whole.slice(0, 22), "ft2": whole.slice(4, 14)}
+    selections = {name: table.cast(SELECT) for name, table in selections.items()}
+    synthetic.build_index(folder, index, selections, {"vae_id": "", "content": "sample", "buckets": "t"})
+    return folder
+
+
+def drawn(stage: Stage, *overrides: str) -> tuple[set[int], set[int], int]:
+    """(uids that the plan of a whole stage draws, uids held out, selected images)."""
+    with opened(stage, SHARE, "batch.min_bucket=1", "epochs=4", *overrides) as session:
+        steps = range(session.plan.total_updates)
+        trained = {uid for step in steps for tile in session.plan.update(step) for uid in tile.uids.tolist()}
+        held = set(session.held_out.index.uids.tolist())
+        return trained, held, len(trained | held)
+
+
+def test_no_stage_draws_an_image_that_any_stage_holds_out(
+    curated: Path, base_model: Path, tmp_path: Path
+) -> None:
+    found = {name: drawn(Stage(tmp_path / name, curated, base_model, name)) for name in ("pretrain", "ft1", "ft2")}
+    assert [images for _, _, images in found.values()] == [26, 22, 14]
+    held = set().union(*(one for _, one, _ in found.values()))
+    assert held == found["pretrain"][1]
+    assert 0 < len(held) < 26
+    for trained, _, _ in found.values():
+        assert not trained & held
+    assert found["ft2"][1] < held
+
+
+def test_every_stage_can_measure_the_images_of_the_last(curated: Path, base_model: Path, tmp_path: Path) -> None:
+    last = drawn(Stage(tmp_path / "ft2", curated, base_model, "ft2"))[1]
+    trained, held, _ = drawn(Stage(tmp_path / "pretrain", curated, base_model), "validation.select=ft2")
+    assert held == last
+    assert not trained & last
+    with pytest.raises(Halt, match="no selection 'ft9'") as caught:
+        drawn(Stage(tmp_path / "typo", curated, base_model), "validation.select=ft9")
+    assert caught.value.code == ExitCode.MISMATCH
+
+
+def test_a_predecessor_that_held_out_less_is_named(curated: Path, base_model: Path, tmp_path: Path) -> None:
+    first = Stage(tmp_path, curated, base_model)
+    first.output.mkdir(parents=True)
+    (first.output / "config.yaml").write_text(first.yaml.read_text())
+    second = Stage(tmp_path, curated, first.output, "ft1")
+    second.output.mkdir(parents=True)
+    (second.output / "config.yaml").write_text(second.yaml.read_text() + "validation: {share: 0.3}\n")
+    third = Stage(tmp_path, curated, second.output, "ft2")
+    assert leak(load_stage([third.yaml])) is None
+    found = leak(load_stage([third.yaml], [SHARE]))
+    assert found is not None
+    assert str(first.output) in found
+
+
+def looked_at(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (output / "validation.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_two_processes_that_look_train_the_same_bits_as_one_that_does_not(
+    dataset: Path, base_model: Path, tmp_path: Path
+) -> None:
+    """Weights, trace and metrics: so the loss by timestep is the mean over both processes' images."""
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text(PROMPTS)
+    alone, looking, both = (Stage(tmp_path / name, dataset, base_model) for name in ("alone", "looking", "both"))
+    changes = (SHARE, "batch.determinism=strict")
+    look = ("validation.every_steps=4", "sampling.every_steps=4", f"sampling.prompts={prompts}", "ema.decay=0.9")
+    assert alone.run(*changes, "ema.decay=0.9") == ExitCode.DONE, alone.message
+    assert looking.run(*changes, *look) == ExitCode.DONE, looking.message
+    assert launch(both, 2, *changes, *look) == [0, 0], both.message
+    assert result(looking.output) == result(both.output) == result(alone.output)
+    assert looked_at(both.output) == looked_at(looking.output)
+    pictures = sorted(path.name for path in (both.output / "samples" / "step-00000004").iterdir())
+    assert pictures == ["00-ema.png", "00.png", "grid.png"]
+    held = json.loads((both.output / FILE).read_text())
+    assert set(held) == set(looked_at(both.output)[0]["losses"])
+    assert {one["key"].partition(":")[0] for one in held.values()} == {"test"}
+    assert all(one["strata"] == ["quality/masterpiece", "rating/safe", "year/newest"] for one in held.values())
+    trained = {line.split()[2] for line in (both.output / "trace.txt").read_text().splitlines()}
+    assert not trained & set(held)
+    deciles = [value for line in synthetic.metrics(both.output) for value in line["loss_by_decile"] if value]
+    assert deciles
