@@ -76,6 +76,29 @@ def test_buffers_are_reused_and_follow_the_tensors():
     assert copy.missing_bytes(tensors()) > 0
 
 
+def test_reserved_buffers_are_the_ones_saved_from(run):
+    """Reserving allocates what `take` would, leaves the state alone, and is joined by whatever comes next."""
+    mine, state = saver(run), tensors(3.0)
+    assert not mine.reserved
+    mine.reserve(state)
+    assert mine.reserved
+    mine._join()
+    buffers = {key: buffer.data_ptr() for key, buffer in mine._copy._buffers.items()}
+    assert mine._copy.missing_bytes(state) == 0
+    assert (state["model"]["w"] == 3.0).all()
+    mine.save(Progress(1), state, {})
+    mine.finish()
+    assert {key: buffer.data_ptr() for key, buffer in mine._copy._buffers.items()} == buffers
+    assert (checkpoint.load_newest(run, Expectations("s", {}, accept=["stage"])).tensors("model")["w"] == 3.0).all()
+
+
+def test_a_foreground_saver_reserves_nothing(run):
+    mine = saver(run, background=False)
+    mine.reserve(tensors())
+    mine.finish()
+    assert not mine._copy._buffers
+
+
 @pytest.mark.parametrize(("when_busy", "steps"), [("skip", [1, 3]), ("wait", [1, 2, 3])])
 def test_one_save_in_flight(run, monkeypatch, when_busy, steps):
     monkeypatch.setenv("ANIX_FAULT", "save.begin@1:sleep=0.3")

@@ -5,6 +5,7 @@ One save is in flight at most. A failure is reported at the next update and the 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import threading
 import time
@@ -77,12 +78,21 @@ class HostCopy:
         if self._event is not None:
             self._event.synchronize()
 
+    def reserve(self, tensors: Tensors) -> None:
+        """Allocate the buffers and touch every page of them: the kernel hands memory out at the first write to it."""
+        for group, named in tensors.items():
+            for name, tensor in named.items():
+                self._buffer((group, name), tensor).zero_()
+
     def _copy(self, key: tuple[str, str], tensor: torch.Tensor) -> torch.Tensor:
+        return self._buffer(key, tensor).copy_(tensor, non_blocking=True)
+
+    def _buffer(self, key: tuple[str, str], tensor: torch.Tensor) -> torch.Tensor:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._buffers[key] = buffer
-        return buffer.copy_(tensor, non_blocking=True)
+        return buffer
 
     @staticmethod
     def _stream(tensors: Tensors) -> torch.cuda.Stream | None:
@@ -109,10 +119,32 @@ class Saver:
         self.last_write_s = 0.0
         self._stopping, self._finishing = stopping, threading.Event()
         self._copy = HostCopy()
+        self._reserving: threading.Thread | None = None
         self._thread: threading.Thread | None = None
         self._reports: list[SaveReport] = []
         self._error: BaseException | None = None  # of the writer thread, not a failed write
         self._failures_in_a_row = 0
+
+    @property
+    def reserved(self) -> bool:
+        """Whether `reserve` was called."""
+        return self._reserving is not None
+
+    def reserve(self, tensors: Tensors) -> None:
+        """Allocate the host buffers of the first background save beside the training, which else takes thrice as long.
+
+        Only shapes and dtypes of `tensors` are looked at.
+        """
+        self._reserving = threading.Thread(target=self._reserve, args=(tensors,), name="checkpoint-buffers")
+        self._reserving.start()
+
+    def _reserve(self, tensors: Tensors) -> None:
+        with contextlib.suppress(RuntimeError, MemoryError):  # then the save itself tries, and tells
+            if self.settings.background and self._fits(tensors):
+                self._copy.reserve(tensors)
+
+    def _fits(self, tensors: Tensors) -> bool:
+        return self._copy.missing_bytes(tensors) * _HOST_MARGIN <= available_host_bytes()
 
     def save(self, progress: Progress, tensors: Tensors, state: Mapping[str, Any]) -> bool:
         """Start the save of an interval; False when one is still in flight and `when_busy` is skip."""
@@ -125,8 +157,7 @@ class Saver:
         self.raise_failures()
         faults.at("snapshot", progress.step)
         state = copy.deepcopy(dict(state))
-        room = self._copy.missing_bytes(tensors) * _HOST_MARGIN <= available_host_bytes()
-        if not (self.settings.background and room):
+        if not (self.settings.background and self._fits(tensors)):
             self._write(progress, tensors, state, start, background=False)
             self.raise_failures()
             return True
@@ -182,6 +213,8 @@ class Saver:
         return self._finishing.is_set() or self._stopping() or not threading.main_thread().is_alive()
 
     def _join(self) -> None:
+        if self._reserving is not None:
+            self._reserving.join()
         if self._thread is not None:
             self._thread.join()
             self._thread = None
