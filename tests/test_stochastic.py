@@ -44,6 +44,10 @@ def config(name: str) -> OptimizerConfig:
     return OptimizerConfig(name=name, unet_lr=1e-5, betas=(0.9, 0.99))  # type: ignore[arg-type]
 
 
+def named(parameters: list[nn.Parameter]) -> dict[str, nn.Parameter]:
+    return {str(number): parameter for number, parameter in enumerate(parameters)}
+
+
 def train(weights: str, name: str, updates: int, seed: int = 1) -> list[nn.Parameter]:
     """`updates` steps of constant gradients on weights of 1.0, in fp32 or in bf16 with stochastic rounding."""
     parameters = [nn.Parameter(torch.ones(96, 64)), nn.Parameter(torch.ones(64))]
@@ -55,13 +59,13 @@ def train(weights: str, name: str, updates: int, seed: int = 1) -> list[nn.Param
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 0.01)
         if weights == "bf16":
-            stochastic.step(optimizer, parameters, seed=seed, update=update)
+            stochastic.step(optimizer, named(parameters), seed=seed, update=update)
         else:
             optimizer.step()
     return parameters
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "adamw8bit"])
 def test_updates_below_the_resolution_of_bf16_arrive(name: str) -> None:
     exact, rounded = train("fp32", name, 60), train("bf16", name, 60)
     moved = 1 - exact[0].mean().item()
@@ -86,6 +90,38 @@ def test_state_is_fp32_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch)
     parameters = [nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))]
     optimizer = optim.make_optimizer([("unet", parameters, 1e-5)], config("adamw"))
     parameters[0].grad = torch.ones_like(parameters[0])
-    stochastic.step(optimizer, parameters, seed=1, update=0)
+    stochastic.step(optimizer, named(parameters), seed=1, update=0)
     assert optimizer.state[parameters[0]]["exp_avg"].dtype == torch.float32
     assert parameters[0].grad is None
+
+
+def test_a_share_of_the_parameters_rounds_as_the_whole() -> None:
+    """Two optimizers over one parameter each, as on two processes, against one optimizer over both."""
+    whole = train("bf16", "adamw", 5)
+    shared = [nn.Parameter(torch.ones(96, 64).bfloat16()), nn.Parameter(torch.ones(64).bfloat16())]
+    optimizers = [optim.make_optimizer([("unet", [p], 1e-5)], config("adamw")) for p in shared]
+    for update in range(5):
+        for optimizer in optimizers:
+            for parameter in shared:
+                parameter.grad = torch.full_like(parameter, 0.01)
+            stochastic.step(optimizer, named(shared), seed=1, update=update)
+    for one, other in zip(whole, shared, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_step_leaves_the_parameter_itself_in_place() -> None:
+    """Same memory, same gradient accumulator: DDP's hooks hang on it, and a lost hook is a gradient never reduced."""
+    parameter = nn.Parameter(torch.ones(8, 8).bfloat16())
+    optimizer = optim.make_optimizer([("unet", [parameter], 1e-5)], config("adamw"))
+    accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    called: list[int] = []
+    accumulator.register_hook(lambda *_: called.append(1))
+    place = parameter.data_ptr()
+    for update in range(3):
+        (parameter.float() * 0.01).sum().backward()
+        stochastic.step(optimizer, {"a": parameter}, seed=1, update=update)
+        assert parameter.data_ptr() == place
+        assert parameter.dtype == torch.bfloat16
+        assert optimizer.param_groups[0]["params"] == [parameter]
+        assert optimizer.state.keys() == {parameter}
+    assert len(called) == 3

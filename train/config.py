@@ -357,7 +357,6 @@ def _cross_problems(config: StageConfig) -> list[str]:
          "because what it picks depends on free memory: name a value"),
         (model.weights == "bf16" and config.precision != "bf16", "model.weights: bf16 needs precision: bf16"),
         (strict and model.weights == "bf16", "batch.determinism: strict refuses model.weights: bf16"),
-        (strict and optimizer.sharding != "none", "batch.determinism: strict refuses optimizer.sharding"),
         (config.schedule.unit == "optimizer_step" and config.schedule.processes != 1,
          "schedule.processes needs schedule.unit: process_step"),
         (not data.separator.strip() or "," in data.separator,

@@ -29,6 +29,7 @@ from train.previews import Previews
 from train.rundir import RunDir
 from train.scaler import LossScale
 from train.schedule import lr_at
+from train.sharding import Shares
 from train.signals import StopFlag, grace_warning
 from train.snapshot import Saver
 from train.tracking import Tracker, loss_by_decile
@@ -61,6 +62,7 @@ class Session:
     scale: LossScale
     cycle_updates: int
     last_step: int
+    shares: Shares | None = None  # ZeRO-1: which process steps which parameter
     update_s: float = 0.0
     watch: Watch = field(default_factory=lambda: Watch(None, 0, 1))  # over the other processes
     stepping: bool = False  # the weights are between two updates: nothing may be saved
@@ -104,10 +106,12 @@ def run_updates(session: Session) -> Progress:
             faults.at("optimizer", step)
             if config.model.weights == "bf16":
                 stochastic.step(
-                    session.optimizer, session.parameters.values(), seed=config.seed, update=session.progress.updates
+                    session.optimizer, session.parameters, seed=config.seed, update=session.progress.updates
                 )
             else:
                 session.optimizer.step()
+            if session.shares is not None:
+                session.shares.spread(session.parameters)
             if session.ema is not None:
                 session.ema.update(session.parameters, session.progress.updates + 1)
         session.scale = session.scale.after(overflowed=not applied)
@@ -161,20 +165,23 @@ def after_update(session: Session, outcome: Outcome) -> None:
 def save(session: Session, *, now: bool = False, permanent: bool = False) -> None:
     """Save the present progress: in the background, or before returning with `now`."""
     guard.check_replicas(session.parameters, session.progress.step)
+    state = tensors(session)  # with ZeRO-1 a collective, so before anybody is waited for
     wait = now or not session.config.checkpoint.background
     with session.watch.main_only("save") if wait else contextlib.nullcontext():
         if session.saver is None:
             return
         if now:
-            session.saver.save_now(session.progress, tensors(session), session.state(session), permanent=permanent)
+            session.saver.save_now(session.progress, state, session.state(session), permanent=permanent)
         else:
-            session.saver.save(session.progress, tensors(session), session.state(session))
+            session.saver.save(session.progress, state, session.state(session))
 
 
 def tensors(session: Session) -> dict[str, dict[str, torch.Tensor]]:
-    """What a checkpoint holds beside its numbers."""
+    """What a checkpoint holds beside its numbers; whole on the main process. With ZeRO-1 all must call it."""
     found = {"model": {name: parameter.detach() for name, parameter in session.parameters.items()}}
     found["optimizer"] = optim.state_tensors(session.optimizer, session.parameters)
+    if session.shares is not None:
+        found["optimizer"] = session.shares.gather(found["optimizer"])
     if session.ema is not None:
         found["ema"] = dict(session.ema.average)
     return found
@@ -184,12 +191,18 @@ def leave(session: Session, error: BaseException) -> None:
     """After the loop failed: the main process saves the last completed update, by itself. Then the caller re-raises.
 
     A failed collective is raised here as Halt(PEER_LOST). No collective is called any more, and nothing is saved from
-    inside the optimizer's step or from differing replicas.
+    inside the optimizer's step or from differing replicas. With ZeRO-1 the main process does not have the whole
+    optimizer state, so the last regular checkpoint is what remains.
     """
     reason = session.watch.failed(error)
     lost = session.stepping or isinstance(reason, guard.ReplicasDiffer) or session.progress.step == 0
     over = isinstance(reason, Halt) and reason.code in (ExitCode.STOPPED, ExitCode.CANNOT_WRITE)
-    if session.saver is not None and not lost and not over:
+    if session.saver is not None and session.shares is not None and not (lost or over):
+        session.tracker.alert(
+            f"update {session.progress.step} cannot be saved after a failure: with optimizer.sharding: zero1 the "
+            "optimizer's state is spread over the processes. The last checkpoint stays valid"
+        )
+    elif session.saver is not None and not lost and not over:
         try:
             session.saver.save_now(session.progress, tensors(session), session.state(session))
         except Exception as failure:  # the first error is the one to report

@@ -6,6 +6,7 @@ saved under parameter names, not positions, so it can be checked against the mod
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +140,8 @@ def load_state_tensors(
 ) -> None:
     """Put saved state back, exactly; `name` is the config's optimizer. No tensors at all: no step was taken yet.
 
-    Raises Halt(MISMATCH) naming foreign, missing or misshapen entries: a moment that is silently zero ruins a run
+    `parameters` and `tensors` are whole; of parameters that this optimizer does not hold (ZeRO-1: another process's
+    does) the state is checked and left. Raises Halt(MISMATCH) naming foreign, missing or misshapen entries: a moment that is silently zero ruins a run
     slowly.
     """
     if not tensors:
@@ -161,10 +163,12 @@ def load_state_tensors(
             if keys
         )
         raise Halt(ExitCode.MISMATCH, f"{source} is not the state of optimizer {name} for this model: {listed}")
-    states: dict[str, dict[str, Any]] = {owner: {} for owner in parameters}
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    states: dict[str, dict[str, Any]] = {owner: {} for owner, p in parameters.items() if id(p) in held}
     for full, tensor in tensors.items():
         owner, _, key = full.rpartition("/")
-        states[owner][key] = _placed(key, tensor, parameters[owner])
+        if owner in states:
+            states[owner][key] = _placed(key, tensor, parameters[owner])
     for owner, state in states.items():
         optimizer.state[parameters[owner]] = state
 
@@ -183,6 +187,17 @@ def _state_shapes(name: str, parameter: nn.Parameter) -> dict[str, tuple[int, ..
         return moments
     blocks = (-(-parameter.numel() // _BLOCK_8BIT),)
     return moments | {"qmap1": (256,), "qmap2": (256,), "absmax1": blocks, "absmax2": blocks}
+
+
+def state_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of state that optimizer `name` keeps for `parameters` after a step, at most: what a checkpoint stores."""
+    total = 0
+    for parameter in parameters:
+        in_8_bit = name == "adamw8bit" and parameter.numel() >= _MIN_8BIT_VALUES
+        for key, shape in _state_shapes(name, parameter).items():
+            size = 8 if not shape else 1 if in_8_bit and key.startswith("state") else 4
+            total += size * math.prod(shape)
+    return total
 
 
 def _placed(key: str, value: torch.Tensor, parameter: nn.Parameter) -> Any:

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from train import checkpoint
+from train import checkpoint, optim
 from train.dataset import Batch
 from train.exits import ExitCode, Halt
 from train.loop import Session
 from train.plan import Plan, Tile
+from train.snapshot import available_host_bytes
 from train.text import TagTokenizer
 from train.update import image_losses
 
 log = logging.getLogger("anix")
-ADAM_STATES = 2  # fp32 values per trained parameter that the first step allocates
-STATE_BYTES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 1.0}  # per trained value in a checkpoint, rounded up
 
 
 def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
@@ -37,12 +36,12 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
     Gradients are dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket.
     """
     check_disk(session)
+    check_host(session)
     device, model = session.place.device, session.gradients.model
     target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     images = -(-session.config.batch.micro // session.diffusion.split)
     on_gpu = device.type == "cuda"
-    trained_values = sum(parameter.numel() for parameter in session.parameters.values())
-    pending_bytes = ADAM_STATES * 4 * trained_values if on_gpu and not session.optimizer.state else 0
+    pending_bytes = pending_state_bytes(session) if on_gpu else 0
     reserve = torch.empty(pending_bytes, dtype=torch.uint8, device=device)
     for width, height in shapes_to_try(session.plan, device):
         part = synthetic_part(width, height, images, tokenizer, session.config.data.max_tokens).to(device)
@@ -60,12 +59,37 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
     return torch.cuda.max_memory_allocated(device) if on_gpu else 0
 
 
+def pending_state_bytes(session: Session) -> int:
+    """Optimizer state that this process's first step will allocate; 0 when a checkpoint has brought it."""
+    if session.optimizer.state:
+        return 0
+    held = [parameter for group in session.optimizer.param_groups for parameter in group["params"]]
+    return optim.state_bytes(session.config.optimizer.name, held)
+
+
+def check_host(session: Session) -> None:
+    """Halt(MISMATCH) when the main process's host cannot take the optimizer state that ZeRO-1 gathers at a save."""
+    if session.shares is None or session.saver is None:
+        return
+    mine = session.shares.mine(session.parameters)
+    others = [parameter for name, parameter in session.parameters.items() if name not in mine]
+    need, have = optim.state_bytes(session.config.optimizer.name, others), available_host_bytes()
+    if have < need:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"optimizer.sharding: zero1 gathers {need / 1e9:.1f} GB of optimizer state in the main process's host "
+            f"memory at every save, and {have / 1e9:.1f} GB are available; use none, or a host with more memory",
+        )
+
+
 def check_disk(session: Session) -> None:
     """Halt(MISMATCH) with what is needed and what there is when the disk cannot hold the checkpoints to be kept."""
     if session.saver is not None:
-        values = sum(parameter.numel() for parameter in session.parameters.values())
-        per_value = 4 + STATE_BYTES[session.config.optimizer.name] + (4 if session.ema is not None else 0)
-        checkpoint.check_space(session.run, int(values * per_value), session.config.checkpoint)
+        parameters = session.parameters.values()
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+        averages = sum(4 * parameter.numel() for parameter in parameters) if session.ema is not None else 0
+        state = optim.state_bytes(session.config.optimizer.name, parameters)
+        checkpoint.check_space(session.run, weights + averages + state, session.config.checkpoint)
 
 
 def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:

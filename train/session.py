@@ -32,7 +32,7 @@ from train.rundir import RunDir
 from train.scaler import loss_scale
 from train.signals import StopFlag
 from train.snapshot import Saver
-from train.stage import Data, Execution, Machine, make_optimizer
+from train.stage import Data, Execution, Machine, make_optimizer, open_shares
 from train.tracking import Tracker
 from train.update import Diffusion, Gradients, Place
 
@@ -128,8 +128,8 @@ def open_session(
     cycle = cycle_updates(config, plan)
     previews = Previews(config, components, networks, place)
     held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling_factor(source))
-    optimizer = make_optimizer(config, networks)
-    parameters = trained_parameters(networks)
+    parameters, shares = trained_parameters(networks), open_shares(config, networks, place)
+    optimizer = make_optimizer(config, networks, shares)
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
     expected = expectations(config, data, source, networks, ema)
     loaded = restore(run, expected, networks, optimizer, ema, config, data.index, is_main=place.is_main)
@@ -156,6 +156,7 @@ def open_session(
         scale=loss_scale(config.precision, loaded.state.get("scaler") if loaded else None),
         cycle_updates=cycle,
         last_step=plan.total_updates,
+        shares=shares,
     )
 
 

@@ -29,6 +29,7 @@ from train.models import (
     trained_parameters,
 )
 from train.plan import Plan, check_buckets, plan_fingerprint, tiles_per_update
+from train.sharding import Shares
 from train.snapshot import available_host_bytes
 from train.update import DTYPES, Place
 
@@ -76,8 +77,6 @@ def open_machine(config: StageConfig) -> Machine:
             f"batch.accumulation {batch.accumulation} x micro {batch.micro} x {world} processes is not "
             f"batch.effective {batch.effective}: leave it null, or give {accumulation}",
         )
-    if config.optimizer.sharding != "none":
-        raise Halt(ExitCode.USAGE, f"optimizer.sharding: {config.optimizer.sharding} is not built yet; use none")
     strict = batch.determinism == "strict"
     virtual_per_rank = reduce.check_strict_world(tiles, world) if strict else 1
     if strict:
@@ -194,11 +193,20 @@ def open_networks(
     return networks
 
 
-def make_optimizer(config: StageConfig, networks: Networks) -> torch.optim.Optimizer:
-    """AdamW or Adafactor over one group per trained network."""
+def make_optimizer(config: StageConfig, networks: Networks, shares: Shares | None) -> torch.optim.Optimizer:
+    """AdamW or Adafactor over one group per trained network, or over this process's share of each."""
     peaks = loop.peaks(config)
-    groups = [
-        (name, list(parameters.values()), peaks[name]) for name, parameters in parameter_groups(networks).items()
-    ]
+    groups = []
+    for name, parameters in parameter_groups(networks).items():
+        members = list((parameters if shares is None else shares.mine(parameters)).values())
+        if members:
+            groups.append((name, members, peaks[name]))
     return optim.make_optimizer(groups, config.optimizer)
+
+
+def open_shares(config: StageConfig, networks: Networks, place: Place) -> Shares | None:
+    """Which process keeps which part of the optimizer's state; None when each keeps all of it."""
+    if config.optimizer.sharding == "none" or place.world == 1:
+        return None
+    return Shares(trained_parameters(networks), place)
 
