@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 
 from train import rng
-from train.index import build_index
+from train.indexing import build_index
 from train.latents import write_shard
 from train.prepare.records import SELECT
 

@@ -14,7 +14,8 @@ import pytest
 from synthetic import make_dataset
 
 from train.exits import ExitCode, Halt
-from train.index import Index, build_index
+from train.index import Index
+from train.indexing import build_index
 from train.prepare.records import SELECT
 from train.rng import uid_of
 
@@ -168,6 +169,33 @@ def test_opening_reads_no_captions(tmp_path: Path) -> None:
     assert time.process_time() - started < 0.8
     assert _rss_mb() - before < 40
     assert index.caption(count - 1)[1][0] == f"tag {(count - 1) * 35 * 7919 % 1000}"
+
+
+@pytest.mark.slow
+def test_card_size(tmp_path: Path) -> None:
+    """873,504 images: open within 2 s, and a worker that reads captions at random grows by 100 MB at most."""
+    from train.tools.bench_data import CARD_IMAGES, worker_memory
+    from train.tools.bench_refs import write_index
+
+    write_index(tmp_path, CARD_IMAGES)
+    before, started = _rss_mb(), time.process_time()
+    index = Index.open(tmp_path, "bench")
+    assert len(index.bucket_w) == CARD_IMAGES
+    assert time.process_time() - started < 2
+    assert len(index.fingerprint) == 64
+    assert index.select(np.ones(CARD_IMAGES, dtype=bool)) is index
+    assert _rss_mb() - before < 100
+    grown = worker_memory(index, workers=1, captions=60_000)
+    assert grown["RSS growth per worker, MB"] < 100
+    assert grown["PSS growth per worker, MB"] < 50
+
+
+def test_fingerprint_of_the_header_is_the_computed_one(tmp_path: Path) -> None:
+    index = Index.open(make_dataset(tmp_path / "d"), "ft1")
+    assert index._meta["fingerprint"] == index.fingerprint
+    everything = np.arange(len(index))
+    assert index.select(everything).fingerprint == index.fingerprint  # computed from the rows
+    assert index.select(everything[1:]).fingerprint != index.fingerprint
 
 
 def _rss_mb() -> float:

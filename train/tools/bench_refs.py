@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from train import index as ours
 from train.buckets import make_buckets
+from train.indexing import encoded, write_arrow
 from train.rng import uid_of
 from train.tools.bench import Checkout
 
@@ -75,9 +76,9 @@ def write_index(
     table = pa.table(
         {
             "key": pa.array(keys),
-            "fixed_tags": pa.ListArray.from_arrays(first, pa.array(["1girl"]).take(pa.array(zeros))),
-            "flex_tags": pa.ListArray.from_arrays(offsets, tags),
-            "shard": pa.array(names),
+            "fixed_tags": encoded(pa.ListArray.from_arrays(first, pa.array(["1girl"]).take(pa.array(zeros)))),
+            "flex_tags": encoded(pa.ListArray.from_arrays(offsets, tags)),
+            "shard": encoded(pa.array(names)),
             "row": pa.array(rows.astype(np.int32)),
             "bucket_w": sizes[:, 0],
             "bucket_h": sizes[:, 1],
@@ -93,11 +94,11 @@ def write_index(
     )
     meta = {"version": ours.VERSION, "vae_id": "", "content": "mean", "buckets": ""}
     (folder / "dataset.json").write_text('{"schema_version": "1"}')
-    whole = meta | {"sources": json.dumps(ours._source_hashes(folder, None))}
-    ours._write(folder / ours.INDEX, table, whole)
+    whole = meta | {"sources": json.dumps(ours.source_hashes(folder, None))}
+    write_arrow(folder / ours.INDEX, table, whole)
     selection = pa.table({"row": pa.array(np.arange(images, dtype=np.int32)), "uid": pa.array(uids)})
-    told = {"version": ours.VERSION, "sources": json.dumps(ours._source_hashes(folder, "bench"))}
-    ours._write(folder / "index_bench.arrow", selection, told)
+    told = {"version": ours.VERSION, "sources": json.dumps(ours.source_hashes(folder, "bench"))}
+    write_arrow(folder / "index_bench.arrow", selection, told)
 
 
 def write_metadata(folder: Path, images: int) -> tuple[Path, Path]:
