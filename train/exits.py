@@ -41,9 +41,19 @@ class Halt(Exception):
         return Halt, (self.code, self.message)
 
 
+def log_to_stderr() -> None:
+    """What our modules log, from INFO on, goes to stderr; secrets are masked."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(MaskingFilter())
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log = logging.getLogger("anix")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+
+
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
     """Run `main` and exit with its code; a Halt becomes one message on stderr, not a traceback. Secrets are masked."""
-    logging.getLogger("anix").addFilter(MaskingFilter())
+    log_to_stderr()
     try:
         code = main() or 0
     except Halt as halt:

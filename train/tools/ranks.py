@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import importlib
-import logging
 import os
 import pkgutil
 import signal
@@ -20,8 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from train.exits import ExitCode, Halt
-from train.masking import MaskingFilter, mask
+from train.exits import ExitCode, Halt, log_to_stderr
+from train.masking import mask
 
 
 def warm_up() -> None:
@@ -114,7 +113,7 @@ def _child(
             os.environ |= dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank))
             os.environ |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(world))
         os.environ |= env
-        logging.getLogger("anix").addFilter(MaskingFilter())
+        log_to_stderr()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
         if world > 1:
