@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """From raw images to a training set: one step, or all of them."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+#!/usr/bin/env python
 """Draws the tiny world: pictures with booru posts, and a tiny SDXL to start from. Nothing is downloaded."""
 
 import sys

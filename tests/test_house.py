@@ -124,6 +124,8 @@ def test_nothing_that_runs_what_it_reads(path: Path) -> None:
 @pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/*.py")), ids=lambda p: p.name)
 def test_scripts_answer_help_from_anywhere(script: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert script.read_text().startswith("#!/usr/bin/env python\n")
+    assert os.access(script, os.X_OK), "README calls it by its name"
     result = subprocess.run(
         [sys.executable, str(script), "--help"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
