@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from stages import Stage
 from torch.nn.attention import SDPBackend
 
 from train import fast
@@ -47,16 +48,35 @@ def test_attention_math_and_flash_agree_through_a_checkpointed_backward() -> Non
         torch.testing.assert_close(gradient, reference[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_attention_dtypes_are_those_of_autocast() -> None:
+def test_attention_receives_what_autocast_gives_and_a_mask_is_seen() -> None:
     unet, kwargs = tiny_unet(), tiny_inputs()
-    assert fast.attention_dtypes(unet, lambda: unet(**kwargs)) == {torch.float32}
+    assert fast.attention_inputs(unet, lambda: unet(**kwargs)) == {"float32"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        seen = fast.attention_dtypes(unet, lambda: unet(**kwargs))
-    assert seen == {torch.bfloat16}
-    fast.check_attention_dtypes(seen, "flash")
-    fast.check_attention_dtypes({torch.float32}, "auto")
-    with pytest.raises(Halt, match="float32"):
-        fast.check_attention_dtypes({torch.float32, torch.float16}, "flash")
+        assert fast.attention_inputs(unet, lambda: unet(**kwargs)) == {"bfloat16"}
+        context = kwargs["encoder_hidden_states"]
+        mask = torch.ones(context.shape[:2], dtype=torch.bool)  # type: ignore[attr-defined]
+        seen = fast.attention_inputs(unet, lambda: unet(**kwargs, encoder_attention_mask=mask))
+        assert "a mask" in seen and "bfloat16" in seen
+    outside = fast.attention_inputs(unet, lambda: torch.nn.functional.scaled_dot_product_attention(*[torch.ones(2, 2)] * 3))
+    assert outside == set(), "the text encoders' attention is not the U-Net's"
+
+
+def test_a_fast_kernel_is_refused_for_what_it_cannot_take() -> None:
+    fast.check_attention({"float16", "bfloat16"}, "flash")
+    fast.check_attention({"float32", "a mask"}, "auto")
+    for seen, word in (({"float32", "float16"}, "receives float32"), ({"float16", "a mask"}, "receives a mask")):
+        for name in ("flash", "cudnn"):
+            with pytest.raises(Halt, match=word) as halt:
+                fast.check_attention(seen, name)
+            assert halt.value.code == ExitCode.USAGE
+
+
+def test_a_stage_refuses_a_pin_that_would_be_passed_over(base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, dataset, base_model)
+    assert stage.run("model.attention=flash", "precision=fp32") == ExitCode.USAGE
+    assert "model.attention: flash" in stage.message and "float32" in stage.message
+    assert not list((stage.output / "checkpoints").glob("*"))
+    assert stage.run("model.attention=flash", "precision=bf16", "max_updates=1", "data.max_tokens=225") == 0, stage.message
 
 
 def test_channels_last_equals_plain_to_1e5() -> None:

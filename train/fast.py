@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from train.exits import ExitCode, Halt
 
@@ -40,7 +41,7 @@ def pin_attention(name: str, device_type: str | None = None) -> AbstractContextM
 
     Keep forward AND backward inside: a checkpointed block runs its attention again in backward, and another kernel
     there would save other tensors. A kernel that cannot take its inputs (fp32, a mask) is passed over silently, so
-    check once with `attention_dtypes`. `unet.set_attention_backend` would not do: SDXL's processor ignores it.
+    check once with `attention_inputs`. `unet.set_attention_backend` would not do: SDXL's processor ignores it.
     """
     if name not in ATTENTION:
         raise Halt(ExitCode.USAGE, f"model.attention is {name!r}; choose one of {', '.join(ATTENTION)}")
@@ -52,35 +53,60 @@ def pin_attention(name: str, device_type: str | None = None) -> AbstractContextM
     return sdpa_kernel(_PRIORITY[name], set_priority=True)
 
 
-def attention_dtypes(unet: Any, forward: Callable[[], object]) -> set[torch.dtype]:
-    """The dtypes in which the U-Net's queries, keys and values arrive at attention during one call of `forward`.
+class _Attention(TorchFunctionMode):
+    """Notes what reaches scaled-dot-product attention while `on`."""
 
-    Run it once on a small input before `compile_blocks` (the hooks would enter the graphs).
+    def __init__(self) -> None:
+        super().__init__()
+        self.on, self.seen = False, set[str]()
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.on and function is nn.functional.scaled_dot_product_attention:
+            mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            self.seen |= {str(t.dtype).removeprefix("torch.") for t in (*args[:3], *kwargs.values()) if _is_query(t)}
+            self.seen |= {"a mask"} if mask is not None else set()
+        return function(*args, **kwargs)
+
+
+def _is_query(value: Any) -> bool:
+    """Queries, keys and values are floating; a boolean mask is not."""
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def attention_inputs(unet: nn.Module, forward: Callable[[], object]) -> set[str]:
+    """What the U-Net gives to attention during one call of `forward`: dtypes such as "float16", and "a mask".
+
+    Run it once on a small input before `compile_blocks`. Attention outside the U-Net is not looked at: the text
+    encoders' causal mask keeps them from the fast kernels anyway, and they are 1.6 % of the work.
     """
-    seen: set[torch.dtype] = set()
-
-    def note(_module: nn.Module, _inputs: object, output: torch.Tensor) -> None:
-        seen.add(output.dtype)
-
-    ends = (".to_q", ".to_k", ".to_v")
-    hooks = [m.register_forward_hook(note) for n, m in unet.named_modules() if n.endswith(ends)]
+    mode = _Attention()
+    hooks = [
+        unet.register_forward_pre_hook(lambda *_: setattr(mode, "on", True)),
+        unet.register_forward_hook(lambda *_: setattr(mode, "on", False)),
+    ]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), mode:
             forward()
     finally:
         for hook in hooks:
             hook.remove()
-    return seen
+    return mode.seen
 
 
-def check_attention_dtypes(seen: set[torch.dtype], name: str) -> None:
-    """Halt(USAGE) when a fast kernel is asked for and something else than 16-bit values reaches attention."""
-    slow = sorted(str(dtype) for dtype in seen - {torch.float16, torch.bfloat16})
+def check_attention(seen: set[str], name: str) -> None:
+    """Halt(USAGE) when a fast kernel is asked for and something it cannot take reaches the U-Net's attention.
+
+    The kernels pass such a call on silently, and the run would be slow for no visible reason.
+    """
+    slow = sorted(seen - {"float16", "bfloat16"})
     if slow and name in ("flash", "cudnn"):
         raise Halt(
             ExitCode.USAGE,
-            f"model.attention: {name} takes 16-bit values only, but attention receives {', '.join(slow)}; "
-            "set precision to fp16 or bf16, or model.attention to auto",
+            f"model.attention: {name} takes 16-bit values without a mask only, but the U-Net's attention receives "
+            f"{', '.join(slow)}; set precision to fp16 or bf16, or model.attention to auto",
         )
 
 

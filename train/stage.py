@@ -31,7 +31,7 @@ from train.models import (
 from train.plan import Plan, check_buckets, plan_fingerprint, tiles_per_update
 from train.sharding import Shares
 from train.snapshot import available_host_bytes
-from train.update import DTYPES, Place
+from train.update import DTYPES, Place, autocast
 
 log = logging.getLogger("anix")
 
@@ -183,6 +183,8 @@ def open_networks(
     if settings.weights == "bf16":
         stochastic.to_16_bit(trained_parameters(networks).values())
     networks.to(machine.place.device)
+    if settings.attention in ("flash", "cudnn"):
+        fast.check_attention(fast.attention_inputs(networks.unet, lambda: probe(networks, config)), settings.attention)
     if settings.channels_last:
         fast.to_channels_last(networks.unet)
     if settings.float8:
@@ -191,6 +193,17 @@ def open_networks(
         fast.compile_blocks(networks.unet)
     set_train_mode(networks)
     return networks
+
+
+def probe(networks: Networks, config: StageConfig) -> None:
+    """One forward as in training, as small as the architecture allows; its values mean nothing."""
+    device = next(networks.parameters()).device
+    side = 2 ** len(networks.unet.config.block_out_channels)  # every level halves it but the last
+    ids_1_BN77 = torch.zeros(1, config.data.max_tokens // 75, 77, dtype=torch.int64, device=device)
+    latents_BCHW = torch.zeros(1, 4, side, side, dtype=DTYPES[config.precision], device=device)
+    timesteps_B, size_B6 = torch.tensor([500], device=device), torch.zeros(1, 6, device=device)
+    with torch.no_grad(), autocast(device.type, config.precision):
+        networks(latents_BCHW, timesteps_B, ids_1_BN77, ids_1_BN77, size_B6)
 
 
 def make_optimizer(config: StageConfig, networks: Networks, shares: Shares | None) -> torch.optim.Optimizer:

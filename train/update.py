@@ -174,9 +174,7 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
     noisy_BCHW = noisy_BCHW.to(dtype)
     if diffusion.channels_last:
         noisy_BCHW = fast.as_channels_last(noisy_BCHW)
-    # No cache: every weight is used once per forward, and cached casts would hold 5 GiB until it ends.
-    device_type = part.latents_BCHW.device.type
-    with torch.autocast(device_type, dtype, enabled=dtype != torch.float32, cache_enabled=False):
+    with autocast(part.latents_BCHW.device.type, diffusion.precision):
         prediction_BCHW = model(
             noisy_BCHW, part.timesteps_B, part.ids_1_BN77, part.ids_2_BN77, part.size_B6
         )
@@ -188,6 +186,13 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
         diffusion.alphas_T,
         diffusion.loss,
     )
+
+
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    """Every forward of the training runs in this."""
+    dtype = DTYPES[precision]
+    # No cache: every weight is used once per forward, and cached casts would hold 5 GiB until it ends.
+    return torch.autocast(device_type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
 
 
 def compute_update(
