@@ -6,7 +6,7 @@ import contextlib
 import logging
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -24,6 +24,7 @@ from train.hub import LocalModel
 from train.index import Index, changes_since, save_selection
 from train.latents import ShardReader
 from train.loop import Session
+from train.masking import mask_settings
 from train.models import Components, Networks, overlay, trained_parameters
 from train.noise import alphas_cumprod
 from train.plan import Plan
@@ -47,7 +48,7 @@ def expectations(
     model = tensorfile.specs(trained_parameters(networks))
     return resume.Expectations(
         stage=config.stage,
-        config=flatten(config),
+        config=without_secrets(flatten(config)),
         held={
             "data.path": f"{data.index.fingerprint}/{data.index.selection_hash}",
             "model.init_from": source.sha256,
@@ -58,6 +59,13 @@ def expectations(
         tensors={"model": model, "optimizer": None} | ({"ema": model} if ema is not None else {}),
         accept=config.resume.accept,
     )
+
+
+def without_secrets(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config for state.json. What the environment holds may be masked only where a resume compares nothing."""
+    return {
+        key: mask_settings(value, None if resume.key_class(key) == "free" else {}) for key, value in flat.items()
+    }
 
 
 def versions() -> dict[str, str]:
