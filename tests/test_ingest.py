@@ -395,12 +395,17 @@ def test_settings_name_the_key(tmp_path: Path) -> None:
         "selct.ft1={}": "did you mean select",
         "policy.presett=default": "policy.preset",
         "exclude.hard=false": "unknown key exclude.hard",
+        "select.ft1.whre=[]": r"unknown key select.ft1.whre: did you mean select.ft1.where\?",
+        "select.ft1.quota.tota=3": "did you mean: 'total'",
+        "where=[]": r"did you mean select.\*.where\?",
+        "sources=[{name: s, adaptr: danbooru, path: x}]": r"did you mean sources\[0\].adapter\?",
+        "policy.quality.zzz=1": "policy.quality knows group_by, min_age_days",
         "name=../up": "name is",
         "policy.aesthetic.thresholds=[0.1,0.2,0.3]": "must fall",
         "dedupe.phash_distance=9": "phash_distance",
         "score.source=column": "score.path",
     }.items():
-        with pytest.raises(Halt, match=words) as stopped:
+        with pytest.raises(Halt, match=f"(?i){words}") as stopped:
             load_settings([path], [override])
         assert stopped.value.code == ExitCode.USAGE
 

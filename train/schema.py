@@ -11,7 +11,7 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -92,13 +92,27 @@ def _refuse_references(text: str) -> None:
 
 
 def all_keys(schema: type, prefix: str = "") -> list[str]:
-    """Every dotted key of a schema."""
+    """Every dotted key of a schema; what the user names is `*` (`select.*.where`), a list's element `[]`."""
     keys = []
     for name, hint in _hints(schema).items():
         keys.append(prefix + name)
-        if dataclasses.is_dataclass(hint):
-            keys += all_keys(typing.cast(type, hint), f"{prefix}{name}.")
+        for below, inner in _sections(hint):
+            keys += all_keys(inner, f"{prefix}{name}{below}.")
     return keys
+
+
+def _sections(hint: Any) -> Iterator[tuple[str, type]]:
+    """(how its keys are reached, dataclass) of an annotation that holds one, or None, or many by name or in a list."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        yield "", typing.cast(type, hint)
+    elif origin is dict:
+        yield from ((f".*{below}", inner) for below, inner in _sections(arguments[1]))
+    elif origin is list:
+        yield from ((f"[]{below}", inner) for below, inner in _sections(arguments[0]))
+    elif origin in (Union, types.UnionType):
+        for option in arguments:
+            yield from _sections(option)
 
 
 def _hints(schema: type) -> dict[str, Any]:
@@ -139,16 +153,14 @@ def _section_problems(schema: type, value: Any, key: str, known: Sequence[str]) 
     for name, inner in value.items():
         full = f"{key}.{name}" if key else str(name)
         if name not in hints:
-            yield f"unknown key {full}{_suggestion(full, known, key)}"
+            yield f"unknown key {full}{_suggestion(full, known, key, hints)}"
         else:
             yield from _problems(hints[name], inner, full, known)
 
 
-def _suggestion(unknown: str, known: Sequence[str], section: str) -> str:
+def _suggestion(unknown: str, known: Sequence[str], section: str, siblings: Iterable[str]) -> str:
     """The nearest key: of the same section first, then any key whose words match (noise_offset: noise.offset)."""
     last = unknown.rsplit(".", 1)[-1]
-    inside = section.rsplit(".", 1)[-1] if section else ""
-    siblings = {k.rsplit(".", 1)[-1]: k for k in known if k.rpartition(".")[0].rsplit(".", 1)[-1] == inside}
     near = difflib.get_close_matches(last, siblings, n=1, cutoff=0.6)
     if near:
         found = f"{section}.{near[0]}" if section else near[0]
@@ -156,7 +168,7 @@ def _suggestion(unknown: str, known: Sequence[str], section: str) -> str:
     words = {k.replace(".", "_"): k for k in known} | {k.rsplit(".", 1)[-1]: k for k in reversed(known)}
     near = difflib.get_close_matches(unknown.replace(".", "_"), words, n=1, cutoff=0.6)
     near = near or difflib.get_close_matches(last, words, n=1, cutoff=0.6)
-    if near:
+    if near and words[near[0]] != section:
         return f": did you mean {words[near[0]]}?"
     return f": {section or 'the top level'} knows {', '.join(sorted(siblings)) or 'no keys'}"
 
