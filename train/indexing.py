@@ -185,4 +185,8 @@ def write_arrow(path: Path, table: pa.Table, meta: Mapping[str, str]) -> None:
     table = table.replace_schema_metadata(dict(meta))
     with pa.OSFile(str(tmp), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(len(table), 1))  # one chunk: its columns need no copy
-    tmp.rename(path)
+    try:
+        tmp.rename(path)
+    except FileNotFoundError:  # a peer wrote the same file and cleaned up
+        if not path.exists():
+            raise

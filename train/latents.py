@@ -38,7 +38,11 @@ def write_shard(path: Path, latents_NCHW: torch.Tensor, meta: Mapping[str, str])
         os.fsync(fd)
     finally:
         os.close(fd)
-    os.rename(tmp, path)
+    try:
+        os.rename(tmp, path)
+    except FileNotFoundError:  # a peer wrote the same shard and cleaned up
+        if not path.exists():
+            raise
     fsync_dir(path.parent)
 
 

@@ -6,6 +6,7 @@ Images lie as `<id>.<ext>`, in folders or tars numbered id % 1000.
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from train.exits import ExitCode, Halt
 from train.prepare.danbooru import find_image, post_number
 from train.prepare.files import require_source, source_root, tar_members
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost
+from train.prepare.progress import read_so_far
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.table import refused
@@ -96,16 +98,18 @@ def _sqlite(path: Path) -> tuple[TagTable, Iterator[tuple[Row, list[int]]]]:
     connection = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro&immutable=1", uri=True)
     connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     tags = {row[0]: (row[1], row[2]) for row in connection.execute("SELECT id, name, type FROM tag")}
-    return tags, _sqlite_rows(connection)
+    return tags, _sqlite_rows(connection, path)
 
 
-def _sqlite_rows(connection: sqlite3.Connection) -> Iterator[tuple[Row, list[int]]]:
+def _sqlite_rows(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[Row, list[int]]]:
     posts = connection.cursor()
     posts.execute("SELECT * FROM post ORDER BY id")
     names = [column[0] for column in posts.description]
+    share = os.stat(path).st_size / max(connection.execute("SELECT count(*) FROM post").fetchone()[0], 1)
     pairs = _relation(connection)
     pending = next(pairs, None)
     for values in posts:
+        read_so_far(share)
         row = dict(zip(names, values, strict=True))
         ids: list[int] = []
         while pending is not None and pending[0] <= row["id"]:
@@ -156,7 +160,9 @@ def _parquet_rows(posts: Path, relation: Path | None) -> Iterator[tuple[Row, lis
         pairs = pairs.take(pc.array_sort_indices(pairs["post_id"].combine_chunks())).combine_chunks()
     keys = pairs["post_id"].to_numpy() if pairs is not None else None
     with pq.ParquetFile(posts) as file:
+        share = posts.stat().st_size / max(file.metadata.num_rows, 1)
         for batch in file.iter_batches(batch_size=10_000):
+            read_so_far(share * batch.num_rows)
             for row in batch.to_pylist():
                 ids: list[int] = []
                 if pairs is not None and keys is not None:

@@ -17,6 +17,7 @@ from train.prepare.files import require_source, source_root, walk
 from train.prepare.jsonstream import Malformed, iter_values
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost
+from train.prepare.progress import read_so_far
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.table import Row, csv_rows, parquet_rows, refused
@@ -112,6 +113,7 @@ def _arrow_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[i
         with pa.memory_map(str(file)) as data, pa.ipc.open_stream(data) as stream:
             columns = [column for column in stream.schema.names if column in wanted]
             for batch in stream:
+                read_so_far(batch.nbytes)
                 for row in batch.select(columns).to_pylist() if columns else [{}] * batch.num_rows:
                     yield number, row
                     number += 1

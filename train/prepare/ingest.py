@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from tqdm import tqdm
 
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
 from train.prepare.judge import Complaint
 from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
+from train.prepare.progress import bar, reading
 from train.prepare.records import RECORDS, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.unchanged import sources_mark
@@ -48,17 +48,19 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     config = config_id(code=INGEST_VERSION, schema=SCHEMA_VERSION, exclusions=EXCLUSIONS_VERSION)
     step = Step(dataset, "records", RECORDS, config)
-    mark = sources_mark(settings.sources, config)  # taken first: what changes meanwhile is met by the next run
+    mark, sizes = sources_mark(settings.sources, config)  # taken first: what changes meanwhile is met by the next run
+    spill = _spill_folder(dataset)
     before = _finished(step, mark)
     if before is not None:
         print("ingest: the sources are as they were, nothing to do")
         report_and_judge(settings, "ingest", *before)
         return
     # Every process does the whole, with equal results: none waits for another that may never come.
-    spill = dataset / f".parsed-{os.environ.get('RANK', '0')}"
-    shutil.rmtree(spill, ignore_errors=True)
     spill.mkdir(parents=True)
-    batches, refused = _parse(settings, spill)
+    try:
+        batches, refused = _parse(settings, sizes, spill)
+    finally:
+        shutil.rmtree(spill, ignore_errors=True)  # what is mapped stays readable without a name
     order, doubles, repeated = _sorted_rows(batches)
     refused += doubles + _excluded(batches, order)
     names = _write_units(step, batches, order)
@@ -67,9 +69,16 @@ def run(settings: DatasetConfig) -> None:
     merge_quarantine(dataset)
     _write_facts(dataset, settings, len(order), repeated, refused)
     write_text(step.folder / _MARK, json.dumps({"mark": mark, "units": names}, indent=1) + "\n")
-    del batches
-    shutil.rmtree(spill, ignore_errors=True)
     report_and_judge(settings, "ingest", len(order), refused)
+
+
+def _spill_folder(dataset: Path) -> Path:
+    """Where this process parses to; what killed processes left there, and those of larger groups, is removed."""
+    mine, world = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    for old in dataset.glob(".parsed-*"):
+        if not old.name[8:].isdigit() or int(old.name[8:]) == mine or int(old.name[8:]) >= world:
+            shutil.rmtree(old, ignore_errors=True)
+    return dataset / f".parsed-{mine}"
 
 
 def _finished(step: Step, mark: str) -> tuple[int, list[Quarantine]] | None:
@@ -115,21 +124,25 @@ def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     yield from adapter.read(source)
 
 
-def _parse(settings: DatasetConfig, spill: Path) -> tuple[list[pa.RecordBatch], list[Quarantine]]:
+def _parse(settings: DatasetConfig, sizes: Sequence[int], spill: Path) -> tuple[list[pa.RecordBatch], list[Quarantine]]:
     """Spilled batches, memory-mapped, and what was refused."""
     refused: list[Quarantine] = []
     waiting: list[dict[str, Any]] = []
     files: list[Path] = []
-    for source in settings.sources:
-        for found in tqdm(read_source(source), desc=f"ingest {source.name}", unit=" posts", leave=False):
-            row = to_record(found, source) if isinstance(found, RawPost) else found
-            if isinstance(row, Quarantine):
-                refused.append(row)
-                continue
-            waiting.append(row | {"place": printable(found.place)})
-            if len(waiting) == _SPILL_ROWS:
-                files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
-                waiting = []
+    for source, size in zip(settings.sources, sizes, strict=True):
+        with reading(size, f"ingest {source.name}"):
+            for found in read_source(source):
+                if isinstance(found, Quarantine):
+                    refused.append(found)
+                    continue
+                row = to_record(found, source)
+                if isinstance(row, Quarantine):
+                    refused.append(row)
+                    continue
+                waiting.append(row | {"place": printable(found.place)})
+                if len(waiting) == _SPILL_ROWS:
+                    files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
+                    waiting = []
     if waiting:
         files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
     return [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0) for path in files], refused
@@ -190,7 +203,8 @@ def _write_units(step: Step, batches: list[pa.RecordBatch], order: np.ndarray) -
     """Names of the units, each written unless it is there already."""
     names = []
     starts = range(0, len(order), ROW_GROUP_ROWS) if len(order) else [0]
-    for unit, start in enumerate(tqdm(starts, desc="ingest records", unit=" units", leave=False)):
+    shown = bar(len(starts), "ingest records", "units")
+    for unit, start in enumerate(starts):
         rows = order[start : start + ROW_GROUP_ROWS]
         table = take_rows(batches, rows) if len(rows) else _SPILL_SCHEMA.empty_table()
         content = [table[name].to_pylist() for name in ("key", "raw_hash", "uri", "member", "hard_exclusion")]
@@ -198,6 +212,8 @@ def _write_units(step: Step, batches: list[pa.RecordBatch], order: np.ndarray) -
         names.append(name)
         if not (step.folder / name).exists():
             write_parquet(step.folder / name, table.select(RECORDS.names).cast(RECORDS))
+        shown.update()
+    shown.close()
     return names
 
 

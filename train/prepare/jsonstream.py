@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from train.prepare.progress import counted
+
 MAX_VALUE_BYTES = 8 << 20  # of one post; a real one is about 5 KB
 _CHUNK_BYTES = 1 << 16
 
@@ -33,7 +35,7 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
 
 def iter_values(path: Path) -> Iterator[tuple[int, Any]]:
     """(row number from 0, value or Malformed) for each value of the file, whichever of the three forms it has."""
-    with open(path, "rb") as file:
+    with counted(path) as file:
         head = file.read(_CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
         file.seek(0)
         if head.startswith(b"["):
@@ -109,7 +111,7 @@ def _array(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
 
 def iter_members(path: Path) -> Iterator[tuple[str, Any]]:
     """(name, value or Malformed) of the members of the one object in a file, as they are read."""
-    with open(path, "rb") as file:
+    with counted(path) as file:
         head = file.read(_CHUNK_BYTES).removeprefix(codecs.BOM_UTF8).lstrip()
         if not head.startswith(b"{"):
             yield "", Malformed("expected an object of objects")

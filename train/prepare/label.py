@@ -62,7 +62,7 @@ def run(settings: DatasetConfig) -> None:
         bar.update(1)
 
     missing = [number for number, name in enumerate(names) if not (step.folder / name).exists()]
-    with Peers(dataset) as peers, peers.progress(sum(map(peers.owns, missing)), "label") as bar:
+    with Peers(dataset) as peers, peers.progress(sum(map(peers.owns, missing)), "label", "units") as bar:
         for number in filter(peers.owns, missing):
             make(number)
         peers.wait_for([(number, step.folder / names[number]) for number in missing], make)

@@ -6,6 +6,7 @@ heartbeat file, and one whose file stands still is considered gone. Doing a unit
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -13,10 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from train import signals
 from train.exits import ExitCode, Halt
+from train.prepare.progress import bar
 
 BEAT_S = 2.0
 LOST_S = 20.0  # a peer that has not moved for so long is gone
@@ -35,6 +35,7 @@ class Peers:
         self._thread: threading.Thread | None = None
         self._seen: dict[int, tuple[int, float]] = {}
         self._started = time.monotonic()
+        self._bar = bar(0, "")
 
     def __enter__(self) -> Peers:
         if self.world > 1:
@@ -48,14 +49,25 @@ class Peers:
         if self._thread is not None:
             self._thread.join()
             self._path(self.rank).unlink(missing_ok=True)
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if not path.name.endswith(f"-of-{self.world}"):  # of a killed group
+                    path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # peers are still at work
+                self.folder.rmdir()
 
     def owns(self, unit: int) -> bool:
         """Whether unit number `unit` is this process's."""
         return unit % self.world == self.rank
 
-    def progress(self, total: int, label: str) -> Any:
+    def progress(self, total: int, label: str, unit: str = "rows") -> Any:
         """A bar with the time left, on the first process only."""
-        return tqdm(total=total, desc=label, unit="row", disable=self.rank != 0 or total == 0)
+        self._bar = bar(total if self.rank == 0 else 0, label, unit)
+        return self._bar
+
+    def tick(self, rows: int = 1) -> None:
+        """Move the bar from inside a unit, which may take minutes."""
+        self._bar.update(rows)
 
     def wait_for(self, files: Sequence[tuple[int, Path]], make: Callable[[int], None]) -> None:
         """Return when every (unit, file) is there; units of peers that are gone are made here."""
@@ -92,8 +104,10 @@ class Peers:
     def _beat(self) -> None:
         while not self._stop.is_set():
             path = self._path(self.rank)
-            path.touch()
-            os.utime(path)
+            with contextlib.suppress(FileNotFoundError):  # a peer that leaves removes the folder: next time then
+                self.folder.mkdir(parents=True, exist_ok=True)
+                path.touch()
+                os.utime(path)
             self._stop.wait(BEAT_S)
 
 

@@ -18,6 +18,7 @@ from train.prepare.judge import judge
 from train.prepare.peers import Peers
 from train.prepare.pictures import Look, file_stamp, probe_one
 from train.prepare.pool import Lost, Pool
+from train.prepare.progress import bar
 from train.prepare.records import PROBE, Quarantine
 from train.prepare.settings import DatasetConfig, ExcludeConfig, SourceConfig, dataset_dir
 from train.prepare.units import Step, config_id, cut, merge_quarantine, read_table, row_hash, run_units, stream_table
@@ -36,7 +37,11 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     sources = {source.name: source for source in settings.sources}
     rows = _wanted(settings)
-    stamps = [file_stamp(sources[row["source"]], row["uri"]) for row in _columns(rows, "source", "uri")]
+    stamps = []
+    with bar(len(rows), "probe: look for the files", "files") as shown:
+        for row in _columns(rows, "source", "uri"):
+            stamps.append(file_stamp(sources[row["source"]], row["uri"]))
+            shown.update()
     left_out = rows.column("left_out").to_pylist()
     marks = rows.column("raw_hash").to_pylist()
     hashes = [row_hash(*parts) for parts in zip(marks, stamps, left_out, strict=True)]
@@ -45,7 +50,7 @@ def run(settings: DatasetConfig) -> None:
     step = Step(dataset, "probe", PROBE, config, ("records",))
     limit = 512 * 2**20 + 14 * settings.probe.max_pixels  # RGBA, its copy, RGB and room for one more channel set
     with Peers(dataset) as peers, Pool(settings.workers, probe_one, settings.probe.timeout_s, limit) as pool:
-        run_units(step, cut(rows, hashes, UNIT_FILES), lambda part: _probe(part, settings, sources, pool), peers)
+        run_units(step, cut(rows, hashes, UNIT_FILES), lambda part: _probe(part, settings, sources, pool, peers), peers)
     merge_quarantine(dataset)
     judge(settings, "probe")
 
@@ -84,14 +89,18 @@ def _left_out(record: Row, exclude: ExcludeConfig) -> str | None:
 
 
 def _probe(
-    rows: pa.Table, settings: DatasetConfig, sources: Mapping[str, SourceConfig], pool: Pool[Look, Any]
+    rows: pa.Table, settings: DatasetConfig, sources: Mapping[str, SourceConfig], pool: Pool[Look, Any],
+    peers: Peers,
 ) -> tuple[pa.Table, list[Quarantine]]:
     records = rows.to_pylist()
     opened = [record for record in records if record["left_out"] is None]
     jobs = [
         Look(sources[r["source"]], settings.probe, r["uri"], r["member"], (r["width"], r["height"])) for r in opened
     ]
-    results = dict(zip((r["key"] for r in opened), pool.map(jobs), strict=True))
+    results = {}
+    for record, result in zip(opened, pool.map(jobs), strict=True):
+        results[record["key"]] = result
+        peers.tick()
     probed, quarantine = [], []
     for record in records:
         row = _row(record, results.get(record["key"]), sources)

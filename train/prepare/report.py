@@ -18,7 +18,7 @@ from train.prepare.pool import Pool
 from train.prepare.report_facts import Facts, gather
 from train.prepare.report_page import page
 from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.units import merge_quarantine, read_table, row_hash, write_text
+from train.prepare.units import merge_quarantine, read_table, row_hash, sweep, write_text
 from train.rng import uid_of
 
 SAMPLES = 24  # pictures in the grid of random ones
@@ -33,6 +33,7 @@ def run(settings: DatasetConfig) -> None:
         if peers.rank != 0:  # reads all, writes two files: one process's work
             return
         merge_quarantine(dataset)
+        sweep(dataset)
         facts = gather(settings)
         facts["checks"] = checks(settings, facts)
         facts["samples"] = _samples(settings)

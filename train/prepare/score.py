@@ -148,6 +148,7 @@ def run_model(
             for record, image in zip(group, found, strict=True):
                 answer = (None,) if isinstance(image, Quarantine) else next(answers)
                 rows.append(row(record["key"], *answer))
+            peers.tick(len(group))
         return pa.Table.from_pylist(rows, schema=step.schema), entries
 
     columns = ("key", "raw_hash", "file_size", "mtime_ns")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from train.prepare.files import UnsafePath, is_image, require_source, resolve_inside, source_root, walk
 from train.prepare.normalise import MAX_CAPTION_BYTES, BadCaption, RawPost
+from train.prepare.progress import counted
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 
@@ -44,7 +45,7 @@ def _image(source: SourceConfig, root: Path, uri: str) -> RawPost | Quarantine:
 
 def read_caption(path: Path) -> str:
     """Text of a caption file without its byte-order mark. Raises BadCaption for one too long or not UTF-8."""
-    with open(path, "rb") as file:
+    with counted(path) as file:
         data = file.read(MAX_CAPTION_BYTES + 4)
     data = data.removeprefix(codecs.BOM_UTF8)
     if len(data) > MAX_CAPTION_BYTES:

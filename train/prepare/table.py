@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from train.prepare.files import require_source, source_root, walk
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
+from train.prepare.progress import counted, read_so_far
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 
@@ -74,7 +76,9 @@ def parquet_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[
         with pq.ParquetFile(file) as table:
             wanted = [column for ours, column in source.columns.items() if ours != "image"]
             present = [column for column in wanted if column in table.schema_arrow.names]
+            share = file.stat().st_size / max(table.metadata.num_rows, 1)
             for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=present):
+                read_so_far(share * batch.num_rows)
                 for row in _plain(batch):
                     yield number, row
                     number += 1
@@ -102,7 +106,7 @@ def _cell(column: pa.Array, index: int) -> Any:
 def csv_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
     """(row number, row); quotes as in RFC 4180, so tags with quotes and line breaks survive."""
     # Bytes that are not UTF-8 become marks that the record's checks refuse, so only their row is lost.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+    with io.TextIOWrapper(counted(file), "utf-8-sig", "surrogateescape", newline="") as lines:
         reader = csv.reader(lines, dialect="excel-tab" if file.suffix.lower() == ".tsv" else "excel", strict=True)
         try:
             header = next(reader, [])

@@ -1,5 +1,6 @@
 """Whether the sources changed since the last ingest: a hash over their settings and what their folders list.
 
+The same walk tells how many bytes of metadata each has, for the bar.
 Pictures count by name, because ingest never reads them; every other file by name, size and time.
 """
 
@@ -14,20 +15,32 @@ from pathlib import Path
 from train.prepare.files import is_image
 from train.prepare.settings import SourceConfig
 
+_READ = {  # adapter: endings of what it reads in a folder; of the others everything but pictures
+    "sidecar": (".txt",), "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",),
+    "table": (".parquet", ".csv", ".tsv"), "danbooru2023": ("post.parquet", "posts.parquet"),
+}  # fmt: skip
+_JSON = (".json", ".jsonl", ".ndjson")
 
-def sources_mark(sources: list[SourceConfig], version: str) -> str:
-    """Equal marks: ingest would write the records that are there."""
+
+def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[int]]:
+    """(mark, bytes that each source's adapter will read). Equal marks: ingest would write the records that are there."""
     digest = hashlib.sha256(version.encode())
+    sizes = []
     for source in sources:
+        size, endings = 0, _READ.get(source.adapter, _JSON)
         digest.update(repr(dataclasses.astuple(source)).encode("utf-8", "backslashreplace"))
         for place in dict.fromkeys(filter(None, (source.path, source.images, source.dictionary))):
-            for line in _listing(Path(place)):
+            for line, count in _listing(Path(place)):
                 digest.update(line.encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
+                name = line.partition("\0")[0]
+                if place == source.path and (name == str(Path(place)) or name.lower().endswith(endings)):
+                    size += count
+        sizes.append(size)
+    return digest.hexdigest(), sizes
 
 
-def _listing(path: Path) -> Iterator[str]:
-    """One line per file, in an order that depends on the names alone."""
+def _listing(path: Path) -> Iterator[tuple[str, int]]:
+    """(one line, bytes) per file, in an order that depends on the names alone."""
     if not path.is_dir():
         yield _line(str(path), path)
         return
@@ -38,21 +51,21 @@ def _listing(path: Path) -> Iterator[str]:
             with os.scandir(folder) as entries:
                 ordered = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
-            yield f"{folder}\0{type(error).__name__}\0"
+            yield f"{folder}\0{type(error).__name__}\0", 0
             continue
         for entry in ordered:
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(entry.path)
             elif is_image(entry.name) and not entry.is_symlink():
-                yield f"{entry.path}\0"
+                yield f"{entry.path}\0", 0
             else:
                 yield _line(entry.path, Path(entry.path))
 
 
-def _line(name: str, path: Path) -> str:
+def _line(name: str, path: Path) -> tuple[str, int]:
     link = os.readlink(path) if path.is_symlink() else ""
     try:
         info = path.stat()
-        return f"{name}\0{link}\0{info.st_size}\0{info.st_mtime_ns}\0"
+        return f"{name}\0{link}\0{info.st_size}\0{info.st_mtime_ns}\0", info.st_size
     except OSError as error:
-        return f"{name}\0{link}\0{type(error).__name__}\0"
+        return f"{name}\0{link}\0{type(error).__name__}\0", 0

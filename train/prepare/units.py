@@ -95,8 +95,9 @@ def run_units(step: Step, units: Sequence[Unit], work: Work, peers: Peers) -> No
         def make(number: int) -> None:
             if not (step.folder / names[number]).exists():
                 assert reuse is not None
+                before = bar.n
                 _make(step, units[number], names[number], work, reuse)
-                bar.update(len(units[number].rows))
+                bar.update(len(units[number].rows) - (bar.n - before))  # less what `work` has told by itself
 
         for number in missing:
             if peers.owns(number):
@@ -324,10 +325,14 @@ def write_text(path: Path, text: str) -> None:
 
 def _write(path: Path, save: Callable[[Any], object]) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
-    with open(partial, "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(partial, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     try:
         os.replace(partial, path)
     except FileNotFoundError:  # a peer finished the same unit and cleaned up
@@ -338,6 +343,13 @@ def _write(path: Path, save: Callable[[Any], object]) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def sweep(dataset: Path) -> None:
+    """Remove what killed processes left half-written. A peer that is still at it finds its file gone, and goes on."""
+    for path in [*dataset.glob("*.tmp"), *dataset.glob(".*.tmp"), *dataset.glob("*/*.tmp"), *dataset.glob("*/.*.tmp"),
+                 *dataset.glob("quarantine/*/.*.tmp")]:  # fmt: skip
+        path.unlink(missing_ok=True)
 
 
 def merge_quarantine(dataset: Path) -> pa.Table:

@@ -16,6 +16,7 @@ from train.prepare.files import UnsafePath, check_relative, is_image, is_plain, 
 from train.prepare.jsonstream import MAX_VALUE_BYTES, Malformed, parse
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import MAX_CAPTION_BYTES, REFUSALS, BadRecord, RawPost, printable
+from train.prepare.progress import read_so_far
 from train.prepare.records import ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
@@ -38,7 +39,10 @@ def _tar(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[Ra
     current, sample = None, Sample(images=[])
     try:
         with tarfile.open(file, "r:") as archive:
+            done = 0
             for info in archive:
+                read_so_far(info.offset - done)
+                done = info.offset
                 problem = _refused_member(source, name, info)
                 if problem is not None:
                     yield problem
