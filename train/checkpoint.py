@@ -87,6 +87,7 @@ def save(
         _write_folder(tmp, run, progress, tensors, state, permanent)
         if in_the_way:  # damaged: we fell back past it and have come here again
             _discard(target)
+            run.damaged.discard(target.name)
         faults.at("save.rename", progress.step)
         os.rename(tmp, target)  # the commit
         fsync_dir(run.checkpoints)
@@ -106,10 +107,10 @@ def save(
 def retain(run: RunDir, keep: int, newest: int) -> list[int]:
     """Delete this run's checkpoints up to step `newest` but the last `keep` and the permanent ones; the steps.
 
-    Directories of other runs, and those whose manifest is damaged, are not touched.
+    Directories of other runs, those whose manifest is damaged, and those found damaged at the start are not touched.
     """
     own = [(step, path, m.permanent) for step, path, m in _committed(run.checkpoints)
-           if step <= newest and m.run_id == run.run_id]  # fmt: skip
+           if step <= newest and m.run_id == run.run_id and path.name not in run.damaged]  # fmt: skip
     victims = [(step, path) for step, path, permanent in sorted(own)[:-keep] if not permanent]
     for _step, path in victims:
         faults.at("retention", newest)
@@ -179,6 +180,7 @@ def load_newest(run: RunDir, expectations: resume.Expectations, *, verify: str =
             loaded = open_checkpoint(run.checkpoints / name, verify=verify)
         except Damaged as damage:
             problems.append(f"{name}: {damage}")
+            run.damaged.add(name)
             print(f"warning: checkpoint {problems[-1]}; trying an older one", file=sys.stderr)
             continue
         comparison = _compare(loaded, expectations)

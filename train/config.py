@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -312,6 +313,9 @@ _SHARES = ("data.tag_dropout", "data.caption_dropout", "validation.share", "ema.
 def _range_problems(config: StageConfig) -> list[str]:
     flat = flatten(config)
     problems = []
+    for key, value in flat.items():
+        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
+            problems.append(f"{key} is {value}, must be finite")
     for key, least in _AT_LEAST.items():
         if flat[key] is not None and not flat[key] >= least:
             problems.append(f"{key} is {flat[key]}, must be at least {least}")

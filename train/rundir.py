@@ -95,6 +95,7 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.run_id = ""
         self.look_up_to: int | None = None  # checkpoints of later steps are overlooked (to replay an update)
+        self.damaged: set[str] = set()  # names of checkpoints that were found damaged: retention does not count them
         self.done: dict[str, Any] | None = None  # what DONE says, when the stage is finished
         self._lock_fd: int | None = None
 
