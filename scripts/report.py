@@ -21,6 +21,7 @@ def main() -> None:
         "--samples", action="append", default=[], metavar="NAME=DIR",
         help="pictures by scripts/sample.py that join the comparison, e.g. base=samples/base (repeatable)",
     )  # fmt: skip
+    parser.add_argument("--quality", type=Path, metavar="JSON", help="what scripts/quality.py measured")
     arguments = parser.parse_args()
     extra = {}
     for given in arguments.samples:
@@ -31,7 +32,8 @@ def main() -> None:
 
     from train.tools.page import write_page
 
-    print(write_page(arguments.runs, arguments.out, title=arguments.title, extra_samples=extra))
+    runs, out, quality = arguments.runs, arguments.out, arguments.quality
+    print(write_page(runs, out, title=arguments.title, extra_samples=extra, quality=quality))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from train.prompts import Prompt, PromptsFile, checked
 from train.tools.page import write_page
 from train.tools.page_charts import bar_chart, extent, line_chart, log_ticks, number, smooth, thin, ticks
 from train.tools.page_data import config_differences, read_parameters, read_run
-from train.tools.page_samples import spaced
+from train.tools.page_heldout import in_order
+from train.tools.page_samples import shared_tags, spaced
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "img"}
@@ -86,7 +87,7 @@ def make_run(folder: Path, stage: str, level: float, *, updates: int = 120) -> P
         lines.append(
             {"step": update, "update": update, "epoch": update / 60, "images": update * 16, "loss": loss,
              "lr_unet": 1e-5 * min(1, update / 20), "lr_text_encoder": 1e-5 if stage == "pretrain" else None,
-             "grad_norm": 1 + math.cos(update), "images_per_s": 40.0, "skipped": 0,
+             "grad_norm": 1 + math.cos(update), "images_per_s": 40.0, "skipped": 0, "data_wait_s": 0.1,
              "loss_by_decile": [loss * (1 + d / 10) for d in range(10)]}
         )  # fmt: skip
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -95,6 +96,8 @@ def make_run(folder: Path, stage: str, level: float, *, updates: int = 120) -> P
               "strata": {"quality/best quality": {"images": 4, "loss": level * 0.9, "interval": 0.02}}}  # fmt: skip
     first = {**record, "step": 60, "update": 60, "loss": level * 2}
     (run / "validation.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(record) + "\n")
+    strata = {uid: {"key": uid, "strata": ["quality/best quality"] if uid < f"{4:016x}" else []} for uid in held}
+    (run / "held_out.json").write_text(json.dumps(strata))
     config = (ROOT / "configs" / f"{stage}.yaml").read_text()
     (run / "config.yaml").write_text(config)
     parent = {"stage": None, "sha256": "ab" * 32, "title": "base & more"}
@@ -106,7 +109,8 @@ def make_run(folder: Path, stage: str, level: float, *, updates: int = 120) -> P
     for update in (60, 120):
         shade = int(255 * min(level, 1))
         pictures = [Image.new("RGB", (64, 96), (shade, update, 90)), Image.new("RGB", (96, 64), (90, shade, update))]
-        write_pictures({"": pictures}, PROMPTS, run / "samples" / f"step-{update:08d}", model_name=stage, update=update)
+        averaged = {"-ema": pictures} if stage == "ft2" else {}
+        write_pictures({"": pictures, **averaged}, PROMPTS, run / "samples" / f"step-{update:08d}", model_name=stage, update=update)
     return run
 
 
@@ -124,12 +128,14 @@ def test_three_stages(runs: list[Path], tmp_path: Path) -> None:
     for words in (
         "Summary", "Stage comparison", "pretrain", "ft2", "best quality", "base & more", "cosine_restarts",
         "optimizer.unet_lr", "pretrain → ft1", "pretrain → ft2", "update 60", "1girl, <b>smile</b>", "Fair AI Public License 1.0-SD",
+        "Time spent waiting for data, %", "not trained", "ft2 (EMA)", "update 120 (EMA)",
     ):  # fmt: skip
         assert words in checker.text, words
-    assert "-0.5400 ± " in checker.text  # paired change 0.9 -> 0.5 over factors 1 to 1.7
-    # 3 runs x 2 prompts x 2 updates in strips; comparison: base has the first prompt only
-    assert checker.tags.count("img") == 12 + 4 + 3
-    assert checker.tags.count("svg") == 3 * 5 + 3 + 3
+    assert "−0.5400 ± " in checker.text  # paired change 0.9 -> 0.5 over factors 1 to 1.7, and over the best four:
+    assert "best quality−0.4600 ± 0.0822 (4)" in checker.text  # t of 3 degrees: 3.182 x 0.0516 / 2
+    # 3 runs x 2 prompts x 2 updates in strips, ft2 with its average; comparison: base has the first prompt only
+    assert checker.tags.count("img") == 12 + 4 + 5 + 4
+    assert checker.tags.count("svg") == 3 * 6 + 3 + 3
     assert "b" in checker.tags
     assert "<b>smile" not in out.read_text()
 
@@ -177,6 +183,34 @@ def test_repeated_updates_count_once(tmp_path: Path) -> None:
     records = [{"step": s, "update": s, "loss": v} for s, v in ((1, 0.9), (2, 0.8), (2, 0.7), (3, 0.6))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert read_run(tmp_path).series("loss") == [(1, 0.9), (2, 0.7), (3, 0.6)]
+
+
+def test_waiting_is_a_share_of_each_updates_time(runs: list[Path]) -> None:
+    points = read_run(runs[0]).waiting()  # 16 images at 40 a second, a tenth of a second of it waiting
+    assert len(points) == 120
+    assert all(share == pytest.approx(25.0) for _, share in points)
+
+
+def test_strata_from_best_to_worst() -> None:
+    names = {"year/mid", "aesthetic/aesthetic", "quality/low quality", "rating/safe", "quality/masterpiece", "x/y",
+             "year/newest", "aesthetic/very aesthetic", "rating/explicit"}  # fmt: skip
+    assert in_order(names) == [
+        "quality/masterpiece", "quality/low quality", "rating/safe", "rating/explicit", "year/newest", "year/mid",
+        "aesthetic/very aesthetic", "aesthetic/aesthetic", "x/y",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompts", "common"),
+    [
+        (["best, 1girl, hat", "best, 1girl, cat"], ["best", "1girl"]),
+        (["best, 1girl", "best"], []),  # nothing would be left of the second
+        (["1girl", "1boy"], []),
+        (["alone, x"], []),
+    ],
+)
+def test_tags_that_every_prompt_starts_with(prompts: list[str], common: list[str]) -> None:
+    assert shared_tags(prompts) == common
 
 
 def test_config_differences(runs: list[Path]) -> None:

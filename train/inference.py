@@ -37,7 +37,7 @@ def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None
 
     Raises Halt: USAGE (no such path, single file without `tokenizers`, unknown device), MISMATCH (damaged model).
     """
-    place = _device(device)
+    place = open_device(device)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
     local = hub.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers))
     components = models.build(local)
@@ -100,7 +100,8 @@ def _name(path: Path) -> str:
     return resolved.parent.name if resolved.name == "model" else resolved.stem
 
 
-def _device(name: str) -> torch.device:
+def open_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda[:N]` as a device. Raises Halt(USAGE) for anything else or a GPU that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:

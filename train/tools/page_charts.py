@@ -23,15 +23,16 @@ def line_chart(
     y_range: Range | None = None,
     log: bool = False,
     spread: Points = (),
+    nothing: str = "no data",
 ) -> str:
     """An SVG of named lines (name, colour, points); `spread` is drawn faintly behind them, raw values as dots.
 
-    `log` makes the y axis logarithmic where every value is above 0. Without points it says so.
+    `log` makes the y axis logarithmic where every value is above 0. Without points it says `nothing`.
     """
     everything = [point for _, _, points in series for point in points] + list(spread)
     if not everything:
-        return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}: no data">' \
-               f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" class="none">no data</text></svg>'  # fmt: skip
+        return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}: {nothing}">' \
+               f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" class="none">{nothing}</text></svg>'  # fmt: skip
     x_low, x_high = x_range or extent([x for x, _ in everything])
     y_low, y_high = y_range or extent([y for _, y in everything])
     log = log and y_low > 0

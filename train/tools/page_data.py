@@ -42,6 +42,7 @@ class Run:
     validation: list[dict[str, Any]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     lineage: dict[str, Any] = field(default_factory=dict)
+    held: dict[str, list[str]] = field(default_factory=dict)  # uid of a held-out image: its strata
     ending: str = ""
     samples: dict[int, list[Picture]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -55,9 +56,23 @@ class Run:
                 points.append((float(update), float(value)))
         return points
 
-    def newest_pictures(self) -> list[Picture]:
-        """The raw samples of the last update that has any."""
-        return [p for p in self.samples[max(self.samples)] if not p.ema] if self.samples else []
+    def waiting(self) -> list[tuple[float, float]]:
+        """(update, % of its time that the training waited for data)."""
+        points, before = [], 0.0
+        for record in self.metrics:
+            found = [record.get(key) for key in ("update", "images", "images_per_s", "data_wait_s")]
+            if not all(isinstance(value, int | float) for value in found):
+                continue
+            update, images, speed, wait_s = map(float, found)  # type: ignore[arg-type]
+            update_s = (images - before) / speed if speed else 0.0
+            if update_s > 0:
+                points.append((update, min(100.0 * wait_s / update_s, 100.0)))
+            before = images
+        return points
+
+    def newest_pictures(self, *, ema: bool = False) -> list[Picture]:
+        """The samples of the last update that has any: of the raw weights, or of their average."""
+        return [p for p in self.samples[max(self.samples)] if p.ema == ema] if self.samples else []
 
 
 def read_run(path: str | Path) -> Run:
@@ -69,6 +84,11 @@ def read_run(path: str | Path) -> Run:
     run.metrics = _latest(_lines(run, "metrics.jsonl"))
     run.validation = _latest(_lines(run, "validation.jsonl", needed=False))
     run.lineage = _json(run, "lineage.json")
+    run.held = {
+        uid: [str(name) for name in one["strata"]]
+        for uid, one in _json(run, "held_out.json").items()
+        if isinstance(one, dict) and isinstance(one.get("strata"), list)
+    }
     run.config = _config(run)
     run.ending = _ending(run)
     for child in sorted((folder / "samples").glob("step-*")) if (folder / "samples").is_dir() else ():
@@ -98,7 +118,7 @@ def read_pictures(folder: Path, notes: list[str]) -> list[Picture]:
         prompt, facts = read_parameters(text)
         known = {"Size": size, "Noise index": match.group(1), **facts}
         found.append(Picture(path, prompt, known, bool(match.group(2))))
-    return found
+    return sorted(found, key=lambda picture: (picture.path.name[:2], picture.ema, picture.path.name))
 
 
 def read_parameters(text: str) -> tuple[str, dict[str, str]]:
@@ -128,7 +148,9 @@ def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 
 def _short(value: Any) -> str:
-    return "null" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+    if value is None or isinstance(value, bool):
+        return str(value).lower().replace("none", "null")
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
