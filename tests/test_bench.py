@@ -8,7 +8,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ import torch
 from train.exits import ExitCode, Halt
 from train.tools import bench, bench_data, bench_gpu, bench_variants
 from train.tools.bench import Timing
+from train.tools.bench_hooks import Alternating
 from train.tools.bench_loop import SMALL_BATCH, SyncCounter, micro_step_syncs, tiny_session
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,3 +157,29 @@ def test_a_variant_runs_end_to_end_on_the_tiny_model() -> None:
     assert all(row["images_per_s"] > 0 for row in rows)
     # same weights, inputs and loss on both sides: the reference differs in precision and host reads alone
     assert rows[0]["loss_first"] == pytest.approx(rows[1]["loss_first"], rel=0.05)
+
+
+def test_hooks_run_at_every_second_update_and_are_timed_there() -> None:
+    """Two hooks of 2 ms each, updates of 10 ms: what is measured is what was spent."""
+    ran: list[str] = []
+
+    def hook(name: str) -> Any:
+        def run(*given: Any) -> None:
+            ran.append(f"{name} {given[0]}")
+            time.sleep(0.002)
+
+        return run
+
+    session: Any = SimpleNamespace(last_step=100, progress=SimpleNamespace(step=0))
+    turns = Alternating(session, hook("log"), hook("after"), 6)
+    while session.progress.step < session.last_step:
+        session.progress.step += 1
+        time.sleep(0.01)
+        turns.log(session.progress.step)
+        turns.after(session.progress.step)
+    assert session.progress.step == 6
+    assert ran == ["log 1", "after 1", "log 3", "after 3", "log 5", "after 5"]
+    assert [len(timing.wall_s) for timing in (*turns.whole.values(), turns.hooks)] == [3, 3, 3]
+    assert min(turns.hooks.wall_s) >= 0.004
+    assert min(turns.whole["with hooks"].wall_s) >= 0.014
+    assert min(turns.whole["without"].wall_s) >= 0.01

@@ -65,6 +65,10 @@ class Outlet:
         except queue.Full:
             self.dropped += 1
 
+    def waiting(self) -> int:
+        """Messages not yet handed to the outlet process; 0 once it is given up."""
+        return 0 if self._gone else self._queue.qsize() + (self._unsent is not None)
+
     def close(self, timeout_s: float | None = None) -> None:
         """Deliver what is queued within `timeout_s` (CLOSE_S), then end the outlet process one way or the other."""
         deadline = time.monotonic() + (CLOSE_S if timeout_s is None else timeout_s)

@@ -116,6 +116,10 @@ class Tracker:
             paths = [str(Path(file).resolve()) for file in files]
             self._outlet.put({"kind": "images", "step": step, "files": paths})
 
+    def undelivered(self) -> int:
+        """Messages that the outlets have not taken yet."""
+        return self._outlet.waiting() if self.is_main and self._outlet else 0
+
     def close(self, timeout_s: float | None = None) -> None:
         """Finish the bar and the file; wait at most `timeout_s` (30 s) for the outlets, then end them."""
         if not self.is_main:

@@ -13,7 +13,7 @@ from typing import Any
 from train.tools import bench
 from train.tools.tiny_model import write_model
 
-ROWS = ("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8")
+ROWS = ("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "A9")
 
 
 def run(
@@ -24,7 +24,13 @@ def run(
     tokenizers: folder with tokenizer/ and tokenizer_2/; None = the tiny world's, on both sides. records: to label in
     row A8; None = the card's 873,504.
     """
-    from train.tools import bench_data, bench_images, bench_labels, bench_loop  # torch and diffusers, some seconds
+    from train.tools import (  # torch and diffusers, some seconds
+        bench_data,
+        bench_hooks,
+        bench_images,
+        bench_labels,
+        bench_loop,
+    )
 
     warnings.simplefilter("ignore")  # of libraries, about the references' old calls
     logging.getLogger("anix").setLevel(logging.ERROR)
@@ -48,6 +54,8 @@ def run(
             rows.append(bench_loop.checkpoint_row(folder / "save"))
         if "A7" in only:
             rows += bench_images.image_rows(max(2, repeats - 2))
+        if "A9" in only:
+            rows.append(bench_hooks.hooks_row(folder / "hooks", repeats))
         if "A8" in only:
             rows += bench_labels.label_rows(folder / "records", records or bench_labels.CARD_IMAGES)
     return {"machine": where, "rows": rows, "seconds": round(time.perf_counter() - started, 1)}
