@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from train import rng
 from train.config import NoiseConfig
-from train.noise import add_noise, alphas_cumprod, as_drawn, slot_noise
+from train.noise import add_noise, alphas_cumprod, as_drawn, slot_noise, tile_noise
 from train.rng import Stream
 
 UID = rng.uid_of("danbooru:6814120")
@@ -47,7 +47,7 @@ def test_zero_terminal_snr() -> None:
 def test_noise_is_the_stream_and_nothing_else() -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
     target, added = slot_noise(NoiseConfig(), 31, UID, 0, SHAPE)
-    assert target is added
+    assert np.shares_memory(target, added)
     assert np.array_equal(target, rng.normals(31, Stream.NOISE, UID, 0, SHAPE))
     assert [f"{x.view(np.uint32):08x}" for x in target.flatten()[:4]] == [
         "3e8c9c40",
@@ -185,3 +185,26 @@ def test_adding_against_the_formula(t: int) -> None:
     torch.testing.assert_close(
         add_noise(latents, noise, torch.tensor([t]), alphas_cumprod()), expected, rtol=1e-6, atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        NoiseConfig(),
+        NoiseConfig(offset=0.0357, input_perturbation=0.1),
+        NoiseConfig(offset_adaptive=0.05, multires_iterations=3),
+    ],
+)
+@pytest.mark.parametrize("shape", [(4, 16, 24), (4, 152, 104), (3, 5, 7)])  # many slots at once, one by one, odd
+def test_a_tile_is_its_slots(config: NoiseConfig, shape: tuple[int, int, int]) -> None:
+    uids, epochs = [UID + number for number in range(5)], [0, 3, 3, 1, 70_000]
+    means_BC = np.random.default_rng(0).standard_normal((5, shape[0]))
+    together = tile_noise(config, 31, uids, epochs, shape, latent_means_BC=means_BC)
+    for number, (uid, epoch) in enumerate(zip(uids, epochs, strict=True)):
+        alone = slot_noise(config, 31, uid, epoch, shape, latent_mean=means_BC[number])
+        base = rng.normals(31, Stream.NOISE, uid, epoch, shape)
+        for many, one in zip(together, alone, strict=True):
+            assert many.dtype == np.float32
+            np.testing.assert_array_equal(many[number], one)
+        if config == NoiseConfig():
+            np.testing.assert_array_equal(together[0][number], base)

@@ -21,7 +21,7 @@ from train.config import DataConfig, NoiseConfig, StageConfig
 from train.exits import ExitCode, Halt
 from train.index import Index
 from train.latents import ShardReader
-from train.noise import slot_noise
+from train.noise import tile_noise
 from train.plan import Plan, Tile
 from train.rng import Stream
 from train.text import TagTokenizer, size_vector
@@ -115,21 +115,20 @@ class TileDataset(Dataset[Batch | Halt]):
         latents_BCHW, substituted = self._latents(tile, step)
         shape = tuple(latents_BCHW.shape[1:])
         low, high = self.noise.timesteps
-        pairs = list(zip(tile.uids.tolist(), tile.epochs.tolist(), strict=True))
-        noises = [
-            slot_noise(self.noise, self.seed, uid, epoch, shape, latent_mean=latent.mean(dim=(1, 2)).numpy())
-            for (uid, epoch), latent in zip(pairs, latents_BCHW, strict=True)
-        ]
+        means_BC = latents_BCHW.mean(dim=(2, 3)).numpy() if self.noise.offset_adaptive else None
+        target_BCHW, added_BCHW = tile_noise(
+            self.noise, self.seed, tile.uids.tolist(), tile.epochs.tolist(), shape, latent_means_BC=means_BC
+        )
         ids, dropped = self._token_ids(tile, step)
         return Batch(
             latents_BCHW=latents_BCHW,
-            noise_BCHW=torch.from_numpy(np.stack([target for target, _ in noises])),
-            input_noise_BCHW=torch.from_numpy(np.stack([added for _, added in noises])),
+            noise_BCHW=torch.from_numpy(target_BCHW),
+            input_noise_BCHW=torch.from_numpy(added_BCHW),
             timesteps_B=torch.from_numpy(rng.timesteps(self.seed, tile.uids, tile.epochs, low, high)),
             ids_1_BN77=torch.from_numpy(np.stack([one for one, _ in ids])),
             ids_2_BN77=torch.from_numpy(np.stack([two for _, two in ids])),
             size_B6=torch.tensor([self._size(row, tile) for row in tile.rows.tolist()], dtype=torch.float32),
-            slots_B=torch.arange(first_slot, first_slot + len(pairs)),
+            slots_B=torch.arange(first_slot, first_slot + len(tile.rows)),
             step=step,
             tile=tile,
             tags_dropped=dropped,
@@ -240,10 +239,5 @@ def _draw_moments(moments_BCHW: torch.Tensor, seed: int, tile: Tile) -> torch.Te
     """A fresh VAE sample for each (image, epoch) from stored mean and log-variance."""
     mean, logvar = moments_BCHW.chunk(2, dim=1)
     shape = tuple(mean.shape[1:])
-    normals = np.stack(
-        [
-            rng.normals(seed, Stream.VAE_SAMPLE, uid, epoch, shape)
-            for uid, epoch in zip(tile.uids.tolist(), tile.epochs.tolist(), strict=True)
-        ]
-    )
+    normals = rng.normals_many(seed, Stream.VAE_SAMPLE, tile.uids.tolist(), tile.epochs.tolist(), shape)
     return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * torch.from_numpy(normals)

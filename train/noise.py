@@ -35,6 +35,33 @@ def alphas_cumprod(zero_terminal_snr: bool = False) -> torch.Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
+def tile_noise(
+    config: NoiseConfig,
+    seed: int,
+    uids: Sequence[int],
+    epochs: Sequence[int],
+    shape: Sequence[int],
+    *,
+    latent_means_BC: npt.NDArray[np.floating] | None = None,
+) -> tuple[F32, F32]:
+    """(noise of the target, noise that is added), both float32 [B,C,H,W]; they differ with input perturbation only.
+
+    A slot's noise depends on its own (uid, epoch) alone. `shape` is (C,H,W); `latent_means_BC`, of the scaled latents,
+    are read by the adaptive offset. Offset before multi-resolution, as in the original trainer.
+    """
+    noise_BCHW = rng.normals_many(seed, Stream.NOISE, uids, epochs, shape)
+    if config.offset or config.offset_adaptive:
+        noise_BCHW = noise_BCHW + _offset(config, seed, uids, epochs, shape, latent_means_BC)
+    if config.multires_iterations:
+        slots = zip(noise_BCHW, uids, epochs, strict=True)
+        noise_BCHW = np.stack([_pyramid(noise, config, seed, uid, epoch) for noise, uid, epoch in slots])
+    if not config.input_perturbation:
+        return noise_BCHW, noise_BCHW
+    # Ning et al., arXiv 2301.11706: the network sees more noise than it has to name
+    extra = rng.normals_many(seed, Stream.INPUT_PERTURBATION, uids, epochs, shape)
+    return noise_BCHW, noise_BCHW + np.float32(config.input_perturbation) * extra
+
+
 def slot_noise(
     config: NoiseConfig,
     seed: int,
@@ -44,43 +71,32 @@ def slot_noise(
     *,
     latent_mean: npt.NDArray[np.floating] | None = None,
 ) -> tuple[F32, F32]:
-    """(noise of the target, noise that is added), both float32 [C,H,W]; they differ with input perturbation only.
-
-    `shape` is (C,H,W); `latent_mean` [C], of the scaled latent, is read by the adaptive offset. Offset before
-    multi-resolution, as in the original trainer.
-    """
-    noise = rng.normals(seed, Stream.NOISE, uid, epoch, shape)
-    if config.offset or config.offset_adaptive:
-        noise = noise + _offset(config, seed, uid, epoch, shape, latent_mean)
-    if config.multires_iterations:
-        noise = _pyramid(noise, config, seed, uid, epoch)
-    if not config.input_perturbation:
-        return noise, noise
-    # Ning et al., arXiv 2301.11706: the network sees more noise than it has to name
-    extra = rng.normals(seed, Stream.INPUT_PERTURBATION, uid, epoch, shape)
-    return noise, noise + np.float32(config.input_perturbation) * extra
+    """`tile_noise` of one slot: both float32 [C,H,W]; `latent_mean` [C]."""
+    means_BC = None if latent_mean is None else latent_mean[None]
+    target_BCHW, added_BCHW = tile_noise(config, seed, [uid], [epoch], shape, latent_means_BC=means_BC)
+    return target_BCHW[0], added_BCHW[0]
 
 
 def _offset(
     config: NoiseConfig,
     seed: int,
-    uid: int,
-    epoch: int,
+    uids: Sequence[int],
+    epochs: Sequence[int],
     shape: Sequence[int],
-    latent_mean: npt.NDArray[np.floating] | None,
+    latent_means_BC: npt.NDArray[np.floating] | None,
 ) -> F32:
     """One normal per channel, scaled; not renormalised, so the variance grows to 1 + offset^2 (crosslabs.org, 2023).
 
-    The adaptive part adds `offset_adaptive` x |mean of the latent's channel| to the scale.
+    The adaptive part adds `offset_adaptive` x |mean of the latent's channel| to the scale. float32 [B,C,1,1].
     """
     channels = shape[0]
-    scale = np.full(channels, config.offset, dtype=np.float32)
+    scale = np.full((len(uids), channels), config.offset, dtype=np.float32)
     if config.offset_adaptive:
-        if latent_mean is None:
-            raise ValueError("noise.offset_adaptive needs the latent's channel means")
-        scale = np.maximum(scale + config.offset_adaptive * np.abs(latent_mean), 0.0).astype(np.float32)
-    normals = rng.normals(seed, Stream.NOISE_OFFSET, uid, epoch, (channels,))
-    return (scale * normals).reshape(channels, 1, 1)
+        if latent_means_BC is None:
+            raise ValueError("noise.offset_adaptive needs the latents' channel means")
+        scale = np.maximum(scale + config.offset_adaptive * np.abs(latent_means_BC), 0.0).astype(np.float32)
+    normals_BC = rng.normals_many(seed, Stream.NOISE_OFFSET, uids, epochs, (channels,))
+    return (scale * normals_BC)[:, :, None, None]
 
 
 def _pyramid(noise: F32, config: NoiseConfig, seed: int, uid: int, epoch: int) -> F32:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,11 +23,12 @@ U64 = npt.NDArray[np.uint64]
 _MASK_32 = 0xFFFFFFFF
 _MASK_64 = 0xFFFFFFFFFFFFFFFF
 _ROUNDS = 10
-_MULTIPLIER_0, _MULTIPLIER_1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
+_MULTIPLIERS = np.array((0xD2511F53, 0xCD9E8D57), dtype=np.uint64)
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _SPLITMIX_STEP = 0x9E3779B97F4A7C15
 _LOW, _SHIFT = np.uint64(_MASK_32), np.uint64(32)
 _CHUNK = 1 << 15  # images per vectorised pass: keeps the temporaries inside the cache and far below 100 MB
+_NORMALS_AT_ONCE = 1 << 16  # one image of 1024x1024: half a MB per temporary
 _CANARY_NORMALS = 4096
 
 
@@ -70,18 +72,28 @@ def stream_key(seed: int, stream: int) -> tuple[int, int]:
 
 def philox(counter: tuple[Any, Any, Any, Any], key: tuple[int, int]) -> U32:
     """Philox4x32-10 of broadcast counter words (below 2^32 each): uint32 of the broadcast shape + (4,)."""
-    c0, c1, c2, c3 = (np.asarray(word, dtype=np.uint64) for word in counter)
-    k0, k1 = key
-    for _ in range(_ROUNDS):
-        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
-        c0, c1, c2, c3 = (
-            (product_1 >> _SHIFT) ^ c1 ^ np.uint64(k0),
-            product_1 & _LOW,
-            (product_0 >> _SHIFT) ^ c3 ^ np.uint64(k1),
-            product_0 & _LOW,
-        )
-        k0, k1 = (k0 + _WEYL_0) & _MASK_32, (k1 + _WEYL_1) & _MASK_32
-    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1).astype(np.uint32)
+    shape = np.broadcast_shapes(*(np.shape(word) for word in counter))
+    even, odd = np.empty((2, 2, *shape), dtype=np.uint64)  # (c0, c2) and (c1, c3): half the calls, and no new arrays
+    even[0], odd[0], even[1], odd[1] = counter
+    product = np.empty_like(even)
+    pair = (2, *(1,) * len(shape))
+    multipliers = _MULTIPLIERS.reshape(pair)
+    for round_key in _round_keys(key):
+        crossed = np.multiply(even, multipliers, out=product)[::-1]
+        np.right_shift(crossed, _SHIFT, out=even)
+        np.bitwise_xor(even, odd, out=even)
+        np.bitwise_xor(even, round_key.reshape(pair), out=even)
+        np.bitwise_and(crossed, _LOW, out=odd)
+    result = np.empty((*shape, 4), dtype=np.uint32)
+    result[..., 0], result[..., 1], result[..., 2], result[..., 3] = even[0], odd[0], even[1], odd[1]
+    return result
+
+
+@lru_cache(maxsize=256)
+def _round_keys(key: tuple[int, int]) -> U64:
+    """uint64[10, 2]: both key words of every round."""
+    keys = [[(key[0] + i * _WEYL_0) & _MASK_32, (key[1] + i * _WEYL_1) & _MASK_32] for i in range(_ROUNDS)]
+    return np.array(keys, dtype=np.uint64)
 
 
 def words(seed: int, stream: int, uid: int, epoch: int, count: int) -> U32:
@@ -112,16 +124,37 @@ def sort_keys(seed: int, stream: int, uids: npt.ArrayLike, epochs: npt.ArrayLike
 
 def normals_float64(seed: int, stream: int, uid: int, epoch: int, count: int) -> npt.NDArray[np.float64]:
     """The first `count` standard normals of one stream before rounding (Box-Muller on pairs of words)."""
-    words_B4 = words(seed, stream, uid, epoch, -(-count // 4) * 4).reshape(-1, 2, 2)
-    uniform = (words_B4 + 0.5) * 2.0**-32  # never 0, so the logarithm is finite
+    return _box_muller(words(seed, stream, uid, epoch, -(-count // 4) * 4))[:count]
+
+
+def _box_muller(words: U32) -> npt.NDArray[np.float64]:
+    """float64[..., n] from uint32[..., n], n even: two normals from each pair of words."""
+    uniform = (words.reshape(*words.shape[:-1], -1, 2) + 0.5) * 2.0**-32  # never 0, so the logarithm is finite
     radius, angle = np.sqrt(-2.0 * np.log(uniform[..., 0])), 2.0 * np.pi * uniform[..., 1]
-    return np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1).reshape(-1)[:count]
+    return np.stack((radius * np.cos(angle), radius * np.sin(angle)), axis=-1).reshape(words.shape)
 
 
 def normals(seed: int, stream: int, uid: int, epoch: int, shape: Sequence[int]) -> npt.NDArray[np.float32]:
     """Standard normals of one stream in C order over `shape`, rounded once from float64 to float32."""
     count = int(np.prod(shape, dtype=np.int64))
     return normals_float64(seed, stream, uid, epoch, count).astype(np.float32).reshape(tuple(shape))
+
+
+def normals_many(
+    seed: int, stream: int, uids: Sequence[int], epochs: Sequence[int], shape: Sequence[int]
+) -> npt.NDArray[np.float32]:
+    """`normals` of many (image, epoch) at once: float32 [B, *shape]."""
+    count = int(np.prod(shape, dtype=np.int64))
+    blocks = np.arange(-(-count // 4), dtype=np.uint64)
+    result = np.empty((len(uids), count), dtype=np.float32)
+    together = max(1, _NORMALS_AT_ONCE // count)
+    for start in range(0, len(uids), together):
+        part = slice(start, start + together)
+        uids_B1 = np.array(uids[part], dtype=np.uint64)[:, None]
+        epochs_B1 = np.array(epochs[part], dtype=np.uint64)[:, None]
+        drawn = philox((blocks, uids_B1 & _LOW, uids_B1 >> _SHIFT, epochs_B1), stream_key(seed, stream))
+        result[part] = _box_muller(drawn.reshape(len(uids_B1), -1))[:, :count]
+    return result.reshape(-1, *shape)
 
 
 def timesteps(

@@ -6,6 +6,7 @@ Shape legend: B captions, N chunks of 77 ids (1 to 3), L context length, D width
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,9 +101,11 @@ class TagTokenizer:
         is too long by itself are its ids cut. "token": cut at `max_tokens`, inside a tag if need be.
         """
         tags = [*fixed, *flex]
-        ends = [0]  # ends[k]: ids of the first k tags with their commas
-        for tag in tags:
-            ends.append(ends[-1] + len(self._ids(tag + ",")))
+        parts = [self._ids(tag + ",") for tag in tags]
+        last = self._ids(tags[-1]) if tags else ()
+        if sum(map(len, parts[:-1])) + len(last) <= max_tokens:  # nearly always
+            return [*itertools.chain.from_iterable(parts[:-1]), *last], 0
+        ends = [0, *itertools.accumulate(map(len, parts))]  # ends[k]: ids of the first k tags with their commas
         whole = len(tags)  # the longest list of whole tags that fits; a list's last tag has no comma
         while whole and ends[whole - 1] + len(self._ids(tags[whole - 1])) > max_tokens:
             whole -= 1
