@@ -158,6 +158,8 @@ def after_update(session: Session, outcome: Outcome) -> None:
     if done % config.checkpoint.every_steps == 0 and not last:
         save(session)
     if session.saver is not None:
+        if session.progress.updates and not session.saver.reserved and done + config.checkpoint.every_steps < session.last_step:
+            session.saver.reserve(tensors_here(session))  # the optimizer's state exists since the first update
         session.saver.raise_failures()
         report_saves(session, session.saver)
 
@@ -178,10 +180,16 @@ def save(session: Session, *, now: bool = False, permanent: bool = False) -> Non
 
 def tensors(session: Session) -> dict[str, dict[str, torch.Tensor]]:
     """What a checkpoint holds beside its numbers; whole on the main process. With ZeRO-1 all must call it."""
-    found = {"model": {name: parameter.detach() for name, parameter in session.parameters.items()}}
-    found["optimizer"] = optim.state_tensors(session.optimizer, session.parameters)
+    found = tensors_here(session)
     if session.shares is not None:
         found["optimizer"] = session.shares.gather(found["optimizer"])
+    return found
+
+
+def tensors_here(session: Session) -> dict[str, dict[str, torch.Tensor]]:
+    """The part of `tensors` that this process has."""
+    found = {"model": {name: parameter.detach() for name, parameter in session.parameters.items()}}
+    found["optimizer"] = optim.state_tensors(session.optimizer, session.parameters)
     if session.ema is not None:
         found["ema"] = dict(session.ema.average)
     return found
