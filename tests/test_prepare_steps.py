@@ -110,6 +110,9 @@ def test_report_counts_and_shows(made: Path) -> None:
     assert "<script" not in page
     assert "http" not in page.replace("http-equiv", "")
     assert page.count("data:image/jpeg;base64,") > 10
+    assert "loading=" not in page, "printed and photographed pages show every picture"
+    assert facts["counts"]["found"] == COUNT + 1
+    assert facts["counts"]["refused"] == {}
     safe = {f"booru:{n}" for n in range(COUNT) if n % 4 in (0, 1)} | {"booru:900"}
     assert {sample["key"] for sample in facts["samples"]} <= safe, "only ratings g and s are shown"
 
@@ -285,7 +288,7 @@ def test_report_names_the_broken_limit(copy: Path) -> None:
         prepare(settings_of(copy, **limits), "report")
     assert complaint.value.code == ExitCode.MISMATCH
     page = (copy / "data/set/report.html").read_text()
-    assert "1 limits broken" in page
+    assert "1 limit broken" in page
     assert "data:image" not in page
     shard = next((copy / "data/set/latents").glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-10])

@@ -136,14 +136,14 @@ def _digests(index: pa.Table) -> tuple[U64, U64]:
             image[at] = _short_hash(numbers[row].tobytes() + (content or "").encode())
             at += 1
     caption = np.empty(len(index), dtype=np.uint64)
-    parts = [_tag_hashes(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]
+    parts = [tag_hashes(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]
     for row in range(len(index)):
         fixed, flex = (values[starts[row] : starts[row + 1]].tobytes() for starts, values in parts)
         caption[row] = _short_hash(fixed + b"|||" + flex)
     return image, caption
 
 
-def _tag_hashes(column: pa.Array) -> tuple[npt.NDArray[np.int64], U64]:
+def tag_hashes(column: pa.Array) -> tuple[npt.NDArray[np.int64], U64]:
     """(where each row starts, 64-bit hash of every tag), each distinct tag hashed once."""
     words = pc.list_flatten(column)
     hashes = np.array([_short_hash(word.encode()) for word in words.dictionary.to_pylist()], dtype=np.uint64)
@@ -163,12 +163,7 @@ def _refuse_excluded(index: pa.Table) -> None:
     Fixed tags are count tags and names, which are not split into words; the gates before this one saw their kinds.
     A rule needs a tag that is refused on its own in an explicit record, so rows without one need no second look.
     """
-    flex = index.column("flex_tags").combine_chunks()
-    flat = pc.list_flatten(flex)
-    words = enumerate(flat.dictionary.to_pylist())
-    suspects = [number for number, tag in words if excluded_by(rating="e", tags=[tag]) is not None]
-    hits = np.isin(flat.indices.to_numpy(), suspects)
-    rows = pa.array(np.unique(pc.list_parent_indices(flex).to_numpy()[hits]))
+    rows = pa.array(suspicious_rows(index.column("flex_tags").combine_chunks()))
     columns = (index.column(name).take(rows).to_pylist() for name in ("key", "flex_tags", "gate_rating"))
     for key, tags, rating in zip(*columns, strict=True):
         rule = excluded_by(rating=rating, tags=tags)
@@ -177,6 +172,16 @@ def _refuse_excluded(index: pa.Table) -> None:
                 ExitCode.MISMATCH,
                 f"{key} is hard-excluded (rule {rule}) and was about to enter the index: run scripts/prepare.py select",
             )
+
+
+def suspicious_rows(flex: pa.Array) -> npt.NDArray[np.int64]:
+    """Rows of an `encoded` list column with a tag that the hard exclusions refuse on its own in an explicit record."""
+    flat = pc.list_flatten(flex)
+    words = enumerate(flat.dictionary.to_pylist())
+    suspects = [number for number, tag in words if excluded_by(rating="e", tags=[tag]) is not None]
+    hits = np.isin(flat.indices.to_numpy(), suspects)
+    rows: npt.NDArray[np.int64] = np.unique(pc.list_parent_indices(flex).to_numpy()[hits]).astype(np.int64)
+    return rows
 
 
 def write_arrow(path: Path, table: pa.Table, meta: Mapping[str, str]) -> None:

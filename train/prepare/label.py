@@ -43,7 +43,9 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     records = units.require_table(dataset, "records")
     policy, today = freeze(settings.policy, dataset)
-    counter, tokenizer_id = _token_counter(settings.tokenizers)
+    counter, tokenizer_id = token_counter(settings.tokenizers)
+    if counter is None:
+        print("label: tokenizers is null: token counts are left out")
     wanted = {"aesthetic": settings.score.source, "tags": settings.tag.source}
     used = [table for table, source in wanted.items() if source != "none"]
     config = units.config_id(
@@ -75,10 +77,9 @@ def _thresholds(config: TagConfig) -> dict[str, Any]:
     return {"general": config.general_threshold, "character": config.character_threshold, "use": config.use}
 
 
-def _token_counter(folder: str | None) -> tuple[TokenCount | None, str | None]:
+def token_counter(folder: str | None) -> tuple[TokenCount | None, str | None]:
     """(tokens of a text, identity of the tokenizer), both None without `tokenizers`."""
     if folder is None:
-        print("label: tokenizers is null: token counts are left out")
         return None, None
     from train.text import load_tag_tokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -15,10 +16,14 @@ from train.prepare.judge import Complaint
 from train.prepare.peers import Peers
 from train.prepare.pictures import Look, Thumb, thumbnail
 from train.prepare.pool import Pool
+from train.prepare.probe import ok_files
+from train.prepare.progress import bar
+from train.prepare.records import RECORDS
+from train.prepare.report_captions import between
 from train.prepare.report_facts import Facts, gather
-from train.prepare.report_page import page
+from train.prepare.report_page import counted, page
 from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.units import merge_quarantine, read_table, row_hash, sweep, write_text
+from train.prepare.units import merge_quarantine, read_table, row_hash, stream_table, sweep, write_text
 from train.rng import uid_of
 
 SAMPLES = 24  # pictures in the grid of random ones
@@ -41,7 +46,7 @@ def run(settings: DatasetConfig) -> None:
         write_text(dataset / "report.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         write_text(dataset / "report.html", page(facts, _pictures(settings, facts)))
     broken = [check for check in facts["checks"] if not check["ok"]]
-    print(f"report: {dataset / 'report.html'}: " + (f"{len(broken)} limits broken" if broken else "healthy"))
+    print(f"report: {dataset / 'report.html'}: " + (f"{counted(len(broken), 'limit', 'limits')} broken" if broken else "healthy"))
     if broken:
         names = "; ".join(
             f"report.fail_if.{c['name']}: {c['value']:.4g} > {c['limit']:.4g} ({c['what']})" for c in broken
@@ -90,12 +95,17 @@ def _masterpiece(settings: DatasetConfig, facts: Facts) -> float:
 
 def _samples(settings: DatasetConfig) -> list[Facts]:
     """Random pictures of the largest selection with their captions: the same ones for the same data."""
-    shown = _showable(settings)
-    labels = read_table(dataset_dir(settings), "labels", ["key", "fixed_tags", "flex_tags"])
-    keys = [key for key in labels.column("key").to_pylist() if key in shown]
-    picked = sorted(keys, key=lambda key: row_hash(settings.seed, "sample", key))[:SAMPLES]
-    rows = labels.filter(pc.is_in(labels.column("key"), value_set=pa.array(picked, pa.string()))).to_pylist()
-    by_key = {row["key"]: row for row in rows}
+    shown, dataset = _showable(settings).column("key").combine_chunks(), dataset_dir(settings)
+    found: list[tuple[int, str, Facts]] = []
+    for part in stream_table(dataset, "labels", ["key", "fixed_tags", "flex_tags"]):
+        keys = part.column("key")
+        part = part.filter(pc.is_in(keys, value_set=between(shown, keys)))
+        marks = [(row_hash(settings.seed, "sample", key), row) for row, key in enumerate(part.column("key").to_pylist())]
+        best = heapq.nsmallest(SAMPLES, marks)
+        rows = part.take(pa.array([row for _, row in best], pa.int64())).to_pylist()
+        found = heapq.nsmallest(SAMPLES, [*found, *((m, r["key"], r) for (m, _), r in zip(best, rows, strict=True))])
+    by_key = {key: row for _, key, row in found}
+    picked = list(by_key)
     samples = []
     for number, key in enumerate(picked):
         fixed, flex = by_key[key]["fixed_tags"], by_key[key]["flex_tags"]
@@ -114,31 +124,39 @@ def _shuffled(fixed: list[str], flex: list[str], key: str, epoch: int) -> str:
     return ", ".join([*drawn[0], *drawn[1]])
 
 
-def _showable(settings: DatasetConfig) -> dict[str, Look]:
-    """Records whose picture may stand on the page: sound, not hard-excluded, and of a rating that `pictures` allows."""
-    if settings.report.pictures == "none":
-        return {}
-    dataset = dataset_dir(settings)
-    sources = {source.name: source for source in settings.sources}
-    columns = ["key", "source", "uri", "member", "rating", "hard_exclusion"]
-    probe = read_table(dataset, "probe", ["key", "status"])
-    sound = set(probe.column("key").filter(pc.equal(probe.column("status"), "ok")).to_pylist())
-    refused = set(read_table(dataset, "select", ["key"]).column("key").to_pylist())
-    found = {}
-    for row in read_table(dataset, "records", columns).to_pylist():
-        rating = row["rating"] or sources[row["source"]].assume_rating
-        allowed = rating in _SAFE or settings.report.pictures == "all"
-        if allowed and row["hard_exclusion"] is None and row["key"] in sound - refused:
-            found[row["key"]] = Look(sources[row["source"]], settings.probe, row["uri"], row["member"])
-    return found
+def _showable(settings: DatasetConfig) -> pa.Table:
+    """Records whose picture may stand on the page: sound, not hard-excluded, and of a rating that `pictures` allows.
+
+    Columns key, source, uri, member, by key.
+    """
+    dataset, places = dataset_dir(settings), ["key", "source", "uri", "member"]
+    sound = ok_files(settings, ["key"]).column("key").combine_chunks()
+    refused = read_table(dataset, "select", ["key"]).column("key").combine_chunks()
+    safe = [source.name for source in settings.sources if source.assume_rating in _SAFE]
+    parts = [pa.schema([RECORDS.field(name) for name in places]).empty_table()]
+    for part in stream_table(dataset, "records", [*places, "rating", "hard_exclusion"]):
+        keys, rating = part.column("key"), part.column("rating").cast(pa.string())
+        assumed = pc.and_(pc.is_null(rating), pc.is_in(part.column("source"), value_set=pa.array(safe, pa.string())))
+        allowed = pc.or_(pc.is_in(rating, value_set=pa.array(_SAFE)), assumed)
+        if settings.report.pictures != "safe":
+            allowed = pa.array([settings.report.pictures == "all"] * len(part))
+        found = pc.and_(pc.is_in(keys, value_set=between(sound, keys)), pc.invert(pc.is_in(keys, value_set=refused)))
+        kept = part.filter(pc.and_(pc.and_(allowed, found), pc.is_null(part.column("hard_exclusion"))))
+        parts.append(kept.select(places).cast(parts[0].schema))
+    return pa.concat_tables(parts)
 
 
 def _pictures(settings: DatasetConfig, facts: Mapping[str, Any]) -> dict[str, bytes]:
     """JPEG thumbnails of every picture the page shows; keys of `crop/<key>` have the crop drawn in."""
-    looks = _showable(settings)
     duplicates = (key for kind in facts["duplicates"].values() for group in kind["examples"] for key in group[:4])
     keys = [*(sample["key"] for sample in facts["samples"]), *duplicates,
             *(row["key"] for row in facts["sizes"]["enlarged_worst"])]  # fmt: skip
+    wanted = pa.array([*keys, *(row["key"] for row in facts["crop"]["worst"])], pa.string())
+    shown, sources = _showable(settings), {source.name: source for source in settings.sources}
+    looks = {
+        row["key"]: Look(sources[row["source"]], settings.probe, row["uri"], row["member"])
+        for row in shown.filter(pc.is_in(shown.column("key"), value_set=wanted)).to_pylist()
+    }
     jobs = {key: Thumb(looks[key], None) for key in keys if key in looks}
     for row in facts["crop"]["worst"]:
         if row["key"] in looks:
@@ -147,5 +165,9 @@ def _pictures(settings: DatasetConfig, facts: Mapping[str, Any]) -> dict[str, by
             jobs[f"crop/{row['key']}"] = Thumb(looks[row["key"]], box)
     limit = 512 * 2**20 + 14 * settings.probe.max_pixels
     with Pool(settings.workers, thumbnail, settings.probe.timeout_s, limit) as pool:
-        results = dict(zip(jobs, pool.map(list(jobs.values())), strict=True))
+        results = {}
+        with bar(len(jobs), "report: pictures", "pictures") as shown_bar:
+            for name, result in zip(jobs, pool.map(list(jobs.values())), strict=True):
+                results[name] = result
+                shown_bar.update()
     return {name: data for name, data in results.items() if isinstance(data, bytes)}

@@ -16,17 +16,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.exclusions import excluded_by, excluded_match
+from train.exclusions import excluded_match
 from train.exits import Halt
 from train.latents import ShardReader, read_meta
 from train.prepare.probe import ok_files
 from train.prepare.records import INDEX
+from train.prepare.report_captions import between, caption_facts
 from train.prepare.select import selection_counts, selection_merges, selection_path
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.units import has_table, read_table, stream_table
 
 Facts = dict[str, Any]
-TOKEN_EDGES = (0, 25, 50, 75, 100, 125, 150, 175, 200, 225, 300, 1 << 15)
 LABEL_ORDER = {
     "quality": ["masterpiece", "best quality", "great quality", "good quality", "normal quality", "low quality",
                 "worst quality"],
@@ -42,16 +42,15 @@ def gather(settings: DatasetConfig) -> Facts:
     dataset = dataset_dir(settings)
     stages = {stage: _selection(dataset, stage) for stage in settings.select}
     index = _index(dataset)
-    labels = read_table(dataset, "labels", ["key", "quality", "rating_tags", "year", "aesthetic", "n_tokens"])
     sound = ok_files(settings, ["key", "width", "height", "ext_mismatch", "size_mismatch"])
     return {
         "counts": _counts(settings, index),
         "hard_exclusions": _hard_exclusions(settings),
-        "balance": _balance(labels, sound, stages),
+        "balance": _balance(dataset, sound, stages),
         "tags": {stage: _tags(dataset, table) for stage, table in stages.items()},
         "buckets": {stage: _buckets(dataset, stage, table) for stage, table in stages.items()},
         "crop": _crop(index),
-        "captions": _captions(settings, labels, stages),
+        "captions": caption_facts(settings, stages),
         "duplicates": _duplicates(dataset),
         "overlap": _overlap(stages),
         "sizes": _sizes(index, sound),
@@ -74,8 +73,13 @@ def _index(dataset: Path) -> pa.Table:
 def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
     dataset = dataset_dir(settings)
     records = read_table(dataset, "records", ["source", "hard_exclusion"])
-    found = Counter(records.column("source").to_pylist())
+    found = {entry["values"]: entry["counts"] for entry in pc.value_counts(records.column("source")).to_pylist()}
+    refused = {
+        reason: count for step, kind, reason, count in _quarantine(dataset)["counts"] if step == "ingest" and kind == "error"
+    }
     return {
+        "found": len(records) + sum(refused.values()),
+        "refused": refused,
         "records": len(records),
         "by_source": dict(sorted(found.items())),
         "select": {stage: selection_counts(dataset, stage) for stage in settings.select},
@@ -106,20 +110,29 @@ def _hard_exclusions(settings: DatasetConfig) -> Facts:
     return {rule: dict(sorted(words.items())) for rule, words in sorted(found.items())}
 
 
-def _balance(labels: pa.Table, sound: pa.Table, stages: dict[str, pa.Table]) -> Facts:
+def _balance(dataset: Path, sound: pa.Table, stages: dict[str, pa.Table]) -> Facts:
     """Per set of rows: counts of each special tag, and quality by rating and by year."""
-    sets = {"all sound files": sound.column("key")} | {stage: table.column("key") for stage, table in stages.items()}
+    tables = {"all sound files": sound} | stages
+    sets = {name: table.column("key").combine_chunks() for name, table in tables.items()}
+    counts: dict[str, Counter[tuple[str | None, ...]]] = {name: Counter() for name in sets}
+    for part in stream_table(dataset, "labels", ["key", "quality", "rating_tags", "year", "aesthetic"]):
+        for name, keys in sets.items():
+            rows = part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
+            ratings = ["explicit" if "explicit" in tags else tags[0] if tags else None
+                       for tags in rows.column("rating_tags").to_pylist()]  # fmt: skip
+            words = (rows.column(tag).to_pylist() for tag in ("quality", "year", "aesthetic"))
+            counts[name].update(zip(*words, ratings, strict=True))
     result: Facts = {}
-    for name, keys in sets.items():
-        rows = labels.filter(pc.is_in(labels.column("key"), value_set=keys.combine_chunks()))
-        columns = {tag: rows.column(tag).to_pylist() for tag in ("quality", "year", "aesthetic")}
-        columns["rating"] = ["explicit" if "explicit" in tags else tags[0] if tags else None
-                             for tags in rows.column("rating_tags").to_pylist()]  # fmt: skip
+    for name, found in counts.items():
+        single: dict[str, Counter[str | None]] = {tag: Counter() for tag in LABEL_ORDER}
+        for key, number in found.items():
+            for tag, word in zip(("quality", "year", "aesthetic", "rating"), key, strict=True):
+                single[tag][word] += number
         result[name] = {
-            "rows": len(rows),
-            **{tag: _ordered(Counter(columns[tag]), tag) for tag in LABEL_ORDER},
-            "quality_by_rating": _crossed(columns["quality"], columns["rating"], "rating"),
-            "quality_by_year": _crossed(columns["quality"], columns["year"], "year"),
+            "rows": found.total(),
+            **{tag: _ordered(single[tag], tag) for tag in LABEL_ORDER},
+            "quality_by_rating": _crossed(found, 3, "rating"),
+            "quality_by_year": _crossed(found, 1, "year"),
         }
     return result
 
@@ -129,9 +142,12 @@ def _ordered(counts: Counter[str | None], tag: str) -> dict[str, int]:
     return {name: counts.get(name, 0) for name in known} | {"(none)": counts.get(None, 0)}
 
 
-def _crossed(quality: list[str | None], other: list[str | None], tag: str) -> dict[str, dict[str, int]]:
-    pairs = Counter(zip(other, quality, strict=True))
-    columns = [*LABEL_ORDER[tag], *sorted({str(o) for o in other if o is not None and o not in LABEL_ORDER[tag]})]
+def _crossed(counts: Counter[tuple[str | None, ...]], at: int, tag: str) -> dict[str, dict[str, int]]:
+    pairs: Counter[tuple[str | None, str | None]] = Counter()
+    for key, number in counts.items():
+        pairs[key[at], key[0]] += number
+    others = {word for word, _ in pairs if word is not None}
+    columns = [*LABEL_ORDER[tag], *sorted(others - set(LABEL_ORDER[tag]))]
     return {
         column: {word: pairs.get((column, word), 0) for word in LABEL_ORDER["quality"]} for column in columns
     }  # fmt: skip
@@ -141,7 +157,7 @@ def _tags(dataset: Path, selection: pa.Table) -> Facts:
     keys = selection.column("key").combine_chunks()
     found: Counter[str] = Counter()
     for part in stream_table(dataset, "labels", ["key", "fixed_tags", "flex_tags"]):
-        part = part.filter(pc.is_in(part.column("key"), value_set=keys))
+        part = part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
         for name in ("fixed_tags", "flex_tags"):
             for entry in pc.value_counts(pc.list_flatten(part.column(name))).to_pylist():
                 found[entry["values"]] += entry["counts"]
@@ -181,54 +197,6 @@ def _crop(index: pa.Table) -> Facts:
 def _place(index: pa.Table, row: int) -> Facts:
     names = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
     return {name: index.column(name)[row].as_py() for name in names}
-
-
-def _captions(settings: DatasetConfig, labels: pa.Table, stages: dict[str, pa.Table]) -> Facts:
-    dataset = dataset_dir(settings)
-    keys = pa.array(sorted({key for table in stages.values() for key in table.column("key").to_pylist()}), pa.string())
-    n_tokens = labels.filter(pc.is_in(labels.column("key"), value_set=keys)).column("n_tokens")
-    empty, no_fixed, texts = 0, 0, Counter[int]()
-    excluded = 0
-    rated = _ratings(settings)
-    for part in stream_table(dataset, "labels", ["key", "fixed_tags", "flex_tags"]):
-        part = part.filter(pc.is_in(part.column("key"), value_set=keys))
-        for key, fixed, flex in zip(*(part.column(name).to_pylist() for name in part.column_names), strict=True):
-            empty += not fixed and not flex
-            no_fixed += not fixed
-            texts[hash((tuple(fixed), tuple(flex)))] += 1
-            excluded += excluded_by(rating=rated.get(key), tags=flex) is not None
-    counted = pc.drop_null(n_tokens).to_numpy()
-    tokens: Facts | None = None
-    if len(counted):
-        histogram, _ = np.histogram(counted, bins=TOKEN_EDGES)
-        tokens = {
-            "rows": len(counted), "mean": round(float(counted.mean()), 1), "max": int(counted.max()),
-            "histogram": [[low, high - 1, int(n)] for (low, high), n in
-                          zip(itertools.pairwise(TOKEN_EDGES), histogram, strict=True)],
-            **{f"over_{limit}": int((counted > limit).sum()) for limit in (75, 150, 225)},
-            "examples_over_225": _longest(labels, keys),
-        }  # fmt: skip
-    return {
-        "rows": len(keys), "empty": empty, "no_fixed_part": no_fixed, "tokens": tokens,
-        "texts_that_repeat": sum(count for count in texts.values() if count > 1), "hard_excluded": excluded,
-    }  # fmt: skip
-
-
-def _longest(labels: pa.Table, keys: pa.Array) -> list[Facts]:
-    mine = labels.filter(pc.is_in(labels.column("key"), value_set=keys)).select(["key", "n_tokens"])
-    long = mine.filter(pc.fill_null(pc.greater(mine.column("n_tokens"), 225), False)).to_pylist()
-    return sorted(long, key=lambda row: (-row["n_tokens"], row["key"]))[:10]
-
-
-def _ratings(settings: DatasetConfig) -> dict[str, str | None]:
-    """Rating of each record, or the one its source declares."""
-    assumed = {source.name: source.assume_rating for source in settings.sources}
-    found: dict[str, str | None] = {}
-    for part in stream_table(dataset_dir(settings), "records", ["key", "source", "rating"]):
-        columns = (part.column("key"), part.column("source"), part.column("rating").cast(pa.string()))
-        for key, source, rating in zip(*(column.to_pylist() for column in columns), strict=True):
-            found[key] = rating or assumed.get(source)
-    return found
 
 
 def _duplicates(dataset: Path) -> Facts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
@@ -46,7 +47,7 @@ def page(facts: Facts, pictures: Mapping[str, bytes]) -> str:
     named = enumerate(zip(SECTIONS, bodies, strict=True))
     body = "".join(f'<h2 id="s{number}">{name}</h2>{text}' for number, (name, text) in named)
     broken = sum(not check["ok"] for check in facts["checks"])
-    state = f'<span class="bad">{broken} limits broken</span>' if broken else '<span class="ok">healthy</span>'
+    state = f'<span class="bad">{counted(broken, "limit", "limits")} broken</span>' if broken else '<span class="ok">healthy</span>'
     name = escape(facts["name"])
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Dataset {name}</title>'
@@ -58,15 +59,24 @@ def page(facts: Facts, pictures: Mapping[str, bytes]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; numbers to the right, everything escaped but what `Html` marks."""
+    """A table; numbers and shares to the right, everything escaped but what `Html` marks."""
     rows = [list(row) for row in rows]
-    right = [bool(rows) and all(isinstance(row[i], int | float) for row in rows) for i in range(len(head))]
+    right = [bool(rows) and all(_is_number(row[i]) for row in rows) for i in range(len(head))]
     top = "".join(f"<th{' class=n' if r else ''}>{escape(name)}</th>" for name, r in zip(head, right, strict=True))
     marks = [" class=n" if number else "" for number in right]
     cells = ("".join(f"<td{m}>{_cell(c)}</td>" for c, m in zip(row, marks, strict=True)) for row in rows)
     body = "".join(f"<tr>{row}</tr>" for row in cells)
     return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>" if rows else (
         '<p class="note">none</p>')  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) or (isinstance(value, str) and re.fullmatch(r"[\d.,]+( %| MB)?", value) is not None)
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """`1 picture is`, `2 pictures are`."""
+    return f"{number:,} {one if number == 1 else many}"
 
 
 class Html(str):
@@ -102,7 +112,7 @@ def _picture(pictures: Mapping[str, bytes], name: str) -> str:
     data = pictures.get(name)
     if data is None:
         return '<p class="note">picture not shown</p>'
-    return f'<img alt="" loading="lazy" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
+    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(data).decode()}">'
 
 
 def _figure(pictures: Mapping[str, bytes], name: str, text: str) -> str:
@@ -138,7 +148,11 @@ def _samples(facts: Facts, pictures: Mapping[str, bytes]) -> str:
 
 def _counts(facts: Facts) -> str:
     counts = facts["counts"]
-    parts = ["<h3>Records by source</h3>", table(["source", "records"], counts["by_source"].items())]
+    found = [("found by ingest", counts["found"]), *((f"left out: {reason}", -n) for reason, n in counts["refused"].items()),
+             ("records", counts["records"]), ("images in the index", counts["index_images"]),
+             ("rows of the index (one per image and bucket)", counts["index_rows"])]  # fmt: skip
+    parts = ["<h3>From files to the index</h3>", table(["", "images"], found),
+             "<h3>Records by source</h3>", table(["source", "records"], counts["by_source"].items())]  # fmt: skip
     for stage, steps in counts["select"].items():
         before = [steps[0][1], *(count for _, count in steps)]
         rows = [(name, count, count - previous) for (name, count), previous in zip(steps, before, strict=False)]
@@ -212,11 +226,16 @@ def _captions(facts: Facts) -> str:
     if tokens is None:
         return table(["", "images"], rows) + '<p class="note">Tokens were not counted: `tokenizers` is not set.</p>'
     rows += [(f"over {limit} tokens", tokens[f"over_{limit}"]) for limit in (75, 150, 225)]
+    rows.append(("fixed part alone over 225 tokens", tokens["fixed_over_225"]))
     shown = [(f"{low} to {high}" if high < 1000 else f"{low} and more", n) for low, high, n in tokens["histogram"]]
-    long = table(["longest captions", "tokens"], [(row["key"], row["n_tokens"]) for row in tokens["examples_over_225"]])
+    long = "".join(
+        f"<h3>Examples over {limit} tokens</h3>"
+        + table(["key", "tokens", "caption"], [(row["key"], row["n_tokens"], row["text"]) for row in examples])
+        for limit, examples in tokens["examples"].items() if examples
+    )  # fmt: skip
     return (
         table(["", "images"], rows) + f"<h3>Tokens: mean {tokens['mean']}, most {tokens['max']}</h3>"
-        + bars(shown, "tokens") + (long if tokens["examples_over_225"] else "")
+        + bars(shown, "tokens") + long
     )  # fmt: skip
 
 
@@ -243,10 +262,10 @@ def _sizes(facts: Facts, pictures: Mapping[str, bytes]) -> str:
                 f"{row['scale']:.2f} times")
         for row in sizes["enlarged_worst"]
     ]  # fmt: skip
-    parts = [f"<h3>{sizes['enlarged']:,} pictures are enlarged</h3>", _grid(figures)]
-    for name, title in (("size_mismatches", "have another size than their metadata says"),
-                        ("wrong_extensions", "have the wrong extension")):  # fmt: skip
-        parts.append(f"<h3>{sizes[name]['count']:,} files {title}</h3>")
+    parts = [f"<h3>{counted(sizes['enlarged'], 'picture is', 'pictures are')} enlarged</h3>", _grid(figures)]
+    for name, title in (("size_mismatches", "another size than their metadata says"),
+                        ("wrong_extensions", "the wrong extension")):  # fmt: skip
+        parts.append(f"<h3>{counted(sizes[name]['count'], 'file has', 'files have')} {title}</h3>")
         parts.append("<p>" + ", ".join(f"<code>{escape(key)}</code>" for key in sizes[name]["examples"]) + "</p>")
     return "".join(parts)
 
