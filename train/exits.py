@@ -41,6 +41,11 @@ class Halt(Exception):
         return Halt, (self.code, self.message)
 
 
+def _printable(text: str) -> str:
+    """Names from untrusted files may hold what would steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def log_to_stderr() -> None:
     """What our modules log, from INFO on, goes to stderr; secrets are masked."""
     handler = logging.StreamHandler(sys.stderr)
@@ -49,6 +54,8 @@ def log_to_stderr() -> None:
     log = logging.getLogger("anix")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
+    # Says at every start on a CPU that an optional kernel for 4-bit inference is missing, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def run_cli(main: Callable[[], int | None]) -> NoReturn:
@@ -57,7 +64,7 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     try:
         code = main() or 0
     except Halt as halt:
-        print(f"error: {mask(halt.message)}", file=sys.stderr)
+        print(f"error: {_printable(mask(halt.message))}", file=sys.stderr)
         code = int(halt.code)
     except Exception:
         print(mask(traceback.format_exc()), file=sys.stderr)
