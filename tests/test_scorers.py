@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from onnxmodel import wd_model
 from PIL import Image
 
 from train.exits import ExitCode, Halt
@@ -135,6 +136,50 @@ def test_tagger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     label.run(lower)
     labels = {row["key"]: row for row in read_table(dataset_dir(config), "labels").to_pylist()}
     assert labels["s:1"]["fixed_tags"] == ["hero (x)"]
+
+
+def test_tagger_on_the_real_runtime(tmp_path: Path) -> None:
+    """WD v3's interface end to end: NHWC float32 BGR in, sigmoids out; skipped without the extra `tag`."""
+    runtime = pytest.importorskip("onnxruntime")
+    model = tmp_path / "wd"
+    model.mkdir()
+    (model / "selected_tags.csv").write_text(VOCABULARY)
+    # of blue alone, which comes first: general, explicit, smile, long_hair, hero_(x)
+    weights = np.zeros((3, 5), np.float32)
+    weights[0, 2:] = [0.1, -0.1, 0.02]
+    (model / "model.onnx").write_bytes(wd_model(weights, np.array([-9, 9, -10, 10, -2], np.float32)))
+    session = runtime.InferenceSession(str(model / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert [(one.name, one.shape) for one in session.get_inputs()] == [("input", ["batch_size", 448, 448, 3])]
+    config = world(tmp_path, tag=TagConfig("wd", model=str(model), batch=3))
+    for number in range(1, 5):
+        blue = Image.new("RGB", (10, 10), (255 * (number % 2), 0, 50 * number))
+        blue.save(tmp_path / "in" / f"{number}.png")
+    ingest.run(config)
+    probe.run(config)
+    tag.run(config)
+    rows = read_table(dataset_dir(config), "tags").to_pylist()
+    assert [row["key"] for row in rows] == ["s:1", "s:2", "s:3", "s:4"]  # s:0 has a tag of its own
+    for number, row in enumerate(rows, 1):
+        logits = [9, 5 * number - 10, 10 - 5 * number, number - 2]
+        expected = [1 / (1 + np.exp(-value)) for value in logits]
+        names = ["explicit", "smile", "long_hair", "hero_(x)"]
+        found = {entry["tag"]: entry["prob"] for entry in row["tags"]}
+        wanted = {name: value for name, value in zip(names, expected, strict=True) if value > tag.FLOOR}
+        assert found == pytest.approx(wanted, abs=1e-4)
+    assert rows[0]["model"].startswith("wd@")
+    label.run(config)
+    labels = {row["key"]: row for row in read_table(dataset_dir(config), "labels").to_pylist()}
+    assert {key: ("smile" in row["flex_tags"], "long hair" in row["flex_tags"]) for key, row in labels.items()} == {
+        "s:0": (False, False), "s:1": (False, True), "s:2": (True, True), "s:3": (True, False), "s:4": (True, False),
+    }  # fmt: skip
+    # sigmoid(2) = 0.88 is above 0.85; sigmoid(1) = 0.73 lies between the thresholds and is nowhere
+    assert [key for key, row in labels.items() if row["fixed_tags"]] == ["s:4"]
+    assert labels["s:4"]["fixed_tags"] == ["hero (x)"]
+    assert all("hero (x)" not in row["flex_tags"] for row in labels.values())
+    (model / "model.onnx").write_bytes(b"no model")
+    with pytest.raises(Halt, match=r"model\.onnx cannot be loaded") as stopped:
+        tag.run(config)
+    assert stopped.value.code == ExitCode.USAGE
 
 
 def test_tagger_output_passes_the_hard_exclusions(tmp_path: Path) -> None:

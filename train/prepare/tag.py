@@ -115,8 +115,13 @@ def load_session(folder: Path, config: TagConfig) -> Any:
             raise Halt(ExitCode.USAGE, f"tag.model {folder} has no {name}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    providers = onnxruntime.get_available_providers()
-    return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
+    # Others are listed too, such as remote ones and TensorRT, which compiles for minutes.
+    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    try:
+        return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
+    except Exception as error:  # the runtime's own family, without a common base
+        raise Halt(ExitCode.USAGE, f"tag.model: {folder / 'model.onnx'} cannot be loaded: {error}") from error
 
 
 def read_vocabulary(path: Path) -> list[tuple[str, int]]:
