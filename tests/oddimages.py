@@ -33,7 +33,17 @@ def bomb(width: int, height: int) -> bytes:
     packer = zlib.compressobj(9)
     row = bytes(1 + (width + 7) // 8)
     data = b"".join(packer.compress(row * 1000) for _ in range(height // 1000)) + packer.flush()
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return png_of(struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0), data)
+
+
+def deep(channels: int) -> bytes:
+    """A PNG of 16 bits per channel: RGB, or RGBA, which Pillow cannot write."""
+    values = np.random.default_rng(channels).integers(0, 1 << 16, (120, 90 * channels)).astype(">u2")
+    rows = b"".join(b"\0" + row.tobytes() for row in values)
+    return png_of(struct.pack(">IIBBBBB", 90, 120, 16, {3: 2, 4: 6}[channels], 0, 0, 0), zlib.compress(rows))
+
+
+def png_of(header: bytes, data: bytes) -> bytes:
     chunks = ((b"IHDR", header), (b"IDAT", data), (b"IEND", b""))
     body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
     return b"\x89PNG\r\n\x1a\n" + body
@@ -83,6 +93,8 @@ def _modes() -> Iterator[Case]:
     image = drawn()
     ramp = np.linspace(0, 65535, 90 * 120).astype(np.uint16).reshape(120, 90)
     yield "grey16.png", encoded(Image.fromarray(ramp), "PNG"), None
+    yield "rgb16.png", deep(3), None
+    yield "rgba16.png", deep(4), None
     for mode in ("1", "L", "P", "LA", "RGBA"):
         yield f"mode-{mode}.png", encoded(image.convert(mode), "PNG"), None
     yield "palette-trns.png", encoded(image.convert("P"), "PNG", transparency=3), None
@@ -97,7 +109,7 @@ def _modes() -> Iterator[Case]:
 
 
 def _metadata() -> Iterator[Case]:
-    for orientation in range(2, 9):
+    for orientation in (*range(1, 9), 9):  # 9 does not exist
         exif = Image.Exif()
         exif[0x0112] = orientation
         yield f"turned-{orientation}.jpg", encoded(drawn(), "JPEG", exif=exif.tobytes()), None
@@ -107,6 +119,9 @@ def _metadata() -> Iterator[Case]:
     yield "profile.jpg", encoded(drawn(), "JPEG", icc_profile=srgb), None
     yield "wrong-profile.jpg", encoded(drawn().convert("CMYK"), "JPEG", icc_profile=srgb), None
     yield "text-bomb.png", png_with_text("a" * 20_000_000, packed=True), "unsupported_format"
+    international = PngInfo()
+    international.add_itxt("note", "b" * 20_000_000, zip=True)
+    yield "itxt-bomb.png", encoded(drawn(), "PNG", pnginfo=international), "unsupported_format"
     yield "text.png", png_with_text("prompt " * 3000, packed=True), None
 
 

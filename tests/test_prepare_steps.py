@@ -273,6 +273,7 @@ def test_odd_files_are_all_reported(tmp_path: Path) -> None:
     rows = pq.read_table(tmp_path / "data/set/quarantine.parquet").to_pylist()
     errors = {row["key"]: row["reason"] for row in rows if row["kind"] == "error"}
     assert errors == {key: reason for key, reason in wanted.items() if reason is not None}
+    assert all(row["key"].removeprefix("odd:") in row["message"] for row in rows if row["kind"] == "error"), "each path"
     assert set(errors.values()) <= set(ErrorReason.__args__)  # type: ignore[attr-defined]
     index = Index.open(tmp_path / "data/set", "pretrain")
     left = {index.key(i) for i in range(len(index))} | {row["key"] for row in rows}
