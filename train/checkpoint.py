@@ -210,16 +210,23 @@ def open_checkpoint(path: Path, *, verify: str = "full") -> Loaded:
         if state["schema_version"] != STATE_SCHEMA:
             raise Damaged(f"state.json: schema version {state['schema_version']}, known is {STATE_SCHEMA}")
         progress = Progress(*(int(state[key]) for key in ("step", "updates", "skipped", "images")))
-        for name, record in found.files.items():
-            if name.endswith(".safetensors") and len(tensorfile.read_specs(path / name)) != record.tensors:
-                raise Damaged(f"{name}: other tensors than the manifest counts")
     except Damaged:
         raise
-    except Exception as error:  # the readers of JSON and safetensors have many ways to refuse damage
-        raise Damaged(f"cannot be read ({type(error).__name__}: {error})") from error
+    except Exception as error:  # readers have many ways to refuse damage
+        raise Damaged(f"state.json: cannot be read ({type(error).__name__}: {error})") from error
+    for name, record in found.files.items():
+        if name.endswith(".safetensors") and _count_tensors(path / name) != record.tensors:
+            raise Damaged(f"{name}: other tensors than the manifest counts")
     if progress.step != found.step:
         raise Damaged(f"state.json is that of step {progress.step}")
     return Loaded(path, progress, state, found)
+
+
+def _count_tensors(path: Path) -> int:
+    try:
+        return len(tensorfile.read_specs(path))
+    except Exception as error:  # the library's own kind, and KeyError for a dtype that is not ours
+        raise Damaged(f"{path.name}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 def _refuse_constant(name: str) -> None:

@@ -1,0 +1,100 @@
+"""R12: canaries in the environment and in settings appear in no byte that a run writes, its logs and exports included."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lab import Lab
+
+from train import masking
+from train.masking import MaskingFilter, mask, mask_settings
+
+ROOT = Path(__file__).resolve().parents[1]
+HEX40 = "c0ffee" * 6 + "beef"
+ENVIRONMENT = {  # name: canary
+    "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "HF_TOKEN": "hf_CanaryCanaryCanary",
+    "MY_SECRET": "canary-of-my-secret", "DB_PASSWORD": "canary/with/slashes", "AWS_CREDENTIALS": "canary-aws-9",
+}  # fmt: skip
+IN_SETTINGS = {  # key: (value, canary)
+    "tracking.name": ("run of hf_SettingsCanary123", "hf_SettingsCanary123"),
+    "tracking.project": ("https://user:canaryuserinfo@example.org/p", "canaryuserinfo"),
+    "export.author": (f"key {HEX40}", HEX40),
+    "export.description": ("my canary-of-my-secret", "canary-of-my-secret"),
+}
+CANARIES = [*ENVIRONMENT.values(), *(canary for _, canary in IN_SETTINGS.values())]
+
+
+def leaks(folder: Path) -> list[tuple[str, str]]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert files
+    return [(path.name, canary) for path in files for canary in CANARIES if canary.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_no_canary_in_any_byte_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(tmp_path / "lab")
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    settings = [f"{key}='{value}'" for key, (value, _) in IN_SETTINGS.items()]
+    more = (*settings, "tracking.wandb=offline", "max_updates=6")
+    # A failure whose text holds secrets, a stop, a resume with other values in the environment, the end.
+    text = "https://me:canaryuserinfo@example.org hf_CanaryCanaryCanary"
+    monkeypatch.setattr("train.handoff.open_source", raising(text, lab))
+    assert lab.run("leaky", *more, world=1) == [1]
+    assert "Traceback" in lab.last.text()
+    assert "https://***@example.org" in lab.last.text()
+    assert "https://***@example.org" in lab.exit("leaky")["reason"]
+    monkeypatch.undo()
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    assert lab.run("leaky", *more, world=2, fault="control@2:term") == [85, 85], lab.last.text()
+    monkeypatch.setenv("MY_SECRET", "another-secret-altogether")
+    assert lab.run("leaky", *more, f"model.init_from={text}") == [2], lab.last.text()
+    monkeypatch.setenv("MY_SECRET", ENVIRONMENT["MY_SECRET"])
+    assert lab.run("leaky", *more) == [0], lab.last.text()
+    for folder in (lab.folder / "leaky", lab.folder / "logs-leaky"):
+        assert leaks(folder) == []
+    state = json.loads(next((lab.folder / "leaky/checkpoints").glob("step-00000006/state.json")).read_text())
+    assert state["config"]["tracking.name"] == "run of ***"
+    assert (lab.folder / "leaky/model/training.yaml").is_file()
+
+
+def raising(text: str, lab: Lab):
+    def open_source(*_: object, **__: object) -> None:
+        raise ConnectionError(text)
+
+    return open_source
+
+
+def test_an_unexpected_traceback_is_masked(tmp_path: Path) -> None:
+    code = (
+        "from train.exits import run_cli\n"
+        "def main(): raise KeyError('hf_CanaryCanaryCanary', 'ftp://u:canaryuserinfo@h')\n"
+        "run_cli(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "KeyError" in done.stderr
+    assert "hf_Canary" not in done.stderr
+    assert "canaryuserinfo" not in done.stderr
+
+
+def test_log_records_are_masked() -> None:
+    record = logging.LogRecord("anix", logging.WARNING, "f", 1, "sent %s to %s", ("hf_CanaryCanary", "here"), None)
+    assert MaskingFilter().filter(record)
+    assert record.getMessage() == "sent *** to here"
+
+
+def test_settings_keep_what_a_run_needs_to_be_repeated() -> None:
+    environment = {"SSH_KEY_DIR": "/data/pictures", "KEYBOARD": "us-intl", "API_KEY": "canary-1234"}
+    settings = {"init_from": f"owner/model@{HEX40}", "path": "/data/pictures/set", "layout": "us-intl", "n": 3}
+    assert mask_settings(settings, environment) == settings
+    assert mask_settings(["canary-1234", HEX40], environment) == ["***", "***"]
+    assert mask(f"see owner/model@{HEX40}", {}) == f"see owner/model@{HEX40}"
+    assert masking.secret_values({"A_TOKEN": "x", "B_TOKEN": "longer-one", "C_TOKEN": "longest-one"})[0] == "longest-one"
