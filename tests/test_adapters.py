@@ -8,6 +8,7 @@ import io
 import json
 import sqlite3
 import tarfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -363,6 +364,59 @@ def test_sidecar_and_sd_scripts_agree(tmp_path: Path) -> None:
 def _halves(text: str) -> tuple[str, str]:
     first, _, rest = text.partition(", ")
     return first, rest
+
+
+@pytest.mark.parametrize("folder", ["", "images/"])
+def test_deepghs(tmp_path: Path, expected: list[dict[str, Any]], folder: str) -> None:
+    data = _image(tmp_path / "x" / "x.png")
+    rows = [_api(post) | {"created_at": datetime.fromisoformat(post["created_at"]).astimezone(UTC)} for post in POSTS]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet", row_group_size=4)
+    (tmp_path / folder).mkdir(exist_ok=True)
+    for post in POSTS[:5]:
+        with tarfile.open(tmp_path / f"{folder}{post['id'] % 1000:04d}.tar", "w") as archive:
+            _add(archive, f"{post['id']}.png", data)
+    _image(tmp_path / "1005.png")  # as a file
+    found = records(source(tmp_path, "deepghs"))
+    # parquet keeps the moment, not the offset it was written in
+    same(found, expected, but=("created_at", "created_year"))
+    assert [row["created_year"] for row in found] == [row["created_year"] + 1 for row in expected]
+    assert (found[3]["uri"], found[3]["member"]) == (f"{folder}0003.tar", "1003.png")
+    assert (found[5]["uri"], found[5]["member"]) == ("1005.png", None)
+
+
+def test_deepghs_with_dates_as_text(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
+    _images(tmp_path)
+    pq.write_table(pa.Table.from_pylist([_api(post) for post in POSTS]), tmp_path / "posts.parquet")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing more")
+    found = list(read_source(source(tmp_path, "deepghs")))
+    assert [entry.key for entry in found if isinstance(entry, Quarantine)] == ["s:broken.parquet#0"]
+    (tmp_path / "broken.parquet").unlink()
+    same(records(source(tmp_path, "deepghs")), expected)
+
+
+def test_simpletuner_is_as_sidecars(tmp_path: Path) -> None:
+    texts = {"a.png": "1girl ||| smile", "b/c.png": "2girls ||| hat", "d.png": "a caption"}
+    for name, text in texts.items():
+        _image(tmp_path / "in" / name)
+        (tmp_path / "in" / name).with_suffix(".txt").write_text(text)
+    sidecars = records(source(tmp_path / "in", "sidecar"))
+    rows = [
+        {"id": "a", "text": texts["a.png"], "other": "unused"}, {"id": "b/c.png", "text": texts["b/c.png"], "other": None},
+        {"id": "d", "text": None, "other": texts["d.png"]},
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "meta.parquet")
+    mapped = {"caption": "text", "fallback_caption": "other"}
+    config = source(tmp_path / "meta.parquet", "simpletuner", images=str(tmp_path / "in"), columns=mapped)
+    same(records(config), sidecars)
+    pq.write_table(pa.table({"filename": ["a.png", None, "gone"], "caption": ["x", "y", "z"]}), tmp_path / "meta.parquet")
+    config = source(tmp_path / "meta.parquet", "simpletuner", images=str(tmp_path / "in"))
+    first, nameless, gone = read_source(config)
+    assert isinstance(first, RawPost)
+    assert (first.uri, first.caption) == ("a.png", "x")
+    assert isinstance(nameless, Quarantine)
+    assert "columns.uri" in nameless.message
+    assert isinstance(gone, Quarantine)
+    assert "no image gone.*" in gone.message
 
 
 def test_every_group_is_a_list(expected: list[dict[str, Any]]) -> None:

@@ -73,11 +73,11 @@ def _post(root: Path, place: str, row: Row, tag_ids: list[int], tags: TagTable) 
         if not 0 <= category < len(CATEGORIES):
             raise BadRecord(f"tag {tag!r} has category {category}, expected 0..{len(CATEGORIES) - 1}")
         groups.setdefault(CATEGORIES[category], []).append(tag)
-    uri, member = _place(root, post_id, fields)
+    uri, member = find_place(root, post_id, fields)
     return RawPost(id=str(post_id), place=place, uri=uri, member=member, fields=fields, tags=groups)
 
 
-def _place(root: Path, post_id: int, fields: Row) -> tuple[str, str | None]:
+def find_place(root: Path, post_id: int, fields: Row) -> tuple[str, str | None]:
     """(file, member) of the image: in the tar numbered id % 1000 where there is one, else a file."""
     for tar in _tars(str(root), post_id % 1000):
         for extension in dict.fromkeys([str(fields.get("file_ext") or "webp"), "webp", "jpg", "png"]):
@@ -89,7 +89,8 @@ def _place(root: Path, post_id: int, fields: Row) -> tuple[str, str | None]:
 
 @lru_cache(maxsize=1000)
 def _tars(root: str, shard: int) -> tuple[str, ...]:
-    names = (f"data-{shard:04d}.tar", f"{shard:04d}.tar", f"original/data-{shard:04d}.tar")
+    plain = (f"data-{shard:04d}.tar", f"{shard:04d}.tar")
+    names = [f"{folder}{name}" for folder in ("", "original/", "images/") for name in plain]
     return tuple(name for name in names if (Path(root) / name).is_file())
 
 

@@ -18,7 +18,7 @@ FIELDS = (
     "pixel_hash_src",
 )  # fmt: skip
 TAG_COLUMNS = tuple(f"tags_{group}" for group in TAG_GROUPS)
-_KNOWN = frozenset(["id", "uri", "image", "caption", "tags", *FIELDS, *TAG_COLUMNS])
+_KNOWN = frozenset(["id", "uri", "image", "caption", "fallback_caption", "tags", *FIELDS, *TAG_COLUMNS])
 
 
 def check_columns(source: SourceConfig) -> None:

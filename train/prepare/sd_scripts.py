@@ -56,11 +56,11 @@ def _post(root: Path, place: str, key: str, value: Any) -> RawPost:
     texts = [value[part] for part in ("caption", "tags") if value.get(part)]
     if not all(isinstance(text, str) for text in texts):
         raise BadRecord(f"caption and tags of {key!r} must be text")
-    uri = _image(root, key)
+    uri = find_stem(root, key)
     return RawPost(id=uri, place=place, uri=uri, caption=", ".join(texts))
 
 
-def _image(root: Path, key: str) -> str:
+def find_stem(root: Path, key: str) -> str:
     """Path below the root; a path outside is kept as it is, and refused with the record."""
     path = Path(key)
     if path.is_absolute():

@@ -17,7 +17,7 @@ from train.prepare.settings import SourceConfig
 
 _READ = {  # adapter: endings of what it reads in a folder; of the others everything but pictures
     "sidecar": (".txt",), "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",),
-    "table": (".parquet", ".csv", ".tsv"), "danbooru2023": ("post.parquet", "posts.parquet"),
+    "table": (".parquet", ".csv", ".tsv"), "danbooru2023": ("post.parquet", "posts.parquet"), "deepghs": (".parquet",), "simpletuner": (".parquet",),
 }  # fmt: skip
 _JSON = (".json", ".jsonl", ".ndjson")
 

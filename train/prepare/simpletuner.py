@@ -1,0 +1,64 @@
+"""SimpleTuner's parquet metadata: one row per image, its file name with or without extension, its caption.
+
+`columns` says what its `parquet` section said: `uri` for `filename_column`, `caption` for `caption_column`,
+`fallback_caption` for `fallback_caption_column`, `width` and `height`. Unmapped: `filename` (or `id`) and `caption`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from train.prepare.files import require_source, source_root
+from train.prepare.mapped import mapped_post
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost, is_missing
+from train.prepare.records import Quarantine
+from train.prepare.sd_scripts import find_stem
+from train.prepare.settings import SourceConfig
+from train.prepare.table import parquet_rows, refused, table_files
+
+_DEFAULTS = {"uri": ("filename", "file_name", "id"), "caption": ("caption",), "width": ("width",), "height": ("height",)}
+
+
+def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+    """Every image that a row of the source's parquet files names."""
+    path, root = require_source(source), source_root(source)
+    for name, file in table_files(source, path):
+        if isinstance(file, Quarantine):
+            yield file
+            continue
+        if file.suffix.lower() != ".parquet":
+            continue
+        try:
+            mapped = _with_defaults(source, pq.read_schema(file).names)
+        except (OSError, pa.ArrowInvalid) as error:
+            yield refused(source, name, 0, error)
+            continue
+        plain = dataclasses.replace(mapped, columns={k: v for k, v in mapped.columns.items() if k != "fallback_caption"})
+        for number, row in parquet_rows(mapped, name, file):
+            if isinstance(row, Quarantine):
+                yield row
+                continue
+            try:
+                stem = row.get(mapped.columns.get("uri", ""))
+                if is_missing(stem):
+                    raise BadRecord("no file name: map it with columns.uri")
+                post = mapped_post(plain, row, f"{name} row {number}", root, find_stem(root, str(stem)))
+                if not post.caption:
+                    fallback = row.get(mapped.columns.get("fallback_caption", ""))
+                    post.caption = fallback if isinstance(fallback, str) and fallback else post.caption
+                yield post
+            except REFUSALS as error:
+                yield refused(source, name, number, error)
+
+
+def _with_defaults(source: SourceConfig, names: list[str]) -> SourceConfig:
+    columns = dict(source.columns)
+    for ours, candidates in _DEFAULTS.items():
+        found = next((name for name in candidates if name in names), None)
+        if found is not None:
+            columns.setdefault(ours, found)
+    return dataclasses.replace(source, columns=columns)
