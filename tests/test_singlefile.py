@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -287,7 +289,7 @@ REFUSED = {
     "no safetensors": (noise, "no safetensors file"),
     "pickle": (pickled, "pickle"),
     "foreign bytes": (longer, "foreign bytes"),
-    "nan": (broken(lambda t: t[NAN].view(-1)[3:4].fill_(float("nan"))), r"bad.safetensors: unet\.mid_block\.attentions\.0\.proj_in\.weight holds .* not finite"),
+    "nan": (broken(lambda t: t[NAN].view(-1)[3:4].fill_(float("nan"))), rf"bad.safetensors: unet\.mid_block\.attentions\.0\.proj_in\.weight .there: {re.escape(NAN)}. holds .* not finite"),
     "missing": (broken(lambda t: t.pop(NAN)), f"1 tensors are missing: {NAN}"),
     "foreign": (broken(lambda t: t.update({"model_ema.x": torch.zeros(1)})), "1 tensors are foreign: model_ema.x"),
     "shape": (broken(lambda t: t.update({NAN: torch.zeros(3, 3)})), rf"{NAN} is \[3, 3\], not"),
@@ -368,3 +370,58 @@ def test_rows_and_concatenation_undo_each_other(parts: int, height: int, width: 
     joined = weightfile.concatenated(split)
     assert (joined.shape, joined.read()) == (whole.shape, whole.read())
     assert weightfile.transposed(weightfile.transposed(whole)).read() == whole.read()
+
+
+@pytest.mark.parametrize(("network", "key", "value", "words"), [
+    ("text_encoder", "num_hidden_layers", 10**7, "num_hidden_layers of its text_encoder config is absurd"),
+    ("unet", "transformer_layers_per_block", [10**6, 1], "transformer_layers_per_block of its unet config is absurd"),
+    ("unet", "block_out_channels", [10**9, 10**9], "cannot be built"),
+    ("unet", "down_block_types", ["Nope", "Nope"], "cannot be built .*Nope"),
+    ("unet", "block_out_channels", None, "its unet config has no block_out_channels"),
+    ("vae", "norm_num_groups", 0, "cannot be built"),
+])  # fmt: skip
+def test_configs_that_describe_nothing_are_refused(
+    network: str, key: str, value: Any, words: str, plain: Path, tmp_path: Path
+) -> None:
+    """In a file's metadata and in a folder alike: a number of layers must not keep us busy for ever."""
+    single = plain.parent / "model.safetensors"
+    metadata = weightfile.open_file(single).metadata
+    configs = json.loads(metadata[singlefile.CONFIGS_KEY])
+    configs[network] |= {key: value}
+    if value is None:
+        del configs[network][key]
+    save_file(load_file(single), tmp_path / "x.safetensors", {**metadata, singlefile.CONFIGS_KEY: json.dumps(configs)})
+    shutil.copytree(plain, tmp_path / "folder")
+    (tmp_path / "folder" / network / "config.json").write_text(json.dumps(configs[network]))
+    with pytest.raises(Halt, match=f"x.safetensors is no SDXL model: .*{words}") as caught:
+        singlefile.to_folder(tmp_path / "x.safetensors", tmp_path / "out")
+    assert caught.value.code == ExitCode.MISMATCH
+    with pytest.raises(Halt, match=f"folder is no SDXL model: .*{words}") as caught:
+        singlefile.to_single_file(tmp_path / "folder", tmp_path / "out.safetensors")
+    assert caught.value.code == ExitCode.MISMATCH
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.safetensors"]
+
+
+def test_names_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    save_file({"a\x1b[31mred": torch.zeros(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(Halt, match=r"first tensors: a\\x1b\[31mred") as caught:
+        singlefile.to_folder(tmp_path / "x.safetensors", tmp_path / "out")
+    assert "\x1b" not in caught.value.message
+
+
+@pytest.mark.parametrize("stored", ['{"hex": "zz", "dtype": "F32"}', '{"hex": "00", "dtype": "F32"}', '{"hex": "00000000"}', "5"])
+def test_a_damaged_sidecar_or_scheduler_is_refused(stored: str, plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "model")
+    (tmp_path / "model/single_file.json").write_text(f'{{"metadata": {{}}, "logit_scale": {stored}}}')
+    with pytest.raises(Halt, match="logit_scale is damaged"):
+        singlefile.to_single_file(tmp_path / "model", tmp_path / "x.safetensors")
+    (tmp_path / "model/scheduler/scheduler_config.json").write_text("[]")
+    with pytest.raises(Halt, match=r"scheduler_config\.json is damaged"):
+        singlefile.to_single_file(tmp_path / "model", tmp_path / "x.safetensors")
+
+
+def test_a_link_is_not_written_over(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").symlink_to("elsewhere")
+    with pytest.raises(Halt, match="exists"):
+        singlefile.to_single_file(plain, tmp_path / "x.safetensors")
+    assert (tmp_path / "x.safetensors").is_symlink()

@@ -72,7 +72,12 @@ def read_configs(folder: Path, *, vae: Path | None = None) -> sdxl.Configs:
                 ExitCode.MISMATCH, f"{path} is missing or damaged: {folder} is no complete diffusers SDXL folder"
             )
         configs[network] = config
-    configs["scheduler"] = read_json(folder / "scheduler/scheduler_config.json") or sdxl.STANDARD["scheduler"]
+    path = folder / "scheduler/scheduler_config.json"
+    scheduler = read_json(path) if path.exists() else sdxl.STANDARD["scheduler"]
+    if scheduler is None:
+        raise Halt(ExitCode.MISMATCH, f"{path} is damaged: it says what the model predicts")
+    configs["scheduler"] = scheduler
+    sdxl.folder_shapes(configs, str(folder))  # refused here, where the folder's name is known
     return configs
 
 
@@ -161,7 +166,7 @@ def write_pipeline(folder: Path, scheduler: Mapping[str, Any]) -> None:
 
 def refuse_existing(out: Path) -> None:
     """Halt(USAGE) when writing `out` would replace something, or its parent folder is missing."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise Halt(ExitCode.USAGE, f"{out} exists; nothing is written over. Remove it or choose another name")
     if not out.parent.is_dir():
         raise Halt(ExitCode.USAGE, f"{out.parent} is no folder; make it first")

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
+from train.exits import ExitCode, Halt
+
 NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -104,9 +106,38 @@ def links(configs: Configs) -> list[Link]:
     return found
 
 
-def folder_shapes(configs: Configs) -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of the four networks by canonical name."""
-    return dict(_folder_shapes(json.dumps({network: dict(configs[network]) for network in NETWORKS})))
+_NEEDED = {"unet": ("block_out_channels", "layers_per_block", "up_block_types"), "vae": ("block_out_channels",)}
+_COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_block", "reverse_transformer_layers_per_block")
+_MOST = 64  # layers, or levels of a network; SDXL's most is 32
+
+
+def folder_shapes(configs: Configs, whose: str = "the model") -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of the four networks by canonical name.
+
+    Raises Halt(MISMATCH) when the configs describe nothing that the libraries can build: files are not trusted.
+    """
+    for network in NETWORKS:
+        for key in _NEEDED.get(network, ()):
+            if key not in configs[network]:
+                raise Halt(ExitCode.MISMATCH, f"{whose} is no SDXL model: its {network} config has no {key}")
+        for key, value in configs[network].items():
+            if not _moderate(value, _MOST if key in _COUNTS else None):
+                raise Halt(ExitCode.MISMATCH, f"{whose} is no SDXL model: {key} of its {network} config is absurd")
+    plain = json.dumps({network: dict(configs[network]) for network in NETWORKS})
+    try:
+        return dict(_folder_shapes(plain))
+    except Exception as error:  # whatever the libraries' constructors raise at values they did not expect
+        reason = ascii(str(error).partition("\n")[0][:200])
+        raise Halt(
+            ExitCode.MISMATCH, f"{whose} is no SDXL model: its configs cannot be built ({type(error).__name__}: {reason})"
+        ) from error
+
+
+def _moderate(value: Any, most: int | None) -> bool:
+    """No list longer than a network has levels, and no number above `most`: building them would take for ever."""
+    if isinstance(value, list | tuple):
+        return len(value) <= _MOST and all(_moderate(inner, most) for inner in value)
+    return most is None or not isinstance(value, int) or value <= most
 
 
 @lru_cache(maxsize=4)  # a stage asks three times, and building SDXL takes seconds even without memory for it

@@ -17,7 +17,7 @@ from typing import Any
 
 from train import modelfolder, sdxl, weightfile
 from train.exits import ExitCode, Halt
-from train.modelfolder import Weights, check_weights, refuse_existing, refuse_types
+from train.modelfolder import Weights, check_weights, refuse_existing, refuse_types, some
 from train.rundir import fsync_dir, read_json, write_json
 from train.weightfile import Blob
 
@@ -144,10 +144,12 @@ def configs_in(source: weightfile.Tensors) -> sdxl.Configs:
             scheduler["rescale_betas_zero_snr"] = True
         return {**sdxl.STANDARD, "scheduler": scheduler}
     try:
-        configs = json.loads(text)
-        return {name: dict(configs[name]) for name in (*sdxl.NETWORKS, "scheduler")}
+        stored = json.loads(text)
+        configs = {name: dict(stored[name]) for name in (*sdxl.NETWORKS, "scheduler")}
     except (ValueError, TypeError, KeyError, RecursionError):
         raise Halt(ExitCode.MISMATCH, f"{source.path}: its metadata entry {CONFIGS_KEY} is damaged") from None
+    sdxl.folder_shapes(configs, str(source.path))  # refused here, where the file's name is known
+    return configs
 
 
 def is_standard(configs: sdxl.Configs) -> bool:
@@ -182,7 +184,7 @@ def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
     elif any("joint_blocks" in name or "double_blocks" in name for name in names):
         kind = "a diffusion transformer (SD3 or Flux)"
     elif not unet:
-        kind = f"no diffusion model (first tensors: {', '.join(sorted(names)[:3]) or 'none'})"
+        kind = f"no diffusion model (first tensors: {some(sorted(names)[:3]) or 'none'})"
     else:
         return
     raise Halt(ExitCode.MISMATCH, f"{path} is {kind}, not an SDXL single file")
@@ -245,9 +247,15 @@ def _license_in_readme(path: Path) -> str | None:
 def stored_scale(folder: Path) -> Blob | None:
     """logit_scale of the single file that a folder was made from."""
     stored = (read_json(folder / SIDECAR) or {}).get("logit_scale")
-    if not isinstance(stored, dict):
+    if stored is None:
         return None
-    return _scalar(bytes.fromhex(stored["hex"]), stored["dtype"])
+    try:
+        scale = _scalar(bytes.fromhex(stored["hex"]), str(stored["dtype"]))
+        if len(scale.read()) == scale.size_bytes and scale.dtype in weightfile.EXPONENTS:
+            return scale
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise Halt(ExitCode.MISMATCH, f"{folder / SIDECAR}: logit_scale is damaged; without that file the usual value is taken")
 
 
 def _default_scale(dtype: str) -> Blob:

@@ -44,6 +44,7 @@ class Blob:
     dtype: str
     shape: tuple[int, ...]
     pieces: Callable[[], Pieces]
+    origin: str = ""  # name in the file it was read from
 
     @property
     def size_bytes(self) -> int:
@@ -100,7 +101,7 @@ def open_file(path: str | Path) -> Tensors:
     try:
         header = json.loads(text)
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
-        blobs = {name: _blob(path, 8 + length, entry) for name, entry in header.items()}
+        blobs = {name: _blob(path, 8 + length, name, entry) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Halt(ExitCode.MISMATCH, f"{path} is no safetensors file: damaged header ({error})") from None
     _refuse_overlap(path, [entry["data_offsets"] for entry in header.values()])
@@ -111,14 +112,14 @@ def open_file(path: str | Path) -> Tensors:
     return Tensors(path, metadata, blobs)
 
 
-def _blob(path: Path, data_start: int, entry: Mapping[str, Any]) -> Blob:
+def _blob(path: Path, data_start: int, name: str, entry: Mapping[str, Any]) -> Blob:
     start, end = entry["data_offsets"]
     shape = tuple(int(side) for side in entry["shape"])
     if min(shape, default=0) < 0 or start < 0:
         raise ValueError("negative size")
     if type(start) is not int or type(end) is not int:
         raise ValueError("an offset that is no whole number")
-    blob = Blob(str(entry["dtype"]), shape, partial(_read_range, path, data_start + start, end - start))
+    blob = Blob(str(entry["dtype"]), shape, partial(_read_range, path, data_start + start, end - start), name)
     if blob.size_bytes != end - start:
         raise ValueError(f"{end - start} bytes for {blob.dtype} {list(shape)}")
     return blob
@@ -158,7 +159,7 @@ def rows(blob: Blob, part: int, parts: int) -> Blob:
             if at >= end:
                 return
 
-    return Blob(blob.dtype, (count, *blob.shape[1:]), pieces)
+    return replace(blob, shape=(count, *blob.shape[1:]), pieces=pieces)
 
 
 def concatenated(blobs: list[Blob]) -> Blob:
@@ -168,7 +169,8 @@ def concatenated(blobs: list[Blob]) -> Blob:
         for blob in blobs:
             yield from blob.pieces()
 
-    return Blob(blobs[0].dtype, (sum(blob.shape[0] for blob in blobs), *blobs[0].shape[1:]), pieces)
+    rows_in_all = sum(blob.shape[0] for blob in blobs)
+    return Blob(blobs[0].dtype, (rows_in_all, *blobs[0].shape[1:]), pieces, ", ".join(blob.origin for blob in blobs))
 
 
 def transposed(blob: Blob) -> Blob:
@@ -179,7 +181,7 @@ def transposed(blob: Blob) -> Blob:
         matrix = np.frombuffer(blob.read(), dtype=f"V{ITEM_BYTES[blob.dtype]}").reshape(height, width)
         yield memoryview(matrix.T.copy().tobytes())
 
-    return Blob(blob.dtype, (width, height), pieces)
+    return replace(blob, shape=(width, height), pieces=pieces)
 
 
 def reshaped(blob: Blob, shape: tuple[int, ...]) -> Blob:
@@ -203,7 +205,7 @@ def cast(blob: Blob, dtype: str, name: str) -> Blob:
                 raise Halt(ExitCode.NON_FINITE, f"{name} has weights beyond 65504, too large for fp16: use fp32")
             yield data
 
-    return Blob(dtype, blob.shape, pieces)
+    return replace(blob, dtype=dtype, pieces=pieces)
 
 
 def _values(piece: memoryview, dtype: str) -> Any:
@@ -237,13 +239,18 @@ def write(path: str | Path, blobs: Mapping[str, Blob], metadata: Mapping[str, st
         for name in order:
             for piece in blobs[name].pieces():
                 if not finite(piece, blobs[name].dtype):
-                    raise Halt(ExitCode.MISMATCH, f"{whose}{name} holds weights that are not finite (NaN or infinity)")
+                    raise Halt(ExitCode.MISMATCH, f"{whose}{_named(name, blobs[name])} holds weights that are not finite (NaN or infinity)")
                 digest.update(piece)
                 write_all(fd, piece)
         os.fsync(fd)
     finally:
         os.close(fd)
     return digest.hexdigest()
+
+
+def _named(name: str, blob: Blob) -> str:
+    """A tensor by the name it gets, and the one under which the user finds it in the file it comes from."""
+    return f"{name} (there: {blob.origin})" if blob.origin not in ("", name) else name
 
 
 def _header(blobs: Mapping[str, Blob], order: list[str], metadata: Mapping[str, str]) -> bytes:
