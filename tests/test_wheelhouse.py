@@ -76,8 +76,12 @@ def test_too_large_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_what_the_target_has_is_not_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older version inside pyproject's range stays, whatever is pinned; one outside is replaced by the pinned one."""
     have = tmp_path / "have.txt"
-    have.write_text("".join(f"{name}==99.0\n" for name in wheelhouse.WANTED if name != "omegaconf"))
+    lowest = {r.name: next(s.version for s in r.specifier if s.operator == ">=") for r in wheelhouse.wanted()}
+    assert lowest.keys() == set(wheelhouse.WANTED)
+    lowest["omegaconf"] = "2.3.0"
+    have.write_text("".join(f"{name}=={version}\n" for name, version in lowest.items()))
     asked: list[str] = []
 
     def download(requirement: Requirement, out: Path, python: str) -> wheelhouse.Wheel:
@@ -87,7 +91,7 @@ def test_what_the_target_has_is_not_downloaded(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(wheelhouse, "_download", download)
     pins = tmp_path / "constraints.txt"
-    pins.write_text("omegaconf==2.4.0  # ours\n")
+    pins.write_text("omegaconf==2.4.0  # ours\nnumpy==2.4.6\ntransformers==5.23.0\n")
     wheels = wheelhouse.collect(tmp_path / "wheels", have, "3.12", pins=pins)
     assert asked == ["omegaconf==2.4.0", "pyyaml>=5"]
     assert [w.name for w in wheels] == ["omegaconf", "pyyaml"]

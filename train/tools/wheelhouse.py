@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from packaging.version import InvalidVersion, Version
 
 from train.exits import ExitCode, Halt
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMIT_BYTES = 60 * 2**20
 # What a training run imports. Trackers, bitsandbytes and torchao only when configured; torch is never in the folder.
-WANTED = ("diffusers", "transformers", "accelerate", "safetensors", "omegaconf", "datasets", "pyarrow", "numpy", "pillow",
-          "tqdm")  # fmt: skip
+WANTED = ("diffusers", "transformers", "accelerate", "safetensors", "omegaconf", "pyarrow", "numpy", "pillow", "tqdm")
 NEVER = {"torch", "triton", "torchvision"}
 _PLATFORM = {"sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64", "os_name": "posix"}
 
@@ -93,13 +94,14 @@ def collect(
 ) -> list[Wheel]:
     """Download what the target lacks into `out`, then check it; the wheels, sorted by name.
 
-    pins: a constraints file that decides versions. Raises Halt(MISMATCH) naming what no wheel meets, two versions of
-    one package, or the size when it is above 60 MiB; Halt(UNEXPECTED) when pip fails.
+    What the target has counts when it lies in pyproject's ranges; `pins`, a constraints file, decides only which
+    version is fetched. Raises Halt(MISMATCH) naming what no wheel meets, two versions of one package, or the size when
+    it is above 60 MiB; Halt(UNEXPECTED) when pip fails.
     """
     have = read_have(have_file)
     out.mkdir(parents=True, exist_ok=True)
     pinned = _pins(pins)
-    queue = missing([Requirement(pinned.get(canonicalize_name(n), n)) for n in (*WANTED, *extra)], have, python)
+    queue = missing([*wanted(), *map(Requirement, extra)], have, python)
     done: dict[str, Wheel] = {}
     while queue:
         requirement = queue.pop(0)
@@ -116,6 +118,12 @@ def collect(
     wheels = sorted((read_wheel(path) for path in out.glob("*.whl")), key=lambda wheel: wheel.name)
     check(wheels, have, python)
     return wheels
+
+
+def wanted() -> list[Requirement]:
+    """What a training run imports, in the ranges of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return [r for r in map(Requirement, project["dependencies"]) if canonicalize_name(r.name) in WANTED]
 
 
 def _pins(path: Path | None) -> dict[str, str]:
