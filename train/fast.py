@@ -6,6 +6,7 @@ numerics, which is why it is opt-in and never a default.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -160,10 +161,15 @@ def to_float8(unet: Any, recipe: str = "tensorwise") -> int:
     """
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() < HOPPER:
         raise Halt(ExitCode.MISMATCH, "model.float8 needs an NVIDIA Hopper card (compute capability 9.0) or newer")
+    return swap_float8(unet, recipe)
+
+
+def swap_float8(unet: Any, recipe: str = "tensorwise", *, emulate: bool = False) -> int:
+    """`to_float8` without asking for the card. emulate: rounds to float8 and multiplies in fp32, on any device."""
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise Halt(ExitCode.USAGE, "model.float8 needs torchao: pip install -e '.[fast]'") from error
-    config = Float8LinearConfig.from_recipe_name(recipe)
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
     convert_to_float8_training(unet, module_filter_fn=float8_linear, config=config)
     return sum(type(module).__name__ == "Float8Linear" for module in unet.modules())
