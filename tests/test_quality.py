@@ -93,6 +93,14 @@ def test_edges(values: list[float]) -> None:
     assert bootstrap.ratio([0.0] * len(values), [0.0] * len(values)).value is None
 
 
+def test_shares_have_wilsons_interval() -> None:
+    """Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
+    for hits, trials, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)):
+        found = bootstrap.share(hits, trials)
+        assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+    assert bootstrap.share(0, 0).value is None
+
+
 def test_rare_wholes_leave_empty_resamples_out() -> None:
     found = bootstrap.ratio([1.0, 0, 0, 0], [1.0, 0, 0, 0])
     assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
@@ -175,18 +183,22 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def samples(folder: Path, pictures: Sequence[tuple[str, Image.Image]], prefix: str = QUALITY_PREFIX) -> Path:
     """A folder as scripts/sample.py writes it."""
-    prompts = [Prompt(text=text, width=64, height=64, seed=number) for number, (text, _) in enumerate(pictures)]
+    prompts = [
+        Prompt(text=text, width=image.width, height=image.height, seed=number)
+        for number, (text, image) in enumerate(pictures)
+    ]
     shown = checked(PromptsFile(prompts=prompts, quality_prefix=prefix, steps=2))
     write_pictures({"": [image for _, image in pictures]}, shown, folder, model_name="m")
     return folder
 
 
 def plain(colour: Colour) -> Image.Image:
-    return Image.new("RGB", (64, 64), colour)
+    """Portrait and landscape by brightness: the classifier of this file takes a picture in its own shape."""
+    return Image.new("RGB", (64, 96) if sum(colour) % 2 else (96, 64), colour)
 
 
 def test_the_score_is_the_oracles(brightness: Path, tmp_path: Path) -> None:
-    greys = [0, 60, 128, 200, 255]
+    greys = [0, 60, 128, 201, 255]
     folder = samples(tmp_path / "a", [(f"1girl, x{grey}", plain((grey,) * 3)) for grey in greys])
     stages = quality.stage_pictures([f"ft1={folder}"])
     judge = judges.open_aesthetic(str(brightness), "hq", "cpu")
@@ -238,7 +250,7 @@ def test_tags_seen_and_asked(colours: Path, tmp_path: Path) -> None:
 
 def test_a_single_label_classifier_sees_its_most_probable_class(brightness: Path) -> None:
     judge = judges.open_tagger(str(brightness), device="cpu")
-    assert judge.see([plain((255,) * 3), plain((0, 0, 0))]).tolist() == [[False, True], [True, False]]
+    assert judge.see([plain((254,) * 3), plain((0, 0, 0))]).tolist() == [[False, True], [True, False]]
 
 
 def test_clip_agrees_with_the_models_own_forward(clip: Path, tmp_path: Path) -> None:
@@ -353,7 +365,7 @@ def script(name: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_script_and_report(brightness: Path, colours: Path, clip: Path, tmp_path: Path) -> None:
     dark = [(f"red sky, x{n}", plain((n, 0, 0))) for n in (200, 60, 90, 160)]
-    light = [(f"red sky, x{n}", plain((255, n, n))) for n in (200, 60, 90, 160)]
+    light = [(f"red sky, x{n}", plain((254, n, n))) for n in (200, 60, 90, 160)]
     run = tmp_path / "ft1"
     stages = [f"base={samples(tmp_path / 'base', dark)}", run]
     samples(run / "samples" / "step-00000009", light)

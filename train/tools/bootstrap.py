@@ -1,12 +1,14 @@
-"""Confidence intervals over pictures by the bootstrap. One fixed seed: the same pictures give the same digits.
+"""Confidence intervals over pictures, most by the bootstrap. One fixed seed: the same pictures give the same digits.
 
 Every statistic here is a ratio of two sums over pictures (a mean divides by their number), so a resample is how often
 each picture counts. Percentile intervals (Efron and Tibshirani 1993, chapter 13); with fewer than about twenty pictures
-they are somewhat too narrow. Shape legend: N pictures, D resamples, K columns.
+they are somewhat too narrow. A share of few pictures has Wilson's interval, because two of two, resampled, stay two of two.
+Shape legend: N pictures, D resamples, K columns.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ import numpy.typing as npt
 DRAWS = 4000
 SEED = 0
 LEVEL = 0.95
+Z_975 = 1.959964  # of the normal distribution
 _CHUNK = 4_000_000  # counts held at once
 
 F64 = npt.NDArray[np.float64]
@@ -42,6 +45,16 @@ def ratio(parts: Sequence[float] | F64, wholes: Sequence[float] | F64) -> Estima
     whole = float(columns_NK[:, 1].sum())
     value = float(columns_NK[:, 0].sum()) / whole if whole else None
     return _estimate(value, columns_NK, ((0, 1),))
+
+
+def share(hits: int, trials: int) -> Estimate:
+    """hits / trials with Wilson's score interval (Wilson 1927); None of none."""
+    if trials == 0:
+        return Estimate(None, None, None, 0)
+    p, z2 = hits / trials, Z_975**2
+    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = Z_975 * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
+    return Estimate(p, max(centre - half, 0.0), min(centre + half, 1.0), trials)
 
 
 def change(

@@ -75,7 +75,7 @@ th{color:#6b7280;font-weight:600;white-space:nowrap}code{font:12px ui-monospace,
 .pictures figure{flex:0 0 auto}.pictures img{display:block;border-radius:3px}.pictures figcaption{color:#6b7280}
 .prompts{display:flex;flex-wrap:wrap;gap:18px 36px}.prompts>div{max-width:100%;min-width:260px}
 .prompt{margin:0 0 4px;font-size:.85rem;width:0;min-width:100%}.prompt small{color:#6b7280;white-space:nowrap}
-section>p{color:#6b7280;font-size:.85rem;max-width:860px}
+section>p,.told{color:#6b7280;font-size:.85rem;max-width:860px}.told{padding-left:18px}
 .good,.bad,.tight{white-space:nowrap}.good{color:#047857}.bad{color:#b91c1c}.dim{color:#9ca3af}th:first-child,td:first-child{white-space:nowrap}
 @media print{body{max-width:none;padding:0;font-size:11px}nav{display:none}a{color:inherit}
 h2,h3,h2+p,h3+p,.prompt{break-after:avoid}figure,tr,.prompts>div{break-inside:avoid}.scroll,.pictures{overflow:visible}

@@ -13,7 +13,7 @@ from train.tools.quality_record import TITLES, shown
 MOST_TAGS = 40  # rows of the table by tag, the most asked for first
 GREY = "#6b7280"
 EXPLAINED = {
-    "aesthetic": "aesthetic score: the classifier's probability of its best class.",
+    "aesthetic": "Aesthetic score: the classifier's probability of the class named below.",
     "clip": "CLIP cosine: between the picture and its own prompt, without the quality prefix (CLIPScore, Hessel 2021).",
     "clip_first": "Own prompt nearest: share of pictures to which no other prompt of the set is nearer.",
     "tag_recall": "Tags seen of those asked: of what the prompts ask for, how much the tagger sees.",
@@ -34,7 +34,8 @@ def quality_section(record: Mapping[str, Any] | None, names: Sequence[str]) -> s
         for name, stage in stages.items()
     ]
     parts = [table(["stage", "pictures", *(TITLES[key] for key in statistics)], rows)]
-    parts.append(f"<p>{' '.join(EXPLAINED[key] for key in statistics)} {escape(_judges(record))}</p>")
+    told = [*(EXPLAINED[key] for key in statistics), *_judges(record)]
+    parts.append(f'<ul class="told">{"".join(f"<li>{escape(line)}</li>" for line in told)}</ul>')
     parts.append(_changes(record, statistics))
     parts.append(_scores(stages, colours))
     parts.append(_tags(stages, colours))
@@ -58,7 +59,7 @@ def _small(estimate: Mapping[str, Any]) -> str:
     return f'<span class="tight">{shown(estimate, digits=2)}</span>'
 
 
-def _judges(record: Mapping[str, Any]) -> str:
+def _judges(record: Mapping[str, Any]) -> list[str]:
     judges, bootstrap = record["judges"], record["bootstrap"]
     told = []
     if "aesthetic" in judges:
@@ -69,7 +70,8 @@ def _judges(record: Mapping[str, Any]) -> str:
     if "tags" in judges:
         told.append(f"Tagger: {judges['tags']['model']}, {judges['tags']['thresholds']}.")
     level, draws = bootstrap["level"], bootstrap["draws"]
-    return " ".join([*told, f"In brackets the {level:.0%} interval over pictures, bootstrap of {draws:,} resamples."])
+    how = f"bootstrap of {draws:,} resamples; for single tags and words Wilson's"
+    return [*told, f"In brackets the {level:.0%} interval over pictures: {how}."]
 
 
 def _changes(record: Mapping[str, Any], statistics: Sequence[str]) -> str:

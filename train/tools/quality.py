@@ -108,7 +108,7 @@ def _aesthetic(stage: Measured, judge: Aesthetic) -> dict[str, Any]:
     return {
         "quantiles": {f"{q:g}": float(np.quantile(scores, q)) for q in QUANTILES},
         "histogram": np.histogram(scores, bins=BINS, range=(0.0, 1.0))[0].tolist(),
-        "words": {word: asdict(bootstrap.mean([float(one == word) for one in words])) for word in AESTHETIC_TAGS},
+        "words": {word: asdict(bootstrap.share(words.count(word), len(words))) for word in AESTHETIC_TAGS},
     }
 
 
@@ -155,14 +155,11 @@ def _by_tag(stage: Measured, tags: Sequence[str]) -> dict[str, Any]:
     assert stage.seen_NT is not None
     found = {}
     for number, tag in enumerate(tags):
-        asked, seen = (matrix[:, number].astype(np.float64) for matrix in (stage.asked_NT, stage.seen_NT))
-        if asked.any() or seen.any():
-            found[tag] = {
-                "asked": int(asked.sum()),
-                "seen": int(seen.sum()),
-                "recall": asdict(bootstrap.ratio(asked * seen, asked)),
-                "precision": asdict(bootstrap.ratio(asked * seen, seen)),
-            }
+        asked_N, seen_N = stage.asked_NT[:, number], stage.seen_NT[:, number]
+        asked, seen, both = (int(column.sum()) for column in (asked_N, seen_N, asked_N & seen_N))
+        if asked or seen:
+            recall, precision = bootstrap.share(both, asked), bootstrap.share(both, seen)
+            found[tag] = {"asked": asked, "seen": seen, "recall": asdict(recall), "precision": asdict(precision)}
     return found
 
 
@@ -195,10 +192,16 @@ def content(picture: Picture) -> str:
 
 
 def _in_batches(pictures: Sequence[Picture], judge: Callable[[list[Image.Image]], list[Any]]) -> list[Any]:
-    found: list[Any] = []
-    for start in range(0, len(pictures), BATCH):
-        found += judge([_load(picture.path) for picture in pictures[start : start + BATCH]])
-    return found
+    """One answer per picture, in order. A batch holds one size, because some models keep a picture's shape."""
+    found: dict[int, Any] = {}
+    by_size: dict[str, list[int]] = {}
+    for number, picture in enumerate(pictures):
+        by_size.setdefault(picture.facts.get("Size", ""), []).append(number)
+    for numbers in by_size.values():
+        for start in range(0, len(numbers), BATCH):
+            batch = numbers[start : start + BATCH]
+            found |= zip(batch, judge([_load(pictures[number].path) for number in batch]), strict=True)
+    return [found[number] for number in range(len(pictures))]
 
 
 def _load(path: Path) -> Image.Image:
