@@ -29,6 +29,7 @@ def parse() -> argparse.Namespace:
     gpu.add_argument("--only", help="variants to run, for example plain,cl_compile")
     gpu.add_argument("--probe", action="store_true", help="versions, memory and the card's two ceilings, nothing else")
     gpu.add_argument("--budget", type=float, default=560.0, help="seconds; what no longer fits is skipped and said so")
+    gpu.add_argument("--earlier", type=Path, metavar="F.json", help="rows of an earlier call, for ratios across calls")
     gpu.add_argument(
         "--tiny", action="store_true", help="tiny model on any device: checks the driver, measures nothing"
     )
@@ -54,8 +55,9 @@ def main() -> int:
         from train.tools import bench_gpu
 
         result = bench_gpu.run(
-            only, arguments.budget, probe_only=arguments.probe, tiny=arguments.tiny, dry_run=arguments.dry_run
-        )
+            only, arguments.budget, probe_only=arguments.probe, tiny=arguments.tiny, dry_run=arguments.dry_run,
+            earlier=arguments.earlier,
+        )  # fmt: skip
         text = bench_gpu.describe(result)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)

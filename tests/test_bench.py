@@ -115,7 +115,7 @@ def test_variants_and_predictions() -> None:
     assert (limit["plain/2"], limit["none_12/2"]) == (pytest.approx(31.2, abs=0.1), pytest.approx(39.2, abs=0.1))
 
 
-def test_gpu_driver_chooses_refuses_and_tabulates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpu_driver_chooses_refuses_and_tabulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [v.label for v in bench_gpu.choose(["plain", "none_8/1"])] == ["plain/1", "plain/2", "none_8/1"]
     with pytest.raises(Halt, match="no variant") as halt:
         bench_gpu.choose(["warp"])
@@ -138,6 +138,21 @@ def test_gpu_driver_chooses_refuses_and_tabulates(monkeypatch: pytest.MonkeyPatc
     assert by_name["none_8"]["error"].startswith("OutOfMemoryError")
     assert "torchao" in by_name["fp8"]["skipped"]
     assert "1.00x" in bench_gpu.describe(result)
+    fields = {"name", "stage", "micro", "accumulation", "checkpointing", "dtype", "optimizer", "compile", "channels_last",
+              "images_per_s", "mfu_of_measured_peak", "mfu_790", "hfu", "peak_gib", "predicted_gib", "commit", "error"}  # fmt: skip
+    assert fields <= by_name["plain"].keys()
+    first = tmp_path / "first.json"
+    first.write_text(json.dumps(result))
+    both = bench_gpu.run(["cl/1"], 1000, earlier=first)
+    assert [row["name"] for row in both["variants"]] == ["ref_diffusers", "plain", "none_8", "fp8", "cl"]
+    assert bench_gpu.describe(both).splitlines()[-1].split()[-2:] == ["1.00x", "-"]
+    answers["probe"] = answers["probe"] | {"gpu": "Other card"}
+    with pytest.raises(Halt, match="another card"):
+        bench_gpu.run(["cl/1"], 1000, earlier=first)
+    first.write_text("{}")
+    with pytest.raises(Halt, match="no result"):
+        bench_gpu.run(["cl/1"], 1000, earlier=first)
+    answers["probe"] = answers["probe"] | {"gpu": "Card"}
     late = bench_gpu.run(["plain/1", "compile/1"], 100.0)["variants"]
     assert "skipped" not in late[0]
     assert "budget" in late[1]["skipped"]

@@ -27,13 +27,17 @@ def run(
     probe_only: bool = False,
     tiny: bool = False,
     dry_run: bool = False,
+    earlier: Path | None = None,
 ) -> dict[str, Any]:
     """{"machine", "probe", "variants"}; what no longer fits the budget is a row with `skipped`.
 
-    only: variant names, with or without the stage (`plain`, `plain/1`). Raises Halt(USAGE) for an unknown one, and
-    Halt(MISMATCH) without a CUDA device unless `tiny` or `dry_run`.
+    only: variant names, with or without the stage (`plain`, `plain/1`). earlier: the JSON of a call before, whose rows
+    come along, so that ratios exist although one call cannot hold all variants. Raises Halt(USAGE) for an unknown
+    name or an unreadable file, Halt(MISMATCH) without a CUDA device unless `tiny` or `dry_run`, and for an earlier
+    call on another card.
     """
     chosen = choose(only)
+    before = _earlier(earlier) if earlier is not None else None
     if dry_run:
         return {"machine": _machine(), "probe": None, "variants": [describe_variant(variant) for variant in chosen]}
     started = time.monotonic()
@@ -45,10 +49,26 @@ def run(
         raise Halt(
             ExitCode.MISMATCH, "bench.py gpu needs a CUDA device; --dry-run shows predictions, --tiny the driver"
         )
+    if before is not None:
+        if before["probe"].get("gpu") != probed.get("gpu"):
+            raise Halt(
+                ExitCode.MISMATCH, f"--earlier {earlier}: measured on {before['probe'].get('gpu')}, this is another card"
+            )
+        again = {variant.label for variant in chosen}
+        result["variants"] += [row for row in before["variants"] if f"{row['name']}/{row['stage']}" not in again]
     for variant in chosen:
         left = budget_s - (time.monotonic() - started)
         result["variants"].append(_row(variant, left, probed, tiny=tiny))
     return result
+
+
+def _earlier(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        _ = found["probe"]["versions"], [row["name"] for row in found["variants"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Halt(ExitCode.USAGE, f"--earlier {path} is no result of bench.py gpu: {error}") from error
+    return found
 
 
 def choose(only: Sequence[str] | None) -> list[Variant]:
@@ -63,7 +83,7 @@ def choose(only: Sequence[str] | None) -> list[Variant]:
 
 
 def _row(variant: Variant, left_s: float, probed: dict[str, Any], *, tiny: bool) -> dict[str, Any]:
-    row = describe_variant(variant) | {"error": None}
+    row = describe_variant(variant) | {"error": None, "commit": _machine()["commit"]}
     expected = 5.0 if tiny else EXPECTED_S[variant.compile]
     if left_s < expected:
         return row | {
@@ -122,7 +142,7 @@ def describe(result: dict[str, Any]) -> str:
         told = {key: value for key, value in result["probe"].items() if key != "versions"}
         lines.append(f"probe: {told}")
     lines.append(
-        "variant                 stage  images/s  predicted   limit     GiB predicted     MFU  /diffusers /sd-scripts"
+        "variant                 stage  images/s  predicted   limit     GiB predicted MFU/790  /diffusers /sd-scripts"
     )
     references = {
         (row["stage"], row["name"]): row.get("images_per_s")

@@ -89,4 +89,5 @@ def prediction(variant: Variant) -> dict[str, float]:
 def describe_variant(variant: Variant) -> dict[str, Any]:
     """Settings and prediction as JSON values."""
     checkpointing = ("full", "off mid", "off mid, down 2", "off 1280", "off 1280 and 640", "none")
-    return asdict(variant) | {"checkpointing": checkpointing[variant.exempt_steps]} | prediction(variant)
+    more = {"checkpointing": checkpointing[variant.exempt_steps], "dtype": variant.precision}
+    return asdict(variant) | more | {"optimizer": variant.setup().optimizer} | prediction(variant)
