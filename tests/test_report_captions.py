@@ -9,8 +9,9 @@ import pyarrow as pa
 import pytest
 
 from train.prepare import report_captions, units
+from train.prepare.facts import between
 from train.prepare.records import LABELS, RECORDS
-from train.prepare.report_captions import between, caption_facts
+from train.prepare.report_captions import caption_facts
 from train.prepare.report_page import counted, table
 from train.prepare.settings import DatasetConfig, SourceConfig
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,15 @@ from train.buckets import place
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
 from train.index import Index
-from train.indexing import build_index
+from train.indexing import build_index, encoded
 from train.latents import read_meta
+from train.prepare.facts import Facts, between
 from train.prepare.npz import NPZ_PREPROCESSING, tally
 from train.prepare.records import INDEX, SCHEMA_VERSION
 from train.prepare.select import selection_counts, selection_merges, selection_path
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.shardplan import Slot, by_shard
-from train.prepare.units import config_id, read_table, table_fingerprint, write_parquet, write_text
+from train.prepare.units import config_id, stream_table, table_fingerprint, write_parquet, write_text
 from train.rng import uid_of
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _LABELS = ["key", "policy_hash", "fixed_tags", "flex_tags", "quality", "rating_t
 
 
 def finish(
-    settings: DatasetConfig, recipe: Recipe, used: list[Slot], facts: Mapping[str, Mapping[str, Any]], without: set[str]
+    settings: DatasetConfig, recipe: Recipe, used: list[Slot], facts: Facts, without: set[str]
 ) -> None:
     """Write index.parquet, the arrow files and dataset.json. `without`: keys selected but not stored."""
     dataset = dataset_dir(settings)
@@ -47,7 +48,7 @@ def finish(
             gone = pa.array(sorted(without), pa.string())
             table = table.filter(pc.invert(pc.is_in(table.column("key"), value_set=gone)))
         selections[stage] = table
-    policy = sorted(set(joined.column("policy_hash").to_pylist()))
+    policy = sorted(pc.unique(joined.column("policy_hash").cast(pa.string())).to_pylist())
     buckets = config_id(buckets=asdict(settings.buckets), exclusions=EXCLUSIONS_VERSION)
     meta = {"vae_id": recipe.vae_id, "content": recipe.content, "buckets": buckets}
     for old in dataset.glob("index_*.arrow"):  # of stages that are gone
@@ -59,19 +60,20 @@ def finish(
     _write_dataset_json(settings, recipe, policy, index, fingerprints)
 
 
-def index_table(dataset: Path, recipe: Recipe, used: list[Slot], facts: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+def index_table(dataset: Path, recipe: Recipe, used: list[Slot], facts: Facts) -> pa.Table:
     """One row per stored picture and bucket, sorted by (key, bucket)."""
-    rows = []
+    parts = [INDEX.empty_table()]
     for name, slots in by_shard(used):
         meta = read_meta(dataset / name)
         stored = {slot: row for row, slot in enumerate(json.loads(meta["slots"]))}
         imported = set(json.loads(meta.get("npz", "[]")))
+        rows = []
         for slot in slots:
             if slot.slot in stored:
                 row = _row(recipe, slot, stored[slot.slot], facts[slot.key])
                 rows.append(row | {"preproc_hash": NPZ_PREPROCESSING} if slot.slot in imported else row)
-    rows.sort(key=lambda row: (row["key"], row["bucket_w"], row["bucket_h"]))
-    return pa.Table.from_pylist(rows, schema=INDEX)
+        parts.append(pa.Table.from_pylist(rows, schema=INDEX))
+    return pa.concat_tables(parts).sort_by([(column, "ascending") for column in ("key", "bucket_w", "bucket_h")])
 
 
 def _row(recipe: Recipe, slot: Slot, row: int, fact: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,24 +87,37 @@ def _row(recipe: Recipe, slot: Slot, row: int, fact: Mapping[str, Any]) -> dict[
     }  # fmt: skip
 
 
-def _join(settings: DatasetConfig, index: pa.Table, facts: Mapping[str, Mapping[str, Any]]) -> pa.Table:
+def _join(settings: DatasetConfig, index: pa.Table, facts: Facts) -> pa.Table:
     """The index with captions and labels, the file's hash, and the rating that the last gate goes by."""
     dataset = dataset_dir(settings)
     keys = index.column("key").combine_chunks()
-    labels = read_table(dataset, "labels", _LABELS)
+    wanted = pc.unique(keys)
+    # Unit by unit, each word once: the captions of a million images as plain text would be a gigabyte.
+    labels = _encoded(stream_table(dataset, "labels", _LABELS), wanted)
     at = pc.index_in(keys, value_set=labels.column("key").combine_chunks())
     if at.null_count:
         raise Halt(ExitCode.MISMATCH, f"{at.null_count} images have no labels: run scripts/prepare.py label and select")
     for name in _LABELS[1:]:
         index = index.append_column(name, labels.column(name).combine_chunks().take(at))
-    records = read_table(dataset, "records", ["key", "source", "rating"])
+    records = _encoded(stream_table(dataset, "records", ["key", "source", "rating"]), wanted)
     at = pc.index_in(keys, value_set=records.column("key").combine_chunks())
-    assumed = {source.name: source.assume_rating for source in settings.sources}
-    ratings = records.column("rating").cast(pa.string()).combine_chunks().take(at).to_pylist()
-    sources = records.column("source").combine_chunks().take(at).to_pylist()
-    gate = [rating or assumed.get(source) for rating, source in zip(ratings, sources, strict=True)]
-    index = index.append_column("gate_rating", pa.array(gate, pa.string()))
-    return index.append_column("content_hash", pa.array([facts[key]["sha256"] for key in keys.to_pylist()]))
+    source = records.column("source").combine_chunks().cast(pa.string()).take(at)
+    gate = records.column("rating").combine_chunks().cast(pa.string()).take(at)
+    for config in settings.sources:
+        if config.assume_rating is not None:
+            gate = pc.if_else(pc.and_(pc.is_null(gate), pc.equal(source, config.name)), config.assume_rating, gate)
+    index = index.append_column("gate_rating", gate)
+    return index.append_column("content_hash", facts.column("sha256", keys))
+
+
+def _encoded(parts: Iterable[pa.Table], wanted: pa.Array) -> pa.Table:
+    """Rows of the wanted keys, texts by number."""
+    found = []
+    for part in parts:
+        part = part.filter(pc.is_in(part.column("key"), value_set=between(wanted, part.column("key")))).combine_chunks()
+        columns = {name: part.column(name).combine_chunks() for name in part.column_names}
+        found.append(pa.table({name: c if name == "key" else encoded(c) for name, c in columns.items()}))
+    return pa.concat_tables(found).unify_dictionaries().combine_chunks()
 
 
 def _write_dataset_json(

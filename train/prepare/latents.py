@@ -23,21 +23,22 @@ from train.exits import ExitCode, Halt
 from train.latents import read_meta, write_shard
 from train.prepare.decode import DECODE_VERSION, Refused
 from train.prepare.encoder import Encoder, load_vae, pick_device, vae_identity, weights_file
+from train.prepare.facts import Facts, facts_of
 from train.prepare.finish import finish
 from train.prepare.judge import Complaint, judge
 from train.prepare.npz import Unusable, imported, tally
 from train.prepare.peers import Peers
 from train.prepare.pictures import Cut, Look, cut_one
 from train.prepare.pool import Lost, Pool
-from train.prepare.probe import ok_files
 from train.prepare.records import Quarantine, quarantine_table
 from train.prepare.select import selection_mark, selection_path
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.shardplan import Slot, Wanted, by_shard, make_plan, shard_mark
-from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_table, write_parquet
+from train.prepare.units import Step, config_id, finalize, merge_quarantine, write_parquet
 from train.rng import uid_of
 
 LATENTS_VERSION = 1
+PLACE = ["key", "bucket_w", "bucket_h"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Work:
     recipe: Recipe
     shards: list[tuple[str, list[Slot]]]
     entries: set[int]
-    facts: Mapping[str, Mapping[str, Any]]
+    facts: Facts
 
     @property
     def dataset(self) -> Path:
@@ -138,27 +139,24 @@ def _drop_other_index(dataset: Path, recipe: Recipe) -> None:
         old.unlink(missing_ok=True)
 
 
-def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], dict[str, dict[str, Any]]]:
+def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], Facts]:
     """(every picture in every bucket that some stage wants it in, facts about each key)."""
     dataset = dataset_dir(settings)
-    pairs: set[tuple[str, int, int]] = set()
+    tables = []
     for stage in settings.select:
         path = selection_path(dataset, stage)
         if not path.exists() or (pq.read_metadata(path).metadata or {}).get(
             b"mark"
         ) != selection_mark(settings, stage).encode():
             raise Halt(ExitCode.MISMATCH, f"{path} is missing or stale: run scripts/prepare.py select")
-        table = pq.read_table(path, columns=["key", "bucket_w", "bucket_h"]).to_pydict()
-        pairs |= set(zip(table["key"], table["bucket_w"], table["bucket_h"], strict=True))
-    keys = pa.array(sorted({key for key, _, _ in pairs}), pa.string())
-    probe = ok_files(settings, ["key", "width", "height", "sha256", "has_alpha", "exif_orientation"])
-    probe = probe.filter(pc.is_in(probe.column("key"), value_set=keys))
-    records = read_table(dataset, "records", ["key", "source", "uri", "member"])
-    records = records.filter(pc.is_in(records.column("key"), value_set=keys))
-    facts = {row["key"]: row for row in probe.to_pylist()}
-    for row in records.to_pylist():
-        facts[row["key"]] |= row
-    wanted = [Wanted(key, w, h, facts[key]["sha256"]) for key, w, h in sorted(pairs)]
+        tables.append(pq.read_table(path, columns=PLACE))
+    pairs = pa.concat_tables(tables).group_by(PLACE).aggregate([]).sort_by([(name, "ascending") for name in PLACE])
+    keys = pc.unique(pairs.column("key"))
+    facts = facts_of(settings, keys)
+    pairs = pairs.append_column("sha256", facts.column("sha256", pairs.column("key").combine_chunks()))
+    wanted: list[Wanted] = []
+    for batch in pairs.to_batches(max_chunksize=50_000):
+        wanted += map(Wanted, *(column.to_pylist() for column in batch.columns))
     return wanted, facts
 
 
@@ -254,7 +252,7 @@ def _taken_over(work: Work, slots: list[Slot]) -> tuple[dict[int, torch.Tensor],
     return taken, unusable
 
 
-def _jobs(settings: DatasetConfig, slots: list[Slot], facts: Mapping[str, Mapping[str, Any]]) -> Iterator[Cut]:
+def _jobs(settings: DatasetConfig, slots: list[Slot], facts: Facts) -> Iterator[Cut]:
     sources = {source.name: source for source in settings.sources}
     for slot in slots:
         fact = facts[slot.key]

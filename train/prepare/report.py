@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 
 from train.captions import DrawOptions, draw, render
 from train.exits import ExitCode
+from train.prepare.facts import between
 from train.prepare.judge import Complaint
 from train.prepare.peers import Peers
 from train.prepare.pictures import Look, Thumb, thumbnail
@@ -19,7 +20,6 @@ from train.prepare.pool import Pool
 from train.prepare.probe import ok_files
 from train.prepare.progress import bar
 from train.prepare.records import RECORDS
-from train.prepare.report_captions import between
 from train.prepare.report_facts import Facts, gather
 from train.prepare.report_page import counted, page
 from train.prepare.settings import DatasetConfig, dataset_dir

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import heapq
 import itertools
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 from train.captions import render
 from train.exclusions import excluded_by
 from train.indexing import encoded, suspicious_rows, tag_hashes
+from train.prepare.facts import between
 from train.prepare.label import token_counter
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.units import stream_table
@@ -54,14 +54,6 @@ def caption_facts(settings: DatasetConfig, stages: dict[str, pa.Table]) -> Facts
         "tokens": _tokens(np.concatenate(lengths), longest, fixed_over),
         "texts_that_repeat": int(repeats[repeats > 1].sum()), "hard_excluded": excluded,
     }  # fmt: skip
-
-
-def between(keys: pa.Array, part: pa.ChunkedArray) -> pa.Array:
-    """Those of rising `keys` that lie between the first and last of `part`: what one unit can meet."""
-    if len(part) == 0 or len(keys) == 0:
-        return keys[:0]
-    low, high = (bisect.bisect(keys, part[at].as_py(), key=lambda k: k.as_py()) for at in (0, -1))
-    return keys[max(low - 1, 0) : high]
 
 
 def _selected(stages: dict[str, pa.Table]) -> pa.Array:

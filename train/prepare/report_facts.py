@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from train.exclusions import excluded_match
 from train.exits import Halt
 from train.latents import ShardReader, read_meta
+from train.prepare.facts import between
 from train.prepare.probe import ok_files
 from train.prepare.records import INDEX
-from train.prepare.report_captions import between, caption_facts
+from train.prepare.report_captions import caption_facts
 from train.prepare.select import selection_counts, selection_merges, selection_path
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.units import has_table, read_table, stream_table

@@ -24,7 +24,7 @@ _SCHEMA = pa.schema([("shard", pa.string()), ("slot", pa.int32()), ("key", pa.st
                      ("bucket_w", pa.int16()), ("bucket_h", pa.int16())])  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Wanted:
     """One picture in one bucket."""
 
@@ -39,7 +39,7 @@ class Wanted:
         return row_hash(self.key, self.bucket_w, self.bucket_h, self.sha256)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Slot:
     """A place in a shard and what belongs there."""
 
