@@ -34,6 +34,7 @@ _COLLECTIVE_SIGNS = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Timed out waiting",
+    "Wait timeout",  # a new group's members did not come
 )
 
 _STOPPED = "stopped: "  # instead of "done", in the key that the others wait for

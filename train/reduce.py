@@ -69,6 +69,17 @@ class BinaryCounter:
         return self.partials.pop()[1]
 
 
+def control_group(world: int, timeout_s: float) -> dist.ProcessGroup | None:
+    """A group of all for the control vector, where DDP uses the default one; None where that one serves.
+
+    gloo ends a process without a word when collectives of different sizes meet in one group, as they do when a process
+    left one out; in two groups both sides run into the timeout, and say where they stood.
+    """
+    if world == 1 or dist.get_backend() != "gloo":
+        return None
+    return dist.new_group(timeout=datetime.timedelta(seconds=timeout_s))
+
+
 def pair_groups(world: int, timeout_s: float | None = None) -> dict[int, dict[int, dist.ProcessGroup]]:
     """Distance 1, 2, 4 .. to {lower rank: group of the pair}; all ranks create them in the same order.
 

@@ -273,7 +273,9 @@ def open_gradients(config: StageConfig, machine: Machine, networks: Networks) ->
     with warnings.catch_warnings():
         # torch 2.13 renames broadcast_buffers; accelerate and older torch know the old name only.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        return Gradients(machine.accelerator.prepare_model(networks), parameters, place)
+        model = machine.accelerator.prepare_model(networks)
+    control = reduce.control_group(place.world, config.launch.collective_timeout_s)
+    return Gradients(model, parameters, place, control=control)
 
 
 def open_saver(config: StageConfig, run: RunDir, plan: Plan, stop: StopFlag) -> Saver:

@@ -81,8 +81,9 @@ class Gradients:
         *,
         strict_groups: dict[int, dict[int, dist.ProcessGroup]] | None = None,
         virtual_per_rank: int = 1,
+        control: dist.ProcessGroup | None = None,
     ) -> None:
-        self.model, self.place = model, place
+        self.model, self.place, self.control = model, place, control
         self.parameters = list(parameters)
         self.groups, self.virtual_per_rank = strict_groups, virtual_per_rank
         self.flat = FlatGradients(self.parameters) if strict_groups is not None else None
@@ -220,7 +221,7 @@ def compute_update(
     flags = torch.tensor([float(stop_asked()), float(backward.tags_cut)], device=place.device)
     control = torch.cat([backward.losses_G, flags])
     if place.world > 1 and not faults.skips("control", step):
-        dist.all_reduce(control)
+        dist.all_reduce(control, group=gradients.control)
     faults.at("clip", step)
     if scale.enabled:
         torch._foreach_mul_([p.grad for p in gradients.parameters if p.grad is not None], 1.0 / scale.scale)
