@@ -134,7 +134,7 @@ def _prepared(config: StageConfig) -> Images:
     if config.validation.share:
         from train.validation import held_out
 
-        index = index.select(~held_out(index.uids, config.validation.share))
+        index = index.select(~held_out(index.uids, config.validation.share, index.images))
     plan = Plan(
         index.uids,
         index.bucket_w,
