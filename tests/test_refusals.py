@@ -112,6 +112,18 @@ def test_a_batch_that_does_not_divide_is_refused_before_the_processes_meet(
     assert choices in stopped.message
 
 
+@pytest.mark.parametrize(("variable", "value", "word"), [
+    ("ACCELERATE_USE_FSDP", "true", "FSDP is not built; optimizer.sharding: zero1"),
+    ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not built"),
+    ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "model.compile"),
+])  # fmt: skip
+def test_a_launch_config_that_wraps_the_model_otherwise_is_refused_by_name(
+    variable: str, value: str, word: str, stopped: Stage
+) -> None:
+    assert stopped.run(**{variable: value}) == ExitCode.USAGE
+    assert word in stopped.message
+
+
 def test_strict_refuses_a_world_that_is_no_power_of_two(dataset: Path, base_model: Path, tmp_path: Path) -> None:
     stage = Stage(tmp_path, dataset, base_model)
     changes = ("batch.determinism=strict", "batch.effective=12")

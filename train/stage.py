@@ -77,6 +77,7 @@ def open_machine(config: StageConfig) -> Machine:
             f"batch.accumulation {batch.accumulation} x micro {batch.micro} x {world} processes is not "
             f"batch.effective {batch.effective}: leave it null, or give {accumulation}",
         )
+    refuse_foreign_engines()
     strict = batch.determinism == "strict"
     virtual_per_rank = reduce.check_strict_world(tiles, world) if strict else 1
     if strict:
@@ -94,6 +95,24 @@ def open_machine(config: StageConfig) -> Machine:
     rank = accelerator.process_index
     place = Place(rank, accelerator.num_processes, accelerator.device)
     return Machine(place, accelerator, range(rank * accumulation, (rank + 1) * accumulation), virtual_per_rank)
+
+
+def refuse_foreign_engines() -> None:
+    """Halt(USAGE) for a launch config that wants the model wrapped by FSDP or DeepSpeed, or compiled as a whole."""
+    instead = {
+        "ACCELERATE_USE_FSDP": "FSDP is not built; optimizer.sharding: zero1 shares the optimizer's state",
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not built; optimizer.sharding: zero1 shares the optimizer's state",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not built",
+    }
+    for variable, answer in instead.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise Halt(ExitCode.USAGE, f"the launch config asks for it, but {answer}. Use one of configs/launch/")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        raise Halt(
+            ExitCode.USAGE,
+            "the launch config sets dynamo_config, which would compile the whole model: remove it, and set "
+            "model.compile: true for the repeated blocks",
+        )
 
 
 def open_data(config: StageConfig, source: LocalModel) -> Data:
