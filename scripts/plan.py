@@ -25,6 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images-per-s", type=float, help="measured speed of one GPU")
     parser.add_argument("--bench", type=Path, help="JSON of scripts/bench.py gpu, instead of --images-per-s")
     parser.add_argument("--price-per-hour", type=float, help="of one GPU")
+    parser.add_argument("--disk-gb", type=float, help="free disk; default: this machine's, if planned for its GPU")
     parser.add_argument("--out", type=Path, help="folder for plan.json and lr.png")
     parser.add_argument("--write", action="store_true", help="write both into the stage's output_dir")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
@@ -54,6 +55,7 @@ def main() -> int:
         images_per_s=arguments.images_per_s,
         bench=arguments.bench,
         price_per_hour=arguments.price_per_hour,
+        disk_gb=arguments.disk_gb,
     )
     config = load_stage(arguments.config, arguments.overrides)
     plan = planner.plan_stage(config, request)
@@ -63,6 +65,10 @@ def main() -> int:
     print(json.dumps(plan) if arguments.json else plan_page.describe(plan))
     if plan["memory"]["fits"] is False:
         print(f"error: {plan['memory']['problem']}", file=sys.stderr)
+        return ExitCode.MISMATCH
+    if plan["disk"]["fits"] is False:
+        print("error: checkpoints and export do not fit the disk: lower checkpoint.keep or raise "
+              "checkpoint.permanent_every_steps", file=sys.stderr)  # fmt: skip
         return ExitCode.MISMATCH
     return ExitCode.DONE
 

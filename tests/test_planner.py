@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import synthetic
 
 from train.config import StageConfig, load_stage
 from train.exits import ExitCode, Halt
@@ -121,6 +122,19 @@ def test_time_cost_and_their_origin(tmp_path: Path) -> None:
     bench.write_text(json.dumps({"variants": rows}))
     measured = planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))["time"]
     assert (measured["images_per_s_per_gpu"], measured["source"]) == (8.0, "measured: cl in bench.json, Card")
+    rows += [{"name": "cl_compile", "stage": 1, "images_per_s": 12.0, "compile": True, "channels_last": True}]
+    rows += [{"name": "compile", "stage": 1, "images_per_s": 11.0, "compile": True, "channels_last": False}]
+    bench.write_text(json.dumps({"variants": rows}))
+    for overrides, told in (
+        (("model.compile=true",), (11.0, "measured: compile in bench.json, GPU unnamed")),
+        (("model.compile=true", "model.channels_last=true"), (12.0, "measured: cl_compile in bench.json, GPU unnamed")),
+        (("model.compile=true", "model.float8=true"), (11.0, "measured: compile in bench.json, GPU unnamed")),
+    ):
+        asked = planner.plan_stage(stage("pretrain.yaml", *overrides), Request(gpu="A100", bench=bench))["time"]
+        assert (asked["images_per_s_per_gpu"], asked["source"]) == told
+    bench.write_text(json.dumps({"variants": [rows[-1]]}))
+    other = planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))["time"]
+    assert other["source"].endswith("this config differs in compile")
     expected = planner.plan_stage(stage("pretrain.yaml"), A100)["time"]
     assert "nobody has measured" in expected["source"]
     assert "guess" in planner.plan_stage(stage("pretrain.yaml"), Request(gpu="L40S", memory_gib=79))["time"]["source"]
@@ -142,6 +156,48 @@ def test_memory_by_part_and_mode() -> None:
     assert (chosen["checkpointing"], chosen["split"], chosen["images_at_once"]) == ("none", 2, 8)
 
 
+def test_shared_optimizer_state_and_the_average_are_counted() -> None:
+    """12.6 GiB less on each of two cards; the checkpoint stays whole, and holds the average wherever that lies."""
+    alone, shared = (
+        planner.plan_stage(stage("pretrain.yaml", f"optimizer.sharding={how}"), Request(gpu="A100", world=2))
+        for how in ("none", "zero1")
+    )
+    parts = [plan["memory"]["parts_gib"]["optimizer"] for plan in (alone, shared)]
+    assert parts[0] - parts[1] == pytest.approx(12.6, abs=0.05)
+    assert alone["disk"]["checkpoint_bytes"] == shared["disk"]["checkpoint_bytes"]
+    averaged = planner.plan_stage(stage("pretrain.yaml", "ema.decay=0.999", "ema.device=cpu"), A100)
+    assert averaged["disk"]["checkpoint_bytes"] - alone["disk"]["checkpoint_bytes"] == pytest.approx(13.5e9, rel=0.01)
+    assert averaged["memory"]["parts_gib"]["ema"] == 0
+
+
+def test_a_disk_that_is_known_is_held_against_the_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    free = {gb: planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", disk_gb=gb))["disk"] for gb in (300, 600)}
+    assert [free[gb]["fits"] for gb in (300, 600)] == [False, True]  # 13 checkpoints of 40.5 GB, 14 GB of export
+    assert planner.plan_stage(stage("pretrain.yaml"), A100)["disk"]["fits"] is None, "another machine's disk"
+    command = [sys.executable, "scripts/plan.py", "--config", "configs/pretrain.yaml", "--gpu", "A100", "--disk-gb", "300"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == ExitCode.MISMATCH
+    assert "do not fit the disk" in done.stderr and "300 GB free" in done.stdout
+
+
+def test_options_that_change_numbers_are_named_with_their_limit() -> None:
+    told = planner.plan_stage(stage("pretrain.yaml", "model.compile=true", "batch.split=2"), A100)["tolerances"]
+    assert {key: limit["loss"] for key, limit in told.items()} == {"batch.split": 1e-6, "model.compile": 1e-5}
+    assert planner.plan_stage(stage("pretrain.yaml"), A100)["tolerances"] == {}
+
+
+def test_held_out_repeats_are_left_out_as_in_the_stage(tmp_path: Path) -> None:
+    from train.index import Index
+    from train.validation import held_out
+
+    data = synthetic.make_dataset(tmp_path / "set", (40, 24))
+    config = stage("pretrain.yaml", f"data.path={data}", "data.select=pretrain", "batch.micro=2", "batch.effective=4",
+                   "validation.share=0.3", "epochs=2", "batch.min_bucket=1")  # fmt: skip
+    index = Index.open(data, config.selection)
+    expected = int((~held_out(index.uids, 0.3, index.images)).sum())
+    assert planner.find_images(config, None).count == expected
+
+
 def test_prepared_buckets_are_counted_merged_and_dropped() -> None:
     counts = {(832, 1216): 40, (1024, 1024): 21, (1216, 832): 3}
     widths = np.repeat([b[0] for b in counts], list(counts.values()))
@@ -154,7 +210,7 @@ def test_prepared_buckets_are_counted_merged_and_dropped() -> None:
     assert report["to_merge"] == {"1216x832": "1024x1024"}
     assert report["dropped_per_epoch"] == 0 + 1 + 3
     assert planner._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (7, 75)
-    disk = planner._disk_report(config, planner.memory.setup_of(config), images, 7, 75)
+    disk = planner._disk_report(config, planner.memory.setup_of(config), images, 7, 75, None)
     assert disk["latents_bytes"] == 8 * (104 * 152 * 43 + 128 * 128 * 21)
     assert disk["permanent_checkpoints"] == 10
 

@@ -1,7 +1,8 @@
 """Twenty updates with each speed or memory option against the plain path: what each may change, and that it does not more.
 
 `loss`: largest relative difference of an update's loss. `weights`: distance from the plain run's final weights over the
-distance those have travelled; 0 means the same bits. The table is the one in docs/speed.md. `optimizer.sharding: zero1`
+distance those have travelled; 0 means the same bits. The limits are train/tools/tolerances.py's; the table stands in
+docs/speed.md. `optimizer.sharding: zero1`
 (same bits, two processes) stands in test_sharding.py.
 """
 
@@ -21,19 +22,11 @@ from stages import Stage, losses, weights
 from train import fast, stage
 from train.models import Networks, load_components, trained_parameters
 from train.tools.ranks import Ranks, warm_up
+from train.tools.tolerances import COARSE, REORDERED, RETILED, ROUNDED, SAME_BITS, Tolerance
 
 RUN = ("batch.micro=16", "batch.effective=16", "epochs=8", "max_updates=20", "checkpoint.every_steps=20")
 BF16 = "precision=bf16"
 
-
-class Tolerance(NamedTuple):
-    loss: float
-    weights: float
-
-
-SAME_BITS = Tolerance(0.0, 0.0)
-RETILED, REORDERED = Tolerance(1e-6, 5e-3), Tolerance(1e-5, 5e-3)
-ROUNDED, COARSE = Tolerance(1e-2, 0.25), Tolerance(5e-2, 0.5)
 
 OPTIONS: dict[str, tuple[tuple[str, ...], Tolerance]] = {
     "batch.split 2": (("batch.split=2",), RETILED),

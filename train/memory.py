@@ -83,6 +83,7 @@ class Setup:
     weights: str = "fp32"  # fp32 | bf16
     shards: int = 1  # processes that share the optimizer state (ZeRO-1)
     ema_on_device: bool = False
+    ema: bool = False  # an average is kept, wherever it lies
     context: int = CONTEXT
 
     def trained(self) -> dict[str, int]:
@@ -136,6 +137,7 @@ def setup_of(config: Any, world: int = 1) -> Setup:
         weights=config.model.weights,
         shards=world if config.optimizer.sharding == "zero1" else 1,
         ema_on_device=config.ema.decay is not None and config.ema.device == "same",
+        ema=config.ema.decay is not None,
         context=chunks * 77 if config.model.context == "chunks" else chunks * 75 + 2,
     )
 
@@ -201,10 +203,10 @@ def optimizer_bytes(setup: Setup) -> int:
 
 
 def checkpoint_bytes(setup: Setup) -> int:
-    """Bytes on disk of one resume checkpoint: weights as they train plus the whole optimizer state."""
+    """Bytes on disk of one resume checkpoint: weights as they train, the whole optimizer state, the average."""
     trained = sum(setup.trained().values())
     state = optimizer_bytes(setup) * setup.shards
-    ema = 4 * trained if setup.ema_on_device else 0
+    ema = 4 * trained if setup.ema or setup.ema_on_device else 0
     return trained * (2 if setup.weights == "bf16" else 4) + state + ema
 
 

@@ -88,7 +88,7 @@ def _row(variant: Variant, left_s: float, probed: dict[str, Any], *, tiny: bool)
     if left_s < expected:
         return row | {
             "images_per_s": None,
-            "skipped": f"{left_s:.0f} s of the budget left, about {expected:.0f} needed",
+            "skipped": f"{max(left_s, 0.0):.0f} s of the budget left, about {expected:.0f} needed",
         }
     if variant.float8 and "absent" in str(probed["versions"].get("torchao", "absent")):
         return row | {"images_per_s": None, "skipped": "torchao does not import: pip install -e '.[fast]'"}

@@ -7,6 +7,7 @@ from typing import Any
 
 from train import memory
 from train.memory import GIB, Setup
+from train.tools.planner import MODES
 
 BUCKET = (832, 1216)
 H200_TFLOPS = 790  # measured: an 8192^3 bf16 product on random data; datasheet 989
@@ -88,6 +89,5 @@ def prediction(variant: Variant) -> dict[str, float]:
 
 def describe_variant(variant: Variant) -> dict[str, Any]:
     """Settings and prediction as JSON values."""
-    checkpointing = ("full", "off mid", "off mid, down 2", "off 1280", "off 1280 and 640", "none")
-    more = {"checkpointing": checkpointing[variant.exempt_steps], "dtype": variant.precision}
+    more = {"checkpointing": MODES[variant.exempt_steps], "dtype": variant.precision}
     return asdict(variant) | more | {"optimizer": variant.setup().optimizer} | prediction(variant)

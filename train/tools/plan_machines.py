@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,15 +94,25 @@ def _present() -> Gpu | None:
 
 
 def find_speed(
-    gpu: Gpu, stage: str, *, trains_text: bool, flops_per_image: int, given: float | None, bench: Path | None
+    gpu: Gpu,
+    stage: str,
+    *,
+    trains_text: bool,
+    flops_per_image: int,
+    given: float | None,
+    bench: Path | None,
+    settings: Mapping[str, Any],
 ) -> Speed:
-    """Images per second and card: given, else the best row of a bench file, else the expectation, and says which."""
+    """Images per second and card: given, else from a bench file, else the expectation, and says which.
+
+    settings: those of the config under the bench rows' names; the row most like them is taken, of equals the fastest.
+    """
     if given is not None:
         if not given > 0:
             raise Halt(ExitCode.USAGE, f"--images-per-s is {given}, must be above 0")
         return Speed(given, "given")
     if bench is not None:
-        return _from_bench(bench, stage, 1 if trains_text else 2)
+        return _from_bench(bench, stage, 1 if trains_text else 2, settings)
     for name, by_stage in _EXPECTED.items():
         if name.split("-")[0] in gpu.name:
             return Speed(by_stage[trains_text], "expected, nobody has measured it: eager kernels, full checkpointing")
@@ -111,7 +122,7 @@ def find_speed(
     )
 
 
-def _from_bench(path: Path, stage: str, bench_stage: int) -> Speed:
+def _from_bench(path: Path, stage: str, bench_stage: int, settings: Mapping[str, Any]) -> Speed:
     try:
         rows: list[dict[str, Any]] = json.loads(path.read_text())["variants"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -121,7 +132,9 @@ def _from_bench(path: Path, stage: str, bench_stage: int) -> Speed:
         raise Halt(ExitCode.USAGE, f"--bench {path} has no timed variant for {stage} (bench stage {bench_stage})")
     # The reference rows are other trainers' settings, not something this configuration could run at.
     ours = [row for row in timed if not str(row["name"]).startswith("ref_")] or timed
-    best = max(ours, key=lambda row: float(row["images_per_s"]))
-    return Speed(
-        float(best["images_per_s"]), f"measured: {best['name']} in {path.name}, {best.get('gpu', 'GPU unnamed')}"
-    )
+    other = {id(row): [key for key, value in settings.items() if row.get(key, value) != value] for row in ours}
+    best = min(ours, key=lambda row: (len(other[id(row)]), -float(row["images_per_s"])))
+    source = f"measured: {best['name']} in {path.name}, {best.get('gpu', 'GPU unnamed')}"
+    if other[id(best)]:
+        source += f"; this config differs in {', '.join(other[id(best)])}"
+    return Speed(float(best["images_per_s"]), source)

@@ -25,6 +25,7 @@ def describe(plan: dict[str, Any]) -> str:
         *_memory_lines(plan["memory"]),
         *_disk_lines(plan["disk"]),
         *_time_lines(plan["time"]),
+        *_tolerance_lines(plan["tolerances"]),
     ]
     cycle = plan["schedule"]["cycle_updates"]
     lines.append(f"  lr      {plan['schedule']['name']}" + (f", cycle of {cycle:,} updates" if cycle else ""))
@@ -71,7 +72,17 @@ def _disk_lines(disk: dict[str, Any]) -> list[str]:
             f", checkpoint {disk['checkpoint_bytes'] / 1e9:.1f} GB x at most {disk['checkpoints_at_most']} "
             f"= {disk['checkpoints_bytes'] / 1e9:.0f} GB, export {disk['export_bytes'] / 1e9:.1f} GB"
         )
+    if disk["free_bytes"] is not None:
+        line += f"; {disk['free_bytes'] / 1e9:.0f} GB free"
     return [line]
+
+
+def _tolerance_lines(tolerances: dict[str, dict[str, float]]) -> list[str]:
+    """What the chosen options may change, each beside its key."""
+    if not tolerances:
+        return []
+    told = ", ".join(f"{key} {limit['loss']:g}" for key, limit in tolerances.items())
+    return [f"  numbers relative change of the loss within: {told} (docs/speed.md)"]
 
 
 def _time_lines(time: dict[str, Any] | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from train.config import StageConfig, config_hash
 from train.exits import ExitCode, Halt
 from train.memory import GIB, Prediction, Setup
 from train.plan import Plan, merge_small_buckets, tiles_per_update
+from train.tools import tolerances
 from train.tools.plan_machines import IMPLIED_BY_CARD, Gpu, find_gpu, find_speed
 
 MODES = (
@@ -49,6 +51,7 @@ class Request:
     images_per_s: float | None = None
     bench: Path | None = None
     price_per_hour: float | None = None
+    disk_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
     gpu, how = find_gpu(request.gpu, request.memory_gib)
     setup = memory.setup_of(config, request.world)
     foreign = _foreign_size(config.model.init_from)  # what is counted below is SDXL's own size
+    memory_plan = memory_report(config, request.world, images, gpu, how)
+    checkpointing = memory_plan.get("checkpointing")
     return {
         "stage": config.stage,
         "config_hash": config_hash(config),
@@ -99,9 +104,10 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
             "unit": config.schedule.unit,
         },
         "lr": [lr_row(config, update, cycle) for update in _rows(request.updates, total, cycle if restarts else total)],
-        "memory": memory_report(config, request.world, images, gpu, how),
-        "disk": _disk_report(config, None if foreign else setup, images, per_epoch, total),
-        "time": _time_report(config, setup, images, request, gpu, total) if foreign is None else None,
+        "tolerances": {key: limit._asdict() for key, limit in tolerances.of(config).items()},
+        "memory": memory_plan,
+        "disk": _disk_report(config, None if foreign else setup, images, per_epoch, total, _free_disk(config, request, how)),
+        "time": _time_report(config, setup, images, request, gpu, total, checkpointing) if foreign is None else None,
     }
 
 
@@ -265,27 +271,46 @@ def _parts(prediction: Prediction) -> dict[str, float]:
 
 
 def _disk_report(
-    config: StageConfig, setup: Setup | None, images: Images, per_epoch: int, total: int
+    config: StageConfig, setup: Setup | None, images: Images, per_epoch: int, total: int, free_bytes: int | None
 ) -> dict[str, Any]:
-    """Bytes of the latent cache, the run's checkpoints at their most, and the export; None where `setup` is unknown."""
+    """Bytes of the latent cache, the run's checkpoints at their most, and the export; None where `setup` is unknown.
+
+    `fits`: whether checkpoints and export find room in `free_bytes`; None where either is unknown.
+    """
     counts = images.buckets or {memory.largest(make_buckets()): images.count}
     latents = sum(count * 2 * 4 * (width // 8) * (height // 8) for (width, height), count in counts.items())
     one = memory.checkpoint_bytes(setup) if setup is not None else None
     every = config.checkpoint.permanent_every_steps or max(1, per_epoch)
     permanent = total // every
+    export = EXPORT_BYTES * (2 if config.export.dtype == "fp32" else 1) if one is not None else None
+    need = one * (config.checkpoint.keep + 1 + permanent) + (export or 0) if one is not None else None
     return {
+        "free_bytes": free_bytes,
+        "fits": need <= free_bytes if need is not None and free_bytes is not None else None,
         "latents_bytes": latents,
         "latents_note": "16 bit" if images.buckets else "16 bit, all images at 1024x1024",
         "checkpoint_bytes": one,
         "checkpoints_at_most": config.checkpoint.keep + 1 + permanent,
         "permanent_checkpoints": permanent,
         "checkpoints_bytes": one * (config.checkpoint.keep + 1 + permanent) if one is not None else None,
-        "export_bytes": EXPORT_BYTES * (2 if config.export.dtype == "fp32" else 1) if one is not None else None,
+        "export_bytes": export,
     }
 
 
+def _free_disk(config: StageConfig, request: Request, how: str) -> int | None:
+    """Room for the run: as given, or of output_dir's disk when the plan is for the GPU of this machine."""
+    if request.disk_gb is not None:
+        return int(request.disk_gb * 1e9)
+    if not how.startswith("present"):
+        return None  # planned for another machine, whose disk is unknown
+    folder = Path(config.output_dir).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
 def _time_report(
-    config: StageConfig, setup: Setup, images: Images, request: Request, gpu: Gpu, total: int
+    config: StageConfig, setup: Setup, images: Images, request: Request, gpu: Gpu, total: int, checkpointing: str | None
 ) -> dict[str, Any]:
     """Hours, use of the card and cost, with the origin of the speed they rest on."""
     counts = images.buckets or {(1024, 1024): 1}
@@ -297,6 +322,8 @@ def _time_report(
         flops_per_image=useful,
         given=request.images_per_s,
         bench=request.bench,
+        settings={key: getattr(config.model, key) for key in ("compile", "channels_last", "float8")}
+        | ({"checkpointing": checkpointing} if checkpointing else {}),
     )
     visits = total * config.batch.effective
     gpu_hours = visits / speed.images_per_s / 3600
