@@ -203,3 +203,69 @@ def test_exit_codes(tmp_path: Path) -> None:
     done = command(tmp_path / "absent", tmp_path / "never")
     assert (done.returncode, "does not exist" in done.stderr) == (ExitCode.USAGE, True)
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "value"),
+    [
+        ({"optimizer_type": "AdamW", "optimizer_args": []}, "optimizer.betas", [0.9, 0.999]),
+        ({"optimizer_type": "AdamW", "optimizer_args": []}, "optimizer.weight_decay", 0.01),
+        ({"optimizer_type": "AdamW", "optimizer_args": ["betas=0.8,0.9"]}, "optimizer.betas", [0.8, 0.9]),
+        ({"optimizer_args": ["relative_step=False"]}, "optimizer.scale_parameter", True),
+        ({"learning_rate": None}, "optimizer.unet_lr", 2e-6),
+        ({"learning_rate": None, "train_text_encoder": True}, "optimizer.text_encoder_lr", 2e-6),
+        ({"max_train_epochs": None, "max_train_steps": None}, "max_updates", 1600),
+        ({}, "export.dtype", "fp32"),
+        ({"max_token_length": "225"}, "data.max_tokens", 225),
+        ({"learning_rate": "3e-6"}, "optimizer.unet_lr", 3e-6),
+        ({"train_text_encoder": "true"}, "model.train_text_encoders", True),
+        ({"lr_warmup_steps": 0.05, "max_train_steps": 2000}, "schedule.warmup_steps", 100),
+        ({"lr_warmup_steps": "5%", "max_train_steps": 2000}, "schedule.warmup_steps", 100),
+        ({"lr_scheduler_type": "CosineAnnealingWarmupRestarts", "lr_scheduler_args": ["first_cycle_steps=500.0"]},
+         "schedule.cycle_steps", 500),
+        ({"output_name": "!!!"}, "stage", "converted"),
+        ({"output_name": "2024"}, "stage", "2024"),
+        ({"wandb_run_name": "7"}, "tracking.name", "7"),
+    ],
+)  # fmt: skip
+def test_the_originals_defaults_and_values_written_as_text(changes: dict[str, Any], key: str, value: Any) -> None:
+    given = {name: item for name, item in {**FINETUNE, **changes}.items() if item is not None}
+    assert convert(given).config[key] == value
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "words"),
+    [
+        ({"optimizer_args": []}, "optimizer_args relative_step", "discards the learning rate"),
+        ({"optimizer_args": ["relative_step=True"]}, "optimizer_args relative_step", "discards the learning rate"),
+        ({"max_token_length": 300}, "data.max_tokens", "does not fit"),
+        ({"learning-rate": 1}, "learning-rate", "it knows learning_rate"),
+        ({"datasets": [{"batch_size": 2, "subsets": [{"num_repeats": 3}]}]}, "datasets[0].batch_size", "dataset.yaml"),
+        ({"datasets": [{"batch_size": 2, "subsets": [{"num_repeats": 3}]}]},
+         "datasets[0].subsets[0].num_repeats", "dataset.yaml"),
+        ({"pretrained_model_name_or_path": "owner/name"}, "(ours) model.init_from", "owner/name@<commit>"),
+        ({"huber_c": 0}, "huber_c", "not read"),
+        ({"lr_scheduler": "cosine", "max_train_epochs": 3, "max_train_steps": 9}, "lr_scheduler", "set schedule.cycle_steps"),
+        ({"lr_scheduler_type": "x.CosineAnnealingWarmupRestarts", "lr_scheduler_args": ["cycle_mult=2.0"]},
+         "lr_scheduler_args cycle_mult", "no counterpart"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_said_here_is_named(changes: dict[str, Any], key: str, words: str) -> None:
+    assert words in convert({**FINETUNE, **changes}).notes[key]
+
+
+def test_a_warmup_counted_per_process_is_named() -> None:
+    assert "process_step" in convert(FINETUNE, processes=2).notes["lr_warmup_steps"]
+    assert "lr_warmup_steps" not in convert(FINETUNE).notes
+
+
+def test_what_keeps_the_yaml_from_loading_is_told(tmp_path: Path) -> None:
+    lines = convert_file(write(tmp_path, "train_batch_size = 2\n'a\\nb' = 1\n"), tmp_path / "out.yaml")
+    assert "to do before it loads: missing value for model.init_from" in lines[-1]
+    lines = convert_file(write(tmp_path, 'pretrained_model_name_or_path = "x"\n"a\\nseed: 9" = 1'), tmp_path / "o2.yaml")
+    assert load_stage([tmp_path / "o2.yaml"]).seed == 0  # a key cannot leave its comment
+    for text in ('train_batch_size = "many"', "gradient_accumulation_steps = 0", 'lr_warmup_steps = "soon"'):
+        with pytest.raises(Halt, match=text.split()[0]) as caught:
+            convert_file(write(tmp_path, text), tmp_path / "o3.yaml")
+        assert caught.value.code == ExitCode.USAGE
+    assert not (tmp_path / "o3.yaml").exists()

@@ -115,6 +115,15 @@ def _sections(hint: Any) -> Iterator[tuple[str, type]]:
             yield from _sections(option)
 
 
+def leaves(schema: type, prefix: str = "") -> dict[str, Any]:
+    """Annotation of every dotted key that holds a value."""
+    found: dict[str, Any] = {}
+    for name, hint in _hints(schema).items():
+        section = dataclasses.is_dataclass(hint)
+        found |= leaves(typing.cast(type, hint), f"{prefix}{name}.") if section else {prefix + name: hint}
+    return found
+
+
 def _hints(schema: type) -> dict[str, Any]:
     return typing.get_type_hints(schema)
 
@@ -141,8 +150,8 @@ def _problems(hint: Any, value: Any, key: str, known: Sequence[str]) -> Iterator
             for number, inner in enumerate(value):
                 element = arguments[0] if origin is list or arguments[-1] is Ellipsis else arguments[number]
                 yield from _problems(element, inner, f"{key}[{number}]", known)
-    elif not _fits(hint, value):
-        yield f"{key} is {value!r}, must be {_describe(hint)}"
+    elif not fits(hint, value):
+        yield f"{key} is {value!r}, must be {describe(hint)}"
 
 
 def _section_problems(schema: type, value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
@@ -173,12 +182,13 @@ def _suggestion(unknown: str, known: Sequence[str], section: str, siblings: Iter
     return f": {section or 'the top level'} knows {', '.join(sorted(siblings)) or 'no keys'}"
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value read from YAML is what the annotation asks for; nothing is converted."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(option, value) for option in arguments)
+        return any(fits(option, value) for option in arguments)
     if origin is Literal:
         return value in arguments and not isinstance(value, bool)
     if origin in (list, tuple, dict):
@@ -194,10 +204,11 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
+    """The annotation in words."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(_describe(option) for option in arguments)
+        return " or ".join(describe(option) for option in arguments)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}

@@ -15,92 +15,23 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from train import schema
+from train.config import StageConfig, load_stage
 from train.exits import ExitCode, Halt
+from train.hub import HUB_NAME
 from train.modelfolder import refuse_existing
 from train.rundir import replace_file
-
-DIRECT = {  # theirs: ours, same meaning and same values
-    "pretrained_model_name_or_path": "model.init_from",
-    "vae": "model.vae",
-    "train_batch_size": "batch.micro",
-    "max_train_epochs": "epochs",
-    "max_train_steps": "max_updates",
-    "learning_rate": "optimizer.unet_lr",
-    "train_text_encoder": "model.train_text_encoders",
-    "max_grad_norm": "optimizer.max_grad_norm",
-    "seed": "seed",
-    "output_dir": "output_dir",
-    "output_name": "stage",
-    "shuffle_caption": "data.shuffle_tags",
-    "caption_dropout_rate": "data.caption_dropout",
-    "caption_dropout_every_n_epochs": "data.caption_dropout_every_epochs",
-    "caption_tag_dropout_rate": "data.tag_dropout",
-    "token_warmup_min": "data.token_warmup_min",
-    "token_warmup_step": "data.token_warmup_steps",
-    "max_token_length": "data.max_tokens",
-    "keep_tokens_separator": "data.separator",
-    "max_data_loader_n_workers": "data.workers",
-    "noise_offset": "noise.offset",
-    "adaptive_noise_scale": "noise.offset_adaptive",
-    "multires_noise_iterations": "noise.multires_iterations",
-    "multires_noise_discount": "noise.multires_discount",
-    "ip_noise_gamma": "noise.input_perturbation",
-    "zero_terminal_snr": "noise.zero_terminal_snr",
-    "min_snr_gamma": "loss.min_snr_gamma",
-    "debiased_estimation_loss": "loss.debiased",
-    "huber_c": "loss.huber_c",
-    "huber_schedule": "loss.huber_schedule",
-    "save_every_n_steps": "checkpoint.every_steps",
-    "sample_every_n_steps": "sampling.every_steps",
-    "metadata_title": "export.title",
-    "metadata_author": "export.author",
-    "metadata_description": "export.description",
-    "metadata_license": "export.license",
-    "metadata_tags": "export.tags",
-    "wandb_run_name": "tracking.name",
-    "log_tracker_name": "tracking.project",
-}
-CHOICES: dict[str, tuple[str, dict[Any, Any]]] = {  # theirs: (ours, their value: ours)
-    "mixed_precision": ("precision", {"no": "fp32", "fp16": "fp16", "bf16": "bf16"}),
-    "save_precision": ("export.dtype", {"fp16": "fp16", "float": "fp32"}),
-    "gradient_checkpointing": ("model.gradient_checkpointing", {True: "full", False: "none"}),
-    "v_parameterization": ("loss.prediction", {True: "v", False: "epsilon"}),
-    "loss_type": ("loss.type", {"l2": "l2", "huber": "huber"}),
-    "torch_compile": ("model.compile", {True: True, False: False}),
-}
-OPTIMIZERS = {"adamw": "adamw", "adamw8bit": "adamw8bit", "adafactor": "adafactor"}
-ARGUMENTS = ("weight_decay", "betas", "eps", "scale_parameter", "relative_step", "warmup_init", "clip_threshold",
-             "decay_rate")  # fmt: skip
-DATASET = {  # keys of the original's dataset part; ours are in dataset.yaml
-    "resolution": "buckets.area_px", "min_bucket_reso": "buckets.min_px", "max_bucket_reso": "buckets.max_px",
-    "bucket_reso_steps": "buckets.step_px", "train_data_dir": "sources", "in_json": "sources",
-    "caption_extension": "sources", "cache_latents": "latents (always)", "cache_latents_to_disk": "latents (always)",
-    "vae_batch_size": "latents", "no_half_vae": "latents.dtype", "dataset_repeats": "select",
-    "enable_bucket": "buckets",
-}  # fmt: skip
-NO_COUNTERPART = {
-    "bucket_no_upscale": "small images are enlarged, or excluded at probe",
-    "flip_aug": "no flips: the recipe has none", "color_aug": "latents are prepared once",
-    "random_crop": "the crop is the centre's and told to the network", "keep_tokens": "use the separator in captions",
-    "caption_separator": "captions are split at commas",
-    "cache_text_encoder_outputs": "would freeze the shuffled captions",
-    "cache_text_encoder_outputs_to_disk": "would freeze the shuffled captions",
-    "save_every_n_epochs": "checkpoint.permanent_every_steps keeps one per epoch by default",
-    "save_last_n_steps": "counts steps; see checkpoint.keep", "save_last_n_epochs": "see checkpoint.keep",
-    "save_state": "always", "save_model_as": "always .safetensors", "resume": "resumes by itself from output_dir",
-    "sample_prompts": "make a configs/prompts.yaml", "sample_sampler": "sampler in configs/prompts.yaml",
-    "xformers": "model.attention chooses", "sdpa": "model.attention chooses", "mem_eff_attn": "model.attention chooses",
-    "full_fp16": "masters stay fp32", "full_bf16": "see model.weights: bf16", "lowram": "not needed",
-    "persistent_data_loader_workers": "always", "logging_dir": "metrics.jsonl in output_dir",
-    "log_prefix": "not needed",
-    "ddp_timeout": "see launch.collective_timeout_s", "ddp_gradient_as_bucket_view": "always",
-    "ddp_static_graph": "not needed", "wandb_api_key": "a secret; the value is not copied: use wandb login",
-    "clip_skip": "the SDXL encoders are read before their last layer", "lr_scheduler_power": "no polynomial schedule",
-    "metadata": "the training record is always written", "training_comment": "see export.description",
-    "prior_loss_weight": "no regularisation images", "weighted_captions": "captions are tags",
-    "scale_v_pred_loss_like_noise_pred": "no such weighting", "v_pred_like_loss": "no such weighting",
-    "block_lr": "one learning rate per network", "fused_backward_pass": "not needed",
-}  # fmt: skip
+from train.tools.show_dispatch import plain
+from train.tools.toml_keys import (
+    ARGUMENTS,
+    CHOICES,
+    DATASET,
+    DEFAULT_ARGUMENTS,
+    DEFAULT_LR,
+    DIRECT,
+    NO_COUNTERPART,
+    OPTIMIZERS,
+)
 
 
 @dataclass
@@ -118,20 +49,27 @@ def convert_file(source: Path, out: Path, processes: int = 1) -> list[str]:
         table = tomllib.loads(source.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise Halt(ExitCode.USAGE, f"{source} is no TOML: {error}") from None
+    if processes < 1:
+        raise Halt(ExitCode.USAGE, f"--processes is {processes}, must be at least 1")
     result = convert(table, processes)
-    notes = [f"{key}: {reason}" for key, reason in result.notes.items()]
+    notes = [plain(f"{key}: {reason}") for key, reason in result.notes.items()]  # a line break would end the comment
     head = [
-        f"# From {source.name} by scripts/convert.py. Keys without a counterpart, and what to know:",
+        f"# From {plain(source.name)} by scripts/convert.py. Keys without a counterpart, and what to know:",
         *(f"#   {n}" for n in notes),
     ]
     replace_file(out, "\n".join(head) + "\n" + OmegaConf.to_yaml(OmegaConf.create(_nested(result.config))))
-    return [f"{out}: {len(result.config)} keys", *(f"note: {note}" for note in notes)]
+    lines = [f"{out}: {len(result.config)} keys", *(f"note: {note}" for note in notes)]
+    try:
+        load_stage([out])
+    except Halt as halt:  # what the TOML left open, or what we refuse: told now, not at the start of a run
+        lines.append(f"to do before it loads: {halt.message}")
+    return lines
 
 
 def convert(table: Mapping[str, Any], processes: int = 1) -> Result:
     """Our keys ("batch.micro") and the notes, from a parsed TOML, its sections flattened as the original does."""
-    theirs = _flat(table)
     result = Result()
+    theirs = _plain_values(_flat(table, result))
     special: list[Callable[[dict[str, Any], Result, int], set[str]]] = [_batch, _optimizer, _schedule, _rest]
     used: set[str] = set()
     for rule in special:
@@ -150,16 +88,78 @@ def convert(table: Mapping[str, Any], processes: int = 1) -> Result:
         elif key in NO_COUNTERPART:
             result.notes[key] = f"no counterpart: {NO_COUNTERPART[key]}"
         else:
-            result.notes[key] = "not known here (the original ignores keys it does not know, in silence)"
-    _complete(result)
+            near = key.replace("-", "_")
+            hint = f"; it knows {near}" if near in {*DIRECT, *CHOICES} and near != key else ""
+            result.notes[key] = f"not known here (the original ignores keys it does not know, in silence{hint})"
+    _complete(theirs, result)
+    _fit_types(result)
     return result
 
 
-def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
+def _flat(table: Mapping[str, Any], result: Result, path: str = "") -> dict[str, Any]:
+    """Keys without their sections; those of [[datasets]] tables are named, for they are no part of a stage."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flat(value) if isinstance(value, dict) else {key: value}
+        if isinstance(value, dict):
+            flat |= _flat(value, result, path)
+        elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            for number, entry in enumerate(value):
+                inner = f"{path}{key}[{number}]."
+                for name in _flat(entry, result, inner):
+                    result.notes[inner + name] = f"belongs to dataset.yaml: {DATASET.get(name, 'sources, select')}"
+        else:
+            flat[key] = value
     return flat
+
+
+def _plain_values(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers and booleans written as text, "225" or "true", as what they mean, where our key holds no text."""
+    hints, words = schema.leaves(StageConfig), {"true": True, "false": False}
+    values: dict[str, Any] = {}
+    for key, value in theirs.items():
+        if isinstance(value, str) and not (key in DIRECT and schema.fits(hints[DIRECT[key]], value)):
+            number = None if key == "lr_warmup_steps" else _number(value)
+            value = words.get(value.strip().lower(), value if number is None else number)
+        values[key] = value
+    return values
+
+
+def _number(value: Any) -> int | float | None:
+    """A finite number from TOML or from text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(number):
+        return None
+    exact = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit())
+    return int(value) if exact else number
+
+
+def _whole(theirs: Mapping[str, Any], key: str, least: int, default: int) -> int:
+    """A whole number of the TOML. Raises Halt(USAGE) naming the key."""
+    value = theirs.get(key)
+    if value is None or value == "":
+        return default
+    number = _number(value)
+    if number is None or number != int(number) or number < least:
+        raise Halt(ExitCode.USAGE, f"{key} is {value!r}, must be a whole number of at least {least}")
+    return int(number)
+
+
+def _fit_types(result: Result) -> None:
+    """Values of the type that our key has (500.0 is 500); what cannot be is named and left out."""
+    hints = schema.leaves(StageConfig)
+    for key, value in list(result.config.items()):
+        if isinstance(value, float) and value == int(value) and not schema.fits(hints[key], value):
+            value = int(value)
+        if schema.fits(hints[key], value):
+            result.config[key] = value
+        else:
+            del result.config[key]
+            result.notes[key] = f"{value!r} does not fit {key}, which must be {schema.describe(hints[key])}"
 
 
 def _hashable(value: Any) -> Any:
@@ -189,8 +189,8 @@ def _arguments(theirs: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _batch(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
-    micro = int(theirs.get("train_batch_size") or 1)
-    accumulation = int(theirs.get("gradient_accumulation_steps") or 1)
+    micro = _whole(theirs, "train_batch_size", 1, 1)
+    accumulation = _whole(theirs, "gradient_accumulation_steps", 1, 1)
     result.config["batch.micro"] = micro
     result.config["batch.effective"] = micro * accumulation * processes
     result.notes["gradient_accumulation_steps"] = (
@@ -205,14 +205,19 @@ def _optimizer(theirs: dict[str, Any], result: Result, processes: int) -> set[st
         result.config["optimizer.name"] = OPTIMIZERS[kind.lower()]
     else:
         result.notes["optimizer_type"] = f"{kind} has no counterpart: choose optimizer.name"
-    for name, value in _arguments(theirs, "optimizer_args").items():
-        if name in ARGUMENTS:
+    given = {**DEFAULT_ARGUMENTS.get(kind.lower(), {}), **_arguments(theirs, "optimizer_args")}
+    for name, value in given.items():
+        if name in ("relative_step", "warmup_init") and value is True:
+            result.notes[f"optimizer_args {name}"] = (
+                "True (the original's default) discards the learning rate: no counterpart, optimizer.unet_lr is used"
+            )
+        elif name in ARGUMENTS:
             result.config[f"optimizer.{name}"] = value
         else:
             result.notes[f"optimizer_args {name}"] = "no counterpart"
     rates = [theirs.get(key) for key in ("learning_rate_te1", "learning_rate_te2")]
     if theirs.get("train_text_encoder"):
-        found = [rate for rate in rates if rate is not None] or [theirs.get("learning_rate")]
+        found = [rate for rate in rates if rate is not None] or [theirs.get("learning_rate", DEFAULT_LR)]
         result.config["optimizer.text_encoder_lr"] = found[0]
         if len(set(found)) > 1:
             result.notes["learning_rate_te2"] = f"{found[1]}: one rate for both encoders here, te1's was taken"
@@ -234,25 +239,49 @@ def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> set[str
                 notes[key] = "ignored by the original: lr_scheduler_type takes its place"
         return SCHEDULE_KEYS
     name = str(theirs.get("lr_scheduler") or "constant")
-    warmup, steps = int(theirs.get("lr_warmup_steps") or 0), int(theirs.get("max_train_steps") or 0)
+    # epochs win over steps there, and then nothing tells how many steps there were
+    steps = 0 if theirs.get("max_train_epochs") else _whole(theirs, "max_train_steps", 0, 1600)
+    warmup = _warmup(theirs, steps, result)
     if name in ("constant", "constant_with_warmup"):
         config["schedule.name"] = name
         if name == "constant_with_warmup":
             config["schedule.warmup_steps"] = warmup
+            if processes > 1 and warmup:
+                notes["lr_warmup_steps"] = (
+                    f"the original advanced once per process, so it lasted 1/{processes} of these updates; "
+                    f"schedule.unit: process_step, schedule.processes: {processes} is what ran"
+                )
         elif warmup:
             notes["lr_warmup_steps"] = "ignored by the original: lr_scheduler is constant"
     elif name in ("cosine", "cosine_with_restarts"):
-        cycles = int(theirs.get("lr_scheduler_num_cycles") or 1) if name != "cosine" else 1
+        cycles = _whole(theirs, "lr_scheduler_num_cycles", 1, 1) if name != "cosine" else 1
         config |= {"schedule.name": "cosine_restarts", "schedule.cycles": cycles, "schedule.first_step_at_min": False}
         if steps:
             config["schedule.cycle_steps"] = math.ceil(steps / cycles)
         else:
-            notes["lr_scheduler"] = "its cycles divide max_train_steps, which is not given: set schedule.cycle_steps"
+            notes["lr_scheduler"] = (
+                "its cycles divide all steps, which an epoch count does not tell: set schedule.cycle_steps"
+            )
         if warmup:
             notes["lr_warmup_steps"] = "no counterpart: cosine restarts have no warmup here"
     else:
         notes["lr_scheduler"] = f"{name} has no counterpart: choose schedule.name"
     return SCHEDULE_KEYS
+
+
+def _warmup(theirs: Mapping[str, Any], steps: int, result: Result) -> int:
+    """lr_warmup_steps in updates; below 1 or in percent it is a share of max_train_steps."""
+    value = theirs.get("lr_warmup_steps") or 0
+    percent = isinstance(value, str) and value.strip().endswith("%")
+    number = _number(value.strip().removesuffix("%") if isinstance(value, str) else value)
+    if number is None or number < 0:
+        raise Halt(ExitCode.USAGE, f"lr_warmup_steps is {value!r}, must be a number of steps or a share")
+    share = number / 100 if percent else number
+    if not percent and (share >= 1 or share == 0):
+        return int(number)
+    if not steps:
+        result.notes["lr_warmup_steps"] = f"{value} of max_train_steps, which is not given: set schedule.warmup_steps"
+    return int(share * steps)
 
 
 def _custom_schedule(custom: str, given: dict[str, Any], result: Result, processes: int) -> None:
@@ -265,7 +294,8 @@ def _custom_schedule(custom: str, given: dict[str, Any], result: Result, process
         if name in theirs_to_ours:
             result.config[f"schedule.{theirs_to_ours[name]}"] = value
         elif (name, value) not in (("cycle_mult", 1), ("cycle_mult", 1.0), ("warmup_steps", 0)):
-            result.notes[f"lr_scheduler_args {name}"] = "no counterpart (max_lr is optimizer.unet_lr)"
+            reason = "is optimizer.unet_lr here" if name == "max_lr" else "no counterpart: choose schedule.name"
+            result.notes[f"lr_scheduler_args {name}"] = reason
     if processes > 1:
         result.notes["lr_scheduler_type"] = (
             f"the original advanced it once per process; schedule.unit: process_step, schedule.processes: {processes} "
@@ -276,13 +306,19 @@ def _custom_schedule(custom: str, given: dict[str, Any], result: Result, process
 def _rest(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
     low, high = theirs.get("min_timestep"), theirs.get("max_timestep")
     if low is not None or high is not None:
-        result.config["noise.timesteps"] = [int(low or 0), int(high or 1000)]
+        result.config["noise.timesteps"] = [
+            _whole(theirs, "min_timestep", 0, 0), _whole(theirs, "max_timestep", 1, 1000)
+        ]  # fmt: skip
     used = {"min_timestep", "max_timestep", "log_with"}
     if theirs.get("max_train_epochs") and theirs.get("max_train_steps"):
         result.notes["max_train_steps"] = "ignored by the original: max_train_epochs takes its place"
         used.add("max_train_steps")
     if theirs.get("v_parameterization"):
         result.notes["v_parameterization"] = "the recipe's fork went on training epsilon; loss.prediction: v means v"
+    if "loss_type" not in theirs or theirs["loss_type"] == "l2":
+        for key in {"huber_c", "huber_schedule"} & theirs.keys():
+            result.notes[key] = "not read by the original with loss_type l2"
+            used.add(key)
     used |= {key for key in ("min_snr_gamma", "ip_noise_gamma") if not theirs.get(key)}  # 0 is off there
     trackers = str(theirs.get("log_with") or "")
     if trackers in ("wandb", "all"):
@@ -293,17 +329,27 @@ def _rest(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
     return used
 
 
-def _complete(result: Result) -> None:
+def _complete(theirs: Mapping[str, Any], result: Result) -> None:
     """The original's defaults where ours differ, and what a TOML cannot say."""
     config = result.config
+    if "optimizer.unet_lr" not in config:
+        config["optimizer.unet_lr"] = DEFAULT_LR
+        result.notes["(ours) optimizer.unet_lr"] = "learning_rate was not given; 2e-6 is the original's default"
+    if not theirs.get("max_train_epochs") and "max_updates" not in config:
+        config["max_updates"] = 1600
+        result.notes["(ours) max_updates"] = "neither epochs nor steps were given; 1600 is the original's default"
+    if not theirs.get("save_precision"):
+        config["export.dtype"] = "fp32"  # the original saves what it trained
     config.setdefault("data.max_tokens", 75)
     config.setdefault("data.shuffle_tags", False)
     config.setdefault("precision", "fp32")
     config.setdefault("model.gradient_checkpointing", "none")
     config.setdefault("stage", "converted")
-    config["stage"] = "".join(c if c.isalnum() or c in "-_" else "-" for c in str(config["stage"]))
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in str(config["stage"]))
+    config["stage"] = name if any(c.isalnum() for c in name) else "converted"
     missing = {
-        "seed": "the run had none; our streams need one", "epochs": "max_train_epochs was not given",
+        "seed": "the run had none; our streams need one",
+        "epochs": "max_train_epochs was not given; epochs x updates per epoch must reach max_updates",
         "data.path": "a prepared dataset: scripts/prepare.py", "output_dir": "not given",
     }  # fmt: skip
     fill = {"seed": 0, "epochs": 1, "data.path": "data/prepared", "output_dir": f"runs/{config['stage']}"}
@@ -311,6 +357,9 @@ def _complete(result: Result) -> None:
         if key not in config:
             config[key] = fill[key]
             result.notes[f"(ours) {key}"] = f"{reason}; check {fill[key]!r}"
-    if str(config.get("model.init_from", "")).endswith(".safetensors"):
+    start = str(config.get("model.init_from", ""))
+    if start.count("/") == 1 and not HUB_NAME.match(start) and not start.startswith((".", "/")):
+        result.notes["(ours) model.init_from"] = f"a hub model needs its 40-digit commit: {start}@<commit>"
+    if start.endswith(".safetensors"):
         config["model.tokenizers"] = "models/sdxl-tokenizers"
         result.notes["(ours) model.tokenizers"] = "a single file has none; point it to a folder with both tokenizers"
