@@ -21,6 +21,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=10, help="interruptions in all (default 10)")
     parser.add_argument("--seed", type=int, default=0, help="decides moments, signals and world sizes (default 0)")
+    parser.add_argument(
+        "--worlds", type=int, nargs="+", default=[1, 2], choices=(1, 2, 4), help="processes of a launch (default 1 2)"
+    )
     parser.add_argument("--work", type=Path, help="keep world, runs and logs here (default: a temporary directory)")
     arguments = parser.parse_args()
 
@@ -28,7 +31,13 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         work = (arguments.work or Path(temporary)).absolute()
-        tally = run_chaos(arguments.kills, arguments.seed, work, lambda line: print(line, file=sys.stderr, flush=True))
+        tally = run_chaos(
+            arguments.kills,
+            arguments.seed,
+            work,
+            lambda line: print(line, file=sys.stderr, flush=True),
+            arguments.worlds,
+        )
     print("\n".join(tally.lines()))
     return ExitCode.UNEXPECTED if tally.problems else ExitCode.DONE
 

@@ -219,8 +219,8 @@ def mutations(folder: Path, count: int):
         bit = (i * 2654435761) % (sizes[name] * 8)
         yield f"{name} bit {bit}", name, lambda data, bit=bit: flipped(data, bit)
     for name in names:
-        for k in range(64 // len(names)):
-            cut = sizes[name] * k * len(names) // 64
+        for k in range(64):
+            cut = sizes[name] * k // 64
             yield f"{name} cut at {cut}", name, lambda data, cut=cut: data[:cut]
         yield f"{name} longer", name, lambda data: data + b"\0"
         yield f"{name} missing", name, lambda data: None

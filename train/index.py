@@ -245,8 +245,11 @@ def changes_since(path: Path, index: Index) -> str:
     """What changed in the selection since `save_selection`, in counts per kind; empty when nothing did, or is known."""
     if not path.is_file():
         return ""
-    saved = safetensors.numpy.load(path.read_bytes())
-    before, now = saved["uid"].view(np.uint64), index.uids
+    try:
+        saved = safetensors.numpy.load(path.read_bytes())
+        before, now = saved["uid"].view(np.uint64), index.uids
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+        return ""  # only a note: whether the data changed at all, the checkpoint says
     image, caption = index.digests()
     _, old, new = np.intersect1d(before, now, return_indices=True)
     same_image = saved["image"].view(np.uint64)[old] == image[new]

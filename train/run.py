@@ -107,9 +107,9 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
 
         # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
         running = session.open_session(config, run, machine, data, source, components, networks, execution, stop)
-        run.write_config(yaml)
         reached["update"] = running.progress.step
         with session.closing(running):
+            run.write_config(yaml)
             guard.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
             preflight.check(running, data.tokenizer)
             guard.stop_if_asked(stop.asked, machine.place.device, running.progress.step)

@@ -11,7 +11,7 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +48,13 @@ class Tally:
         ]
 
 
-def run_chaos(kills: int, seed: int, work: Path, say: Callable[[str], None]) -> Tally:
-    """Interrupt `kills` times; the tally. `work` receives the world, the runs and the logs."""
+def run_chaos(
+    kills: int, seed: int, work: Path, say: Callable[[str], None], worlds: Sequence[int] = WORLDS
+) -> Tally:
+    """Interrupt `kills` times, each launch on one of `worlds` processes; the tally.
+
+    `work` receives the world, the runs and the logs.
+    """
     ranks.warm_up()
     yaml = chaos_world.write_chaos_world(work)
     draw, tally = random.Random(seed), Tally()
@@ -60,7 +65,7 @@ def run_chaos(kills: int, seed: int, work: Path, say: Callable[[str], None]) -> 
     while tally.kills + tally.terms < kills or number == 0:
         run = work / f"run-{seed}-{number}"
         shutil.rmtree(run, ignore_errors=True)
-        _interrupted_run(yaml, run, work, draw, tally, kills, duration_s)
+        _interrupted_run(yaml, run, work, draw, tally, kills, duration_s, worlds)
         tally.problems += compare_runs(reference, run)
         tally.finished_runs += 1
         number += 1
@@ -112,11 +117,18 @@ def _straight_run(yaml: Path, output: Path, work: Path) -> float:
 
 
 def _interrupted_run(
-    yaml: Path, run: Path, work: Path, draw: random.Random, tally: Tally, kills: int, duration_s: float
+    yaml: Path,
+    run: Path,
+    work: Path,
+    draw: random.Random,
+    tally: Tally,
+    kills: int,
+    duration_s: float,
+    worlds: Sequence[int],
 ) -> None:
     """Launch and interrupt until the run is done or nothing is left to interrupt with."""
     while not (run / "DONE").exists():
-        world = draw.choice(WORLDS)
+        world = draw.choice(worlds)
         tally.launches += 1
         tally.worlds[world] = tally.worlds.get(world, 0) + 1
         launch = ranks.Ranks(["--config", str(yaml), f"output_dir={run}"], work / "logs", world=world)
