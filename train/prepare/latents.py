@@ -33,7 +33,7 @@ from train.prepare.pool import Lost, Pool
 from train.prepare.records import Quarantine, quarantine_table
 from train.prepare.select import selection_mark, selection_path
 from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.shardplan import Slot, Wanted, by_shard, make_plan, shard_mark
+from train.prepare.shardplan import Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, write_parquet
 from train.rng import uid_of
 
@@ -156,7 +156,8 @@ def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], Facts]:
     pairs = pairs.append_column("sha256", facts.column("sha256", pairs.column("key").combine_chunks()))
     wanted: list[Wanted] = []
     for batch in pairs.to_batches(max_chunksize=50_000):
-        wanted += map(Wanted, *(column.to_pylist() for column in batch.columns))
+        places = [column.to_pylist() for column in batch.columns]
+        wanted += map(Wanted, *places[:3], map(entry_of, *places))
     return wanted, facts
 
 

@@ -8,6 +8,7 @@ what is wanted, never of what happens to be finished.
 from __future__ import annotations
 
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -31,12 +32,12 @@ class Wanted:
     key: str
     bucket_w: int
     bucket_h: int
-    sha256: str
+    entry: int  # `entry_of`
 
-    @property
-    def entry(self) -> int:
-        """Identity of the stored latent: another file under the same key is another latent."""
-        return row_hash(self.key, self.bucket_w, self.bucket_h, self.sha256)
+
+def entry_of(key: str, bucket_w: int, bucket_h: int, sha256: str) -> int:
+    """Identity of the stored latent: another file under the same key is another latent."""
+    return row_hash(key, bucket_w, bucket_h, sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,9 +111,12 @@ def _identity(path: Path) -> str:
 def _read(path: Path, identity: str) -> list[Slot]:
     if _identity(path) != identity:
         return []
-    columns = pq.read_table(path).to_pydict()
-    names = ("shard", "slot", "key", "entry", "bucket_w", "bucket_h")
-    return [Slot(*row) for row in zip(*(columns[name] for name in names), strict=True)]
+    slots: list[Slot] = []
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(columns=_SCHEMA.names):
+            shards = map(sys.intern, batch["shard"].to_pylist())  # a thousand rows share each name
+            slots += map(Slot, shards, *(batch[name].to_pylist() for name in _SCHEMA.names[1:]))
+    return slots
 
 
 def _next_numbers(slots: list[Slot]) -> dict[tuple[int, int], int]:
