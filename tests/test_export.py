@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -312,7 +313,10 @@ def test_v_prediction_is_told_to_every_reader(base: Path, trained: dict[str, tor
     with_v = export._with_prediction(source, "v", True)["scheduler"]
     assert (with_v["prediction_type"], with_v["rescale_betas_zero_snr"]) == ("v_prediction", True)
     record = {"stage": "x", "date": "2026-01-01", "license": "CC0"}
-    assert export.metadata_of(record, ExportConfig(), "v")["modelspec.prediction_type"] == "v"
+    told = export.metadata_of(record, ExportConfig(), "v", (200, 900))
+    assert (told["modelspec.prediction_type"], told["modelspec.timestep_range"]) == ("v", "200,900")
+    configs = {**source.configs, "scheduler": with_v}
+    assert "rescale_betas_zero_snr" not in export._with_prediction(replace(source, configs=configs), "v", False)["scheduler"]
 
 
 def test_tokenizers_must_be_there(base: Path, tmp_path: Path) -> None:

@@ -73,7 +73,9 @@ def code_revision() -> str:
     return head + ("+changes" if changed else "")
 
 
-def metadata_of(record: Mapping[str, Any], settings: ExportConfig, prediction: str) -> dict[str, str]:
+def metadata_of(
+    record: Mapping[str, Any], settings: ExportConfig, prediction: str, timesteps: tuple[int, int]
+) -> dict[str, str]:
     """`__metadata__` of the single file: the modelspec fields and our training record."""
     fields = {
         "modelspec.sai_model_spec": "1.0.0",
@@ -83,7 +85,7 @@ def metadata_of(record: Mapping[str, Any], settings: ExportConfig, prediction: s
         "modelspec.resolution": "1024x1024",
         "modelspec.date": str(record["date"]),
         "modelspec.prediction_type": "v" if prediction == "v" else "epsilon",
-        "modelspec.timestep_range": "0,1000",
+        "modelspec.timestep_range": f"{timesteps[0]},{timesteps[1]}",
         "modelspec.license": str(record["license"]),
         "modelspec.author": mask_settings(settings.author),
         "modelspec.description": mask_settings(settings.description),
@@ -161,6 +163,7 @@ def export_stage(
     *,
     prediction: str = "epsilon",
     zero_terminal_snr: bool = False,
+    timesteps: tuple[int, int] = (0, 1000),
     average: Path | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
@@ -171,7 +174,7 @@ def export_stage(
     """
     faults.at("export")
     dtype, stage = DTYPES[settings.dtype], str(record["stage"])
-    metadata = metadata_of(record, settings, prediction)
+    metadata = metadata_of(record, settings, prediction, timesteps)
     weights = _polled({**source.weights, **weightfile.open_file(trained).blobs}, poll)
     configs = _with_prediction(source, prediction, zero_terminal_snr)
     folder = run_path / "model"
@@ -217,6 +220,7 @@ def _with_prediction(source: LocalModel, prediction: str, zero_terminal_snr: boo
     """The configs with the scheduler told what the network predicts."""
     scheduler = dict(source.configs["scheduler"])
     scheduler["prediction_type"] = "v_prediction" if prediction == "v" else "epsilon"
+    scheduler.pop("rescale_betas_zero_snr", None)  # the parent's schedule need not be the one trained with
     if zero_terminal_snr:
         scheduler["rescale_betas_zero_snr"] = True
     return {**source.configs, "scheduler": scheduler}

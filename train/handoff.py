@@ -57,6 +57,7 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
         config.export,
         prediction=config.loss.prediction,
         zero_terminal_snr=config.noise.zero_terminal_snr,
+        timesteps=config.noise.timesteps,
         average=final.path / "ema.safetensors" if "ema" in final.groups else None,
         poll=poll,
     )

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from train import hub, text
+from train import hub, text, weightfile
 from train.config import ModelConfig
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel
+from train.modelfolder import some
 from train.weightfile import Blob
 
 GROUPS = ("unet", "text_encoder", "text_encoder_2")  # parameter groups, in the order of the optimizer
@@ -82,10 +83,10 @@ def _fill(network: str, make: Callable[[], nn.Module], model: LocalModel) -> nn.
         name = canonical(f"{network}.{key}")
         state[key] = to_tensor(model.weights[name])
         if not bool(torch.isfinite(state[key]).all()):
-            bad.append(name)
+            bad.append(weightfile.named(name, model.weights[name]))
     if bad:
         raise Halt(
-            ExitCode.MISMATCH, f"{model.path} holds weights that are not finite in {len(bad)} tensors: {bad[:5]}"
+            ExitCode.MISMATCH, f"{model.path} holds weights that are not finite in {len(bad)} tensors: {some(bad)}"
         )
     module.load_state_dict(state, strict=False, assign=True)
     return module.eval()

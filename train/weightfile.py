@@ -239,7 +239,7 @@ def write(path: str | Path, blobs: Mapping[str, Blob], metadata: Mapping[str, st
         for name in order:
             for piece in blobs[name].pieces():
                 if not finite(piece, blobs[name].dtype):
-                    raise Halt(ExitCode.MISMATCH, f"{whose}{_named(name, blobs[name])} holds weights that are not finite (NaN or infinity)")
+                    raise Halt(ExitCode.MISMATCH, f"{whose}{named(name, blobs[name])} holds weights that are not finite (NaN or infinity)")
                 digest.update(piece)
                 write_all(fd, piece)
         os.fsync(fd)
@@ -248,7 +248,7 @@ def write(path: str | Path, blobs: Mapping[str, Blob], metadata: Mapping[str, st
     return digest.hexdigest()
 
 
-def _named(name: str, blob: Blob) -> str:
+def named(name: str, blob: Blob) -> str:
     """A tensor by the name it gets, and the one under which the user finds it in the file it comes from."""
     return f"{name} (there: {blob.origin})" if blob.origin not in ("", name) else name
 
