@@ -71,14 +71,15 @@ def test_f3_accelerate_with_one_process_dies_and_the_orphan_saves(yaml, tmp_path
     assert nothing_lost(output)
 
 
-def test_f3_f5_torchrun_forwards_what_it_is_told_to(yaml, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, "requeue"), (signal.SIGTERM, "stopped")])
+def test_f3_f5_torchrun_forwards_what_it_is_told_to(yaml, tmp_path, number, status):
     output = tmp_path / "run"
     handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     process = launch(
         yaml, output, "torch.distributed.run", "--standalone", "--nproc_per_node", "2", PET_SIGNALS_TO_HANDLE=handled
     )
-    record = stopped(process, output, signal.SIGUSR1)
+    record = stopped(process, output, number)
     assert process.returncode not in (0, 85)  # hidden
-    assert (record["code"], record["status"]) == (85, "requeue")
+    assert (record["code"], record["status"]) == (85, status)
     assert nothing_lost(output)
     assert json.loads((output / "exit.1.json").read_text())["update"] == record["update"]
