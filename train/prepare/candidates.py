@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,13 @@ import pyarrow.compute as pc
 
 from train.exclusions import excluded_by
 from train.exits import ExitCode, Halt
+from train.prepare.facts import between
 from train.prepare.probe import ok_files
 from train.prepare.records import LABELS, PROBE, RECORDS, TAG_GROUPS
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.units import has_table, read_table, stream_table
 
+_CHUNK_ROWS = 50_000
 _DERIVED = ("area", "aspect", "tags", "aesthetic_score", "near_duplicate")
 _GATE_TAGS = ("tags_general", "tags_meta", "tags_species", "flex_tags")
 _GATE_COLUMNS = ["key", "source", "rating", "tags_general", "tags_meta", "tags_species", "tags_character", "caption"]
@@ -44,8 +46,7 @@ class Candidates:
         gone = pa.array([key for key, _ in self.refused], pa.string())
         probe = probe.filter(pc.invert(pc.is_in(probe.column("key"), value_set=gone)))
         self._count("hard exclusions of final tags", len(probe))
-        self._key_array = probe.column("key").combine_chunks()
-        self.keys: list[str] = self._key_array.to_pylist()
+        self.keys: pa.StringArray = probe.column("key").combine_chunks()
         self.widths: npt.NDArray[np.int64] = probe.column("width").to_numpy().astype(np.int64)
         self.heights: npt.NDArray[np.int64] = probe.column("height").to_numpy().astype(np.int64)
 
@@ -74,7 +75,7 @@ class Candidates:
             return self._joined("aesthetic", "score", pa.float64())
         if name == "near_duplicate":
             dupes = read_table(self.dataset, "dupes", ["key", "method", "group_id"])
-            return pa.chunked_array([pc.is_in(self._key_array, value_set=_near_duplicates(dupes, self))])
+            return pa.chunked_array([pc.is_in(self.keys, value_set=_near_duplicates(dupes, self))])
         if name == "tags":
             parts = [self._joined("records", f"tags_{group}", pa.list_(pa.string())) for group in TAG_GROUPS]
             return _joined_lists(parts)
@@ -84,17 +85,19 @@ class Candidates:
         known = sorted({*RECORDS.names, *PROBE.names, *LABELS.names, *_DERIVED})
         raise Halt(ExitCode.USAGE, f"select.where: there is no column {name!r}; there are {', '.join(known)}")
 
-    def lists(self, name: str) -> list[list[Any]]:
-        """Values of `name`, or of `tags_<name>`, per candidate: for caps and quotas."""
+    def values(self, name: str, rows: npt.NDArray[np.int64]) -> Iterator[list[Any]]:
+        """Values of `name`, or of `tags_<name>`, of each of the rows: for caps and quotas."""
         column = self.column(f"tags_{name}" if name in TAG_GROUPS else name)
-        return [value if isinstance(value, list) else [] if value is None else [value] for value in column.to_pylist()]
+        for start in range(0, len(rows), _CHUNK_ROWS):
+            for value in column.take(pa.array(rows[start : start + _CHUNK_ROWS])).to_pylist():
+                yield value if isinstance(value, list) else [] if value is None else [value]
 
     def _joined(self, table: str, name: str, kind: pa.DataType) -> pa.ChunkedArray:
         """The column of another table, null where it has no row of the key."""
         if not has_table(self.dataset, table):
             return pa.chunked_array([pa.nulls(len(self.keys), kind)])
         values = read_table(self.dataset, table, ["key", name])
-        position = pc.index_in(self._key_array, value_set=values.column("key").combine_chunks())
+        position = pc.index_in(self.keys, value_set=values.column("key").combine_chunks())
         column = values.column(name)
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
@@ -103,14 +106,14 @@ class Candidates:
     def _gate(self, keys: pa.Array) -> list[tuple[str, str]]:
         """(key, rule) of what the hard exclusions refuse when they see the final tags."""
         sources = {source.name: source for source in self.settings.sources}
-        labels = read_table(self.dataset, "labels", ["key", "flex_tags"])
-        label_keys = labels.column("key").combine_chunks()
-        flex_tags = labels.column("flex_tags").combine_chunks()
         refused = []
-        for part in stream_table(self.dataset, "records", _GATE_COLUMNS):
-            part = part.filter(pc.is_in(part.column("key"), value_set=keys))
-            at = pc.index_in(part.column("key").combine_chunks(), value_set=label_keys)
-            part = part.append_column("flex_tags", flex_tags.take(at))
+        # `label` makes one unit of each unit of the records, so both can be read side by side.
+        records = stream_table(self.dataset, "records", _GATE_COLUMNS)
+        for part, labels in zip(records, stream_table(self.dataset, "labels", ["key", "flex_tags"]), strict=True):
+            part = part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
+            at = pc.index_in(part.column("key").combine_chunks(), value_set=labels.column("key").combine_chunks())
+            assert at.null_count == 0, "candidates have labels"
+            part = part.append_column("flex_tags", labels.column("flex_tags").combine_chunks().take(at))
             for row in part.filter(pa.array(_suspicious(part))).to_pylist():
                 source = sources.get(row["source"])
                 rule = excluded_by(
@@ -153,10 +156,13 @@ def _dropped_duplicates(dataset: Path) -> pa.Array:
 
 def _near_duplicates(dupes: pa.Table, candidates: Candidates) -> pa.Array:
     """All but the first key of each perceptual group: first in the order largest area, then key."""
-    area = dict(zip(candidates.keys, (candidates.widths * candidates.heights).tolist(), strict=True))
+    near = dupes.filter(pc.equal(dupes.column("method"), "phash"))
+    at = pc.index_in(near.column("key"), value_set=candidates.keys).to_pylist()
+    sizes = candidates.widths * candidates.heights
+    area = {key: int(sizes[row]) for key, row in zip(near.column("key").to_pylist(), at, strict=True) if row is not None}
     groups: dict[int, list[str]] = {}
-    for row in dupes.to_pylist():
-        if row["method"] == "phash" and row["key"] in area:
+    for row in near.to_pylist():
+        if row["key"] in area:
             groups.setdefault(row["group_id"], []).append(row["key"])
     later = [key for group in groups.values() for key in sorted(group, key=lambda k: (-area[k], k))[1:]]
     return pa.array(sorted(later), pa.string())

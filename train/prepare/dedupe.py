@@ -7,17 +7,19 @@ the smallest key. Perceptual ones, within 3 bits of 64, are reported, and droppe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from train.prepare.peers import Peers
 from train.prepare.probe import ok_files
+from train.prepare.progress import bar
 from train.prepare.records import DUPES, Quarantine
 from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.units import Step, config_id, merge_quarantine, read_table, run_whole
+from train.prepare.units import Step, config_id, merge_quarantine, run_whole, stream_table
 
 DEDUPE_VERSION = 1
 _PROBE_COLUMNS = ("key", "width", "height", "sha256", "pixel_hash", "phash")
@@ -34,56 +36,70 @@ def run(settings: DatasetConfig) -> None:
 
 
 def _find(settings: DatasetConfig) -> tuple[pa.Table, list[Quarantine]]:
-    probe = ok_files(settings, _PROBE_COLUMNS)
-    records = read_table(dataset_dir(settings), "records", ["key", "score"])
-    scores = dict(zip(records.column("key").to_pylist(), records.column("score").to_pylist(), strict=True))
-    keys = probe.column("key").to_pylist()
-    area = (probe.column("width").to_numpy().astype(np.int64) * probe.column("height").to_numpy()).tolist()
-    unknown = -(1 << 40)  # below every real score
-    points = [unknown if (score := scores.get(key)) is None else score for key in keys]
-    rank = [(-area[i], -points[i], key) for i, key in enumerate(keys)]
+    """Only rows with a double become Python values: of a million pictures, few."""
+    probe = ok_files(settings, _PROBE_COLUMNS).combine_chunks()
+    area = probe.column("width").to_numpy().astype(np.int64) * probe.column("height").to_numpy()
     rows: list[dict[str, object]] = []
     quarantine: list[Quarantine] = []
-    gone: set[int] = set()
-    for method, column in (("sha256", "sha256"), ("pixel", "pixel_hash")):
-        values = probe.column(column).to_pylist()
-        groups = _equal([i for i in range(len(keys)) if i not in gone], values)
-        _record(groups, method, True, keys, rank, rows, quarantine, gone)
-    left = np.array([i for i in range(len(keys)) if i not in gone], dtype=np.int64)
-    hashes = np.array([value or 0 for value in probe.column("phash").to_pylist()], dtype=np.uint64)
-    groups = [[int(left[i]) for i in group] for group in near_groups(hashes[left], settings.dedupe.phash_distance)]
-    _record(groups, "phash", settings.dedupe.phash == "drop", keys, rank, rows, quarantine, gone)
+    alive = np.ones(len(probe), dtype=bool)
+    with bar(3, "dedupe", "methods") as shown:
+        for method, column in (("sha256", "sha256"), ("pixel", "pixel_hash")):
+            groups = _ranked(_equal(probe.column(column), alive), settings, probe, area)
+            _record(groups, method, True, rows, quarantine, alive)
+            shown.update()
+        left = np.flatnonzero(alive)
+        hashes = pc.fill_null(probe.column("phash"), 0).to_numpy()[left]
+        near = [left[group] for group in near_groups(hashes, settings.dedupe.phash_distance)]
+        groups = _ranked(near, settings, probe, area)
+        _record(groups, "phash", settings.dedupe.phash == "drop", rows, quarantine, alive)
+        shown.update()
     rows.sort(key=lambda row: (str(row["key"]), str(row["method"])))
     return pa.Table.from_pylist(rows, schema=DUPES), quarantine
 
 
-def _equal(candidates: Iterable[int], values: Sequence[str]) -> list[list[int]]:
-    by_value: dict[str, list[int]] = {}
-    for i in candidates:
-        by_value.setdefault(values[i], []).append(i)
-    return [group for group in by_value.values() if len(group) > 1]
+def _equal(values: pa.ChunkedArray, alive: npt.NDArray[np.bool_]) -> list[npt.NDArray[np.int64]]:
+    """Positions that share a value, among those alive."""
+    codes = values.combine_chunks().dictionary_encode().indices.to_numpy()
+    rows = np.flatnonzero(alive)
+    rows = rows[np.bincount(codes[rows], minlength=1)[codes[rows]] > 1] if len(rows) else rows
+    rows = rows[np.argsort(codes[rows], kind="stable")]
+    return np.split(rows, np.flatnonzero(np.diff(codes[rows])) + 1) if len(rows) else []
+
+
+def _ranked(
+    groups: Sequence[npt.NDArray[np.int64]], settings: DatasetConfig, probe: pa.Table, area: npt.NDArray[np.int64]
+) -> list[list[tuple[int, str]]]:
+    """(position, key) of each group: the one to keep first, groups by its key."""
+    members = np.concatenate([np.zeros(0, np.int64), *groups])
+    keys = probe.column("key").take(pa.array(members)).combine_chunks()
+    scores: dict[str, int | None] = {}
+    for part in stream_table(dataset_dir(settings), "records", ["key", "score"]):
+        mine = part.filter(pc.is_in(part.column("key"), value_set=keys))
+        scores |= zip(mine.column("key").to_pylist(), mine.column("score").to_pylist(), strict=True)
+    names = dict(zip(members.tolist(), keys.to_pylist(), strict=True))
+    unknown = -(1 << 40)  # below every real score
+
+    def rank(at: int) -> tuple[int, int, str]:
+        score = scores.get(names[at])
+        return -int(area[at]), -(unknown if score is None else score), names[at]
+
+    ordered = (sorted(group.tolist(), key=rank) for group in groups)
+    return sorted(([(at, names[at]) for at in group] for group in ordered), key=lambda group: group[0][1])
 
 
 def _record(
-    groups: Iterable[list[int]],
-    method: str,
-    drop: bool,
-    keys: Sequence[str],
-    rank: Sequence[tuple[int, int, str]],
-    rows: list[dict[str, object]],
-    quarantine: list[Quarantine],
-    gone: set[int],
-) -> None:
-    ordered = sorted((sorted(group, key=lambda i: rank[i]) for group in groups), key=lambda group: keys[group[0]])
+    groups: Sequence[Sequence[tuple[int, str]]], method: str, drop: bool, rows: list[dict[str, object]],
+    quarantine: list[Quarantine], alive: npt.NDArray[np.bool_],
+) -> None:  # fmt: skip
     start = len({row["group_id"] for row in rows})
-    for number, group in enumerate(ordered, start):
-        best = keys[group[0]]
-        for i in group:
-            keep = i == group[0] or not drop
-            rows.append({"key": keys[i], "group_id": number, "keep": keep, "method": method})
+    for number, group in enumerate(groups, start):
+        best, best_key = group[0]
+        for at, key in group:
+            keep = at == best or not drop
+            rows.append({"key": key, "group_id": number, "keep": keep, "method": method})
             if not keep:
-                gone.add(i)
-                quarantine.append(Quarantine(keys[i], "dedupe", "duplicate", f"{method}: {best} is kept"))
+                alive[at] = False
+                quarantine.append(Quarantine(key, "dedupe", "duplicate", f"{method}: {best_key} is kept"))
 
 
 def near_groups(hashes: npt.NDArray[np.uint64], distance: int) -> list[list[int]]:
@@ -92,6 +108,7 @@ def near_groups(hashes: npt.NDArray[np.uint64], distance: int) -> list[list[int]
     Exact: of 4 bands of 16 bits one must be equal when at most 3 bits differ (5 bands for 4).
     """
     parent = list(range(len(hashes)))
+    linked: set[int] = set()
 
     def root(i: int) -> int:
         while parent[i] != i:
@@ -112,7 +129,8 @@ def near_groups(hashes: npt.NDArray[np.uint64], distance: int) -> list[list[int]
                 close = others[np.bitwise_count(hashes[others] ^ hashes[i]) <= distance]
                 for j in close.tolist():
                     parent[root(j)] = root(i)
+                    linked |= {i, j}
     groups: dict[int, list[int]] = {}
-    for i in range(len(hashes)):
+    for i in sorted(linked):
         groups.setdefault(root(i), []).append(i)
-    return [group for group in groups.values() if len(group) > 1]
+    return list(groups.values())

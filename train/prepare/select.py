@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from train.buckets import assign_many, make_buckets
@@ -41,6 +43,7 @@ from train.prepare.units import (
 SELECT_VERSION = 1
 INPUTS = ("records", "probe", "dupes", "labels", "aesthetic")
 Mask = npt.NDArray[np.bool_]
+Rows = npt.NDArray[np.int64]
 
 
 def run(settings: DatasetConfig) -> None:
@@ -120,9 +123,8 @@ def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: s
     config = settings.select[stage]
     counts = list(candidates.counts)
     keys = candidates.keys
-    place = {key: row for row, key in enumerate(keys)}
-    allowed = _marked(_keys(config.allow, "allow"), place, candidates, f"select.{stage}.allow")
-    denied = _marked(_keys(config.deny, "deny"), place, candidates, f"select.{stage}.deny")
+    allowed = _marked(_keys(config.allow, "allow"), candidates, f"select.{stage}.allow")
+    denied = _marked(_keys(config.deny, "deny"), candidates, f"select.{stage}.deny")
     kept = ~denied
     if config.deny:
         counts.append(("deny", int(kept.sum())))
@@ -131,20 +133,22 @@ def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: s
         kept &= holds(predicate, candidates.column(predicate.column)) | allowed
         counts.append((predicate.text, int(kept.sum())))
     seed = settings.seed if config.seed is None else config.seed
-    order = sorted(np.flatnonzero(kept).tolist(), key=lambda row: (row_hash(seed, keys[row]), keys[row]))
+    order = np.flatnonzero(kept)
+    hashes = np.fromiter((row_hash(seed, key) for key in _texts(keys, order)), np.uint64, len(order))
+    order = order[np.argsort(hashes, kind="stable")]  # equal hashes stay in the order of their keys
     for name, limit in config.caps.items():
-        order = _capped(order, candidates.lists(name), limit)
+        order = _capped(order, candidates.values(name, order), limit)
         counts.append((f"caps.{name}", len(order)))
     if config.quota is not None:
-        order = _by_quota(order, candidates.lists(config.quota.by), config.quota)
+        order = _by_quota(order, candidates.values(config.quota.by, order), config.quota)
         counts.append(("quota", len(order)))
-    if not order:
+    if len(order) == 0:
         raise Halt(ExitCode.MISMATCH, f"select.{stage} leaves no image: " + ", ".join(f"{n} {c}" for n, c in counts))
-    _write(settings, stage, candidates, sorted(order, key=lambda row: keys[row]), allowed, counts, mark)
+    _write(settings, stage, candidates, np.sort(order), allowed, counts, mark)
 
 
 def _write(
-    settings: DatasetConfig, stage: str, candidates: Candidates, rows: list[int], allowed: Mask,
+    settings: DatasetConfig, stage: str, candidates: Candidates, rows: Rows, allowed: Mask,
     counts: list[tuple[str, int]], mark: str,
 ) -> None:  # fmt: skip
     config = settings.select[stage]
@@ -154,11 +158,11 @@ def _write(
     final = merge_small_buckets(visits, config.min_bucket)
     table = pa.table(
         {
-            "key": [candidates.keys[row] for row in rows],
+            "key": candidates.keys.take(pa.array(rows)),
             "repeats": [config.repeats] * len(rows),
             "bucket_w": [final[size][0] for size in first],
             "bucket_h": [final[size][1] for size in first],
-            "why": ["allow" if allowed[row] else "where" if config.where else "all" for row in rows],
+            "why": np.where(allowed[rows], "allow", "where" if config.where else "all"),
         },
         schema=SELECT,
     )
@@ -179,39 +183,45 @@ def _keys(path: str | None, name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def _marked(wanted: list[str], place: dict[str, int], candidates: Candidates, name: str) -> Mask:
+def _texts(keys: pa.StringArray, rows: Rows) -> Iterator[str]:
+    for start in range(0, len(rows), 50_000):
+        yield from keys.take(pa.array(rows[start : start + 50_000])).to_pylist()
+
+
+def _marked(wanted: list[str], candidates: Candidates, name: str) -> Mask:
     """bool[N] of the keys named; a key that no record has is an error, one that is not selectable is no match."""
-    unknown = [key for key in wanted if key not in place]
-    unknown = sorted(set(unknown) - candidates.known(unknown))
+    at = pc.index_in(pa.array(wanted, pa.string()), value_set=candidates.keys).to_pylist() if wanted else []
+    strange = [key for key, row in zip(wanted, at, strict=True) if row is None]
+    unknown = sorted(set(strange) - candidates.known(strange))
     if unknown:
         shown = ", ".join(unknown[:20]) + (" ..." if len(unknown) > 20 else "")
         raise Halt(ExitCode.USAGE, f"{name} names {len(unknown)} unknown keys: {shown}")
-    marked = np.zeros(len(place), dtype=bool)
-    marked[[place[key] for key in wanted if key in place]] = True
+    marked = np.zeros(len(candidates.keys), dtype=bool)
+    marked[[row for row in at if row is not None]] = True
     return marked
 
 
-def _capped(order: list[int], values: list[list[Any]], limit: int) -> list[int]:
+def _capped(order: Rows, values: Iterable[list[Any]], limit: int) -> Rows:
     """Those whose every value has been taken fewer than `limit` times before."""
     taken: Counter[Any] = Counter()
     kept = []
-    for row in order:
-        if all(taken[value] < limit for value in values[row]):
-            taken.update(values[row])
+    for row, mine in zip(order.tolist(), values, strict=True):
+        if all(taken[value] < limit for value in mine):
+            taken.update(mine)
             kept.append(row)
-    return kept
+    return np.array(kept, np.int64)
 
 
-def _by_quota(order: list[int], values: list[list[Any]], quota: QuotaConfig) -> list[int]:
+def _by_quota(order: Rows, values: Iterable[list[Any]], quota: QuotaConfig) -> Rows:
     """The first of each value up to its share of `total`, rounded down."""
     left = {value: int(share * quota.total + 1e-9) for value, share in quota.shares.items()}
     kept = []
-    for row in order:
-        value = str(values[row][0]) if values[row] else ""
+    for row, mine in zip(order.tolist(), values, strict=True):
+        value = str(mine[0]) if mine else ""
         if left.get(value, 0) > 0:
             left[value] -= 1
             kept.append(row)
-    return kept
+    return np.array(kept, np.int64)
 
 
 def selects_of(config: SelectConfig) -> str:
