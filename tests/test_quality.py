@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnxmodel import wd_model
 from PIL import Image
 from test_text import small_tokenizer
 
@@ -304,6 +305,19 @@ def test_wd_tagger_by_its_thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert judges.written(r"hero \(x\)") == "hero (x)"
 
 
+def test_wd_tagger_on_the_real_runtime(tmp_path: Path) -> None:
+    """A tagger of 0..255 BGR colours that sees red_sky above a mean of 128."""
+    pytest.importorskip("onnxruntime")
+    folder = tmp_path / "wd"
+    folder.mkdir()
+    (folder / "selected_tags.csv").write_text("name,category\nblue_sky,0\ngreen_sky,0\nred_sky,0\n")
+    weights = np.eye(3, dtype=np.float32) / 10
+    (folder / "model.onnx").write_bytes(wd_model(weights, np.full(3, -12.8, np.float32)))
+    judge = judges.open_tagger(str(folder), 0.5)
+    shown = [Image.new("RGB", (64, 64), colour) for colour in ((255, 0, 0), (0, 200, 0), (0, 0, 0))]
+    assert judge.see(shown).tolist() == [[False, False, True], [False, True, False], [False] * 3]
+
+
 def test_the_drawn_world_through_the_same_door(tmp_path: Path) -> None:
     """Drawings carry the hair they are drawn with; the same ones under each other's prompts carry none of it."""
     looks = [
@@ -384,3 +398,9 @@ def test_script_and_report(brightness: Path, colours: Path, clip: Path, tmp_path
     (tmp_path / "bad.json").write_text("[]")
     with pytest.raises(Halt, match=r"no record of scripts/quality\.py"):
         write_page([run], tmp_path / "r.html", quality=tmp_path / "bad.json")
+    record = json.loads((tmp_path / "q.json").read_text())
+    del record["stages"]["ft1"]["by_tag"]["red sky"]["recall"]
+    (tmp_path / "bad.json").write_text(json.dumps(record))
+    with pytest.raises(Halt, match="no complete record") as caught:
+        write_page([run], tmp_path / "r.html", quality=tmp_path / "bad.json")
+    assert caught.value.code == ExitCode.USAGE

@@ -272,7 +272,7 @@ def test_the_bar_tells_what_a_run_is_judged_by(tmp_path: Path, capsys: pytest.Ca
     run.log({"step": 7, "update": 6, "epoch": 0.6, "skipped": 1, **record})
     run.close()
     shown = capsys.readouterr().err.split("\r")[-1]
-    for words in ("test:  60%", "6/10", "epoch 0.60", "loss 0.1250", "lr 1.00e-05", "te 5.00e-06", "norm 0.500",
+    for words in ("test:  60%", "6/10", "epoch 0.6,", "loss 0.1250", "lr 1.00e-05", "te 5.00e-06", "norm 0.500",
                   "img/s 3.00", "skipped 1", "mem "):  # fmt: skip
         assert words in shown, shown
     assert re.search(r"\[00:00<00:\d\d", shown), "elapsed and remaining time"

@@ -244,7 +244,7 @@ def _make_bar(run_name: str, total_updates: int, resume_update: int) -> Any:
 def _postfix(record: Mapping[str, Any]) -> str:
     shown = []
     for key, label, form in (
-        ("epoch", "epoch", "{:.2f}"),
+        ("epoch", "epoch", "{:.4g}"),
         ("loss", "loss", "{:.4f}"),
         ("lr_unet", "lr", "{:.2e}"),
         ("lr_text_encoder", "te", "{:.2e}"),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from train.exits import ExitCode, Halt
 from train.tools.page_charts import COLOURS, bar_chart
 from train.tools.page_parts import figure, table
 from train.tools.quality_record import TITLES, shown
@@ -23,9 +24,19 @@ EXPLAINED = {
 
 
 def quality_section(record: Mapping[str, Any] | None, names: Sequence[str]) -> str:
-    """The whole section, "" without a record; `names` are the runs in the order of their colours."""
+    """The whole section, "" without a record; `names` are the runs in the order of their colours.
+
+    Raises Halt(USAGE) for a record that lacks something.
+    """
     if record is None:
         return ""
+    try:
+        return _section(record, names)
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise Halt(ExitCode.USAGE, f"--quality: no complete record of scripts/quality.py ({error!r})") from error
+
+
+def _section(record: Mapping[str, Any], names: Sequence[str]) -> str:
     stages = record["stages"]
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     statistics = [key for key in TITLES if any(key in stage["statistics"] for stage in stages.values())]
