@@ -98,3 +98,16 @@ def test_what_the_target_has_is_not_downloaded(tmp_path: Path, monkeypatch: pyte
     assert "--no-index --no-deps" in wheelhouse.install_line(tmp_path / "wheels")
     with pytest.raises(Halt, match="too large to carry"):
         wheelhouse.collect(tmp_path / "other", have, "3.12", extra=["torch"])
+
+
+@pytest.mark.parametrize(("asked", "pin", "there", "fetched"), [
+    ("hub<3.0,>=1.32.0", "hub==2.4.0", None, "hub==2.4.0"),
+    ("hub<3.0,>=1.32.0", None, None, "hub<3.0,>=1.32.0"),
+    ("hub<3.0,>=1.32.0", "hub==2.4.0", "1.12.0", "hub<2,<3.0,>=1.32.0"),
+    ("arrow>=24", "arrow==26.0.1", "23.0.0", "arrow==26.0.1"),  # its own next major version will not do
+])  # fmt: skip
+def test_what_is_replaced_on_the_target_keeps_its_major_version(
+    asked: str, pin: str | None, there: str | None, fetched: str
+) -> None:
+    found = wheelhouse._chosen(Requirement(asked), pin, Version(there) if there else None)
+    assert found == Requirement(fetched)

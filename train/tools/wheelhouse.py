@@ -15,6 +15,7 @@ from pathlib import Path
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name, parse_wheel_filename
 from packaging.version import InvalidVersion, Version
 
@@ -112,12 +113,28 @@ def collect(
             )
         if name in done:
             continue
-        chosen = Requirement(pinned[name]) if name in pinned else requirement
-        done[name] = _download(chosen, out, python)
+        done[name] = _download(_chosen(requirement, pinned.get(name), have.get(name)), out, python)
         queue += missing(done[name].requires, have, python)
     wheels = sorted((read_wheel(path) for path in out.glob("*.whl")), key=lambda wheel: wheel.name)
     check(wheels, have, python)
     return wheels
+
+
+def _chosen(requirement: Requirement, pin: str | None, there: Version | None) -> Requirement:
+    """What to fetch: the pinned version; in place of one the target has, none of a later major version than need be.
+
+    The target's other packages rely on what is there, and `pip list` does not tell how: transformers 5.17 refuses a
+    huggingface_hub of the next major version, which the pins would bring.
+    """
+    if there is None:
+        return Requirement(pin) if pin else requirement
+    if pin and any(Version(s.version).major == there.major for s in Requirement(pin).specifier):
+        return Requirement(pin)
+    same_major = Requirement(f"{requirement.name}{requirement.specifier & SpecifierSet(f'<{there.major + 1}')}")
+    least = [Version(s.version) for s in requirement.specifier if s.operator in (">=", ">", "~=", "==")]
+    if any(version.major > there.major for version in least):
+        return Requirement(pin) if pin else requirement
+    return same_major
 
 
 def wanted() -> list[Requirement]:
