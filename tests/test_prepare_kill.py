@@ -17,7 +17,6 @@ KILLS = 20
 
 
 @pytest.mark.slow
-@pytest.mark.long
 def test_killed_and_restarted_is_byte_identical(tmp_path: Path) -> None:
     write_posts(tmp_path / "pictures", 16)
     write_vae(tmp_path / "vae")
@@ -30,6 +29,8 @@ def test_killed_and_restarted_is_byte_identical(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(done.stdout.splitlines()[-1])["hits"] >= KILLS // 2, "the kills came too late to test anything"
     assert _hashes(tmp_path) == straight
+    left = [path for path in (tmp_path / "data").rglob("*") if path.suffix == ".tmp" or path.name in (".peers", ".parsed-0", ".parsed-1")]
+    assert left == [], "half-written files of killed processes are still there"
 
 
 def _hashes(folder: Path) -> dict[str, str]:
