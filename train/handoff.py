@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from train import checkpoint, export, faults, hub, models
 from train.config import StageConfig, config_hash
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel
 from train.loop import Session
 from train.models import Components
+
+log = logging.getLogger("anix")
 
 
 def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Components]:
@@ -19,6 +23,14 @@ def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Com
             "model.pooled_projection: sd_scripts reproduces a trainer that read single files: give a .safetensors",
         )
     source = hub.resolve(config.model)
+    predicts = str(source.configs["scheduler"].get("prediction_type", "epsilon"))
+    if predicts.startswith("v") != (config.loss.prediction == "v"):
+        log.warning(
+            "%s predicts %s, loss.prediction is %s: it will be taught anew",
+            source.path,
+            predicts,
+            config.loss.prediction,
+        )
     export.license_of(config.export, source)
     return source, models.build(source, with_vae=with_vae)
 
