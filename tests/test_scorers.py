@@ -81,6 +81,22 @@ def test_classifier(tmp_path: Path) -> None:
     assert stopped.value.code == ExitCode.USAGE
 
 
+def test_a_classifier_without_one_size_scores_each_picture_as_if_alone(tmp_path: Path) -> None:
+    import torch
+    from transformers import ResNetConfig, ResNetForImageClassification
+    from transformers.models.vit import ViTImageProcessor
+
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], id2label={0: "lq", 1: "hq"})
+    ResNetForImageClassification(config).save_pretrained(tmp_path)
+    ViTImageProcessor(do_resize=False).save_pretrained(tmp_path)
+    predict, _, _ = score.load_classifier(ScoreConfig("hf_image_classification", model=str(tmp_path), device="cpu"))
+    images = [Image.new("RGB", size, (40 * n, 90, 10)) for n, size in enumerate([(64, 32), (32, 64), (64, 32), (48, 48)])]
+    assert predict([]) == []
+    assert predict(images) == pytest.approx([predict([image])[0] for image in images], abs=1e-6)
+    assert len(set(predict(images))) == 4
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("key,score\ns:0,high\n", "high"), ("key\ns:0\n", "columns key and score"), ("key,score\ns:0,1\ns:0,2\n", "twice")],

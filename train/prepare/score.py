@@ -193,12 +193,15 @@ def load_classifier(config: ScoreConfig) -> tuple[Predict, str, str]:
         raise Halt(ExitCode.USAGE, f"score.label {config.label!r}: the model knows {', '.join(sorted(labels))}")
 
     def predict(images: list[Image.Image]) -> list[float]:
-        if not images:
-            return []
-        pixels = processor(images=images, return_tensors="pt")["pixel_values"].to(device, dtype)
-        with torch.inference_mode():
-            logits = model(pixel_values=pixels).logits.float()
-        return [float(value) for value in logits.softmax(-1)[:, labels[config.label]].cpu()]
+        pixels = [processor(images=image, return_tensors="pt")["pixel_values"] for image in images]
+        scores = [0.0] * len(images)
+        for shape in {one.shape for one in pixels}:  # several, where the processor does not resize to one size
+            places = [place for place, one in enumerate(pixels) if one.shape == shape]
+            with torch.inference_mode():
+                logits = model(pixel_values=torch.cat([pixels[place] for place in places]).to(device, dtype)).logits
+            for place, value in zip(places, logits.float().softmax(-1)[:, labels[config.label]].tolist(), strict=True):
+                scores[place] = value
+        return scores
 
     return predict, model_id(folder), _preprocessing_hash(processor)
 
