@@ -18,6 +18,7 @@ from stages import Stage, result
 from train import guard, rundir
 from train.exits import ExitCode, Halt
 from train.rundir import open_run_dir
+from train.scaler import loss_scale
 from train.tools import chaos
 from train.tracking import MetricsFile
 
@@ -210,6 +211,25 @@ def test_whatever_cannot_be_written_is_exit_8(
     assert {"lineage.json": "/model"}.get(name, name) in stopped.message
     assert stopped.run(output) == ExitCode.DONE, stopped.message
     assert result(folder) == result(straight)
+
+
+@pytest.mark.parametrize("fault", ["sample@*:raise=KeyError", "sample@*:enospc", "sample@*:oom", "sample@*:raise=ValueError"])
+def test_previews_that_fail_never_end_a_run(fault: str, stopped: Stage, straight: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("steps: 2\nprompts:\n  - {text: 1girl, width: 64, height: 64, seed: 3}\n")
+    folder, output = again(stopped, tmp_path)
+    more = ("sampling.every_steps=3", f"sampling.prompts={prompts}")
+    assert stopped.run(output, *more, ANIX_FAULT=fault) == ExitCode.DONE, stopped.message
+    assert result(folder) == result(straight)
+
+
+@pytest.mark.parametrize(
+    "state", [{"scale": 0.0}, {"scale": 3.0}, {"scale": "much"}, {"sclae": 1.0}, {"scale": float("inf")}, {"good_updates": -1}]
+)
+def test_a_loss_scale_that_is_none_is_refused(state: dict[str, Any]) -> None:
+    with pytest.raises(Halt) as caught:
+        loss_scale("fp16", state)
+    assert caught.value.code == ExitCode.MISMATCH
 
 
 # --- several processes ---------------------------------------------------------------------------------

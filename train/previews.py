@@ -16,7 +16,6 @@ import torch
 
 from train.config import StageConfig
 from train.ema import Ema
-from train.exits import Halt
 from train.models import Components, Networks, canonical
 from train.pictures import write_previews
 from train.prompts import PromptsFile, load_prompts
@@ -54,8 +53,8 @@ class Previews:
                 stop=lambda: stop.asked,
             )
             tracker.images(update, files)
-        except (Halt, OSError, RuntimeError) as error:  # pictures are never worth the run
-            tracker.alert(f"no previews at update {update}: {error}")
+        except Exception as error:  # pictures are never worth the run
+            tracker.alert(f"no previews at update {update}: {type(error).__name__}: {error}")
 
     def _variants(self, ema: Ema | None) -> Mapping[str, Any]:
         vae = self.components.vae.to(self.place.device)

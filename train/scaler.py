@@ -7,7 +7,10 @@ Factors are powers of two, hence scaling changes no bits of a gradient that neit
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
+
+from train.exits import ExitCode, Halt
 
 GROWTH_INTERVAL = 2000  # updates without overflow before the scale doubles, as torch's default
 MAX_SKIPS_IN_A_ROW = 20
@@ -45,7 +48,13 @@ class LossScale:
 
 
 def loss_scale(precision: str, state: dict[str, float | int | bool] | None = None) -> LossScale:
-    """A fresh scale for `precision`, or the one a checkpoint's state holds."""
+    """A fresh scale for `precision`, or the one a checkpoint's state holds. Halt(MISMATCH) for one that is none."""
     if state:
-        return LossScale(**state)  # type: ignore[arg-type]
+        try:
+            found = LossScale(**state)  # type: ignore[arg-type]
+            if math.frexp(found.scale)[0] == 0.5 and found.good_updates >= 0 and found.skips_in_a_row >= 0:
+                return found
+        except TypeError:
+            pass
+        raise Halt(ExitCode.MISMATCH, f"state.json: scaler is {str(state)[:200]}, which is no loss scale of ours")
     return LossScale() if precision == "fp16" else LossScale(scale=1.0, enabled=False)

@@ -17,7 +17,7 @@ from train.checkpoint import Progress
 from train.config import StageConfig, config_hash, flatten
 from train.dataset import TileDataset
 from train.ema import Ema
-from train.exits import Halt
+from train.exits import ExitCode, Halt
 from train.feed import Feed
 from train.heldout import HeldOut
 from train.hub import LocalModel
@@ -99,6 +99,8 @@ def restore(
         save_selection(run.path / SELECTION, index)
     if loaded is None:
         return None
+    if loaded.progress.updates and loaded.manifest.files["optimizer.safetensors"].tensors == 0:
+        raise Halt(ExitCode.MISMATCH, f"{loaded.path}: {loaded.progress.updates} updates, and no optimizer state")
     overlay(networks, loaded.tensors("model"), loaded.path / "model.safetensors")
     optim.load_state_tensors(
         optimizer,
