@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oddimages import Case, bomb, cases, drawn, encoded
-from PIL import Image
+from oddimages import Case, bomb, cases, deep, drawn, encoded
+from PIL import Image, ImageCms
 
 from train.buckets import assign, make_buckets, place
 from train.prepare.decode import Refused, decode, resize_crop
@@ -167,15 +167,36 @@ def test_phash_is_imagehash_on_a_known_picture() -> None:
 @pytest.mark.parametrize("size", [(1500, 2000), (1920, 1080), (900, 1300)])
 def test_faster_backend_agrees_with_the_reference(size: tuple[int, int]) -> None:
     pytest.importorskip("pyvips")
-    from train.prepare.vips import cut_jpeg
+    from train.prepare.vips import cut_plain
 
     image = drawn(size[0] // 6, size[1] // 6).resize(size, Image.Resampling.BICUBIC)
     put = place(*size, assign(*size, make_buckets()))
-    jpeg = encoded(image, "JPEG", quality=92)
-    found = cut_jpeg(jpeg, put)
-    assert found is not None
-    error = found.astype(np.float64) - resize_crop(decode(jpeg, RULES).image, put)
-    assert 10 * np.log10(255**2 / (error**2).mean()) > 40
-    assert cut_jpeg(encoded(image, "PNG"), put) is None
-    assert cut_jpeg(encoded(image.convert("CMYK"), "JPEG"), put) is None
-    cut_jpeg(jpeg[:3000], put)  # damaged: anything but an exception
+    jpeg, png = encoded(image, "JPEG", quality=92), encoded(image, "PNG")
+    for data in (jpeg, png):
+        found = cut_plain(data, put)
+        assert found is not None
+        error = found.astype(np.float64) - resize_crop(decode(data, RULES).image, put)
+        assert 10 * np.log10(255**2 / (error**2).mean()) > 40
+    assert cut_plain(encoded(image, "WEBP"), put) is None
+    assert cut_plain(encoded(image.convert("CMYK"), "JPEG"), put) is None
+    cut_plain(jpeg[:3000], put)  # damaged: anything but an exception
+    cut_plain(png[:3000], put)
+
+
+def test_faster_backend_leaves_what_is_not_plain_to_the_reference() -> None:
+    pytest.importorskip("pyvips")
+    from train.prepare.vips import cut_plain
+
+    image = drawn(300, 200)
+    put = place(300, 200, (96, 64))
+    assert cut_plain(encoded(image, "PNG"), put) is not None
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for options in ({"exif": exif.tobytes()}, {"icc_profile": srgb}, {"transparency": (1, 2, 3)},
+                    {"save_all": True, "append_images": [drawn(300, 200, seed=1)]}):  # fmt: skip
+        assert cut_plain(encoded(image, "PNG", **options), put) is None, options
+    for mode in ("L", "P", "RGBA", "LA", "1"):
+        assert cut_plain(encoded(image.convert(mode), "PNG"), put) is None, mode
+    assert cut_plain(deep(3), place(90, 120, (32, 32))) is None  # 16 bits
+    assert cut_plain(encoded(image, "PNG"), place(300, 200, (960, 640))) is None  # enlarging

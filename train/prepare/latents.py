@@ -35,6 +35,7 @@ from train.prepare.select import selection_mark, selection_path
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.shardplan import Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, write_parquet
+from train.prepare.vips import VIPS_VERSION
 from train.rng import uid_of
 
 LATENTS_VERSION = 1
@@ -110,7 +111,8 @@ def make_recipe(settings: DatasetConfig, vae_id: str) -> Recipe:
     config = settings.latents
     rules = {"animated": settings.probe.animated, "allow_truncated": settings.probe.allow_truncated}
     taken = {"npz": npz} if (npz := sorted(source.name for source in settings.sources if source.npz_vae)) else {}
-    preproc = config_id(decode=DECODE_VERSION, resize=config.resize, backend=config.backend, rules=rules, **taken)
+    backend = f"pyvips {VIPS_VERSION}" if config.backend == "pyvips" else config.backend
+    preproc = config_id(decode=DECODE_VERSION, resize=config.resize, backend=backend, rules=rules, **taken)
     return Recipe(vae_id, preproc, config.content, config.dtype, config.encode, settings.seed)
 
 

@@ -68,9 +68,9 @@ def cut_one(job: Cut) -> npt.NDArray[np.uint8] | Refused:
         if hashlib.sha256(data).hexdigest() != job.sha256:
             return Refused("bad_record", f"{_where(job.look)}: the file changed after it was probed")
         if job.backend == "pyvips":
-            from train.prepare.vips import cut_jpeg  # the optional extra
+            from train.prepare.vips import cut_plain  # the optional extra
 
-            if (fast := cut_jpeg(data, job.place)) is not None:
+            if (fast := cut_plain(data, job.place)) is not None:
                 return fast
         image = decode(data, job.look.rules).image
         if image.size != job.orig_size:
