@@ -356,6 +356,8 @@ def test_sidecar_and_sd_scripts_agree(tmp_path: Path) -> None:
     metadata[str(tmp_path / "g.png")] = metadata.pop("g.png")
     (tmp_path / "meta_cap.json").write_text(json.dumps(metadata))
     same(records(source(tmp_path / "meta_cap.json", "sd_scripts")), sidecars)
+    (tmp_path / "windows.json").write_text(json.dumps({k.replace("/", "\\") if "b/" in k else k: v for k, v in metadata.items()}))
+    same(records(source(tmp_path / "windows.json", "sd_scripts")), sidecars)
     lines = [json.dumps({"image_path": name, "caption": text}) for name, text in texts.items()]
     (tmp_path / "meta.jsonl").write_text("\n".join(lines))
     same(records(source(tmp_path / "meta.jsonl", "sd_scripts")), sidecars)

@@ -7,6 +7,7 @@ over by the step `latents` where the source says which VAE made them (`npz_vae`)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -62,6 +63,8 @@ def _post(root: Path, place: str, key: str, value: Any) -> RawPost:
 
 def find_stem(root: Path, key: str) -> str:
     """Path below the root; a path outside is kept as it is, and refused with the record."""
+    if "\\" in key and not os.path.exists(root / key):
+        key = key.replace("\\", "/")  # made on Windows
     path = Path(key)
     if path.is_absolute():
         for base in (root, root.resolve()):
