@@ -115,6 +115,15 @@ def test_variants_and_predictions() -> None:
     assert (limit["plain/2"], limit["none_12/2"]) == (pytest.approx(31.2, abs=0.1), pytest.approx(39.2, abs=0.1))
 
 
+def test_predictions_stand_in_the_benchmarks_page_before_the_run() -> None:
+    lines = (ROOT / "BENCHMARKS.md").read_text().splitlines()
+    for variant in bench_variants.VARIANTS:
+        told = bench_variants.prediction(variant)
+        numbers = [told[key] for key in ("predicted_images_per_s", "hardware_limit_images_per_s", "predicted_gib")]
+        row = " | ".join(("", variant.name, str(variant.stage), *map(str, numbers), "")).strip()
+        assert any(line.startswith(row) for line in lines), row
+
+
 def test_gpu_driver_chooses_refuses_and_tabulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [v.label for v in bench_gpu.choose(["plain", "none_8/1"])] == ["plain/1", "plain/2", "none_8/1"]
     with pytest.raises(Halt, match="no variant") as halt:
