@@ -114,7 +114,7 @@ def test_metadata_tells_the_truth(run: Path, base: Path) -> None:
     assert metadata["modelspec.license"] == "CC0-1.0"
     assert metadata["modelspec.prediction_type"] == "epsilon"
     assert metadata["modelspec.timestep_range"] == "0,1000"
-    record = export.record_in(metadata)
+    record = singlefile.record_in(metadata)
     assert record["parent"]["sha256"] == hub.model_sha256(base)
     assert (record["stage"], record["seed"], record["updates"], record["images"]) == ("ft1", 31, 5, 240)
     assert (record["dataset_fingerprint"], record["config_hash"]) == ("f" * 64, "c" * 64)
@@ -144,6 +144,21 @@ def test_the_next_stage_reads_fp32_and_extends_the_lineage(
     lineage = json.loads((second / "lineage.json").read_text())
     assert lineage["parent"] == {"stage": "ft1", "sha256": source.sha256, "title": "ft1"}
     assert [ancestor["stage"] for ancestor in lineage["ancestors"]] == ["ft1"]
+
+
+def test_the_lineage_goes_on_through_an_exported_file_or_folder(run: Path, tmp_path: Path) -> None:
+    """The original handed its stages on as files; whoever does so again must not lose where they came from."""
+    singlefile.to_folder(run / "ft1.safetensors", tmp_path / "converted", tokenizers=run / "model")
+    lineage = json.loads((run / "lineage.json").read_text())
+    for start in (run / "ft1.safetensors", run / "model", tmp_path / "converted"):
+        source = hub.resolve(ModelConfig(init_from=str(start)))
+        record = export.lineage_record(
+            stage="ft2", source=source, dataset_fingerprint="", config_hash="", seed=1, updates=1, images=1, versions={},
+            license="CC0-1.0", weights_sha256="",
+        )  # fmt: skip
+        assert (record["parent"]["stage"], record["parent"]["sha256"]) == ("ft1", source.sha256)
+        assert [ancestor["stage"] for ancestor in record["ancestors"]] == ["ft1"]
+        assert record["ancestors"][0]["parent"] == lineage["parent"]
 
 
 def test_export_may_be_repeated_and_writes_the_average_beside(

@@ -27,8 +27,6 @@ from train.rundir import replace_file, write_json
 from train.weightfile import Blob
 
 log = logging.getLogger("anix")
-RECORD_PREFIX = "anix."  # of our training record in a single file's metadata
-_TEXTS = ("stage", "dataset_fingerprint", "config_hash", "code_revision", "license", "weights_sha256", "date")
 DTYPES = {"fp16": "F16", "fp32": "F32"}
 _SPEC = "https://github.com/Stability-AI/generative-models"  # the implementation that the layout belongs to
 
@@ -90,26 +88,13 @@ def metadata_of(
         "modelspec.author": mask_settings(settings.author),
         "modelspec.description": mask_settings(settings.description),
         "modelspec.tags": mask_settings(settings.tags),
-        **{RECORD_PREFIX + key: _as_text(value) for key, value in record.items()},
+        **{singlefile.RECORD_PREFIX + key: _as_text(value) for key, value in record.items()},
     }
     return {key: value for key, value in fields.items() if value}
 
 
 def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def record_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The training record back from a single file's metadata; empty for files of other makers."""
-    record: dict[str, Any] = {}
-    for key, text in metadata.items():
-        if key.startswith(RECORD_PREFIX) and key != singlefile.CONFIGS_KEY:
-            name = key.removeprefix(RECORD_PREFIX)
-            try:
-                record[name] = text if name in _TEXTS else json.loads(text)
-            except (ValueError, RecursionError):
-                record[name] = text
-    return record
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
@@ -133,6 +118,7 @@ def lineage_record(
     """Who made these weights from what. `ancestors` carries the records of the stages before."""
     parent = source.lineage or {}
     stated = {key: value for key, value in parent.items() if key != "ancestors"}
+    older = parent.get("ancestors")  # from a file that anybody may have written
     return {
         "stage": stage,
         "parent": {
@@ -150,7 +136,7 @@ def lineage_record(
         "license": license,
         "weights_sha256": weights_sha256,
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "ancestors": [*parent.get("ancestors", []), stated] if stated else [],
+        "ancestors": [*(older if isinstance(older, list) else []), stated] if stated else [],
     }
 
 

@@ -34,7 +34,7 @@ class LocalModel:
     weights: Mapping[str, Blob]  # canonical name to tensor; the configured VAE's in place of the model's own
     tokenizers: Path | None  # folder with tokenizer/ and tokenizer_2/
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the single file
-    lineage: Mapping[str, Any] | None = None  # the parent run's lineage.json
+    lineage: Mapping[str, Any] | None = None  # our record of the run that made it, where there is one
     logit_scale: Blob | None = None
 
     @property
@@ -139,6 +139,7 @@ def open_folder(path: Path) -> LocalModel:
         raise Halt(
             ExitCode.MISMATCH, f"{path} is neither a finished run (DONE) nor a diffusers folder (model_index.json)"
         )
+    metadata = _folder_metadata(path)
     return LocalModel(
         kind="folder",
         path=path,
@@ -146,7 +147,8 @@ def open_folder(path: Path) -> LocalModel:
         configs=modelfolder.read_configs(path),
         weights=modelfolder.read_weights(path),
         tokenizers=path if (path / "tokenizer").is_dir() else None,
-        metadata=_folder_metadata(path),
+        metadata=metadata,
+        lineage=read_json(path / "lineage.json") or singlefile.record_in(metadata) or None,
         logit_scale=singlefile.stored_scale(path),
     )
 
@@ -156,8 +158,9 @@ def open_single_file(path: Path) -> LocalModel:
     source = weightfile.open_file(path)
     configs = singlefile.configs_in(source)
     weights, logit_scale = singlefile.single_weights(source, configs)
+    lineage = singlefile.record_in(source.metadata) or None
     return LocalModel(
-        "single_file", path, file_sha256(path), configs, weights, None, source.metadata, None, logit_scale
+        "single_file", path, file_sha256(path), configs, weights, None, source.metadata, lineage, logit_scale
     )
 
 

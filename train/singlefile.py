@@ -25,6 +25,8 @@ FAIPL = "Fair AI Public License 1.0-SD"  # freedevproject.org/faipl-1.0-sd; Anim
 LICENSE_IN_README = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
 SIDECAR = "single_file.json"
 _EMPTY = Blob("F32", (0,), lambda: iter(()))
+RECORD_PREFIX = "anix."  # of our training record in a single file's metadata
+_TEXTS = ("stage", "dataset_fingerprint", "config_hash", "code_revision", "license", "weights_sha256", "date")
 CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is not SDXL's own
 
 
@@ -150,6 +152,19 @@ def configs_in(source: weightfile.Tensors) -> sdxl.Configs:
         raise Halt(ExitCode.MISMATCH, f"{source.path}: its metadata entry {CONFIGS_KEY} is damaged") from None
     sdxl.folder_shapes(configs, str(source.path))  # refused here, where the file's name is known
     return configs
+
+
+def record_in(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The training record back from a single file's metadata; empty for files of other makers."""
+    record: dict[str, Any] = {}
+    for key, text in metadata.items():
+        if key.startswith(RECORD_PREFIX) and key != CONFIGS_KEY:
+            name = key.removeprefix(RECORD_PREFIX)
+            try:
+                record[name] = text if name in _TEXTS else json.loads(text)
+            except (ValueError, RecursionError):
+                record[name] = text
+    return record
 
 
 def is_standard(configs: sdxl.Configs) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from train import export, modelfolder, sdxl, singlefile, weightfile
+from train import modelfolder, sdxl, singlefile, weightfile
 from train.exits import ExitCode, Halt
 from train.modelfolder import Weights
 from train.rundir import read_json
@@ -72,8 +72,8 @@ def _model(configs: sdxl.Configs, weights: Weights) -> dict[str, Any]:
 
 def _origin(metadata: dict[str, str], lineage: dict[str, Any]) -> dict[str, Any]:
     spec = {key.removeprefix("modelspec."): value for key, value in metadata.items() if key.startswith("modelspec.")}
-    own = ("modelspec.", export.RECORD_PREFIX, singlefile.CONFIGS_KEY)
-    record = lineage or export.record_in(metadata)
+    own = ("modelspec.", singlefile.RECORD_PREFIX, singlefile.CONFIGS_KEY)
+    record = lineage or singlefile.record_in(metadata)
     return {
         "license": record.get("license") or spec.get("license"),
         "modelspec": spec,
