@@ -103,3 +103,18 @@ def test_other_vae_is_named(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text('{"latents": {"vae_id": "another"}}')
     with pytest.raises(Halt, match="made by VAE v, the dataset is of another"):
         ShardReader(tmp_path).read([NAME], [0])
+
+
+@pytest.mark.parametrize("change", ["cut", "emptied", "deleted", "longer"])
+def test_a_shard_that_changes_under_its_map_is_refused_not_read(tmp_path: Path, change: str) -> None:
+    shard = tmp_path / "a.safetensors"
+    write_shard(shard, torch.ones(512, 4, 16, 16, dtype=torch.float16), {"vae_id": ""})
+    reader = ShardReader(tmp_path)
+    reader.read(["a.safetensors"], [0])
+    if change == "deleted":
+        shard.unlink()
+    else:
+        os.truncate(shard, {"cut": 5000, "emptied": 0, "longer": shard.stat().st_size + 8}[change])
+    with pytest.raises(Halt, match=r"a\.safetensors") as caught:
+        reader.read(["a.safetensors"], [500])
+    assert caught.value.code == ExitCode.MISMATCH

@@ -213,6 +213,13 @@ def test_whatever_cannot_be_written_is_exit_8(
     assert result(folder) == result(straight)
 
 
+@pytest.mark.parametrize(("rank", "world"), [("x", "1"), ("-1", "1"), ("1", "1"), ("2", "2"), ("0", "many"), ("0", "")])
+def test_a_launcher_that_counts_wrong_is_refused(rank: str, world: str, stopped: Stage, tmp_path: Path) -> None:
+    assert stopped.run(f"output_dir={tmp_path / 'run'}", RANK=rank, WORLD_SIZE=world) == ExitCode.USAGE
+    assert "RANK" in stopped.message
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("fault", ["sample@*:raise=KeyError", "sample@*:enospc", "sample@*:oom", "sample@*:raise=ValueError"])
 def test_previews_that_fail_never_end_a_run(fault: str, stopped: Stage, straight: Path, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.yaml"

@@ -115,7 +115,8 @@ class Feed:
                 self.close()
                 if not _pool_failure(error) or attempt == POOL_RETRIES:
                     raise self._explain(error) from error
-                if self.workers and _shortage(error):
+                if self.workers and _shortage(error) and not (self._lean and "Bus error" in str(error)):
+                    # A bus error may also come from a file cut under its map: never take that into this process.
                     self._lean += 1
                     less = "one worker, one batch ahead" if self.workers else "no workers"
                     log.warning(

@@ -57,7 +57,7 @@ class ShardReader:
 
     def __init__(self, dataset_dir: str | Path) -> None:
         self.folder = Path(dataset_dir)
-        self._maps: dict[str, torch.Tensor] = {}
+        self._maps: dict[str, tuple[torch.Tensor, int]] = {}  # latents, bytes of their file
         self._wanted_vae: str | None = None
 
     def __getstate__(self) -> dict[str, object]:
@@ -88,12 +88,26 @@ class ShardReader:
     def _row(self, shard: str, row: int) -> torch.Tensor:
         if shard not in self._maps:
             self._maps[shard] = self._open(shard)
-        latents_NCHW = self._maps[shard]
+        latents_NCHW, size = self._maps[shard]
+        self._refuse_cut(shard, size)
         if not 0 <= row < len(latents_NCHW):
             raise Halt(ExitCode.MISMATCH, f"{self.folder / shard} has {len(latents_NCHW)} rows, row {row} is asked for")
         return latents_NCHW[row]
 
-    def _open(self, shard: str) -> torch.Tensor:
+    def _refuse_cut(self, shard: str, size: int) -> None:
+        """To read beyond the end of a file that became shorter under its map would kill the process (SIGBUS)."""
+        try:
+            now = os.stat(self.folder / shard).st_size
+        except OSError as error:
+            raise Halt(ExitCode.MISMATCH, f"latents {self.folder / shard} went away: {error.strerror}") from error
+        if now != size:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"latents {self.folder / shard} had {size} bytes and now have {now}: they are damaged, or are being "
+                "made anew; run scripts/prepare.py latents to its end",
+            )
+
+    def _open(self, shard: str) -> tuple[torch.Tensor, int]:
         path = self.folder / shard
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise Halt(ExitCode.MISMATCH, f"index names shard {shard!r} outside the dataset directory")
@@ -108,8 +122,9 @@ class ShardReader:
             )
         # Not numpy's map, which keeps a file descriptor: a large set has more shards than a process may open files.
         # Private, so torch may believe that it could write to it.
-        mapped = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        return mapped[start:].view(dtype).view(shape)
+        size = path.stat().st_size
+        mapped = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        return mapped[start:].view(dtype).view(shape), size
 
 
 def _header(path: Path) -> tuple[int, tuple[int, ...], torch.dtype, dict[str, str]]:

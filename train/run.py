@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = load_stage(arguments.config, arguments.overrides)
     faults.warn_if_set()
-    run = open_run_dir(config.output_dir, config.stage, rank=int(os.environ.get("RANK", "0")))
+    run = open_run_dir(config.output_dir, config.stage, rank=own_rank())
     if run.done is not None:
         print(f"stage {config.stage} is already done: {run.path}", file=sys.stderr)
         return ExitCode.DONE
@@ -67,6 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise halt from error
     finally:
         run.close()
+
+
+def own_rank() -> int:
+    """RANK as launchers set it, 0 without one. Raises Halt(USAGE) where RANK and WORLD_SIZE make no sense."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        raise Halt(ExitCode.USAGE, f"RANK is {rank!r} and WORLD_SIZE {world!r}: start the processes with a launcher")
+    return int(rank)
 
 
 def as_halt(error: BaseException) -> Halt:
