@@ -146,6 +146,19 @@ def test_the_next_stage_reads_fp32_and_extends_the_lineage(
     assert [ancestor["stage"] for ancestor in lineage["ancestors"]] == ["ft1"]
 
 
+def test_a_parents_logit_scale_is_rounded_in_the_folder_too(
+    base: Path, trained: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    singlefile.to_single_file(base, tmp_path / "plain.safetensors")
+    tensors = load_file(tmp_path / "plain.safetensors") | {sdxl.LOGIT_SCALE: torch.tensor(4.3219)}
+    save_file(tensors, tmp_path / "base.safetensors", export.read_metadata(tmp_path / "plain.safetensors"))
+    start = ModelConfig(init_from=str(tmp_path / "base.safetensors"), tokenizers=str(base))
+    run = finish(tmp_path / "ft1", hub.resolve(start), trained)
+    singlefile.to_single_file(run / "model", tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (run / "ft1.safetensors").read_bytes()
+    assert load_file(run / "ft1.safetensors")[sdxl.LOGIT_SCALE] == torch.tensor(4.3219).half()
+
+
 def test_the_lineage_goes_on_through_an_exported_file_or_folder(run: Path, tmp_path: Path) -> None:
     """The original handed its stages on as files; whoever does so again must not lose where they came from."""
     singlefile.to_folder(run / "ft1.safetensors", tmp_path / "converted", tokenizers=run / "model")

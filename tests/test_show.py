@@ -119,6 +119,11 @@ def test_json_is_one_object_and_nothing_else() -> None:
     assert script("buckets", "--size", "1500").returncode == ExitCode.USAGE
 
 
+def test_json_stays_json_whatever_a_file_claims(capsys: pytest.CaptureFixture[str]) -> None:
+    show_dispatch.show({"updates": float("nan"), "title": "\ud800", "tag": "東"}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"updates": "NaN", "title": "\ud800", "tag": "東"}
+
+
 def test_lines_nest_and_fold() -> None:
     report = {"short": [1, 2], "long": [{"a": "x" * 120}], "object": {"k": ["y" * 60, "z" * 60]}}
     assert list(show_dispatch.lines(report)) == [

@@ -171,7 +171,8 @@ def export_stage(
         if source.tokenizers is not None:
             modelfolder.copy_tokenizers(source.tokenizers, new)
         modelfolder.write_pipeline(new, configs["scheduler"])
-        singlefile.write_sidecar(new, metadata, source.logit_scale)
+        scale = source.logit_scale and weightfile.cast(source.logit_scale, dtype, "logit_scale")
+        singlefile.write_sidecar(new, metadata, scale)  # as in the single file, so that converting gives that file
         replace_file(new / "training.yaml", _without_home((run_path / "config.yaml").read_text(encoding="utf-8")))
         write_json(new / "lineage.json", record)
     for name, digest in hashes.items():

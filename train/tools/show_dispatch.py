@@ -43,7 +43,10 @@ def report_of(a: argparse.Namespace) -> dict[str, Any]:
 def show(report: Mapping[str, Any], *, as_json: bool) -> None:
     """Print one JSON object, or indented lines for people."""
     if as_json:
-        print(json.dumps(report, ensure_ascii=False, allow_nan=False))
+        # What files claim may be no JSON (NaN, infinity: told as text) or no Unicode (escaped).
+        plainly = json.loads(json.dumps(report), parse_constant=str)
+        text = json.dumps(plainly, ensure_ascii=False, allow_nan=False)
+        print(text if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(plainly))
     else:
         print("\n".join(lines(report)))
 
