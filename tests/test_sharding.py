@@ -159,14 +159,21 @@ def test_bf16_weights_round_alike_however_they_are_shared(base_model: Path, data
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("fault", "codes"), [
+    ("backward@11:1:raise=KeyError", (9, 1)),
+    ("optimizer@11:1:kill", (9, -9)),  # the other waits for weights that never come
+])  # fmt: skip
 def test_after_a_failure_the_last_checkpoint_remains_and_is_named(
-    base_model: Path, dataset: Path, tmp_path: Path
+    fault: str, codes: tuple[int, int], base_model: Path, dataset: Path, tmp_path: Path
 ) -> None:
     changes = (*TWENTY, "batch.determinism=strict", "optimizer.sharding=zero1")
     straight, failed = (Stage(tmp_path / name, dataset, base_model) for name in ("straight", "failed"))
     launched(straight, *changes)
-    said = launched(failed, *changes, fault="backward@11:1:raise=KeyError", codes=(9, 1))
-    assert "update 11 cannot be saved after a failure: with optimizer.sharding: zero1" in said
+    said = launched(failed, *changes, fault=fault, codes=codes)
+    if codes[1] == -9:
+        assert "rank 1 is gone" in said
+    else:
+        assert "update 11 cannot be saved after a failure: with optimizer.sharding: zero1" in said
     assert [path.name for path in (failed.output / "checkpoints").iterdir()] == ["step-00000008"]
     launched(failed, *changes)
     assert result(failed.output) == result(straight.output)
