@@ -5,6 +5,7 @@ No timing is asserted: machines differ, and these run on busy ones.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -165,6 +166,15 @@ def test_gpu_driver_chooses_refuses_and_tabulates(tmp_path: Path, monkeypatch: p
     late = bench_gpu.run(["plain/1", "compile/1"], 100.0)["variants"]
     assert "skipped" not in late[0]
     assert "budget" in late[1]["skipped"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_sees_no_synchronisation_in_a_micro_step() -> None:
+    for stage_number in (1, 2):
+        variant = bench_variants.tiny(next(v for v in bench_variants.VARIANTS if v.label == f"cl/{stage_number}"))
+        answer = bench_gpu._child({"variant": dataclasses.asdict(variant), "tiny": True}, 300)
+        assert answer["micro_step_sync"] == "", answer
 
 
 def test_a_child_that_dies_is_a_row() -> None:

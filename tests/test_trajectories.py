@@ -154,6 +154,7 @@ def test_fused_adamw_follows_the_plain_one(plain: Plain, tmp_path: Path, monkeyp
 
 @pytest.mark.slow
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # inductor's own, which only a forked process inherits as errors
 @pytest.mark.parametrize("more", [(), ("model.channels_last=true",)])
 def test_compiled_blocks_follow_the_plain_path(more: tuple[str, ...], plain: Plain, tmp_path: Path) -> None:
     """With inductor and its C++ compiler, in a process of its own: compiled code and limits stay behind."""

@@ -178,7 +178,9 @@ def run(variant: Variant, *, tiny: bool = False) -> dict[str, Any]:
         _synchronise(on_gpu)
         spent.append(time.perf_counter() - started)
     timed = spent[WARM_UPDATES:]
+    syncs = micro_step_sync(networks, next(batches(variant, device, 0, bucket)), diffusion) if on_gpu else None
     return {
+        "micro_step_sync": syncs,
         "update_s": {"median": statistics.median(timed), "min": min(timed), "max": max(timed)},
         "first_update_s": spent[0],
         "images_per_s": variant.images / statistics.median(timed),
@@ -192,6 +194,20 @@ def run(variant: Variant, *, tiny: bool = False) -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
+
+
+def micro_step_sync(networks: Networks, batch: Batch, diffusion: Diffusion) -> str:
+    """What CUDA says about a host synchronisation inside one forward and backward; empty when there is none."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with fast.pin_attention(diffusion.attention, "cuda"):
+            image_losses(networks, batch, diffusion).sum().backward()
+    except RuntimeError as error:
+        return str(error).splitlines()[0][:200]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return ""
 
 
 def _our_update(
