@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,30 @@ def test_caption_names_what_is_cut(tokenizers: Path) -> None:
     report = show_caption.report("1girl ||| " + ", ".join(flex), show_caption.load(tokenizers), max_tokens=75)
     assert report["tokens_kept"] <= 75 < report["tokens"]
     assert report["tags_cut"] == flex[-len(report["tags_cut"]) :]
+
+
+@pytest.mark.parametrize(
+    ("caption", "options", "words"),
+    [
+        ("a ||| b ||| c", {}, "2 separators"),
+        ("a", {"separator": " "}, "--separator"),
+        ("a, b", {"separator": ","}, "--separator"),
+        ("a", {"draws": -1}, "--draws"),
+    ],
+)
+def test_bad_captions_are_refused(caption: str, options: dict[str, Any], words: str, tokenizers: Path) -> None:
+    with pytest.raises(Halt, match=words) as caught:
+        show_caption.report(caption, show_caption.load(tokenizers), **options)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_a_damaged_tokenizer_is_named(tokenizers: Path, tmp_path: Path) -> None:
+    shutil.copytree(tokenizers / "tokenizer", tmp_path / "tokenizer")
+    for file in (tmp_path / "tokenizer").iterdir():
+        file.write_text("{")
+    with pytest.raises(Halt, match="tokenizer is damaged") as caught:
+        show_caption.load(tmp_path / "tokenizer")
+    assert caught.value.code == ExitCode.MISMATCH
 
 
 def test_model_report_of_every_kind(tmp_path: Path) -> None:

@@ -42,7 +42,10 @@ def load_tokenizer(folder: str | Path) -> Any:
             f"{folder}: no tokenizer here (tokenizer.json, or vocab.json with merges.txt). "
             "Point model.tokenizers to a folder that holds tokenizer/ and tokenizer_2/.",
         )
-    return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    try:
+        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # the tokenizer library raises bare Exception at a damaged file
+        raise Halt(ExitCode.MISMATCH, f"{folder}: its tokenizer is damaged ({str(error)[:200]}): copy it anew") from error
 
 
 def load_tag_tokenizer(folder: str | Path) -> TagTokenizer:

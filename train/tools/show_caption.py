@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train import captions, rng, text
+from train.exits import ExitCode, Halt
 from train.text import Overflow, TagTokenizer
 
 
@@ -28,6 +29,12 @@ def report(
     seed: int = 0,
 ) -> dict[str, Any]:
     """The caption as written, and as shuffled in the epochs 0 .. draws-1 of an image named by the caption itself."""
+    if not separator.strip() or "," in separator:
+        raise Halt(ExitCode.USAGE, f"--separator is {separator!r}: not empty, no comma")
+    if draws < 0:
+        raise Halt(ExitCode.USAGE, f"--draws is {draws}, must be at least 0")
+    if caption.count(separator) > 1:  # as at ingest: the rest would leak into a tag
+        raise Halt(ExitCode.USAGE, f"the caption holds {caption.count(separator)} separators {separator}: one at most")
     fixed, flex = captions.split(caption, separator)
     drawn = [
         captions.draw(fixed, flex, captions.DrawOptions(), seed=seed, uid=rng.uid_of(caption), epoch=epoch, update=0)
