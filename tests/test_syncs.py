@@ -55,7 +55,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", [*CASES, pytest.param("fp16", marks=pytest.mark.slow)])
+QUICK = ("pretrain", "ft1", "ft2", "average", "min-snr", "bf16 weights")
+
+
+@pytest.mark.parametrize("name", [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in (*CASES, "fp16")
+])  # fmt: skip
 def test_no_read_per_micro_step_and_one_per_update(
     name: str, base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
