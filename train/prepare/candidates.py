@@ -15,9 +15,10 @@ from train.exclusions import excluded_by
 from train.exits import ExitCode, Halt
 from train.prepare.facts import between
 from train.prepare.probe import ok_files
+from train.prepare.progress import bar
 from train.prepare.records import LABELS, PROBE, RECORDS, TAG_GROUPS
 from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.units import has_table, read_table, stream_table
+from train.prepare.units import has_table, read_table, require_table, stream_table
 
 _CHUNK_ROWS = 50_000
 _DERIVED = ("area", "aspect", "tags", "aesthetic_score", "near_duplicate")
@@ -109,7 +110,9 @@ class Candidates:
         refused = []
         # `label` makes one unit of each unit of the records, so both can be read side by side.
         records = stream_table(self.dataset, "records", _GATE_COLUMNS)
+        shown = bar(len(require_table(self.dataset, "records")), "select: hard exclusions", "units")
         for part, labels in zip(records, stream_table(self.dataset, "labels", ["key", "flex_tags"]), strict=True):
+            shown.update()
             part = part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
             at = pc.index_in(part.column("key").combine_chunks(), value_set=labels.column("key").combine_chunks())
             assert at.null_count == 0, "candidates have labels"
@@ -126,6 +129,7 @@ class Candidates:
                 )
                 if rule is not None:
                     refused.append((row["key"], rule))
+        shown.close()
         return refused
 
 

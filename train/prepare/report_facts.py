@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from train.exits import Halt
 from train.latents import ShardReader, read_meta
 from train.prepare.facts import between
 from train.prepare.probe import ok_files
+from train.prepare.progress import bar
 from train.prepare.records import INDEX
 from train.prepare.report_captions import caption_facts
 from train.prepare.select import selection_counts, selection_merges, selection_path
@@ -44,22 +46,28 @@ def gather(settings: DatasetConfig) -> Facts:
     stages = {stage: _selection(dataset, stage) for stage in settings.select}
     index = _index(dataset)
     sound = ok_files(settings, ["key", "width", "height", "ext_mismatch", "size_mismatch"])
-    return {
-        "counts": _counts(settings, index),
-        "hard_exclusions": _hard_exclusions(settings),
-        "balance": _balance(dataset, sound, stages),
-        "tags": {stage: _tags(dataset, table) for stage, table in stages.items()},
-        "buckets": {stage: _buckets(dataset, stage, table) for stage, table in stages.items()},
-        "crop": _crop(index),
-        "captions": caption_facts(settings, stages),
-        "duplicates": _duplicates(dataset),
-        "overlap": _overlap(stages),
-        "sizes": _sizes(index, sound),
-        "quarantine": _quarantine(dataset),
-        "latents": _latents(dataset, index),
-        "stale_files": _stale(dataset),
-        "disk_bytes": _disk(dataset),
+    sections: dict[str, Callable[[], Any]] = {
+        "counts": lambda: _counts(settings, index),
+        "hard_exclusions": lambda: _hard_exclusions(settings),
+        "balance": lambda: _balance(dataset, sound, stages),
+        "tags": lambda: {stage: _tags(dataset, table) for stage, table in stages.items()},
+        "buckets": lambda: {stage: _buckets(dataset, stage, table) for stage, table in stages.items()},
+        "crop": lambda: _crop(index),
+        "captions": lambda: caption_facts(settings, stages),
+        "duplicates": lambda: _duplicates(dataset),
+        "overlap": lambda: _overlap(stages),
+        "sizes": lambda: _sizes(index, sound),
+        "quarantine": lambda: _quarantine(dataset),
+        "latents": lambda: _latents(dataset, index),
+        "stale_files": lambda: _stale(dataset),
+        "disk_bytes": lambda: _disk(dataset),
     }
+    found: Facts = {}
+    with bar(len(sections), "report: numbers", "sections") as shown:
+        for name, make in sections.items():
+            found[name] = make()
+            shown.update()
+    return found
 
 
 def _selection(dataset: Path, stage: str) -> pa.Table:

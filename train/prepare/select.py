@@ -28,6 +28,7 @@ from train.prepare.candidates import Candidates
 from train.prepare.judge import judge
 from train.prepare.peers import Peers
 from train.prepare.predicates import holds, parse
+from train.prepare.progress import bar
 from train.prepare.records import SELECT, Quarantine, quarantine_table
 from train.prepare.settings import DatasetConfig, QuotaConfig, SelectConfig, dataset_dir
 from train.prepare.units import (
@@ -58,10 +59,12 @@ def run(settings: DatasetConfig) -> None:
     with Peers(dataset) as peers:
         if peers.owns(0) or not all(_done(dataset, stage, mark) for stage, mark in marks.items()):
             candidates: Candidates | None = None
-            for stage, mark in marks.items():
-                if not _done(dataset, stage, mark):
-                    candidates = candidates or _candidates(settings)
-                    _select(settings, stage, candidates, mark)
+            with bar(len(marks), "select", "stages") as shown:
+                for stage, mark in marks.items():
+                    if not _done(dataset, stage, mark):
+                        candidates = candidates or _candidates(settings)
+                        _select(settings, stage, candidates, mark)
+                    shown.update()
     for stage in settings.select:
         print(f"select {stage}: " + ", ".join(f"{name} {count}" for name, count in selection_counts(dataset, stage)))
     merge_quarantine(dataset)
