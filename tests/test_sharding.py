@@ -128,10 +128,11 @@ def test_twenty_updates_equal_those_of_an_unsharded_run(
     changes = (*TWENTY, *OPTIMIZERS[optimizer], "batch.determinism=strict")
     whole, shared = (Stage(tmp_path / name, dataset, base_model) for name in ("whole", "shared"))
     launched(whole, *changes)
-    launched(shared, *changes, "optimizer.sharding=zero1")
+    background = ("checkpoint.background=true", "checkpoint.when_busy=wait", "checkpoint.every_steps=3")
+    launched(shared, *changes, "optimizer.sharding=zero1", *(background if optimizer == "adamw" else ()))
     assert of_the_run(result(shared.output)) == of_the_run(result(whole.output))
-    steps = sorted(path.name for path in (shared.output / "checkpoints").glob("step-*"))
-    assert steps == ["step-00000008", "step-00000016", "step-00000020"] or len(steps) >= 2
+    steps = {path.name for path in (shared.output / "checkpoints").glob("step-*")}
+    assert steps >= ({"step-00000018", "step-00000020"} if optimizer == "adamw" else {"step-00000016", "step-00000020"})
 
 
 @pytest.mark.slow
