@@ -19,7 +19,7 @@ from test_dataset import make
 from train.config import DataConfig
 from train.dataset import Batch
 from train.exits import ExitCode, Halt
-from train.feed import Feed, PlaceSampler
+from train.feed import Feed, PlaceSampler, _shortage
 
 CPU = torch.device("cpu")
 
@@ -106,6 +106,19 @@ def test_workers_without_shared_memory_become_fewer_and_nothing_changes(
     assert "no workers from here on" in told[1]
 
 
+@pytest.mark.parametrize(
+    ("error", "short"),
+    [(OSError(24, "Too many open files"), True), (RuntimeError("unable to write to file </torch_1>: shm"), True),
+     (ConnectionResetError(104, "Connection reset by peer"), False), (RuntimeError("killed by signal: Killed"), False),
+     (EOFError(), False)],
+)  # fmt: skip
+def test_a_death_is_not_taken_for_a_shortage(error: Exception, short: bool) -> None:
+    assert _shortage(error) is short
+
+
+# torch's handler may raise inside a callback of the garbage collector (hypothesis has one), where it is swallowed; the
+# loader then finds the dead worker by itself.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_workers_that_keep_dying_end_the_run_with_the_images_in_flight(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -241,7 +241,9 @@ def _first_line(error: Exception) -> str:
 def _shortage(error: Exception) -> bool:
     """Whether workers could not hand over what they made; the loader gives their errors back without the number."""
     signs = ("shared memory", "Bus error", "shm", "Too many open files", "Cannot allocate memory")
-    return isinstance(error, OSError) or any(sign in str(error) for sign in signs)
+    # A broken connection is a worker that died while handing over, not one that could not.
+    plain = isinstance(error, OSError) and not isinstance(error, ConnectionError)
+    return plain or any(sign in str(error) for sign in signs)
 
 
 def _pool_failure(error: Exception) -> bool:
