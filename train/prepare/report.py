@@ -21,7 +21,7 @@ from train.prepare.probe import ok_files
 from train.prepare.progress import bar
 from train.prepare.records import RECORDS
 from train.prepare.report_facts import Facts, gather
-from train.prepare.report_page import counted, page
+from train.prepare.report_page import counted, number, page
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.units import merge_quarantine, read_table, row_hash, stream_table, sweep, write_text
 from train.rng import uid_of
@@ -49,7 +49,7 @@ def run(settings: DatasetConfig) -> None:
     print(f"report: {dataset / 'report.html'}: " + (f"{counted(len(broken), 'limit', 'limits')} broken" if broken else "healthy"))
     if broken:
         names = "; ".join(
-            f"report.fail_if.{c['name']}: {c['value']:.4g} > {c['limit']:.4g} ({c['what']})" for c in broken
+            f"report.fail_if.{c['name']}: {number(c['value'])} > {number(c['limit'])} ({c['what']})" for c in broken
         )
         raise Complaint(ExitCode.MISMATCH, f"report: {names}: see {dataset / 'report.html'}")
 
@@ -107,10 +107,10 @@ def _samples(settings: DatasetConfig) -> list[Facts]:
     by_key = {key: row for _, key, row in found}
     picked = list(by_key)
     samples = []
-    for number, key in enumerate(picked):
+    for place, key in enumerate(picked):
         fixed, flex = by_key[key]["fixed_tags"], by_key[key]["flex_tags"]
         sample: Facts = {"key": key, "text": render(fixed, flex)}
-        if number < SHUFFLES:
+        if place < SHUFFLES:
             sample["shuffles"] = [_shuffled(fixed, flex, key, epoch) for epoch in range(3)]
         samples.append(sample)
     return samples

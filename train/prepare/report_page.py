@@ -90,7 +90,12 @@ def _cell(value: Any) -> str:
         return {True: "yes", False: "no", None: ""}[value]
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else escape(str(value))
+    return number(value) if isinstance(value, float) else escape(str(value))
+
+
+def number(value: float) -> str:
+    """A share or a count: `0.1639`, `200,000`."""
+    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
 
 
 def bars(counts: Iterable[tuple[str, int]], head: str) -> str:
