@@ -245,6 +245,7 @@ def test_the_originals_defaults_and_values_written_as_text(changes: dict[str, An
          "datasets[0].subsets[0].num_repeats", "dataset.yaml"),
         ({"pretrained_model_name_or_path": "owner/name"}, "(ours) model.init_from", "owner/name@<commit>"),
         ({"huber_c": 0}, "huber_c", "not read"),
+        ({"debug_dataset": False}, "debug_dataset", "show.py step"),
         ({"lr_scheduler": "cosine", "max_train_epochs": 3, "max_train_steps": 9}, "lr_scheduler", "set schedule.cycle_steps"),
         ({"lr_scheduler_type": "x.CosineAnnealingWarmupRestarts", "lr_scheduler_args": ["cycle_mult=2.0"]},
          "lr_scheduler_args cycle_mult", "no counterpart"),
