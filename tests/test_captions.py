@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train import rng
-from train.captions import DrawOptions, draw, join, render, split, warmup_length
+from train.captions import DrawOptions, draw, draw_many, join, render, split, warmup_length
 
 tag = (
     st.text(st.sampled_from("abc (:)_|-é"), min_size=1, max_size=6)
@@ -83,6 +83,20 @@ def test_shuffle_alone_is_the_generators_shuffle(fixed, flex, uid, epoch):
     got = draw(fixed, flex, DrawOptions(), seed=31, uid=uid, epoch=epoch, update=0)
     assert got == (fixed, rng.shuffled(flex, 31, uid, epoch))
     assert draw(fixed, flex, PLAIN, seed=31, uid=uid, epoch=epoch, update=0) == (fixed, flex)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.lists(st.tuples(tags, tags, u64s, st.integers(0, 100)), max_size=6),
+    st.sampled_from([0.0, 0.4]), st.sampled_from([0.0, 0.4]), st.booleans(),
+)  # fmt: skip
+def test_the_images_of_a_tile_get_what_each_would_get_alone(images, tag_p, caption_p, shuffle):
+    options = DrawOptions(shuffle=shuffle, tag_dropout=tag_p, caption_dropout=caption_p, warmup_updates=9)
+    captions, uids, epochs = [(a, b) for a, b, _, _ in images], [i[2] for i in images], [i[3] for i in images]
+    together = draw_many(captions, options, seed=31, uids=uids, epochs=epochs, update=4)
+    assert together == [
+        draw(fixed, flex, options, seed=31, uid=uid, epoch=epoch, update=4) for fixed, flex, uid, epoch in images
+    ]
 
 
 def test_known_shuffle_reaches_the_caption():

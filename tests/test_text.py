@@ -15,7 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from train.checkpointing import set_text_checkpointing
 from train.exits import ExitCode, Halt
-from train.text import TagTokenizer, chunk_ids, encode, load_tag_tokenizer, load_tokenizer, size_vector
+from train.text import TagTokenizer, chunk_ids, chunk_ids_many, encode, load_tag_tokenizer, load_tokenizer, size_vector
 
 B, E, T = 49406, 49407, 7  # begin, end, some text id
 
@@ -138,6 +138,14 @@ def test_chunk_ids_equal_the_trainers_rule(content: list[int], max_tokens: int) 
     assert (ids_1.tolist(), ids_2.tolist()) == trainer_chunks(content, max_tokens)
 
 
+def test_chunk_ids_of_many_captions_are_those_of_each() -> None:
+    contents = [[T] * count for count in (0, 1, 74, 75, 76, 149, 150, 151, 225, 226, 300)]
+    many_1, many_2 = chunk_ids_many(contents, 225, bos=B, eos=E, pad_2=0)
+    assert [(one.tolist(), two.tolist()) for one, two in zip(many_1, many_2, strict=True)] == [
+        trainer_chunks(content, 225) for content in contents
+    ]
+
+
 def test_a_real_exclamation_mark_at_an_edge_survives() -> None:
     _, ids_2 = chunk_ids([0] + [T] * 73 + [0, 0])
     assert ids_2[0].tolist() == [B, 0] + [T] * 73 + [0, E]
@@ -181,10 +189,11 @@ def test_fit_keeps_the_longest_whole_prefix(
     tokenizer: CLIPTokenizer, fixed: list[str], flex: list[str], max_tokens: int
 ) -> None:
     tags = fixed + flex
-    fits = [k for k in range(len(tags) + 1) if len(plain_ids(tokenizer, tags[:k])) <= max_tokens]
+    whole = max(k for k in range(len(tags) + 1) if len(plain_ids(tokenizer, tags[:k])) <= max_tokens)
     ids, dropped = TagTokenizer(tokenizer).fit(fixed, flex, max_tokens)
-    assert ids == plain_ids(tokenizer, tags[: max(fits)])
-    assert dropped == len(tags) - max(fits)
+    # a fixed part that is too long by itself is cut, and no flexible tag takes its place
+    assert ids == plain_ids(tokenizer, tags[: max(whole, len(fixed))])[:max_tokens]
+    assert dropped == len(tags) - whole
 
 
 def test_tokenizer_folders(tokenizer: CLIPTokenizer, tmp_path: Path) -> None:

@@ -61,15 +61,33 @@ def draw(
 
     `update` is the plan step, used by the warmup alone. The same arguments always give the same tags.
     """
-    if _caption_dropped(options, seed, uid, epoch):
-        return [], []
-    kept = range(_warm_count(len(flex), options, update))
-    order = rng.shuffled(kept, seed, uid, epoch) if options.shuffle else list(kept)
+    return draw_many([(fixed, flex)], options, seed=seed, uids=[uid], epochs=[epoch], update=update)[0]
+
+
+def draw_many(
+    captions: Sequence[tuple[Sequence[str], Sequence[str]]],
+    options: DrawOptions,
+    *,
+    seed: int,
+    uids: Sequence[int],
+    epochs: Sequence[int],
+    update: int,
+) -> list[tuple[list[str], list[str]]]:
+    """`draw` of many images at once: what the images of a tile are called."""
+    orders: list[list[int]] = [list(range(_warm_count(len(flex), options, update))) for _, flex in captions]
     if options.tag_dropout > 0:
         # by the place before the shuffle, so that what is dropped does not depend on whether it is on
-        word_of = rng.words(seed, Stream.TAG_DROP, uid, epoch, len(kept)).tolist()
-        order = [place for place in order if word_of[place] >= rng.threshold(options.tag_dropout)]
-    return list(fixed), [flex[place] for place in order]
+        least = rng.threshold(options.tag_dropout)
+        words = rng.words_many(seed, Stream.TAG_DROP, uids, epochs, max(map(len, orders), default=0)).tolist()
+        kept = [{place for place in order if own[place] >= least} for order, own in zip(orders, words, strict=True)]
+    if options.shuffle:
+        orders = rng.shuffled_many(orders, seed, uids, epochs)
+    if options.tag_dropout > 0:
+        orders = [[place for place in order if place in own] for order, own in zip(orders, kept, strict=True)]
+    return [
+        ([], []) if _caption_dropped(options, seed, uid, epoch) else (list(fixed), [flex[place] for place in order])
+        for (fixed, flex), order, uid, epoch in zip(captions, orders, uids, epochs, strict=True)
+    ]
 
 
 def _caption_dropped(options: DrawOptions, seed: int, uid: int, epoch: int) -> bool:

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 from train import faults, rng
 from train.buckets import crop_condition
-from train.captions import DrawOptions, draw, warmup_length
+from train.captions import DrawOptions, draw_many, warmup_length
 from train.config import DataConfig, NoiseConfig, StageConfig
 from train.exits import ExitCode, Halt
 from train.index import Index
@@ -119,14 +119,14 @@ class TileDataset(Dataset[Batch | Halt]):
         target_BCHW, added_BCHW = tile_noise(
             self.noise, self.seed, tile.uids.tolist(), tile.epochs.tolist(), shape, latent_means_BC=means_BC
         )
-        ids, dropped = self._token_ids(tile, step)
+        ids_1_BN77, ids_2_BN77, dropped = self._token_ids(tile, step)
         return Batch(
             latents_BCHW=latents_BCHW,
             noise_BCHW=torch.from_numpy(target_BCHW),
             input_noise_BCHW=torch.from_numpy(added_BCHW),
             timesteps_B=torch.from_numpy(rng.timesteps(self.seed, tile.uids, tile.epochs, low, high)),
-            ids_1_BN77=torch.from_numpy(np.stack([one for one, _ in ids])),
-            ids_2_BN77=torch.from_numpy(np.stack([two for _, two in ids])),
+            ids_1_BN77=torch.from_numpy(ids_1_BN77),
+            ids_2_BN77=torch.from_numpy(ids_2_BN77),
             size_B6=torch.tensor([self._size(row, tile) for row in tile.rows.tolist()], dtype=torch.float32),
             slots_B=torch.arange(first_slot, first_slot + len(tile.rows)),
             step=step,
@@ -184,15 +184,13 @@ class TileDataset(Dataset[Batch | Halt]):
             return False
         return True
 
-    def _token_ids(self, tile: Tile, step: int) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
-        ids, dropped = [], 0
-        for row, uid, epoch in zip(tile.rows.tolist(), tile.uids.tolist(), tile.epochs.tolist(), strict=True):
-            fixed, flex = self.index.caption(row)
-            fixed, flex = draw(fixed, flex, self.options, seed=self.seed, uid=uid, epoch=epoch, update=step)
-            content, cut = self.tokenizer.fit(fixed, flex, self.data.max_tokens, self.data.overflow)
-            ids.append(self.tokenizer.chunk_ids(content, self.data.max_tokens))
-            dropped += cut
-        return ids, dropped
+    def _token_ids(self, tile: Tile, step: int) -> tuple[np.ndarray, np.ndarray, int]:
+        captions = [self.index.caption(row) for row in tile.rows.tolist()]
+        uids, epochs = tile.uids.tolist(), tile.epochs.tolist()
+        drawn = draw_many(captions, self.options, seed=self.seed, uids=uids, epochs=epochs, update=step)
+        fitted = [self.tokenizer.fit(fixed, flex, self.data.max_tokens, self.data.overflow) for fixed, flex in drawn]
+        ids_1_BN77, ids_2_BN77 = self.tokenizer.chunk_ids_many([content for content, _ in fitted], self.data.max_tokens)
+        return ids_1_BN77, ids_2_BN77, sum(cut for _, cut in fitted)
 
     def _size(self, row: int, tile: Tile) -> tuple[int, ...]:
         index = self.index

@@ -16,7 +16,7 @@ import re
 import struct
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
 LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
 NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
 U64 = npt.NDArray[np.uint64]
+_WORDS_KEPT = 50_000  # per column, 5 MB; sentences, which never repeat, must not fill a worker's memory
 
 
 def _numbers(name: str) -> cached_property[npt.NDArray[Any]]:
@@ -53,6 +54,16 @@ class _Place:
     values: int
     words: pa.Array | None = None
     many: bool = False
+    told: dict[int, str] = field(default_factory=dict)  # words asked for before: making one costs as much as a read
+
+    def text(self, number: int) -> str:
+        """The word of that number."""
+        word = self.told.get(number)
+        if word is None:
+            if len(self.told) >= _WORDS_KEPT:
+                self.told.clear()
+            word = self.told[number] = self.words[number].as_py()  # type: ignore[index]
+        return word
 
 
 class _File:
@@ -87,8 +98,7 @@ class _File:
         numbers = struct.unpack(f"<{end - first}i", self._read(place.values + 4 * first, 4 * (end - first)))
         if place.words is None:
             return numbers[0]
-        words = place.words.take(pa.array(numbers, pa.int32())).to_pylist()
-        return words if place.many else words[0]
+        return [place.text(number) for number in numbers] if place.many else place.text(numbers[0])
 
     def give_back(self) -> None:
         """Unmap the pages that were looked at: the next look maps them again, from the system's cache."""

@@ -98,9 +98,16 @@ def _round_keys(key: tuple[int, int]) -> U64:
 
 def words(seed: int, stream: int, uid: int, epoch: int, count: int) -> U32:
     """The first `count` words of one stream, uint32[count]."""
-    uid, blocks = int(uid), np.arange(-(-count // 4), dtype=np.uint64)
-    counter = (blocks, uid & _MASK_32, uid >> 32, int(epoch))
-    return philox(counter, stream_key(seed, stream)).reshape(-1)[:count]
+    return words_many(seed, stream, [int(uid)], [int(epoch)], count)[0]
+
+
+def words_many(seed: int, stream: int, uids: Sequence[int], epochs: Sequence[int], count: int) -> U32:
+    """`words` of many (image, epoch) at once, uint32[B, count]: for few words the call costs more than the words."""
+    blocks = np.arange(-(-count // 4), dtype=np.uint64)
+    uids_B1 = np.array(uids, dtype=np.uint64)[:, None]
+    epochs_B1 = np.array(epochs, dtype=np.uint64)[:, None]
+    drawn = philox((blocks, uids_B1 & _LOW, uids_B1 >> _SHIFT, epochs_B1), stream_key(seed, stream))
+    return drawn.reshape(len(uids_B1), 4 * len(blocks))[:, :count]
 
 
 def first_words(seed: int, stream: int, uids: npt.ArrayLike, epochs: npt.ArrayLike) -> U32:
@@ -145,15 +152,12 @@ def normals_many(
 ) -> npt.NDArray[np.float32]:
     """`normals` of many (image, epoch) at once: float32 [B, *shape]."""
     count = int(np.prod(shape, dtype=np.int64))
-    blocks = np.arange(-(-count // 4), dtype=np.uint64)
+    pairs = -(-count // 2) * 2
     result = np.empty((len(uids), count), dtype=np.float32)
     together = max(1, _NORMALS_AT_ONCE // count)
     for start in range(0, len(uids), together):
         part = slice(start, start + together)
-        uids_B1 = np.array(uids[part], dtype=np.uint64)[:, None]
-        epochs_B1 = np.array(epochs[part], dtype=np.uint64)[:, None]
-        drawn = philox((blocks, uids_B1 & _LOW, uids_B1 >> _SHIFT, epochs_B1), stream_key(seed, stream))
-        result[part] = _box_muller(drawn.reshape(len(uids_B1), -1))[:, :count]
+        result[part] = _box_muller(words_many(seed, stream, uids[part], epochs[part], pairs))[:, :count]
     return result.reshape(-1, *shape)
 
 
@@ -171,13 +175,19 @@ def threshold(probability: float) -> int:
 
 
 def shuffled(items: Sequence[T], seed: int, uid: int, epoch: int) -> list[T]:
-    """A copy of `items` in the order that stream CAPTION_SHUFFLE gives this image in this epoch (Fisher-Yates)."""
-    result = list(items)
-    last = len(result) - 1
-    drawn = words(seed, Stream.CAPTION_SHUFFLE, uid, epoch, max(last, 0)).tolist()
-    for i, word in zip(range(last, 0, -1), drawn, strict=True):
-        j = (word * (i + 1)) >> 32
-        result[i], result[j] = result[j], result[i]
+    """A copy of `items` in the order that stream CAPTION_SHUFFLE gives this image in this epoch."""
+    return shuffled_many([items], seed, [uid], [epoch])[0]
+
+
+def shuffled_many(many: Sequence[Sequence[T]], seed: int, uids: Sequence[int], epochs: Sequence[int]) -> list[list[T]]:
+    """`shuffled` of many (image, epoch) at once (Fisher-Yates: D. Knuth, TAOCP vol. 2, algorithm 3.4.2 P)."""
+    longest = max(map(len, many), default=0)
+    drawn = words_many(seed, Stream.CAPTION_SHUFFLE, uids, epochs, max(longest - 1, 0)).tolist()
+    result = [list(items) for items in many]
+    for items, own in zip(result, drawn, strict=True):
+        for i, word in zip(range(len(items) - 1, 0, -1), own, strict=False):
+            j = (word * (i + 1)) >> 32
+            items[i], items[j] = items[j], items[i]
     return result
 
 

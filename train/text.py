@@ -121,6 +121,10 @@ class TagTokenizer:
         """`chunk_ids` with this tokenizer's begin, end and padding ids."""
         return chunk_ids(content_ids, max_tokens, bos=self.bos, eos=self.eos, pad_2=self.pad_2)
 
+    def chunk_ids_many(self, contents: Sequence[Sequence[int]], max_tokens: int = 225) -> IdPair:
+        """`chunk_ids_many` with this tokenizer's begin, end and padding ids."""
+        return chunk_ids_many(contents, max_tokens, bos=self.bos, eos=self.eos, pad_2=self.pad_2)
+
     def identity(self) -> str:
         """sha256 of everything that decides the ids (vocabulary, merges, begin, end, padding)."""
         model = json.loads(self.tokenizer.backend_tokenizer.to_str())["model"]
@@ -137,7 +141,15 @@ def chunk_ids(
     eos: int = EOS_ID,
     pad_2: int = PAD_2_ID,
 ) -> IdPair:
-    """Ids for (encoder 1, encoder 2), each int64 [max_tokens / 75, 77] in numpy.
+    """`chunk_ids_many` of one caption: each int64 [max_tokens / 75, 77]."""
+    ids_1_1N77, ids_2_1N77 = chunk_ids_many([content_ids], max_tokens, bos=bos, eos=eos, pad_2=pad_2)
+    return ids_1_1N77[0], ids_2_1N77[0]
+
+
+def chunk_ids_many(
+    contents: Sequence[Sequence[int]], max_tokens: int, *, bos: int, eos: int, pad_2: int
+) -> IdPair:
+    """Ids for (encoder 1, encoder 2) of B captions' content ids, each int64 [B, max_tokens / 75, 77] in numpy.
 
     Encoder 1 is padded with `eos`, encoder 2 with `pad_2` after one `eos`. The original trainer looks at the values
     at a chunk's edges to place encoder 2's `eos`; we count, which is the same except for a text with a real "!"
@@ -146,13 +158,19 @@ def chunk_ids(
     if max_tokens not in (75, 150, 225):
         raise Halt(ExitCode.USAGE, f"data.max_tokens is {max_tokens}; choose 75, 150 or 225")
     chunks = max_tokens // CHUNK_CONTENT
-    ids_1 = np.full((chunks, CHUNK_CONTENT + 2), eos, dtype=np.int64)
-    ids_2 = np.full((chunks, CHUNK_CONTENT + 2), pad_2, dtype=np.int64)
-    ids_1[:, 0] = ids_2[:, 0] = bos
-    for k in range(chunks):
-        part = content_ids[k * CHUNK_CONTENT : (k + 1) * CHUNK_CONTENT]
-        ids_1[k, 1 : 1 + len(part)] = ids_2[k, 1 : 1 + len(part)] = part
-        ids_2[k, 1 + len(part)] = eos
+    content_1_BT = np.full((len(contents), max_tokens), eos, dtype=np.int64)
+    content_2_BT = np.full_like(content_1_BT, pad_2)
+    counts_B = np.empty(len(contents), dtype=np.int64)
+    for number, content in enumerate(contents):
+        counts_B[number] = count = min(len(content), max_tokens)
+        content_1_BT[number, :count] = content_2_BT[number, :count] = content[:count]
+    ids_1 = np.full((len(contents), chunks, CHUNK_CONTENT + 2), eos, dtype=np.int64)
+    ids_2 = np.full_like(ids_1, pad_2)
+    ids_1[..., 0] = ids_2[..., 0] = bos
+    ids_1[..., 1:-1] = content_1_BT.reshape(len(contents), chunks, CHUNK_CONTENT)
+    ids_2[..., 1:-1] = content_2_BT.reshape(len(contents), chunks, CHUNK_CONTENT)
+    used_BN = (counts_B[:, None] - CHUNK_CONTENT * np.arange(chunks)).clip(0, CHUNK_CONTENT)
+    np.put_along_axis(ids_2, used_BN[..., None] + 1, eos, axis=2)
     return ids_1, ids_2
 
 

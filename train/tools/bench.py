@@ -166,4 +166,6 @@ def describe(result: Mapping[str, Any]) -> str:
             lines.append(f"       {name}: {ratio:g}x")
         lines += [f"       {key}: {value}" for key, value in entry.get("notes", {}).items()]
         lines.append(f"       goal: {entry['goal']}")
+    if seconds := result.get("seconds"):
+        lines.append("seconds: " + ", ".join(f"{name} {spent:g}" for name, spent in seconds.items()))
     return "\n".join(lines)

@@ -6,7 +6,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,28 +34,29 @@ def run(
 
     warnings.simplefilter("ignore")  # of libraries, about the references' old calls
     logging.getLogger("anix").setLevel(logging.ERROR)
-    started, rows = time.perf_counter(), []
+    started = time.perf_counter()
     where = bench.machine()
+    fewer = max(2, repeats - 2)  # where a reference takes 10 s each time
     with tempfile.TemporaryDirectory(prefix="anix-bench-") as temporary:
         folder = Path(temporary)
-        if "A1" in only:
-            rows += bench_data.index_rows(folder / "index", max(2, repeats - 2))  # a reference takes 10 s each time
-        if "A2" in only:
-            if tokenizers is None:
-                write_model(folder / "model")
-            rows += bench_data.caption_rows(folder, tokenizers or folder / "model", max(2, repeats - 2))
-        if "A3" in only:
-            rows += bench_data.latent_rows(folder / "latents", repeats)
-        if "A4" in only:
-            rows.append(bench_loop.loop_row(folder / "loop", repeats))
-        if "A5" in only:
-            rows.append(bench_loop.sync_row(folder / "sync"))
-        if "A6" in only:
-            rows.append(bench_loop.checkpoint_row(folder / "save"))
-        if "A7" in only:
-            rows += bench_images.image_rows(max(2, repeats - 2))
-        if "A9" in only:
-            rows.append(bench_hooks.hooks_row(folder / "hooks", repeats))
-        if "A8" in only:
-            rows += bench_labels.label_rows(folder / "records", records or bench_labels.CARD_IMAGES)
-    return {"machine": where, "rows": rows, "seconds": round(time.perf_counter() - started, 1)}
+        if tokenizers is None and "A2" in only:
+            write_model(folder / "model")
+        makers: dict[str, Callable[[], list[dict[str, Any]]]] = {
+            "A1": lambda: bench_data.index_rows(folder / "index", fewer),
+            "A2": lambda: bench_data.caption_rows(folder, tokenizers or folder / "model", fewer),
+            "A3": lambda: bench_data.latent_rows(folder / "latents", repeats),
+            "A4": lambda: [bench_loop.loop_row(folder / "loop", repeats)],
+            "A5": lambda: [bench_loop.sync_row(folder / "sync")],
+            "A6": lambda: [bench_loop.checkpoint_row(folder / "save")],
+            "A7": lambda: bench_images.image_rows(fewer),
+            "A8": lambda: bench_labels.label_rows(folder / "records", records or bench_labels.CARD_IMAGES),
+            "A9": lambda: [bench_hooks.hooks_row(folder / "hooks", repeats)],
+        }
+        rows, seconds = list[dict[str, Any]](), dict[str, float]()
+        for name, make in makers.items():
+            if name in only:
+                began = time.perf_counter()
+                rows += make()
+                seconds[name] = round(time.perf_counter() - began, 1)
+    seconds["all"] = round(time.perf_counter() - started, 1)
+    return {"machine": where, "rows": rows, "seconds": seconds}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.captions import DrawOptions, draw, split
+from train.captions import DrawOptions, draw_many, split
 from train.index import Index
 from train.latents import ShardReader, write_shard
 from train.plan import Plan
@@ -147,10 +147,11 @@ def caption_rows(folder: Path, tokenizers: Path, repeats: int, count: int = CAPT
 
 
 def _tokenize(tokenizer: TagTokenizer, pairs: Sequence[tuple[list[str], list[str]]]) -> None:
-    for uid, (fixed, flex) in enumerate(pairs):
-        drawn = draw(fixed, flex, _OPTIONS, seed=1, uid=uid, epoch=0, update=0)
-        ids, _ = tokenizer.fit(*drawn, 225, "token")
-        tokenizer.chunk_ids(ids)
+    for start in range(0, len(pairs), BATCH):  # as the images of a tile
+        captions = pairs[start : start + BATCH]
+        uids = range(start, start + len(captions))
+        drawn = draw_many(captions, _OPTIONS, seed=1, uids=uids, epochs=[0] * len(captions), update=0)
+        tokenizer.chunk_ids_many([tokenizer.fit(fixed, flex, 225, "token")[0] for fixed, flex in drawn])
 
 
 def _equal_ids(tokenizer: TagTokenizer, told: dict[str, Any]) -> int:
