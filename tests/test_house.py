@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -90,7 +91,8 @@ def test_names_shadow_nothing(folder: str) -> None:
     for path in (ROOT / folder).glob("*"):
         if path.suffix in ("", ".py") and path.stem not in ("__init__", "__pycache__"):
             assert path.stem not in sys.stdlib_module_names, path
-            assert path.stem.lower() not in installed, path
+            # A package may list a module that it does not bring: pyvips-binary says "wheelhouse".
+            assert path.stem.lower() not in installed or importlib.util.find_spec(path.stem) is None, path
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
