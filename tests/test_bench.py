@@ -184,10 +184,12 @@ def test_a_child_that_dies_is_a_row() -> None:
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_variant_runs_end_to_end_on_the_tiny_model() -> None:
-    command = [sys.executable, "scripts/bench.py", "gpu", "--tiny", "--json", "--only", "plain/1,ref_sdscripts/1"]
+    chosen = "plain/1,ref_sdscripts/1,strict/1,strict_again/1"
+    command = [sys.executable, "scripts/bench.py", "gpu", "--tiny", "--json", "--only", chosen]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = json.loads(done.stdout)["variants"]
-    assert [row["error"] for row in rows] == [None, None]
+    assert [row["error"] for row in rows] == [None] * 4
+    assert rows[2]["bits"] and rows[2]["bits"] == rows[3]["bits"]
     assert all(row["images_per_s"] > 0 for row in rows)
     # same weights, inputs and loss on both sides: the reference differs in precision and host reads alone
     assert rows[0]["loss_first"] == pytest.approx(rows[1]["loss_first"], rel=0.05)

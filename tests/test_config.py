@@ -76,8 +76,9 @@ def test_refusals_name_the_key(stage_yaml: Path, override: str, words: str) -> N
     assert words in refusal(stage_yaml, override)
 
 
-def test_strict_refuses_what_depends_on_free_memory(stage_yaml: Path) -> None:
-    for override in ("batch.split=auto", "model.gradient_checkpointing=auto", "model.weights=bf16"):
+def test_strict_refuses_what_cannot_promise_its_bits(stage_yaml: Path) -> None:
+    depends = ("batch.split=auto", "model.gradient_checkpointing=auto", "model.weights=bf16", "model.attention=cudnn")
+    for override in depends:
         assert "strict" in refusal(stage_yaml, "batch.determinism=strict", override)
 
 

@@ -26,6 +26,10 @@ def test_pin_attention_sets_the_kernels_and_restores_them() -> None:
         assert torch._C._get_sdp_priority_order()[0] == SDPBackend.FLASH_ATTENTION.value
     with fast.pin_attention("auto", "cuda"):
         assert torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
+    with fast.pin_attention("auto", "cuda", deterministic=True):
+        assert torch._C._get_sdp_priority_order()[:2] == [SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value]
+        assert not torch.backends.cuda.mem_efficient_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled() == before
 
 

@@ -360,6 +360,9 @@ def _cross_problems(config: StageConfig) -> list[str]:
          "batch.determinism: strict refuses auto in model.gradient_checkpointing and batch.split, "
          "because what it picks depends on free memory: name a value"),
         (model.weights == "bf16" and config.precision != "bf16", "model.weights: bf16 needs precision: bf16"),
+        (strict and model.attention == "cudnn",
+         "batch.determinism: strict refuses model.attention: cudnn, whose gradients may differ from run to run; "
+         "use auto, flash or math"),
         (strict and model.weights == "bf16", "batch.determinism: strict refuses model.weights: bf16"),
         (config.schedule.unit == "optimizer_step" and config.schedule.processes != 1,
          "schedule.processes needs schedule.unit: process_step"),

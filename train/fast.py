@@ -35,10 +35,16 @@ _PRIORITY = {
     "flash": [SDPBackend.FLASH_ATTENTION, *_FALLBACK],
     "math": [SDPBackend.MATH],
 }
+# Their backward adds with atomics, or does not promise an order: batch.determinism: strict leaves them out.
+_UNORDERED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
-def pin_attention(name: str, device_type: str | None = None) -> AbstractContextManager[None]:
+def pin_attention(
+    name: str, device_type: str | None = None, *, deterministic: bool = False
+) -> AbstractContextManager[None]:
     """A context in which scaled-dot-product attention tries the named kernel first. `auto` on a CPU pins nothing.
+
+    deterministic: only kernels whose backward adds in one order (flash, math), for runs that promise their bits.
 
     Keep forward AND backward inside: a checkpointed block runs its attention again in backward, and another kernel
     there would save other tensors. A kernel that cannot take its inputs (fp32, a mask) is passed over silently, so
@@ -51,7 +57,8 @@ def pin_attention(name: str, device_type: str | None = None) -> AbstractContextM
         raise Halt(ExitCode.USAGE, "model.attention: cudnn needs a CUDA device; use auto")
     if name == "auto" and not on_gpu:
         return nullcontext()
-    return sdpa_kernel(_PRIORITY[name], set_priority=True)
+    kernels = [kernel for kernel in _PRIORITY[name] if not (deterministic and kernel in _UNORDERED)]
+    return sdpa_kernel(kernels, set_priority=True)
 
 
 class _Attention(TorchFunctionMode):

@@ -213,6 +213,7 @@ def open_diffusion(config: StageConfig, place: Place, execution: Execution) -> D
         precision=config.precision,
         split=execution.split,
         attention=config.model.attention,
+        deterministic=config.batch.determinism == "strict",
         channels_last=config.model.channels_last,
     )
 

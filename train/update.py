@@ -47,6 +47,7 @@ class Diffusion:
     precision: str
     split: int = 1  # parts in which a tile is executed
     attention: str = "auto"  # kernel of scaled-dot-product attention
+    deterministic: bool = False  # only kernels that give the same bits every time
     channels_last: bool = False
 
 
@@ -214,7 +215,7 @@ def compute_update(
     backward = TileBackward(
         diffusion, scale, images, tiles_in_update, place.device, average=diffusion.loss.average
     )
-    with fast.pin_attention(diffusion.attention, place.device.type):
+    with fast.pin_attention(diffusion.attention, place.device.type, deterministic=diffusion.deterministic):
         gradients.accumulate(batches, tiles_here, step, backward)
     faults.at("control", step)
     # [per-image losses | stop flag | tags cut]: zeros elsewhere and whole numbers, so the sum is exact.

@@ -6,8 +6,10 @@ on new random inputs every micro-step, and prints one JSON line. An out-of-memor
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
+import os
 import statistics
 import sys
 import time
@@ -20,18 +22,19 @@ import torch
 from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from train import fast, noise, optim
+from train import fast, guard, noise, optim
 from train.checkpointing import set_checkpointing, set_text_checkpointing
 from train.config import LossConfig, NoiseConfig, OptimizerConfig
 from train.dataset import Batch
 from train.models import Components, Networks, cast_frozen, parameter_groups, set_train_mode
 from train.plan import Tile
+from train.reduce import check_strict_world
 from train.scaler import loss_scale
 from train.tools.bench_counts import CLIP_BIGG, CLIP_L, SDXL_UNET, TINY_UNET
 from train.tools.bench_variants import BUCKET, Variant
 from train.update import DTYPES, Diffusion, Gradients, Place, compute_update, image_losses
 
-WARM_UPDATES, TIMED_UPDATES = 2, 3
+WARM_UPDATES = 2
 BOS, EOS = 49406, 49407
 _TINY_CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
               "projection_dim": 16}  # fmt: skip
@@ -160,17 +163,23 @@ def run(variant: Variant, *, tiny: bool = False) -> dict[str, Any]:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     bucket = (64, 128) if tiny else BUCKET
+    if variant.strict:  # as stage.open_machine does
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     networks = build(variant, device, tiny=tiny)
     optimizer = make_optimizer(variant, networks)
     parameters = [p for named in parameter_groups(networks).values() for p in named.values()]
     diffusion = Diffusion(
-        noise.alphas_cumprod().to(device), NoiseConfig(), LossConfig(), variant.precision, split=1
-    )  # fmt: skip
+        noise.alphas_cumprod().to(device), NoiseConfig(), LossConfig(), variant.precision, deterministic=variant.strict
+    )
     update = _our_update if variant.style == "ours" else _reference_update
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     spent, losses = [], []
-    state = {"scale": loss_scale(variant.precision) if variant.style == "ours" else _grad_scaler(variant, device)}
-    for number in range(WARM_UPDATES + TIMED_UPDATES):
+    state: dict[str, Any] = {
+        "scale": loss_scale(variant.precision) if variant.style == "ours" else _grad_scaler(variant, device),
+        "gradients": _gradients(variant, networks, parameters),
+    }
+    for number in range(variant.updates):
         _synchronise(on_gpu)
         started = time.perf_counter()
         made = batches(variant, device, number, bucket)
@@ -188,6 +197,7 @@ def run(variant: Variant, *, tiny: bool = False) -> dict[str, Any]:
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
         "loss_first": losses[0],
         "loss_last": losses[-1],
+        "bits": _bits(parameters) if variant.strict else None,
         "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         "attention": _attention_of(variant, device),
         "gpu": torch.cuda.get_device_name() if on_gpu else None,
@@ -210,6 +220,20 @@ def micro_step_sync(networks: Networks, batch: Batch, diffusion: Diffusion) -> s
     return ""
 
 
+def _gradients(variant: Variant, networks: Networks, parameters: list[torch.nn.Parameter]) -> Gradients:
+    place = Place(0, 1, parameters[0].device)
+    if not variant.strict:
+        return Gradients(networks, parameters, place)
+    virtual = check_strict_world(variant.accumulation, 1)
+    return Gradients(networks, parameters, place, strict_groups={}, virtual_per_rank=virtual)
+
+
+def _bits(parameters: list[torch.nn.Parameter]) -> str:
+    """Equal for two runs whose weights are equal to the bit (sums of the bit patterns, hashed)."""
+    sums = guard.checksums({str(number): parameter for number, parameter in enumerate(parameters)})
+    return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]
+
+
 def _our_update(
     variant: Variant,
     networks: Networks,
@@ -221,9 +245,8 @@ def _our_update(
     state: dict[str, Any],
 ) -> float:
     """The project's own update, as the loop calls it."""
-    place = Place(0, 1, parameters[0].device)
     outcome = compute_update(
-        Gradients(networks, parameters, place),
+        state["gradients"],
         made,
         diffusion=diffusion,
         scale=state["scale"],

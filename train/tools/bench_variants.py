@@ -28,6 +28,8 @@ class Variant:
     compile: bool = False
     fused: bool = False
     float8: bool = False
+    strict: bool = False  # batch.determinism: deterministic kernels, one order of sums
+    updates: int = 5  # the first two warm up
     expected_mfu: float = 0.26  # of 790 TFLOP/s, written down before the first run; nobody has measured it
 
     @property
@@ -64,12 +66,17 @@ VARIANTS: list[Variant] = [
     Variant("none_8_compile", 1, 8, 6, 5, fused=True, channels_last=True, compile=True, expected_mfu=0.40),
     Variant("none_12_compile", 2, 12, 4, 5, fused=True, channels_last=True, compile=True, expected_mfu=0.40),
     Variant("fp8", 1, 8, 6, 5, fused=True, channels_last=True, compile=True, float8=True, expected_mfu=0.44),
+    # Against `plain`, what strict costs; against each other, whether it keeps its promise: `bits` must be equal.
+    *_both("strict", strict=True, updates=20, expected_mfu=0.25),
+    *_both("strict_again", strict=True, updates=20, expected_mfu=0.25),
 ]
 
 
 def tiny(variant: Variant) -> Variant:
     """The same variant with two images at a time, for checking the driver."""
-    return replace(variant, micro=2, accumulation=min(variant.accumulation, 2), compile=False, float8=False)
+    return replace(
+        variant, micro=2, accumulation=min(variant.accumulation, 2), updates=5, compile=False, float8=False
+    )
 
 
 def prediction(variant: Variant) -> dict[str, float]:
