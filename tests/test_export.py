@@ -311,6 +311,18 @@ def test_a_pinned_hub_model_comes_from_the_cache(base: Path, tmp_path: Path, mon
     assert caught.value.code == ExitCode.MISMATCH
 
 
+def test_without_a_network_the_cache_serves(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens: refused at once
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--name/snapshots" / COMMIT
+    shutil.copytree(base, snapshot)
+    assert hub.find(f"owner/name@{COMMIT}") == snapshot
+    with pytest.raises(Halt, match=r"owner/other.* cannot be fetched") as caught:
+        hub.find(f"owner/other@{COMMIT}")
+    assert caught.value.code == ExitCode.MISMATCH
+
+
 def test_only_what_a_model_needs_is_fetched() -> None:
     wanted = ["model_index.json", "README.md", "unet/config.json", "vae/diffusion_pytorch_model.safetensors",
               "tokenizer/merges.txt", "scheduler/scheduler_config.json"]  # fmt: skip

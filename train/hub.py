@@ -101,7 +101,7 @@ def _fetch(name: str) -> Path:
     Without a network the copy in the library's cache serves, if there is one.
     """
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
@@ -116,7 +116,9 @@ def _fetch(name: str) -> Path:
                 ExitCode.MISMATCH, f"{name} holds {sum(sizes.values()) / 1e9:.0f} GB, too much for an SDXL model"
             )
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(sizes)))
-    except (OSError, OfflineModeIsEnabled, HfHubHTTPError, ValueError) as error:
+    except Halt:
+        raise
+    except Exception as error:  # no network, no such model: each raises what its HTTP library does, which changes
         try:
             return Path(snapshot_download(repository, revision=revision, local_files_only=True))
         except (LocalEntryNotFoundError, OSError, ValueError):
