@@ -290,6 +290,7 @@ REFUSED = {
     "pickle": (pickled, "pickle"),
     "foreign bytes": (longer, "foreign bytes"),
     "nan": (broken(lambda t: t[NAN].view(-1)[3:4].fill_(float("nan"))), rf"bad.safetensors: unet\.mid_block\.attentions\.0\.proj_in\.weight .there: {re.escape(NAN)}. holds .* not finite"),
+    "nan scale": (broken(lambda t: t.update({sdxl.LOGIT_SCALE: torch.tensor(float("nan"))})), r"logit_scale is not finite"),
     "missing": (broken(lambda t: t.pop(NAN)), f"1 tensors are missing: {NAN}"),
     "foreign": (broken(lambda t: t.update({"model_ema.x": torch.zeros(1)})), "1 tensors are foreign: model_ema.x"),
     "shape": (broken(lambda t: t.update({NAN: torch.zeros(3, 3)})), rf"{NAN} is \[3, 3\], not"),
@@ -409,7 +410,7 @@ def test_names_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None:
     assert "\x1b" not in caught.value.message
 
 
-@pytest.mark.parametrize("stored", ['{"hex": "zz", "dtype": "F32"}', '{"hex": "00", "dtype": "F32"}', '{"hex": "00000000"}', "5"])
+@pytest.mark.parametrize("stored", ['{"hex": "zz", "dtype": "F32"}', '{"hex": "00", "dtype": "F32"}', '{"hex": "0000c07f", "dtype": "F32"}', '{"hex": "00000000"}', "5"])
 def test_a_damaged_sidecar_or_scheduler_is_refused(stored: str, plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "model")
     (tmp_path / "model/single_file.json").write_text(f'{{"metadata": {{}}, "logit_scale": {stored}}}')

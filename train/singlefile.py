@@ -119,7 +119,11 @@ def single_weights(source: weightfile.Tensors, configs: sdxl.Configs) -> tuple[W
     weights: Weights = {}
     for link in links:
         weights.update(_to_folder(link, have[link.single]))
-    return weights, have.get(sdxl.LOGIT_SCALE)
+    scale = have.get(sdxl.LOGIT_SCALE)
+    # read now: it is in no network, so that nobody else would look before an export is written
+    if scale is not None and not weightfile.finite(scale.read(), scale.dtype):
+        raise Halt(ExitCode.MISMATCH, f"{source.path}: {sdxl.LOGIT_SCALE} is not finite (NaN or infinity)")
+    return weights, scale
 
 
 def vae_weights(source: weightfile.Tensors) -> Weights:
@@ -266,7 +270,8 @@ def stored_scale(folder: Path) -> Blob | None:
         return None
     try:
         scale = _scalar(bytes.fromhex(stored["hex"]), str(stored["dtype"]))
-        if len(scale.read()) == scale.size_bytes and scale.dtype in weightfile.EXPONENTS:
+        whole = scale.dtype in weightfile.EXPONENTS and len(scale.read()) == scale.size_bytes
+        if whole and weightfile.finite(scale.read(), scale.dtype):
             return scale
     except (ValueError, TypeError, KeyError):
         pass
