@@ -187,7 +187,9 @@ def test_export_may_be_repeated_and_writes_the_average_beside(
     assert (tmp_path / "ft1/ft1.safetensors").read_bytes() == before
     averaged = load_file(tmp_path / "ft1/ft1-ema.safetensors")["model.diffusion_model.out.2.weight"]
     assert torch.equal(averaged, (trained["unet.conv_out.weight"] * 0.5).half())
-    assert export.read_metadata(tmp_path / "ft1/ft1-ema.safetensors")["modelspec.title"] == "ft1 (EMA)"
+    told = export.read_metadata(tmp_path / "ft1/ft1-ema.safetensors")
+    assert told["modelspec.title"] == "ft1 (EMA)"
+    assert told["anix.weights_sha256"] == hub.file_sha256(tmp_path / "ema.safetensors")
 
 
 def test_show_prints_the_record(run: Path) -> None:
@@ -273,6 +275,19 @@ def test_another_vae_replaces_the_models_own(base: Path, tmp_path: Path) -> None
     for vae in (other / "vae", other):
         model = hub.resolve(ModelConfig(init_from=str(base), vae=str(vae)))
         assert model.weights["vae.quant_conv.weight"].read() == wanted.numpy().tobytes()
+        assert model.vae_sha256 == hub.file_sha256(other / "vae/diffusion_pytorch_model.safetensors")
+
+
+def test_the_record_names_the_vae_from_stage_to_stage(
+    base: Path, trained: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    vae = tinysdxl.write(tmp_path / "other", seed=4) / "vae"
+    run = finish(tmp_path / "ft1", hub.resolve(ModelConfig(init_from=str(base), vae=str(vae))), trained)
+    expected = hub.file_sha256(vae / "diffusion_pytorch_model.safetensors")
+    for path in (run, run / "model", run / "ft1.safetensors"):
+        assert show_model.report(path)["training"]["vae_sha256"] == expected
+        assert hub.resolve(ModelConfig(init_from=str(path))).vae_sha256 == expected
+    assert hub.resolve(ModelConfig(init_from=str(base))).vae_sha256 is None
 
 
 def test_single_vae_file_must_be_sdxls(base: Path, tmp_path: Path) -> None:

@@ -135,6 +135,7 @@ def lineage_record(
         "versions": dict(versions),
         "license": license,
         "weights_sha256": weights_sha256,
+        **({"vae_sha256": source.vae_sha256} if source.vae_sha256 else {}),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ancestors": [*(older if isinstance(older, list) else []), stated] if stated else [],
     }
@@ -180,7 +181,11 @@ def export_stage(
     _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
     if average is not None:
         averaged = {**weights, **_polled(weightfile.open_file(average).blobs, poll)}
-        told = {**metadata, "modelspec.title": metadata["modelspec.title"] + " (EMA)"}
+        told = {
+            **metadata,
+            "modelspec.title": metadata["modelspec.title"] + " (EMA)",
+            f"{singlefile.RECORD_PREFIX}weights_sha256": file_sha256(average),
+        }
         _write_single(run_path / f"{stage}-ema.safetensors", averaged, configs, told, source, dtype)
     poll()
     write_json(run_path / "lineage.json", {**record, "model_sha256": model_sha256(folder)})

@@ -36,6 +36,7 @@ class LocalModel:
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the single file
     lineage: Mapping[str, Any] | None = None  # our record of the run that made it, where there is one
     logit_scale: Blob | None = None
+    vae_sha256: str | None = None  # of the file of `model.vae`, else what the lineage says; None = the VAE it came with
 
     @property
     def license(self) -> str | None:
@@ -58,10 +59,11 @@ def resolve(settings: ModelConfig) -> LocalModel:
         model = open_folder(path) if path.is_dir() else open_single_file(path)
     if settings.tokenizers:
         model = replace(model, tokenizers=Path(settings.tokenizers))
+    model = replace(model, vae_sha256=(model.lineage or {}).get("vae_sha256"))
     if vae is not None:
-        config, weights = vae
+        config, weights, digest = vae
         kept = {name: blob for name, blob in model.weights.items() if not name.startswith("vae.")}
-        model = replace(model, configs={**model.configs, "vae": config}, weights={**kept, **weights})
+        model = replace(model, configs={**model.configs, "vae": config}, weights={**kept, **weights}, vae_sha256=digest)
     if settings.init_sha256 and settings.init_sha256 != model.sha256:
         raise Halt(
             ExitCode.MISMATCH,
@@ -205,8 +207,8 @@ def _open_run(path: Path) -> LocalModel:
     )
 
 
-def _vae(settings: ModelConfig) -> tuple[Mapping[str, Any], modelfolder.Weights] | None:
-    """(config, weights by canonical name) of `model.vae`: an AutoencoderKL folder, a model that has one, a file."""
+def _vae(settings: ModelConfig) -> tuple[Mapping[str, Any], modelfolder.Weights, str] | None:
+    """(config, weights by canonical name, sha256 of the file) of `model.vae`: a VAE folder, a model with one, a file."""
     if settings.vae is None:
         return None
     path = find(settings.vae)
@@ -222,11 +224,12 @@ def _vae(settings: ModelConfig) -> tuple[Mapping[str, Any], modelfolder.Weights]
             )
         file = modelfolder.weight_files(path)[0]
         found = config, modelfolder.read_weights(path.parent, vae=path, networks=("vae",))
-    if settings.vae_sha256 and settings.vae_sha256 != (digest := file_sha256(file)):
+    digest = file_sha256(file)
+    if settings.vae_sha256 and settings.vae_sha256 != digest:
         raise Halt(
             ExitCode.MISMATCH, f"model.vae {file} has sha256 {digest}, model.vae_sha256 says {settings.vae_sha256}"
         )
-    return found
+    return *found, digest
 
 
 def vae_identity(model: LocalModel) -> str:

@@ -26,7 +26,8 @@ LICENSE_IN_README = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MU
 SIDECAR = "single_file.json"
 _EMPTY = Blob("F32", (0,), lambda: iter(()))
 RECORD_PREFIX = "anix."  # of our training record in a single file's metadata
-_TEXTS = ("stage", "dataset_fingerprint", "config_hash", "code_revision", "license", "weights_sha256", "date")
+_TEXTS = ("stage", "dataset_fingerprint", "config_hash", "code_revision", "license", "weights_sha256", "vae_sha256",
+          "date")  # fmt: skip
 CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is not SDXL's own
 
 
