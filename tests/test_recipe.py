@@ -9,6 +9,7 @@ import pytest
 
 from train.config import StageConfig, load_stage
 from train.plan import Plan, tiles_per_update
+from train.prepare.settings import load_settings
 from train.schedule import lr_at
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,6 +82,15 @@ def test_stages_follow_each_other() -> None:
     assert len({pretrain.seed, ft1.seed, ft2.seed}) == 3
     assert all(c.data.separator == "|||" and c.data.shuffle_tags and c.data.max_tokens == 225 for c in (pretrain, ft1, ft2))
     assert all(c.precision == "fp16" and c.optimizer.max_grad_norm == 1.0 for c in (pretrain, ft1, ft2))
+
+
+@pytest.mark.parametrize("folder", ["", "as_run/"])
+def test_shipped_selections_fit_their_stages(folder: str) -> None:
+    """A dataset prepared by the shipped dataset.yaml is never refused for small buckets by the shipped stage."""
+    selections = load_settings([ROOT / f"configs/{folder}dataset.yaml"]).select
+    for stage in CARD if not folder else ["pretrain"]:
+        batch = shipped(folder + stage).batch
+        assert selections[stage].min_bucket >= (batch.min_bucket or batch.micro), stage
 
 
 def test_one_cycle_is_one_epoch() -> None:
