@@ -240,11 +240,18 @@ def test_the_originals_defaults_and_values_written_as_text(changes: dict[str, An
         ({"optimizer_args": ["relative_step=True"]}, "optimizer_args relative_step", "discards the learning rate"),
         ({"max_token_length": 300}, "data.max_tokens", "does not fit"),
         ({"learning-rate": 1}, "learning-rate", "it knows learning_rate"),
-        ({"datasets": [{"batch_size": 2, "subsets": [{"num_repeats": 3}]}]}, "datasets[0].batch_size", "dataset.yaml"),
+        ({"datasets": [{"batch_size": 2, "subsets": [{"num_repeats": 3}]}]}, "datasets[0].batch_size", "batch.micro"),
+        ({"datasets": [{"subsets": [{"shuffle_caption": True}]}]},
+         "datasets[0].subsets[0].shuffle_caption", "set data.shuffle_tags"),
         ({"datasets": [{"batch_size": 2, "subsets": [{"num_repeats": 3}]}]},
          "datasets[0].subsets[0].num_repeats", "dataset.yaml"),
         ({"pretrained_model_name_or_path": "owner/name"}, "(ours) model.init_from", "owner/name@<commit>"),
         ({"huber_c": 0}, "huber_c", "not read"),
+        ({"use_lion_optimizer": True}, "optimizer_type", "Lion has no counterpart"),
+        ({"train_text_encoder": True, "learning_rate_te1": 1e-6}, "learning_rate_te2", "2e-06 (learning_rate"),
+        ({"train_text_encoder": True, "learning_rate_te2": 1e-6}, "learning_rate_te2", "te1's 2e-06 was taken"),
+        ({"huggingface_token": ""}, "huggingface_token", "empty"),
+        ({"huggingface_path_in_repo": "a"}, "huggingface_path_in_repo", "no counterpart"),
         ({"debug_dataset": False}, "debug_dataset", "show.py step"),
         ({"lr_scheduler": "cosine", "max_train_epochs": 3, "max_train_steps": 9}, "lr_scheduler", "set schedule.cycle_steps"),
         ({"lr_scheduler_type": "x.CosineAnnealingWarmupRestarts", "lr_scheduler_args": ["cycle_mult=2.0"]},
@@ -265,7 +272,13 @@ def test_what_keeps_the_yaml_from_loading_is_told(tmp_path: Path) -> None:
     assert "to do before it loads: missing value for model.init_from" in lines[-1]
     lines = convert_file(write(tmp_path, 'pretrained_model_name_or_path = "x"\n"a\\nseed: 9" = 1'), tmp_path / "o2.yaml")
     assert load_stage([tmp_path / "o2.yaml"]).seed == 0  # a key cannot leave its comment
-    for text in ('train_batch_size = "many"', "gradient_accumulation_steps = 0", 'lr_warmup_steps = "soon"'):
+    out = tmp_path / "o4.yaml"
+    lines = convert_file(write(tmp_path, 'pretrained_model_name_or_path = "x"\nnoise_offset = nan\nmax_grad_norm = inf'), out)
+    assert "noise.offset is nan, must be finite" in lines[-1]
+    cosine = 'pretrained_model_name_or_path = "x"\nlr_scheduler = "cosine"\nmax_train_epochs = 3'
+    lines = convert_file(write(tmp_path, cosine), tmp_path / "o5.yaml")  # else three cycles where the original had one
+    assert "schedule.cycle_steps is 0, must be at least 1" in lines[-1]
+    for text in ('train_batch_size = "many"', 'optimizer_args = 5', 'optimizer_args = "eps=1"', "gradient_accumulation_steps = 0", 'lr_warmup_steps = "soon"'):
         with pytest.raises(Halt, match=text.split()[0]) as caught:
             convert_file(write(tmp_path, text), tmp_path / "o3.yaml")
         assert caught.value.code == ExitCode.USAGE

@@ -75,9 +75,11 @@ def convert(table: Mapping[str, Any], processes: int = 1) -> Result:
     for rule in special:
         used |= rule(theirs, result, processes)
     for key, value in theirs.items():
-        if key in used or value is None or value == "":
+        if key in used or value is None:
             continue
-        if key in DIRECT:
+        if value == "":
+            result.notes[key] = "empty, so not set"
+        elif key in DIRECT:
             result.config[DIRECT[key]] = value
         elif key in CHOICES and _hashable(value) in CHOICES[key][1]:
             result.config[CHOICES[key][0]] = CHOICES[key][1][value]
@@ -106,10 +108,18 @@ def _flat(table: Mapping[str, Any], result: Result, path: str = "") -> dict[str,
             for number, entry in enumerate(value):
                 inner = f"{path}{key}[{number}]."
                 for name in _flat(entry, result, inner):
-                    result.notes[inner + name] = f"belongs to dataset.yaml: {DATASET.get(name, 'sources, select')}"
+                    result.notes[inner + name] = _of_a_dataset(name)
         else:
             flat[key] = value
     return flat
+
+
+def _of_a_dataset(name: str) -> str:
+    """Where a key of a [[datasets]] table went."""
+    here = "batch.micro" if name == "batch_size" else DIRECT.get(name)
+    if here and name not in DATASET:
+        return f"one value for the whole stage here: set {here}"
+    return f"belongs to dataset.yaml: {DATASET.get(name, 'sources, select')}"
 
 
 def _plain_values(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,7 +163,7 @@ def _fit_types(result: Result) -> None:
     """Values of the type that our key has (500.0 is 500); what cannot be is named and left out."""
     hints = schema.leaves(StageConfig)
     for key, value in list(result.config.items()):
-        if isinstance(value, float) and value == int(value) and not schema.fits(hints[key], value):
+        if isinstance(value, float) and value.is_integer() and not schema.fits(hints[key], value):
             value = int(value)
         if schema.fits(hints[key], value):
             result.config[key] = value
@@ -178,7 +188,10 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 def _arguments(theirs: Mapping[str, Any], key: str) -> dict[str, Any]:
     """["weight_decay=0.1", "betas=0.9,0.99"] as values."""
     found = {}
-    for item in theirs.get(key) or []:
+    items = theirs.get(key) or []
+    if not isinstance(items, list):
+        raise Halt(ExitCode.USAGE, f'{key} is {items!r}, must be a list of texts such as ["weight_decay=0.1"]')
+    for item in items:
         name, _, text = str(item).partition("=")
         try:
             value = ast.literal_eval(text.strip())
@@ -200,7 +213,9 @@ def _batch(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
 
 
 def _optimizer(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
-    kind = "AdamW8bit" if theirs.get("use_8bit_adam") else str(theirs.get("optimizer_type") or "AdamW")
+    kind = str(theirs.get("optimizer_type") or "AdamW")
+    for key, meant in (("use_lion_optimizer", "Lion"), ("use_8bit_adam", "AdamW8bit")):  # older words for the same
+        kind = meant if theirs.get(key) else kind
     if kind.lower() in OPTIMIZERS:
         result.config["optimizer.name"] = OPTIMIZERS[kind.lower()]
     else:
@@ -217,13 +232,15 @@ def _optimizer(theirs: dict[str, Any], result: Result, processes: int) -> set[st
             result.notes[f"optimizer_args {name}"] = "no counterpart"
     rates = [theirs.get(key) for key in ("learning_rate_te1", "learning_rate_te2")]
     if theirs.get("train_text_encoder"):
-        found = [rate for rate in rates if rate is not None] or [theirs.get("learning_rate", DEFAULT_LR)]
-        result.config["optimizer.text_encoder_lr"] = found[0]
-        if len(set(found)) > 1:
-            result.notes["learning_rate_te2"] = f"{found[1]}: one rate for both encoders here, te1's was taken"
+        one, two = (theirs.get("learning_rate", DEFAULT_LR) if rate is None else rate for rate in rates)
+        result.config["optimizer.text_encoder_lr"] = one
+        if one != two:
+            origin = "" if rates[1] is not None else " (learning_rate, as it was not given)"
+            result.notes["learning_rate_te2"] = f"{two}{origin}: one rate for both encoders here, te1's {one} was taken"
     elif any(rates):
         result.notes["learning_rate_te1"] = "ignored by the original: the text encoders are not trained"
-    return {"optimizer_type", "use_8bit_adam", "optimizer_args", "learning_rate_te1", "learning_rate_te2"}
+    return {"optimizer_type", "use_8bit_adam", "use_lion_optimizer", "optimizer_args", "learning_rate_te1",
+            "learning_rate_te2"}  # fmt: skip
 
 
 SCHEDULE_KEYS = {"lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_scheduler_num_cycles", "lr_warmup_steps"}
@@ -258,7 +275,8 @@ def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> set[str
         config |= {"schedule.name": "cosine_restarts", "schedule.cycles": cycles, "schedule.first_step_at_min": False}
         if steps:
             config["schedule.cycle_steps"] = math.ceil(steps / cycles)
-        else:
+        elif cycles != theirs.get("max_train_epochs"):
+            config["schedule.cycle_steps"] = 0  # does not load; a guess would, and restart once per epoch
             notes["lr_scheduler"] = (
                 "its cycles divide all steps, which an epoch count does not tell: set schedule.cycle_steps"
             )
