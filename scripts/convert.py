@@ -22,24 +22,27 @@ def main() -> int:
         help="file to folder: folder with tokenizer/ and tokenizer_2/ (default: models/sdxl-tokenizers if it is there)",
     )
     parser.add_argument("--config", type=Path, help="file to folder: diffusers folder with the networks' configs")
-    parser.add_argument("--vae", type=Path, help="folder to file: VAE folder that replaces the folder's own")
-    parser.add_argument("--processes", type=int, default=1, help="TOML: how many processes (GPUs) the run used")
+    parser.add_argument("--vae", type=Path, help="folder to file: VAE folder or file that replaces the folder's own")
+    parser.add_argument("--processes", type=int, help="TOML: how many processes (GPUs) the run used (default: 1)")
     arguments = parser.parse_args()
     source, out = arguments.source, arguments.out
 
     if source.suffix == ".toml":
         from train.tools.convert_toml import convert_file
 
-        for line in convert_file(source, out, arguments.processes):
+        refuse_options(arguments, "a TOML", "processes")
+        for line in convert_file(source, out, 1 if arguments.processes is None else arguments.processes):
             print(line)
     elif source.is_dir():
         from train import singlefile
 
+        refuse_options(arguments, "folder to file", "vae")
         model = source / "model" if (source / "DONE").exists() else source
         print(f"{out}: sha256 {singlefile.to_single_file(model, out, vae=arguments.vae)}")
     elif source.exists():
         from train import singlefile
 
+        refuse_options(arguments, "file to folder", "tokenizers", "config")
         usual = Path("models/sdxl-tokenizers")  # where the shipped stage configs look too
         tokenizers = arguments.tokenizers or (usual if usual.is_dir() and not arguments.config else None)
         singlefile.to_folder(source, out, tokenizers=tokenizers, config=arguments.config)
@@ -49,6 +52,13 @@ def main() -> int:
     else:
         raise Halt(ExitCode.USAGE, f"{source} does not exist")
     return ExitCode.DONE
+
+
+def refuse_options(arguments: argparse.Namespace, direction: str, *read: str) -> None:
+    """Halt(USAGE) for an option that this direction would ignore in silence."""
+    for name in ("tokenizers", "config", "vae", "processes"):
+        if name not in read and getattr(arguments, name) is not None:
+            raise Halt(ExitCode.USAGE, f"--{name} has no meaning for {direction}: {arguments.source}")
 
 
 if __name__ == "__main__":

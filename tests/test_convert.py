@@ -194,6 +194,12 @@ def test_command_line_converts_both_ways(tmp_path: Path, monkeypatch: pytest.Mon
     name = "unet/diffusion_pytorch_model.safetensors"
     assert load_file(folder / name).keys() == load_file(tmp_path / "back" / name).keys()
     assert (tmp_path / "back/tokenizer_2/vocab.json").is_file()
+    (tmp_path / "a.toml").write_text("")
+    for source, option in ((tmp_path / "one.safetensors", "vae"), (folder, "tokenizers"), (tmp_path / "a.toml", "config")):
+        with pytest.raises(Halt, match=f"--{option} has no meaning") as caught:
+            in_process(monkeypatch, source, tmp_path / "never", f"--{option}", folder)
+        assert caught.value.code == ExitCode.USAGE
+    assert not (tmp_path / "never").exists()
 
 
 def test_exit_codes(tmp_path: Path) -> None:

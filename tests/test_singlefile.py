@@ -180,6 +180,17 @@ def test_other_vae_takes_the_place_of_the_models_own(plain: Path, tmp_path: Path
     assert torch.equal(load_file(tmp_path / "out.safetensors")[name], networks(other)["vae.quant_conv.weight"])
 
 
+def test_a_vae_file_takes_the_place_of_the_models_own(plain: Path, tmp_path: Path) -> None:
+    links = [link for link in sdxl.links(sdxl.STANDARD) if link.single.startswith("first_stage_model.")]
+    save_file({link.single: torch.full(link.shape, 0.5, dtype=torch.float16) for link in links}, tmp_path / "vae.safetensors")
+    told = {"anix.vae_sha256": "that of another", "anix.stage": "ft1"}
+    singlefile.to_single_file(plain, tmp_path / "out.safetensors", vae=tmp_path / "vae.safetensors", metadata=told)
+    opened = weightfile.open_file(tmp_path / "out.safetensors")
+    assert {opened.blobs[link.single].shape for link in links} == {link.shape for link in links}
+    assert singlefile.record_in(opened.metadata) == {"stage": "ft1"}
+    singlefile.single_weights(opened, singlefile.configs_in(opened))  # whole, with the configs it carries
+
+
 def test_sharded_folder_and_fp16_variant(plain: Path, tmp_path: Path) -> None:
     shutil.copytree(plain, tmp_path / "model")
     file = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"

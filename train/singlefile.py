@@ -26,6 +26,7 @@ LICENSE_IN_README = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MU
 SIDECAR = "single_file.json"
 _EMPTY = Blob("F32", (0,), lambda: iter(()))
 RECORD_PREFIX = "anix."  # of our training record in a single file's metadata
+VAE_KEY = f"{RECORD_PREFIX}vae_sha256"
 _TEXTS = ("stage", "dataset_fingerprint", "config_hash", "code_revision", "license", "weights_sha256", "vae_sha256",
           "date")  # fmt: skip
 CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is not SDXL's own
@@ -56,16 +57,23 @@ def to_folder(
 def to_single_file(
     folder: str | Path, out: str | Path, *, vae: str | Path | None = None, metadata: Mapping[str, str] | None = None
 ) -> str:
-    """Write the single file of a diffusers folder; its sha256. `vae` replaces the folder's own.
+    """Write the single file of a diffusers folder; its sha256. `vae`, a folder or a file, replaces the folder's own.
 
     Raises Halt: USAGE (paths), MISMATCH (not an SDXL folder, or not finite; names the tensors).
     """
     folder, out = Path(folder), Path(out)
     refuse_existing(out)
-    configs = modelfolder.read_configs(folder, vae=Path(vae) if vae else None)
-    weights = modelfolder.read_weights(folder, vae=Path(vae) if vae else None)
+    place = Path(vae) if vae and not Path(vae).is_file() else None
+    configs = modelfolder.read_configs(folder, vae=place)
+    weights = modelfolder.read_weights(folder, vae=place)
+    if vae and place is None:
+        configs = {**configs, "vae": sdxl.STANDARD["vae"]}
+        kept = {name: blob for name, blob in weights.items() if not name.startswith("vae.")}
+        weights = kept | vae_weights(weightfile.open_file(vae))
     if metadata is None:
         metadata = metadata_of_folder(folder)
+    if vae and VAE_KEY in metadata:  # of the VAE that was trained with, which is not this one
+        metadata = {key: value for key, value in metadata.items() if key != VAE_KEY}
     return write_single_file(out, weights, configs, metadata, logit_scale=stored_scale(folder))
 
 
