@@ -359,9 +359,17 @@ def test_licence_is_inherited_stated_or_asked_for(caplog: pytest.LogCaptureFixtu
     assert not caplog.records
     assert export.license_of(ExportConfig(license="MIT"), declared(FAIPL)) == "MIT"
     assert FAIPL in caplog.text
-    with pytest.raises(Halt, match=r"export\.license") as caught:
-        export.license_of(ExportConfig(), declared(None))
-    assert caught.value.code == ExitCode.USAGE
+    for nobody in (declared(None), declared("  ")):
+        with pytest.raises(Halt, match=r"export\.license") as caught:
+            export.license_of(ExportConfig(license=" "), nobody)
+        assert caught.value.code == ExitCode.USAGE
+
+
+def test_a_licence_in_prose_is_not_a_declaration(base: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(base, tmp_path / "model")
+    for text, license in (("# a model\nlicense: as I said\n", None), ("---\r\nlicense: mit\r\n---\r\n", "mit")):
+        (model / "README.md").write_text(text)
+        assert hub.resolve(ModelConfig(init_from=str(model))).license == license
 
 
 def test_v_prediction_is_told_to_every_reader(base: Path, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:

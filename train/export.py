@@ -39,9 +39,10 @@ def license_of(settings: ExportConfig, source: LocalModel) -> str:
     inherited = source.license
     if inherited is None and _is_animagine(source):
         inherited = singlefile.FAIPL
-    if settings.license and inherited and settings.license != inherited:
-        log.warning("export.license is %r, the parent's is %r: make sure you may", settings.license, inherited)
-    stated = settings.license or inherited
+    own = (settings.license or "").strip()
+    if own and inherited and own != inherited:
+        log.warning("export.license is %r, the parent's is %r: make sure you may", own, inherited)
+    stated = own or inherited
     if not stated:
         raise Halt(
             ExitCode.USAGE,

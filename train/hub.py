@@ -42,7 +42,7 @@ class LocalModel:
     def license(self) -> str | None:
         """The licence that the model declares."""
         stated = (self.lineage or {}).get("license") or self.metadata.get("modelspec.license")
-        return str(stated) if stated else None
+        return str(stated).strip() or None if stated else None
 
 
 def resolve(settings: ModelConfig) -> LocalModel:

@@ -264,7 +264,8 @@ def _license_in_readme(path: Path) -> str | None:
     """A hub model states its licence in the head of its README; after "other" comes license_name."""
     if not path.is_file():
         return None
-    head = path.read_text(encoding="utf-8", errors="replace")[:4000].partition("\n---")[0]
+    text = path.read_text(encoding="utf-8", errors="replace")[:4000]
+    head = text.partition("\n---")[0] if text.startswith("---") else ""
     names = [name.strip("\"'") for name in LICENSE_IN_README.findall(head)]
     stated = [name for name in names if name != "other"]
     if not stated:
