@@ -335,6 +335,16 @@ def test_nothing_is_written_over(plain: Path, tmp_path: Path) -> None:
         assert caught.value.code == ExitCode.USAGE
 
 
+def test_what_a_user_calls_tmp_stays(plain: Path, tmp_path: Path) -> None:
+    (tmp_path / "back.tmp").mkdir()
+    for mine in (tmp_path / "back.tmp/mine", tmp_path / "out.safetensors.tmp"):
+        mine.write_text("mine")
+    singlefile.to_single_file(plain, tmp_path / "out.safetensors")
+    singlefile.to_folder(tmp_path / "out.safetensors", tmp_path / "back")
+    assert (tmp_path / "back.tmp/mine").read_text() == (tmp_path / "out.safetensors.tmp").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
     header = {
         name: {"dtype": "F32", "shape": [1], "data_offsets": span} for name, span in (("a", [0, 4]), ("b", [0, 4]))

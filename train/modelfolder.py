@@ -172,10 +172,15 @@ def refuse_existing(out: Path) -> None:
         raise Halt(ExitCode.USAGE, f"{out.parent} is no folder; make it first")
 
 
+def half_written(out: Path) -> Path:
+    """Where `out` grows before it gets its name. What a kill left there is replaced, so no user's file may be called so."""
+    return out.with_name(f".{out.name}.anix.tmp")
+
+
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` at the end, synced, or vanishes with the first error."""
-    tmp = out.with_name(out.name + ".tmp")
+    tmp = half_written(out)
     shutil.rmtree(tmp, ignore_errors=True)
     try:
         tmp.mkdir(parents=True)

@@ -102,7 +102,7 @@ def write_single_file(
     if not is_standard(configs):
         kept = {name: modelfolder.loadable(name, configs[name]) for name in sorted(configs)}
         metadata[CONFIGS_KEY] = json.dumps(kept)
-    tmp = out.with_name(out.name + ".tmp")
+    tmp = modelfolder.half_written(out)
     tmp.unlink(missing_ok=True)
     try:
         digest = weightfile.write(tmp, blobs, metadata)
