@@ -203,6 +203,9 @@ def test_sharded_folder_and_fp16_variant(plain: Path, tmp_path: Path) -> None:
     file.unlink()
     vae = tmp_path / "model/vae"
     os.rename(vae / "diffusion_pytorch_model.safetensors", vae / "diffusion_pytorch_model.fp16.safetensors")
+    for network in ("text_encoder", "text_encoder_2"):  # one shard or two: the library names them alike
+        whole = tmp_path / "model" / network / "model.safetensors"
+        os.rename(whole, whole.with_name("model.fp16-00001-of-00001.safetensors"))
     singlefile.to_single_file(tmp_path / "model", tmp_path / "out.safetensors")
     singlefile.to_single_file(plain, tmp_path / "want.safetensors")
     same(load_file(tmp_path / "want.safetensors"), load_file(tmp_path / "out.safetensors"))

@@ -53,7 +53,8 @@ def weight_files(place: Path) -> list[Path]:
     """The safetensors files that make up one network's folder. Halt(MISMATCH) when there are none."""
     plain = sorted(p for p in place.glob("*.safetensors") if ".fp16" not in p.name and ".non_ema" not in p.name)
     shards = [p for p in plain if "-of-" in p.name]
-    files = shards or plain[:1] or sorted(place.glob("*.fp16.safetensors"))
+    halves = sorted(place.glob("*.fp16-*-of-*.safetensors")) or sorted(place.glob("*.fp16.safetensors"))
+    files = shards or plain[:1] or halves
     if files:
         return files
     pickles = sorted(p.name for p in place.glob("*") if p.suffix in weightfile.PICKLE_SUFFIXES)
