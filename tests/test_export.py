@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -123,6 +125,16 @@ def test_metadata_tells_the_truth(run: Path, base: Path) -> None:
     assert {key: lineage[key] for key in record} == record
     assert str(Path.home()) not in (run / "model/training.yaml").read_text()
     assert str(Path.home()) not in json.dumps(metadata)
+
+
+def test_a_copy_inside_another_project_has_no_revision(tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@example.invalid"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    shutil.copytree(Path(export.__file__).parent, tmp_path / "copied/train", ignore=shutil.ignore_patterns("__pycache__"))
+    ask = "import train.export as e, sys; print(e.__file__, e.code_revision())"
+    said = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path / "copied", capture_output=True, text=True, check=True)
+    assert said.stdout.split() == [str(tmp_path / "copied/train/export.py"), "unknown"]
 
 
 def test_files_are_readable_by_umask(run: Path) -> None:

@@ -60,14 +60,17 @@ def code_revision() -> str:
     """Commit of this code, `+changes` when the tree differs from it, `unknown` outside a checkout."""
     root = Path(__file__).resolve().parents[1]
     try:
-        head = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
+        top, head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"],
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.splitlines()  # fmt: skip
+        if Path(top).resolve() != root:  # a copy inside another project: that one's commit says nothing of this code
+            return "unknown"
         changed = subprocess.run(
             ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
             capture_output=True, text=True, check=True, timeout=30,
         ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
+    except (OSError, ValueError, subprocess.SubprocessError):
         return "unknown"
     return head + ("+changes" if changed else "")
 
