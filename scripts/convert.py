@@ -22,7 +22,7 @@ def main() -> int:
         help="file to folder: folder with tokenizer/ and tokenizer_2/ (default: models/sdxl-tokenizers if it is there)",
     )
     parser.add_argument("--config", type=Path, help="file to folder: diffusers folder with the networks' configs")
-    parser.add_argument("--vae", type=Path, help="folder to file: VAE folder or file that replaces the folder's own")
+    parser.add_argument("--vae", type=Path, help="VAE, a folder or a file, that replaces the model's own")
     parser.add_argument("--processes", type=int, help="TOML: how many processes (GPUs) the run used (default: 1)")
     arguments = parser.parse_args()
     source, out = arguments.source, arguments.out
@@ -42,10 +42,10 @@ def main() -> int:
     elif source.exists():
         from train import singlefile
 
-        refuse_options(arguments, "file to folder", "tokenizers", "config")
+        refuse_options(arguments, "file to folder", "tokenizers", "config", "vae")
         usual = Path("models/sdxl-tokenizers")  # where the shipped stage configs look too
         tokenizers = arguments.tokenizers or (usual if usual.is_dir() and not arguments.config else None)
-        singlefile.to_folder(source, out, tokenizers=tokenizers, config=arguments.config)
+        singlefile.to_folder(source, out, tokenizers=tokenizers, config=arguments.config, vae=arguments.vae)
         if not (out / "tokenizer").exists():
             print("no tokenizers in the folder: a single file has none; --tokenizers adds them", file=sys.stderr)
         print(f"{out}: diffusers folder")

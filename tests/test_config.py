@@ -87,6 +87,11 @@ def test_every_problem_in_one_message(stage_yaml: Path) -> None:
     assert all(word in message for word in ("batch.mico", "seed", "precision"))
 
 
+def test_three_question_marks_are_no_value(stage_yaml: Path) -> None:
+    assert "data.max_tokens: ???" in refusal(stage_yaml, "data.max_tokens=???")
+    assert "seed: ???" in refusal(stage_yaml, "seed=???")
+
+
 def test_missing_values_are_named(tmp_path: Path) -> None:
     path = tmp_path / "stage.yaml"
     path.write_text(MINIMAL.replace("init_from: base, ", "").replace("seed: 31", ""))

@@ -195,9 +195,9 @@ def test_command_line_converts_both_ways(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_file(folder / name).keys() == load_file(tmp_path / "back" / name).keys()
     assert (tmp_path / "back/tokenizer_2/vocab.json").is_file()
     (tmp_path / "a.toml").write_text("")
-    for source, option in ((tmp_path / "one.safetensors", "vae"), (folder, "tokenizers"), (tmp_path / "a.toml", "config")):
+    for source, option in ((tmp_path / "one.safetensors", "processes"), (folder, "tokenizers"), (tmp_path / "a.toml", "config")):
         with pytest.raises(Halt, match=f"--{option} has no meaning") as caught:
-            in_process(monkeypatch, source, tmp_path / "never", f"--{option}", folder)
+            in_process(monkeypatch, source, tmp_path / "never", f"--{option}", 2 if option == "processes" else folder)
         assert caught.value.code == ExitCode.USAGE
     assert not (tmp_path / "never").exists()
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import tinysdxl
+from safetensors.torch import load_file, save_file
 from test_text import TABLE, small_tokenizer
 
 from train import singlefile
@@ -130,6 +131,12 @@ def test_model_report_of_every_kind(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:-8])
     with pytest.raises(Halt, match="truncated"):
         show_model.report(tmp_path / "bad.safetensors")
+    unet = folder / "unet/diffusion_pytorch_model.safetensors"
+    tensors = load_file(unet)
+    tensors["conv_in.bias"][0] = float("nan")
+    save_file(tensors, unet)
+    with pytest.raises(Halt, match=r"not finite .* in 1 tensors: .*conv_in\.bias"):
+        show_model.report(folder)
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:

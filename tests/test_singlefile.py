@@ -178,6 +178,15 @@ def test_other_vae_takes_the_place_of_the_models_own(plain: Path, tmp_path: Path
     singlefile.to_single_file(plain, tmp_path / "out.safetensors", vae=other / "vae")
     name = "first_stage_model.quant_conv.weight"
     assert torch.equal(load_file(tmp_path / "out.safetensors")[name], networks(other)["vae.quant_conv.weight"])
+    singlefile.to_single_file(plain, tmp_path / "own.safetensors")
+    singlefile.to_folder(tmp_path / "own.safetensors", tmp_path / "folder", vae=other)
+    same(networks(tmp_path / "folder"), load_all(plain, other))
+
+
+def load_all(model: Path, vae: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a folder, its VAE's from another."""
+    own = {name: tensor for name, tensor in networks(vae).items() if name.startswith("vae.")}
+    return networks(model) | own
 
 
 def test_a_vae_file_takes_the_place_of_the_models_own(plain: Path, tmp_path: Path) -> None:
@@ -209,6 +218,13 @@ def test_sharded_folder_and_fp16_variant(plain: Path, tmp_path: Path) -> None:
     singlefile.to_single_file(tmp_path / "model", tmp_path / "out.safetensors")
     singlefile.to_single_file(plain, tmp_path / "want.safetensors")
     same(load_file(tmp_path / "want.safetensors"), load_file(tmp_path / "out.safetensors"))
+
+
+def test_a_network_by_its_own_name_goes_before_a_variant_beside_it(plain: Path, tmp_path: Path) -> None:
+    shutil.copytree(plain, tmp_path / "model")
+    file = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file.with_suffix(".ema.safetensors"))
+    assert modelfolder.weight_files(file.parent) == [file]
 
 
 def test_v_prediction_is_marked_for_other_programs_and_read_back(plain: Path, tmp_path: Path) -> None:

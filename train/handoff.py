@@ -17,12 +17,12 @@ log = logging.getLogger("anix")
 def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Components]:
     """The model a stage starts from, checked, and its networks. The licence is settled before anything is spent."""
     faults.at("handoff")
-    if config.model.pooled_projection == "sd_scripts" and not config.model.init_from.endswith(".safetensors"):
+    source = hub.resolve(config.model)
+    if config.model.pooled_projection == "sd_scripts" and source.kind != "single_file":
         raise Halt(
             ExitCode.USAGE,
             "model.pooled_projection: sd_scripts reproduces a trainer that read single files: give a .safetensors",
         )
-    source = hub.resolve(config.model)
     predicts = str(source.configs["scheduler"].get("prediction_type", "epsilon"))
     if predicts.startswith("v") != (config.loss.prediction == "v"):
         log.warning(

@@ -211,25 +211,13 @@ def _vae(settings: ModelConfig) -> tuple[Mapping[str, Any], modelfolder.Weights,
     """(config, weights by canonical name, sha256 of the file) of `model.vae`: a VAE folder, a model with one, a file."""
     if settings.vae is None:
         return None
-    path = find(settings.vae)
-    if path.is_dir() and (path / "vae").is_dir():
-        path = path / "vae"
-    if path.is_file():
-        file, found = path, (sdxl.STANDARD["vae"], singlefile.vae_weights(weightfile.open_file(path)))
-    else:
-        config = read_json(path / "config.json")
-        if config is None:
-            raise Halt(
-                ExitCode.MISMATCH, f"model.vae {path} is no folder of an AutoencoderKL (config.json and weights)"
-            )
-        file = modelfolder.weight_files(path)[0]
-        found = config, modelfolder.read_weights(path.parent, vae=path, networks=("vae",))
+    config, weights, file = singlefile.open_vae(find(settings.vae), "model.vae")
     digest = file_sha256(file)
     if settings.vae_sha256 and settings.vae_sha256 != digest:
         raise Halt(
             ExitCode.MISMATCH, f"model.vae {file} has sha256 {digest}, model.vae_sha256 says {settings.vae_sha256}"
         )
-    return *found, digest
+    return config, weights, digest
 
 
 def vae_identity(model: LocalModel) -> str:

@@ -54,7 +54,8 @@ def weight_files(place: Path) -> list[Path]:
     plain = sorted(p for p in place.glob("*.safetensors") if ".fp16" not in p.name and ".non_ema" not in p.name)
     shards = [p for p in plain if "-of-" in p.name]
     halves = sorted(place.glob("*.fp16-*-of-*.safetensors")) or sorted(place.glob("*.fp16.safetensors"))
-    files = shards or plain[:1] or halves
+    own = [p for p in plain if p.name in FILES.values()]  # before an .ema or other variant beside it
+    files = shards or (own or plain)[:1] or halves
     if files:
         return files
     pickles = sorted(p.name for p in place.glob("*") if p.suffix in weightfile.PICKLE_SUFFIXES)

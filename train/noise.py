@@ -110,11 +110,7 @@ def _pyramid(noise: F32, config: NoiseConfig, seed: int, uid: int, epoch: int) -
     reserved = -(-levels // 4) * 4  # words of the ratios: whole blocks, so that no normal shares them
     ratios = 2.0 + 2.0 * rng.words(seed, Stream.MULTIRES, uid, epoch, levels) / 2.0**32
     channels, height, width = noise.shape
-    sizes: list[tuple[int, int]] = []
-    for level, ratio in enumerate(ratios.tolist()):
-        sizes.append((max(1, int(height / ratio**level)), max(1, int(width / ratio**level))))
-        if 1 in sizes[-1]:
-            break
+    sizes = _level_sizes(height, width, ratios.tolist())
     count = channels * sum(h * w for h, w in sizes)
     drawn = torch.from_numpy(rng.normals_float64(seed, Stream.MULTIRES, uid, epoch, reserved + count)[reserved:])
     total = torch.from_numpy(noise).double()
@@ -123,6 +119,16 @@ def _pyramid(noise: F32, config: NoiseConfig, seed: int, uid: int, epoch: int) -
         grown = F.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)[0]
         total += grown * config.multires_discount**level
     return (total / total.std()).float().numpy()
+
+
+def _level_sizes(height: int, width: int, ratios: Sequence[float]) -> list[tuple[int, int]]:
+    """(rows, columns) of each level of a pyramid, up to the first with a single row or column."""
+    sizes: list[tuple[int, int]] = []
+    for level, ratio in enumerate(ratios):
+        sizes.append((max(1, int(height / ratio**level)), max(1, int(width / ratio**level))))
+        if 1 in sizes[-1]:
+            break
+    return sizes
 
 
 def add_noise(

@@ -52,17 +52,23 @@ def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> Dict
     """The files and overrides merged into one untyped config, references unresolved."""
     if not paths:
         raise Halt(ExitCode.USAGE, "no config given: --config FILE")
-    merged = OmegaConf.create({})
-    for path in paths:
-        merged = OmegaConf.merge(merged, _load_yaml(Path(path)))
+    layers = [_load_yaml(Path(path)) for path in paths]
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key.strip():
             raise Halt(ExitCode.USAGE, f"override {override!r} is not of the form key=value")
     try:
-        merged = OmegaConf.merge(merged, OmegaConf.from_dotlist(list(overrides)))
+        layers.append(OmegaConf.from_dotlist(list(overrides)))
     except Exception as error:  # the YAML scanner raises its own family here
         raise Halt(ExitCode.USAGE, f"cannot read the overrides {list(overrides)}: {error}") from error
+    try:
+        merged = OmegaConf.merge(*layers)
+    except OmegaConfBaseException as error:  # a section in one, a number in the other
+        told = ", ".join([*map(str, paths), *overrides])
+        raise Halt(ExitCode.USAGE, f"{told} do not go together: {str(error).splitlines()[0]}") from error
+    # OmegaConf's word for a missing value: in a merge it quietly leaves what was there
+    if empty := sorted({key for layer in layers for key in OmegaConf.missing_keys(layer)}):
+        raise Halt(ExitCode.USAGE, f"{', '.join(empty)}: ??? is no value; give one, or leave the key out")
     _refuse_references(OmegaConf.to_yaml(merged, resolve=False))
     return typing.cast(DictConfig, merged)
 
@@ -130,8 +136,8 @@ def _hints(schema: type) -> dict[str, Any]:
 
 def _problems(hint: Any, value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
     """Messages for everything in `value` that does not fit the annotation `hint`."""
-    if isinstance(value, str) and ("${" in value or value == "???"):
-        return  # references and missing values are judged after resolution
+    if isinstance(value, str) and "${" in value:
+        return  # references are judged after resolution
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         yield from _section_problems(typing.cast(type, hint), value, key, known)

@@ -33,25 +33,31 @@ CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is 
 
 
 def to_folder(
-    file: str | Path, out: str | Path, *, tokenizers: str | Path | None = None, config: str | Path | None = None
+    file: str | Path,
+    out: str | Path,
+    *,
+    tokenizers: str | Path | None = None,
+    config: str | Path | None = None,
+    vae: str | Path | None = None,
 ) -> None:
     """Write a diffusers folder from a single file. `out` appears complete or not at all.
 
     Networks' configs come from `config` (a diffusers folder), else from the file's metadata, else SDXL's own.
     `tokenizers` names a folder with tokenizer/ and tokenizer_2/ (default: those of `config`); without any the folder
-    has none. Raises Halt: USAGE (paths), MISMATCH (not an SDXL file, damaged, or not finite; names the tensors).
+    has none. `vae`, a folder or a file, replaces the file's own. Raises Halt: USAGE (paths), MISMATCH (not an SDXL file, damaged, or not finite; names the tensors).
     """
     file, out = Path(file), Path(out)
     refuse_existing(out)
     source = weightfile.open_file(file)
     configs = modelfolder.read_configs(Path(config)) if config else configs_in(source)
     weights, logit_scale = single_weights(source, configs)
+    configs, weights, metadata = _with_vae(configs, weights, source.metadata, vae)
     with modelfolder.new_folder(out) as new:
         modelfolder.write_networks(new, weights, configs, whose=f"{file}: ")
         if tokenizers or config:
             modelfolder.copy_tokenizers(Path(str(tokenizers or config)), new)
         modelfolder.write_pipeline(new, configs["scheduler"])
-        write_sidecar(new, source.metadata, logit_scale)
+        write_sidecar(new, metadata, logit_scale)
 
 
 def to_single_file(
@@ -63,17 +69,10 @@ def to_single_file(
     """
     folder, out = Path(folder), Path(out)
     refuse_existing(out)
-    place = Path(vae) if vae and not Path(vae).is_file() else None
-    configs = modelfolder.read_configs(folder, vae=place)
-    weights = modelfolder.read_weights(folder, vae=place)
-    if vae and place is None:
-        configs = {**configs, "vae": sdxl.STANDARD["vae"]}
-        kept = {name: blob for name, blob in weights.items() if not name.startswith("vae.")}
-        weights = kept | vae_weights(weightfile.open_file(vae))
     if metadata is None:
         metadata = metadata_of_folder(folder)
-    if vae and VAE_KEY in metadata:  # of the VAE that was trained with, which is not this one
-        metadata = {key: value for key, value in metadata.items() if key != VAE_KEY}
+    configs, weights = modelfolder.read_configs(folder), modelfolder.read_weights(folder)
+    configs, weights, metadata = _with_vae(configs, weights, metadata, vae)
     return write_single_file(out, weights, configs, metadata, logit_scale=stored_scale(folder))
 
 
@@ -133,6 +132,31 @@ def single_weights(source: weightfile.Tensors, configs: sdxl.Configs) -> tuple[W
     if scale is not None and not weightfile.finite(scale.read(), scale.dtype):
         raise Halt(ExitCode.MISMATCH, f"{source.path}: {sdxl.LOGIT_SCALE} is not finite (NaN or infinity)")
     return weights, scale
+
+
+def _with_vae(
+    configs: sdxl.Configs, weights: Weights, metadata: Mapping[str, str], vae: str | Path | None
+) -> tuple[sdxl.Configs, Weights, Mapping[str, str]]:
+    """The same model with another VAE; its record no longer names the one that it was trained with."""
+    if vae is None:
+        return configs, weights, metadata
+    config, own, _ = open_vae(Path(vae), "--vae")
+    kept = {name: blob for name, blob in weights.items() if not name.startswith("vae.")}
+    told = {key: value for key, value in metadata.items() if key != VAE_KEY}
+    return {**configs, "vae": config}, kept | own, told
+
+
+def open_vae(path: Path, asked_by: str) -> tuple[Mapping[str, Any], Weights, Path]:
+    """(config, weights by canonical name, their file) of a VAE: its folder, a model folder that has one, or a file."""
+    if path.is_file():
+        return sdxl.STANDARD["vae"], vae_weights(weightfile.open_file(path)), path
+    if (path / "vae").is_dir():
+        path = path / "vae"
+    config = read_json(path / "config.json")
+    if config is None:
+        raise Halt(ExitCode.MISMATCH, f"{asked_by} {path} is no folder of an AutoencoderKL (config.json and weights)")
+    weights = modelfolder.read_weights(path.parent, vae=path, networks=("vae",))
+    return config, weights, modelfolder.weight_files(path)[0]
 
 
 def vae_weights(source: weightfile.Tensors) -> Weights:

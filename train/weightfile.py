@@ -222,6 +222,16 @@ def finite(piece: memoryview | bytes, dtype: str) -> bool:
     return not bool(((np.frombuffer(piece, dtype=kind) & kind(mask)) == mask).any())
 
 
+def refuse_non_finite(blobs: Mapping[str, Blob], whose: str) -> None:
+    """Halt(MISMATCH) naming the tensors that hold NaN or infinity. Reads every byte."""
+    bad = [named(n, blob) for n, blob in blobs.items() if not all(finite(p, blob.dtype) for p in blob.pieces())]
+    if bad:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{whose} holds weights that are not finite (NaN or infinity) in {len(bad)} tensors: {', '.join(bad[:8])}",
+        )
+
+
 def write(path: str | Path, blobs: Mapping[str, Blob], metadata: Mapping[str, str], whose: str = "") -> str:
     """Write and fsync `path`, which must not exist; the sha256 of its bytes, taken on the way out.
 

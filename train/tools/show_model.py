@@ -14,7 +14,10 @@ from train.rundir import read_json
 
 
 def report(path: Path) -> dict[str, Any]:
-    """A single file, a diffusers folder or a finished run. Raises Halt(MISMATCH) for anything that is not SDXL."""
+    """A single file, a diffusers folder or a finished run, all weights looked at.
+
+    Raises Halt(MISMATCH) for anything that is not SDXL or not finite.
+    """
     if not path.exists():
         raise Halt(ExitCode.USAGE, f"{path} does not exist")
     if path.is_file():
@@ -27,6 +30,7 @@ def report(path: Path) -> dict[str, Any]:
     weights = modelfolder.read_weights(folder)
     shapes = {name: blob.shape for name, blob in weights.items()}
     modelfolder.check_weights(shapes, sdxl.folder_shapes(configs), str(folder))
+    weightfile.refuse_non_finite(weights, str(folder))
     lineage = read_json(path / "lineage.json") or read_json(folder / "lineage.json") or {}
     metadata = singlefile.metadata_of_folder(folder)
     return {
@@ -42,6 +46,7 @@ def _single(path: Path) -> dict[str, Any]:
     source = weightfile.open_file(path)
     configs = singlefile.configs_in(source)
     weights, _ = singlefile.single_weights(source, configs)
+    weightfile.refuse_non_finite(source.blobs, str(path))
     return {
         "path": str(path),
         "kind": "single_file",
