@@ -38,7 +38,7 @@ def with_interval(record: Mapping[str, Any], *, signed: bool = False) -> str:
         return "–"
     spread = f" ± {interval:.4f}" if isinstance(interval, int | float) else ""
     shown = f"{loss:{'+' if signed else ''}.4f}".replace("-", "−")
-    return f"{shown}{spread} ({record.get('images', '?')})"
+    return f'<span class="tight">{shown}{spread} ({escape(str(record.get("images", "?")))})</span>'
 
 
 def figure(caption: str, body: str) -> str:
@@ -58,6 +58,7 @@ def listed(notes: Sequence[str]) -> str:
     return f"<ul>{''.join(f'<li>{escape(mask(note))}</li>' for note in notes)}</ul>" if notes else ""
 
 
+# A caption wraps at its picture's width: the columns of raw and averaged weights stand under one another.
 STYLE = """
 :root{font:15px/1.5 system-ui,sans-serif;color:#1f2937;background:#fff}
 body{margin:0 auto;max-width:1180px;padding:0 24px 48px}
@@ -65,19 +66,21 @@ header{border-bottom:1px solid #e5e7eb;margin-bottom:8px}h1{font-size:1.6rem;mar
 header p{margin:2px 0;color:#6b7280}nav{display:flex;flex-wrap:wrap;gap:16px;padding:8px 0 12px}nav a{color:#2563eb}
 h2{font-size:1.25rem;margin:36px 0 10px}h3{font-size:1rem;margin:22px 0 6px}
 .charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(300px,1fr));gap:12px}
-figure{margin:0;max-width:560px}figcaption{font-size:.85rem}svg{width:100%;height:auto;display:block}
+figure{margin:0;max-width:560px;min-width:0}figcaption{font-size:.85rem;overflow-wrap:anywhere}svg{width:100%;height:auto;display:block}
 svg text{font:10px system-ui,sans-serif;fill:#6b7280}svg .y{text-anchor:end}svg .x,svg .none{text-anchor:middle}
 svg .rule{stroke:#e5e7eb}svg polyline{fill:none;stroke-width:1.6;stroke-linejoin:round}svg .raw{fill:#a3b1c4}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.85rem;font-variant-numeric:tabular-nums}
 th,td{text-align:left;padding:4px 12px 4px 0;border-bottom:1px solid #f1f5f9;vertical-align:top}
 th{color:#6b7280;font-weight:600;white-space:nowrap}code{font:12px ui-monospace,monospace}
-.pictures{display:flex;gap:8px;overflow-x:auto;padding-bottom:4px;align-items:flex-end}
-.pictures figure{flex:0 0 auto}.pictures img{display:block;border-radius:3px}.pictures figcaption{color:#6b7280}
+.pictures{display:flex;gap:8px;overflow-x:auto;padding-bottom:4px;align-items:flex-start}
+.pictures figure{flex:0 0 auto}.pictures img{display:block;border-radius:3px}
+.pictures figcaption{color:#6b7280;width:0;min-width:100%}
 .prompts{display:flex;flex-wrap:wrap;gap:18px 36px}.prompts>div{max-width:100%;min-width:260px}
 .prompt{margin:0 0 4px;font-size:.85rem;width:0;min-width:100%}.prompt small{color:#6b7280;white-space:nowrap}
 section>p,.told{color:#6b7280;font-size:.85rem;max-width:860px}.told{padding-left:18px}
 .good,.bad,.tight{white-space:nowrap}.good{color:#047857}.bad{color:#b91c1c}.dim{color:#9ca3af}th:first-child,td:first-child{white-space:nowrap}
+b{display:inline-block;max-width:20em;overflow-wrap:break-word;white-space:normal;vertical-align:top}h1{overflow-wrap:anywhere}
 @media print{body{max-width:none;padding:0;font-size:11px}nav{display:none}a{color:inherit}
-h2,h3,h2+p,h3+p,.prompt{break-after:avoid}figure,tr,.prompts>div{break-inside:avoid}.scroll,.pictures{overflow:visible}
-.pictures{flex-wrap:wrap}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+h2,h3,h2+p,h3+p,.prompt{break-after:avoid}figure,tr,p,.prompts>div{break-inside:avoid}.scroll,.pictures{overflow:visible}
+.pictures{flex-wrap:wrap}.charts{grid-template-columns:repeat(3,1fr)}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
