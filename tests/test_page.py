@@ -162,6 +162,39 @@ def test_missing_and_damaged_pieces_are_notes(runs: list[Path], tmp_path: Path) 
         assert words in checker.text, words
 
 
+def test_what_is_not_finite_is_left_out_and_told(runs: list[Path], tmp_path: Path) -> None:
+    """A half-precision forward that overflows gives an image no loss; the two stages still compare on the others."""
+    run = tmp_path / "ft1"
+    shutil.copytree(runs[1], run)
+    held = json.loads((run / "validation.jsonl").read_text().splitlines()[-1])
+    held |= {"loss": "nan", "interval": "nan", "losses": {**held["losses"], f"{0:016x}": "nan"}}
+    held["strata"]["quality/best quality"] = {"images": 4, "loss": "nan", "interval": "nan"}
+    (run / "validation.jsonl").write_text(json.dumps(held) + "\n")
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write('{"step": 121, "update": 121, "loss": NaN, "grad_norm": Infinity, "loss_by_decile": [NaN]}\n')
+    checker = parsed(write_page([runs[0], run], tmp_path / "r.html"))
+    assert "held-out loss of update 120: 1 of 8 images not finite" in checker.text
+    assert "(7)" in checker.text
+    assert "nan" not in checker.text.lower()
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("validation.jsonl", '{"step": 5, "loss": 0.5}'),
+        ("validation.jsonl", '{"step": 5, "update": 5, "loss": 0.5, "losses": null, "strata": [], "images": "<b>"}'),
+        ("validation.jsonl", '{"step": 5, "update": 5, "strata": {"quality/masterpiece": 3}}'),
+        ("lineage.json", '{"ancestors": null, "parent": "x", "weights_sha256": "y"}'),
+        ("lineage.json", '{"ancestors": [1, {"parent": []}], "weights_sha256": "y", "updates": NaN}'),
+    ],
+)
+def test_records_of_another_shape_do_not_stop_the_page(name: str, body: str, runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "ft1"
+    shutil.copytree(runs[1], run)
+    (run / name).write_text(body + "\n")
+    assert "Summary" in parsed(write_page([runs[0], run], tmp_path / "r.html")).text
+
+
 def test_no_directory_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(Halt, match="nowhere") as caught:
         write_page([tmp_path / "nowhere"], tmp_path / "r.html")

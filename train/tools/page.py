@@ -13,7 +13,7 @@ from train.masking import mask
 from train.rundir import replace_file
 from train.tools.page_charts import COLOURS, bar_chart, extent, line_chart, smooth
 from train.tools.page_charts import number as short
-from train.tools.page_data import Picture, Run, config_differences, read_pictures, read_run
+from train.tools.page_data import Picture, Run, config_differences, finite, read_pictures, read_run
 from train.tools.page_heldout import held_out_section
 from train.tools.page_parts import STYLE, anchor, digest, figure, listed, name_of, table, text, with_interval
 from train.tools.page_quality import quality_section
@@ -182,7 +182,7 @@ def mean_deciles(run: Run) -> list[tuple[str, list[float | None]]]:
     part = max(len(rows) // 10, 1)
     result = []
     for name, chunk in (("first", rows[:part]), ("last", rows[-part:])):
-        columns = [[row[d] for row in chunk if len(row) > d and isinstance(row[d], int | float)] for d in range(10)]
+        columns = [[row[d] for row in chunk if len(row) > d and finite(row[d])] for d in range(10)]
         result.append((name, [fmean(column) if column else None for column in columns]))
     return result
 
@@ -214,7 +214,8 @@ def lineage(runs: Sequence[Run]) -> str:
             if not record or mark in seen:
                 continue
             seen.add(mark)
-            parent: dict[str, Any] = record.get("parent") or {}
+            parent = record.get("parent")
+            parent = parent if isinstance(parent, dict) else {}
             rows.append(
                 [
                     escape(str(record.get("stage", "?"))),

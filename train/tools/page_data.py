@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from train.config import flatten, load_stage
 from train.exits import ExitCode, Halt
@@ -52,7 +53,7 @@ class Run:
         points = []
         for record in self.metrics:
             update, value = record.get("update"), record.get(key)
-            if isinstance(update, int | float) and isinstance(value, int | float) and not isinstance(value, bool):
+            if finite(update) and finite(value):
                 points.append((float(update), float(value)))
         return points
 
@@ -61,7 +62,7 @@ class Run:
         points, before = [], 0.0
         for record in self.metrics:
             found = [record.get(key) for key in ("update", "images", "images_per_s", "data_wait_s")]
-            if not all(isinstance(value, int | float) for value in found):
+            if not all(finite(value) for value in found):
                 continue
             update, images, speed, wait_s = map(float, found)  # type: ignore[arg-type]
             update_s = (images - before) / speed if speed else 0.0
@@ -82,8 +83,8 @@ def read_run(path: str | Path) -> Run:
         raise Halt(ExitCode.USAGE, f"{folder} is no run directory")
     run = Run(folder, folder.resolve().name)
     run.metrics = _latest(_lines(run, "metrics.jsonl"))
-    run.validation = _latest(_lines(run, "validation.jsonl", needed=False))
-    run.lineage = _json(run, "lineage.json")
+    run.validation = _measurements(run)
+    run.lineage = _lineage(_json(run, "lineage.json"))
     run.held = {
         uid: [str(name) for name in one["strata"]]
         for uid, one in _json(run, "held_out.json").items()
@@ -158,7 +159,7 @@ def _latest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     kept: dict[float, dict[str, Any]] = {}
     for record in records:
         step = record.get("step", record.get("update"))
-        if isinstance(step, int | float):
+        if finite(step):
             kept[float(step)] = record
     return [kept[step] for step in sorted(kept)]
 
@@ -174,6 +175,38 @@ def _lines(run: Run, name: str, *, needed: bool = True) -> list[dict[str, Any]]:
     except OSError as error:
         run.notes.append(f"{path}: {error}")
         return []
+
+
+def finite(value: Any) -> TypeGuard[int | float]:
+    """Whether `value` is a number that a chart or a mean can hold; true, false, NaN and infinity are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _measurements(run: Run) -> list[dict[str, Any]]:
+    """The records of validation.jsonl; what is not finite is left out of them and told in a note."""
+    found = []
+    for record in _latest(_lines(run, "validation.jsonl", needed=False)):
+        update, losses = record.get("update"), _mapping(record.get("losses"))
+        if not finite(update):
+            run.notes.append(f"{run.path / 'validation.jsonl'}: a record without its update")
+            continue
+        kept = {uid: loss for uid, loss in losses.items() if finite(loss)}
+        if len(kept) < len(losses):
+            lost = len(losses) - len(kept)
+            run.notes.append(f"{run.path}: held-out loss of update {update}: {lost} of {len(losses)} images not finite")
+        strata = {name: one for name, one in _mapping(record.get("strata")).items() if isinstance(one, dict)}
+        found.append({**record, "losses": kept, "strata": strata})
+    return found
+
+
+def _lineage(record: dict[str, Any]) -> dict[str, Any]:
+    ancestors = record.get("ancestors")
+    kept = [one for one in ancestors if isinstance(one, dict)] if isinstance(ancestors, list) else []
+    return {**record, "ancestors": kept} if record else {}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _json(run: Run, name: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from train.labels import AESTHETIC_TAGS, QUALITY_TAGS, RATING_TAGS, YEAR_RANGES
 from train.tools.page_charts import COLOURS, extent, line_chart
-from train.tools.page_data import Run
+from train.tools.page_data import Run, finite
 from train.tools.page_parts import figure, name_of, table, with_interval
 from train.validation import LABELS, paired_change
 
@@ -25,7 +25,7 @@ def held_out_section(runs: Sequence[Run]) -> str:
     if not measured:
         return ""
     lines = [
-        [(float(r["update"]), float(r["loss"])) for r in run.validation if isinstance(r.get("loss"), float)]
+        [(float(r["update"]), float(r["loss"])) for r in run.validation if finite(r.get("loss"))]
         for _, run in measured
     ]
     every = [y for points in lines for _, y in points]
@@ -41,10 +41,10 @@ def held_out_section(runs: Sequence[Run]) -> str:
         )
         for (number, run), points in zip(measured, lines, strict=True)
     ]
-    names = in_order({name for _, run in measured for name in run.validation[-1].get("strata", {})})
+    names = in_order({name for _, run in measured for name in run.validation[-1]["strata"]})
     rows = [["all", *(with_interval(run.validation[-1]) for _, run in measured)]]
     rows += [
-        [stratum(name), *(with_interval(r.validation[-1].get("strata", {}).get(name, {})) for _, r in measured)]
+        [stratum(name), *(with_interval(r.validation[-1]["strata"].get(name, {})) for _, r in measured)]
         for name in names
     ]
     return (
@@ -89,8 +89,8 @@ def _change(before: Run, after: Run, name: str | None) -> str:
 
 
 def _losses(run: Run) -> Mapping[str, Any]:
-    found = run.validation[-1].get("losses", {})
-    return found if isinstance(found, dict) else {}
+    losses: dict[str, Any] = run.validation[-1]["losses"]
+    return losses
 
 
 def in_order(names: set[str]) -> list[str]:
