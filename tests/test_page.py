@@ -195,6 +195,16 @@ def test_records_of_another_shape_do_not_stop_the_page(name: str, body: str, run
     assert "Summary" in parsed(write_page([runs[0], run], tmp_path / "r.html")).text
 
 
+def test_two_runs_of_one_stage_are_told_apart(runs: list[Path], tmp_path: Path) -> None:
+    slow, fast, other = tmp_path / "slow/ft1", tmp_path / "fast/ft1", tmp_path / "again"
+    for copy in (slow, fast, other):
+        shutil.copytree(runs[1], copy)
+    checker = parsed(write_page([slow, fast, other, runs[2]], tmp_path / "r.html"))
+    assert "slow/ft1 → fast/ft1" in checker.text
+    assert "ft1 (again)" in checker.text
+    assert "ft1 (again) → ft2" in checker.text
+
+
 def test_no_directory_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(Halt, match="nowhere") as caught:
         write_page([tmp_path / "nowhere"], tmp_path / "r.html")

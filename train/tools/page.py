@@ -13,7 +13,7 @@ from train.masking import mask
 from train.rundir import replace_file
 from train.tools.page_charts import COLOURS, bar_chart, extent, line_chart, smooth
 from train.tools.page_charts import number as short
-from train.tools.page_data import Picture, Run, config_differences, finite, read_pictures, read_run
+from train.tools.page_data import Picture, Run, config_differences, finite, read_pictures, read_run, told_apart
 from train.tools.page_heldout import held_out_section
 from train.tools.page_parts import STYLE, anchor, digest, figure, listed, name_of, table, text, with_interval
 from train.tools.page_quality import quality_section
@@ -47,7 +47,7 @@ def write_page(
     that is no such record, CANNOT_WRITE.
     """
     judged = read_quality(quality) if quality is not None else None
-    read = [read_run(path) for path in runs]
+    read = told_apart([read_run(path) for path in runs])
     notes: list[str] = []
     others = {name: read_pictures(folder, notes) for name, folder in (extra_samples or {}).items()}
     out = Path(out)

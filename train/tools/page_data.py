@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -98,6 +99,20 @@ def read_run(path: str | Path) -> Run:
         if match and pictures:
             run.samples[int(match.group(1))] = pictures
     return run
+
+
+def told_apart(runs: list[Run]) -> list[Run]:
+    """`runs`, those of equal names renamed by the end of their paths: two runs of one stage are the usual comparison."""
+    names = Counter(run.name for run in runs)
+    for run in runs:
+        if names[run.name] == 1:
+            continue
+        own = run.path.resolve().parts
+        others = {one.path.resolve().parts for one in runs} - {own}
+        length = next((n for n in range(1, len(own)) if all(o[-n:] != own[-n:] for o in others)), len(own))
+        tail = "/".join(own[-length:])
+        run.name = tail if own[-1] == run.name else f"{run.name} ({tail})"
+    return runs
 
 
 def read_pictures(folder: Path, notes: list[str]) -> list[Picture]:
