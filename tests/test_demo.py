@@ -20,7 +20,19 @@ from PIL import Image
 
 from train.exits import ExitCode, Halt
 from train.prompts import CARD_SIZES, NEGATIVE, QUALITY_PREFIX
-from train.tools.demo import AESTHETIC, NOTHING, QUALITY, RATING, YEAR, Studio, Wish, _titled, settings_of, sizes_for
+from train.tools.demo import (
+    AESTHETIC,
+    NOTHING,
+    QUALITY,
+    RATING,
+    YEAR,
+    Studio,
+    Wish,
+    _titled,
+    require_port,
+    settings_of,
+    sizes_for,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 WISH = Wish(
@@ -71,8 +83,10 @@ def test_equal_names_are_told_apart() -> None:
 def test_studio_writes_a_picture_with_its_record(model: Path, tmp_path: Path) -> None:
     studio = Studio([str(model)], device="cpu", tokenizers=None, out=tmp_path / "out")
     (title,) = studio.paths
-    assert sizes_for(studio.model(title))[0] == "96x160"  # 832x1216 at an eighth, in steps of 32
-    assert len(sizes_for(studio.model(title))) <= len(CARD_SIZES)
+    assert sizes_for(studio.model(title)) == [  # an eighth of the card's nine, the portrait first
+        "104x152", "128x128", "144x112", "112x144", "152x104", "168x96", "96x168", "192x80", "80x192",
+    ]  # fmt: skip
+    assert len(CARD_SIZES) == 9
     file, record = studio.generate(replace(WISH, model=title))
     with Image.open(file) as image:
         assert image.size == (64, 96)
@@ -82,6 +96,39 @@ def test_studio_writes_a_picture_with_its_record(model: Path, tmp_path: Path) ->
     assert again != file
     with Image.open(file) as one, Image.open(again) as two:
         assert one.tobytes() == two.tobytes()
+
+
+@pytest.mark.parametrize("name", ["seed", "steps", "guidance"])
+def test_an_emptied_box_is_told(name: str) -> None:
+    with pytest.raises(Halt, match="need a number") as caught:
+        settings_of(replace(WISH, **{name: None}))
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_no_picture_is_overwritten(model: Path, tmp_path: Path) -> None:
+    studio = Studio([str(model)], device="cpu", tokenizers=None, out=tmp_path / "out")
+    wish = replace(WISH, model=next(iter(studio.paths)))
+    files = [studio.generate(wish)[0] for _ in range(2)]
+    files[0].unlink()
+    assert studio.generate(wish)[0] not in files
+
+
+@pytest.mark.parametrize("second", ["nowhere", "file.safetensors", "empty"])
+def test_the_second_model_is_looked_at_as_well(second: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file.safetensors").write_bytes(bytes(8))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Halt, match=second):
+        Studio([str(model), str(tmp_path / second)], device="cpu", tokenizers=None, out=tmp_path / "out")
+
+
+def test_where_nobody_can_listen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(Halt, match="taken"):
+        require_port("127.0.0.1", taken.getsockname()[1])
+    for host, port in (("127.0.0.1", 99999), ("203.0.113.1", 7860)):
+        with pytest.raises(Halt, match=f"--port {port}") as caught:
+            require_port(host, port)
+        assert caught.value.code == ExitCode.USAGE
+    require_port("127.0.0.1", free_port())
 
 
 def test_a_bad_model_is_refused_before_the_page_opens(tmp_path: Path) -> None:
@@ -136,7 +183,7 @@ def test_from_page_load_to_picture_in_a_browser(model: Path, tmp_path: Path) -> 
         browser.evaluate("document.querySelector('button#generate').click()")
         shown = "[...document.querySelectorAll('#gallery img')].filter(i => i.complete && i.naturalWidth > 0)"
         browser.wait_for(f"{shown}.length > 0", 300)
-        assert browser.evaluate(f"{shown}[0].naturalWidth") == 96
+        assert browser.evaluate(f"{shown}[0].naturalWidth") == 104
         assert browser.evaluate("document.querySelector('#record textarea').value").startswith(QUALITY_PREFIX)
         picture = browser.call("Page.captureScreenshot")["data"]
         (tmp_path / "page.png").write_bytes(base64.b64decode(picture))

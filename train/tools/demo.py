@@ -6,6 +6,7 @@ elsewhere. The PNGs in the gallery carry the parameters text that A1111 reads.
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import socket
@@ -17,6 +18,7 @@ from typing import Any
 
 from PIL import Image
 
+from train import hub
 from train.exits import ExitCode, Halt
 from train.inference import Model, draw, open_model
 from train.pictures import save_png
@@ -64,9 +66,9 @@ class Wish:
     aesthetic: str
     size: str
     sampler: str
-    steps: float
-    guidance: float
-    seed: float
+    steps: float | None
+    guidance: float | None
+    seed: float | None  # None = the box was emptied, as for the other two numbers
 
 
 class Studio:
@@ -77,7 +79,9 @@ class Studio:
         self.device, self.tokenizers, self.out = device, tokenizers, out
         out.mkdir(parents=True, exist_ok=True)
         self._open: tuple[str, Model] | None = None
-        self.model(next(iter(self.paths)))  # a bad path is refused before the page opens
+        for path in self.paths.values():  # a bad path is refused before the page opens, whichever it is
+            require_model(path, tokenizers)
+        self.model(next(iter(self.paths)))
 
     def model(self, title: str) -> Model:
         """The model of that title; loading it lets go of the one before."""
@@ -97,8 +101,20 @@ class Studio:
         prompt = settings.prompts[0]
         shown = captions_text(prompt.text, settings.quality_prefix)
         record = parameters_text(prompt, shown, settings, model_name=model.name, model_hash=model.sha256)
-        number = sum(1 for _ in self.out.glob("*.png"))
+        taken = [int(path.name[:5]) for path in self.out.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+        number = max(taken, default=-1) + 1  # not their count: somebody may have thrown some away
         return save_png(image, self.out / f"{number:05d}-{prompt.seed}.png", record), record
+
+
+def require_model(path: str, tokenizers: str | None) -> None:
+    """Raises Halt for what is certainly no model, without reading one."""
+    found = hub.find(path)
+    if found.is_file() and tokenizers is None:
+        raise Halt(ExitCode.USAGE, f"{path} is a single file, which has no tokenizers: --tokenizers DIR")
+    if found.is_dir() and not any((found / name).exists() for name in ("DONE", "model_index.json")):
+        raise Halt(
+            ExitCode.MISMATCH, f"{path} is neither a finished run (DONE) nor a diffusers folder (model_index.json)"
+        )
 
 
 def settings_of(wish: Wish) -> PromptsFile:
@@ -106,6 +122,8 @@ def settings_of(wish: Wish) -> PromptsFile:
     extra = [RATING[wish.rating], YEAR[wish.year], AESTHETIC[wish.aesthetic]]
     text = ", ".join(part for part in (wish.prompt.strip(" ,\n"), *extra) if part)
     width, _, height = wish.size.partition("x")
+    if wish.seed is None or wish.steps is None or wish.guidance is None:
+        raise Halt(ExitCode.USAGE, "seed, steps and CFG scale need a number each")
     seed = int(wish.seed) if wish.seed >= 0 else random.SystemRandom().randrange(SEEDS)
     return checked(
         PromptsFile(
@@ -120,13 +138,13 @@ def settings_of(wish: Wish) -> PromptsFile:
 
 
 def sizes_for(model: Model) -> list[str]:
-    """The card's nine sizes, the portrait first; for a model trained small, the same shapes at its size."""
+    """The card's nine sizes, the portrait first; for a model trained small, the nine shapes at its size."""
     components = model.components
     factor = 2 ** (len(components.vae.config.block_out_channels) - 1)
     side = int(components.unet.config.sample_size or 128) * factor
     scale = min(side / 1024, 1.0)
     shapes = [(832, 1216), *(size for size in CARD_SIZES if size != (832, 1216))]
-    made = [tuple(max(round(pixels * scale / 32), 2) * 32 for pixels in shape) for shape in shapes]
+    made = [tuple(max(round(pixels * scale / factor), 4) * factor for pixels in shape) for shape in shapes]
     return list(dict.fromkeys(f"{width}x{height}" for width, height in made))
 
 
@@ -184,9 +202,7 @@ def serve(models: Sequence[str], *, host: str, port: int, device: str, tokenizer
         from fastapi import FastAPI
     except ImportError as error:
         raise Halt(ExitCode.USAGE, f'{error.name} is not installed: pip install -e ".[demo]"') from error
-    with socket.socket() as probe:
-        if probe.connect_ex((host, port)) == 0:
-            raise Halt(ExitCode.USAGE, f"--port {port} is taken on {host}: choose another one")
+    require_port(host, port)
     folder = Path(out) if out else Path(tempfile.mkdtemp(prefix="pictures-"))
     studio = Studio(models, device=device, tokenizers=tokenizers, out=folder)
     font = ["system-ui", "sans-serif"]
@@ -205,6 +221,18 @@ def serve(models: Sequence[str], *, host: str, port: int, device: str, tokenizer
 
     print(f"http://{host}:{port}  (pictures in {folder}; Ctrl-C ends)", flush=True)
     uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+def require_port(host: str, port: int) -> None:
+    """Raises Halt(USAGE) where the page could not listen, before a model is loaded."""
+    if not 1 <= port <= 65535:
+        raise Halt(ExitCode.USAGE, f"--port {port} is not one of 1 to 65535")
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise Halt(ExitCode.USAGE, f"--port {port} is taken on {host}: choose another one") from error
+        raise Halt(ExitCode.USAGE, f"--host {host}, --port {port}: {error}") from error
 
 
 def _titled(models: Sequence[str]) -> dict[str, str]:
