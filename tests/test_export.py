@@ -21,12 +21,13 @@ from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from train import checkpoint, export, handoff, hub, modelfolder, rundir, sdxl, singlefile
+from train import checkpoint, export, handoff, hub, inference, modelfolder, rundir, sdxl, singlefile
 from train.checkpoint import Progress
 from train.config import CheckpointConfig, ExportConfig, ModelConfig, load_stage
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel
 from train.resume import Expectations
+from train.sampling import TrainedAs
 from train.singlefile import FAIPL
 from train.tools import show_model
 
@@ -61,6 +62,7 @@ def finish(path: Path, source: LocalModel, trained: dict[str, torch.Tensor], **e
             stage="ft1", source=source, dataset_fingerprint="f" * 64, config_hash="c" * 64, seed=31, updates=5,
             images=240, versions={"torch": torch.__version__}, license=export.license_of(settings, source),
             weights_sha256=final.manifest.files["model.safetensors"].sha256,
+            conditioning={"max_tokens": 75, "context": "chunks", "pooled_projection": "sd_scripts"},
         )  # fmt: skip
         export.export_stage(path, final.path / "model.safetensors", source, record, settings)
         opened.write_done({"stage": "ft1"})
@@ -179,11 +181,28 @@ def test_the_lineage_goes_on_through_an_exported_file_or_folder(run: Path, tmp_p
         source = hub.resolve(ModelConfig(init_from=str(start)))
         record = export.lineage_record(
             stage="ft2", source=source, dataset_fingerprint="", config_hash="", seed=1, updates=1, images=1, versions={},
-            license="CC0-1.0", weights_sha256="",
+            license="CC0-1.0", weights_sha256="", conditioning={},
         )  # fmt: skip
         assert (record["parent"]["stage"], record["parent"]["sha256"]) == ("ft1", source.sha256)
         assert [ancestor["stage"] for ancestor in record["ancestors"]] == ["ft1"]
         assert record["ancestors"][0]["parent"] == lineage["parent"]
+
+
+def test_a_moved_file_is_drawn_as_it_was_trained(run: Path, tmp_path: Path) -> None:
+    """Away from its run directory a file has no config beside it, only its own record; a foreign one has neither."""
+    shutil.copy(run / "ft1.safetensors", tmp_path / "moved.safetensors")
+    (tmp_path / "foreign").mkdir()
+    moved = inference.open_model(tmp_path / "moved.safetensors", device="cpu", tokenizers=str(run / "model"))
+    assert moved.trained_as == TrainedAs(max_tokens=75, context="chunks", pooled_projection="sd_scripts")
+    foreign = tmp_path / "foreign/model"
+    shutil.copytree(run / "model", foreign)
+    for name in ("training.yaml", "lineage.json", "single_file.json"):
+        (foreign / name).unlink()
+    assert inference.open_model(foreign, device="cpu").trained_as == TrainedAs()
+    scheduler = json.loads((foreign / "scheduler/scheduler_config.json").read_text())
+    scheduler |= {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    (foreign / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    assert inference.open_model(foreign, device="cpu").trained_as == TrainedAs(prediction="v", zero_terminal_snr=True)
 
 
 def test_export_may_be_repeated_and_writes_the_average_beside(

@@ -118,8 +118,10 @@ def lineage_record(
     versions: Mapping[str, str],
     license: str,
     weights_sha256: str,
+    conditioning: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Who made these weights from what. `ancestors` carries the records of the stages before."""
+    """Who made these weights from what. `ancestors` carries the records of the stages before; `conditioning` is what
+    inference must share with the training, because a file that was moved has no config beside it."""
     parent = source.lineage or {}
     stated = {key: value for key, value in parent.items() if key != "ancestors"}
     older = parent.get("ancestors")  # from a file that anybody may have written
@@ -140,6 +142,7 @@ def lineage_record(
         "license": license,
         "weights_sha256": weights_sha256,
         **({"vae_sha256": source.vae_sha256} if source.vae_sha256 else {}),
+        "conditioning": dict(conditioning),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ancestors": [*(older if isinstance(older, list) else []), stated] if stated else [],
     }

@@ -60,6 +60,11 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
         versions=versions,
         license=export.license_of(config.export, source),
         weights_sha256=final.manifest.files["model.safetensors"].sha256,
+        conditioning={
+            "max_tokens": config.data.max_tokens,
+            "context": config.model.context,
+            "pooled_projection": config.model.pooled_projection,
+        },
     )
     export.export_stage(
         run.path,

@@ -19,6 +19,12 @@ from train.previews import trained_as
 from train.prompts import Prompt, PromptsFile, checked
 from train.sampling import RECIPE, TrainedAs, sample_images
 
+CONDITIONING: dict[str, tuple[Any, ...]] = {
+    "max_tokens": (75, 150, 225),
+    "context": ("stitched", "chunks"),
+    "pooled_projection": ("correct", "sd_scripts"),
+}
+
 
 @dataclass(frozen=True)
 class Model:
@@ -44,7 +50,7 @@ def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None
     for network in (components.unet, components.text_encoder, components.text_encoder_2):
         nn.Module.to(network, place, dtype)  # past the library's own .to, which warns at every dtype
     nn.Module.to(components.vae, place, torch.float32 if components.vae.config.get("force_upcast") else dtype)
-    told = _conventions(Path(path), local.metadata.get("modelspec.prediction_type", ""))
+    told = _conventions(Path(path), local)
     name = str(local.metadata.get("modelspec.title") or _name(Path(path)))
     return Model(components, name, local.sha256, told, place, dtype)
 
@@ -85,13 +91,21 @@ def adjusted(settings: PromptsFile, **changes: Any) -> PromptsFile:
     return checked(replace(settings, prompts=prompts, **given))
 
 
-def _conventions(path: Path, prediction: str) -> TrainedAs:
-    """As the config beside the weights says; without one the recipe's, with the prediction the file declares."""
+def _conventions(path: Path, local: hub.LocalModel) -> TrainedAs:
+    """As the config beside the weights says; without one as the model's record and scheduler, else the recipe's."""
     for file in (path / "training.yaml", path / "config.yaml", path.parent / "config.yaml"):
         finished = (file.parent / "DONE").exists() or file.name == "training.yaml"
         if file.is_file() and finished:
             return trained_as(load_stage([file]))
-    return replace(RECIPE, prediction="v" if prediction.startswith("v") else "epsilon")
+    scheduler, stated = local.configs["scheduler"], (local.lineage or {}).get("conditioning")
+    known = {
+        name: stated[name]
+        for name, choices in CONDITIONING.items()
+        if isinstance(stated, dict) and stated.get(name) in choices  # from a file that anybody may have written
+    }
+    if not str(scheduler.get("prediction_type", "")).startswith("v"):
+        return replace(RECIPE, **known)
+    return replace(RECIPE, prediction="v", zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")), **known)
 
 
 def _name(path: Path) -> str:
