@@ -271,11 +271,25 @@ def test_the_bar_tells_what_a_run_is_judged_by(tmp_path: Path, capsys: pytest.Ca
     time.sleep(0.05)
     run.log({"step": 7, "update": 6, "epoch": 0.6, "skipped": 1, **record})
     run.close()
-    shown = capsys.readouterr().err.split("\r")[-1]
+    shown = capsys.readouterr().err.splitlines()[-1]
     for words in ("test:  60%", "6/10", "epoch 0.6,", "loss 0.1250", "lr 1.00e-05", "te 5.00e-06", "norm 0.500",
                   "img/s 3.00", "skipped 1", "mem "):  # fmt: skip
         assert words in shown, shown
     assert re.search(r"\[00:00<00:\d\d", shown), "elapsed and remaining time"
+
+
+def test_where_stderr_is_no_terminal_the_bar_is_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tracker(tmp_path, total=2)
+    run._bar.mininterval = 0.0
+    for update in (1, 2):
+        run.log({"step": update, "update": update, "loss": 0.5})
+    run.alert("something")
+    run.close()
+    written = capsys.readouterr().err
+    assert "\r" not in written
+    assert written.endswith("\n")
+    assert "WARNING: something" in written.splitlines()
+    assert [line for line in written.splitlines() if not line.strip()] == []
 
 
 def test_a_line_costs_little(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TextIO
 
 from train.config import TrackingConfig
 from train.masking import mask, mask_settings
@@ -226,18 +226,38 @@ class StarvationWatch:
         return f"{waited}: raise data.workers or data.prefetch"
 
 
+class LogLines:
+    """The bar where stderr is no terminal: a line every half minute. Returned carriages would make the whole log one
+    line, which viewers cut or hold back, and glue warnings to it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream, self.encoding = stream, getattr(stream, "encoding", "ascii")
+
+    def write(self, text: str) -> int:
+        """Whole lines; what only clears or moves is dropped."""
+        for line in text.replace("\r", "\n").split("\n"):
+            if line.strip():
+                self.stream.write(f"{line.rstrip()}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        """Pass it on."""
+        self.stream.flush()
+
+
 def _make_bar(run_name: str, total_updates: int, resume_update: int) -> Any:
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no helper thread: the process may still fork data workers
+    seen = sys.stderr.isatty()
     return tqdm(
         total=total_updates,
         initial=resume_update,
         desc=run_name,
         unit="update",
         dynamic_ncols=True,
-        mininterval=0.2 if sys.stderr.isatty() else 30.0,  # a log file does not want ten lines a second
-        file=sys.stderr,
+        mininterval=0.2 if seen else 30.0,  # a log file does not want ten lines a second
+        file=sys.stderr if seen else LogLines(sys.stderr),
     )
 
 
