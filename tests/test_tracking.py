@@ -32,7 +32,7 @@ ECHO = "import sys; print('ready', flush=True); open({out!r}, 'a').writelines(sy
 def tracker(folder: Path, *, total: int = 5, resume: int = 0, **options: Any) -> Tracker:
     return Tracker(
         folder, TrackingConfig(**options), is_main=True, run_name="test", config_flat={"batch.micro": 2},
-        total_updates=total, resume_update=resume,
+        total_steps=total, resume_step=resume,
     )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_one_line_per_update_flushed_at_once(tmp_path: Path) -> None:
 
 def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     run = Tracker(
-        tmp_path, TrackingConfig(wandb="online"), is_main=False, run_name="x", config_flat={}, total_updates=1
+        tmp_path, TrackingConfig(wandb="online"), is_main=False, run_name="x", config_flat={}, total_steps=1
     )
     run.log({"update": 1})
     run.alert("x")
@@ -257,14 +257,15 @@ def test_starvation_is_said_once_a_while() -> None:
 def test_a_starving_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tracker(tmp_path, total=60)
     for update in range(1, 61):
-        time.sleep(0.001)
-        run.log({"step": update, "update": update, "data_wait_s": 0.0005 if update > 3 else 0.0})
+        waited = {"data_wait_s": 0.0005 if update > 3 else 0.0}
+        time.sleep(0.01 if update % 10 == 0 else 0.0)  # previews: their time is not the update's
+        run.log({"step": update, "update": update, **waited}, update_s=0.001)
     run.close()
     assert capsys.readouterr().err.count("data.workers") == 1
 
 
 def test_the_bar_tells_what_a_run_is_judged_by(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = tracker(tmp_path, total=10, resume=4)
+    run = tracker(tmp_path, total=10, resume=5)
     run._bar.mininterval = 0.0
     record = {"loss": 0.125, "lr_unet": 1e-5, "lr_text_encoder": 5e-6, "grad_norm": 0.5, "images_per_s": 3.0}
     run.log({"step": 6, "update": 5, "epoch": 0.5, "skipped": 1, **record})
@@ -272,7 +273,7 @@ def test_the_bar_tells_what_a_run_is_judged_by(tmp_path: Path, capsys: pytest.Ca
     run.log({"step": 7, "update": 6, "epoch": 0.6, "skipped": 1, **record})
     run.close()
     shown = capsys.readouterr().err.splitlines()[-1]
-    for words in ("test:  60%", "6/10", "epoch 0.6,", "loss 0.1250", "lr 1.00e-05", "te 5.00e-06", "norm 0.500",
+    for words in ("test:  70%", "7/10", "epoch 0.6,", "loss 0.1250", "lr 1.00e-05", "te 5.00e-06", "norm 0.500",
                   "img/s 3.00", "skipped 1", "mem "):  # fmt: skip
         assert words in shown, shown
     assert re.search(r"\[00:00<00:\d\d", shown), "elapsed and remaining time"

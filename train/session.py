@@ -226,8 +226,8 @@ def open_tracker(config: StageConfig, run: RunDir, place: Place, plan: Plan, pro
         is_main=place.is_main,
         run_name=config.stage,
         config_flat=flatten(config),
-        total_updates=plan.total_updates,
-        resume_update=progress.updates,
+        total_steps=plan.total_updates,
+        resume_step=progress.step,
     )
 
 

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -38,8 +37,8 @@ class Tracker:
         is_main: bool,
         run_name: str,
         config_flat: Mapping[str, Any],
-        total_updates: int,
-        resume_update: int = 0,
+        total_steps: int,
+        resume_step: int = 0,
     ) -> None:
         self.is_main = is_main
         self._outlet: Outlet | None = None
@@ -47,9 +46,8 @@ class Tracker:
             return
         self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl")
         self._trace = MetricsFile(Path(run_dir) / "trace.txt") if tracking.trace else None
-        self._bar = _make_bar(run_name, total_updates, resume_update)
+        self._bar = _make_bar(run_name, total_steps, resume_step)
         self._starvation = StarvationWatch()
-        self._last_log_s = time.monotonic()
         modes = outlet_modes(tracking)
         if modes:
             settings = {
@@ -61,10 +59,11 @@ class Tracker:
             }
             self._outlet = Outlet(settings, modes)
 
-    def log(self, record: Mapping[str, Any]) -> None:
+    def log(self, record: Mapping[str, Any], *, update_s: float = 0.0) -> None:
         """Append one update's record: step, update, epoch, images, loss, lr_unet, ... (numbers, text, lists).
 
-        Its `data_wait_s` is watched: a training that starves for data says so.
+        Its `data_wait_s` is watched as a share of the time `update_s` that the update itself took, without previews
+        and validation (0 = not known): a training that starves for data says so.
         """
         if not self.is_main:
             return
@@ -72,13 +71,12 @@ class Tracker:
         self._metrics.append(json.dumps(plain))
         if self._outlet:
             self._outlet.put({"kind": "metrics", "record": plain})
-        now_s = time.monotonic()
-        starving = self._starvation.see(plain.get("data_wait_s") or 0.0, now_s - self._last_log_s)
-        self._last_log_s = now_s
+        starving = self._starvation.see(plain.get("data_wait_s") or 0.0, update_s)
         if starving:
             self.alert(starving)
         self._bar.set_postfix_str(_postfix(plain), refresh=False)
-        self._bar.update(max(int(plain.get("update", self._bar.n + 1)) - self._bar.n, 0))
+        # Steps of the plan, not updates applied: a skipped update is a step less to go.
+        self._bar.update(max(int(plain.get("step", self._bar.n + 1)) - self._bar.n, 0))
 
     def trace(self, lines: str) -> None:
         """Append to trace.txt which images an update used, where the config asks for it."""
@@ -245,14 +243,14 @@ class LogLines:
         self.stream.flush()
 
 
-def _make_bar(run_name: str, total_updates: int, resume_update: int) -> Any:
+def _make_bar(run_name: str, total_steps: int, resume_step: int) -> Any:
     from tqdm import tqdm
 
     tqdm.monitor_interval = 0  # no helper thread: the process may still fork data workers
     seen = sys.stderr.isatty()
     return tqdm(
-        total=total_updates,
-        initial=resume_update,
+        total=total_steps,
+        initial=resume_step,
         desc=run_name,
         unit="update",
         dynamic_ncols=True,
