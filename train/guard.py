@@ -139,9 +139,9 @@ class SpikeDetector:
 
     def check(self, loss: float) -> str | None:
         """What is unusual about this update's loss, else None; then it counts as seen."""
-        sigmas = spike_sigmas(self.history, loss)
+        sigmas, seen = spike_sigmas(self.history, loss), len(self.history)
         self.history.append(loss)
-        return None if sigmas is None else f"loss {loss:.4g} lies {sigmas:.1f} sigma above the last {SPIKE_WINDOW}"
+        return None if sigmas is None else f"loss {loss:.4g} lies {sigmas:.1f} sigma above the last {seen}"
 
 
 # --- replicas ----------------------------------------------------------------------------------------

@@ -259,7 +259,8 @@ def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rate
     session.tracker.trace("".join(_trace(progress.step - 1, tiles, timesteps)))
     spike = session.spikes.check(outcome.mean_loss)
     if spike:
-        session.tracker.alert(f"update {progress.step - 1}: {spike}")
+        shown = f"scripts/show.py step {session.run.path} --update {progress.step - 1}"
+        session.tracker.alert(f"step {progress.step}: {spike}; its images: {shown}")
     session.tracker.log(
         {
             "step": progress.step,

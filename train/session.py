@@ -8,11 +8,12 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from train import checkpoint, loop, optim, reduce, resume, rng, schedule, tensorfile
+from train import checkpoint, guard, loop, optim, reduce, resume, rng, schedule, tensorfile
 from train.checkpoint import Progress
 from train.config import StageConfig, config_hash, flatten
 from train.dataset import TileDataset
@@ -34,7 +35,7 @@ from train.scaler import loss_scale
 from train.signals import StopFlag
 from train.snapshot import Saver
 from train.stage import Data, Execution, Machine, make_optimizer, open_shares
-from train.tracking import Tracker
+from train.tracking import Tracker, read_metrics
 from train.update import Diffusion, Gradients, Place
 
 log = logging.getLogger("anix")
@@ -167,7 +168,14 @@ def open_session(
         cycle_updates=cycle,
         last_step=plan.total_updates,
         shares=shares,
+        spikes=guard.SpikeDetector(recent_losses(run.metrics) if place.is_main else ()),
     )
+
+
+def recent_losses(metrics: Path) -> list[float]:
+    """The losses that metrics.jsonl ends with, so that a resumed run is not blind to spikes at first."""
+    records = read_metrics(metrics)[-guard.SPIKE_WINDOW :] if metrics.is_file() else []
+    return [record["loss"] for record in records if isinstance(record.get("loss"), float)]
 
 
 def cycle_updates(config: StageConfig, plan: Plan) -> int:
