@@ -100,9 +100,10 @@ class Wandb:
             self._update = record.get("update", self._update)
             self._run.log(record)
         elif message["kind"] == "images":
-            files = [file for file in message["files"] if os.path.isfile(file)]
-            pictures = [self._wandb.Image(file, caption=Path(file).stem) for file in files]
-            self._run.log({"samples": pictures, "update": message["step"]})
+            # One series per prompt: wandb shows a list of pictures of different sizes wrongly, and says so each time.
+            files = [Path(file) for file in message["files"] if os.path.isfile(file)]
+            pictures = {f"samples/{file.stem}": self._wandb.Image(str(file)) for file in files}
+            self._run.log({**pictures, "update": message["step"]})
         elif message["kind"] == "alert":
             self._run.alert(title="training", text=message["text"])
 
