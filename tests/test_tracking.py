@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from train import outlets
 from train.config import TrackingConfig
@@ -216,6 +217,21 @@ def test_modes() -> None:
     assert outlet_modes(TrackingConfig()) == ()
     assert outlet_modes(TrackingConfig(wandb="online")) == ("online", "offline")
     assert outlet_modes(TrackingConfig(tensorboard=True))[0] == "disabled"
+    assert outlet_modes(TrackingConfig(wandb="online", tensorboard=True)) == ("online", "offline", "disabled")
+
+
+def test_a_wandb_that_cannot_run_costs_tensorboard_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    dies = "import sys; sys.exit(3)"
+    asked = fake_child(monkeypatch, dies, dies, ECHO.format(out=str(out)))
+    run = tracker(tmp_path, wandb="offline", tensorboard=True)
+    run.log({"step": 1, "update": 1})
+    run.close()
+    assert asked == ["offline", "offline", "disabled"]
+    assert "its process ended (code 3); going on with TensorBoard alone" in caplog.text
+    assert json.loads(out.read_text())["record"]["update"] == 1
 
 
 def test_secrets_are_masked_in_alerts(
@@ -324,6 +340,19 @@ def test_real_wandb(
     assert ("going on with wandb offline" in caplog.text) == (mode == "online")
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert b"0123456789" * 4 not in written
+
+
+@pytest.mark.slow
+def test_pictures_of_several_sizes_in_wandb(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    files = [tmp_path / "00.png", tmp_path / "01.png"]
+    for file, size in zip(files, ((64, 96), (96, 64)), strict=True):
+        Image.new("RGB", size).save(file)
+    run = tracker(tmp_path, wandb="offline")
+    run.log({"step": 1, "update": 1, "loss": 0.5})
+    run.images(1, files)
+    run.close(60)
+    assert "sizes do not match" not in capfd.readouterr().err
+    assert len(list(tmp_path.glob("wandb/offline-run-*/files/media/images/samples/*.png"))) == 2
 
 
 @pytest.mark.slow

@@ -32,10 +32,11 @@ QUEUE_LENGTH = 4096  # messages; at 10 updates/s enough for the start of an outl
 
 def outlet_modes(tracking: TrackingConfig) -> tuple[str, ...]:
     """wandb modes to try one after the other; empty when nothing but metrics.jsonl is asked for."""
+    alone = ("disabled",) if tracking.tensorboard else ()  # a wandb that cannot run costs TensorBoard nothing
     if tracking.wandb == "online":
-        return ("online", "offline")
+        return ("online", "offline", *alone)
     if tracking.wandb == "offline":
-        return ("offline", "offline")  # a killed outlet is started once more
+        return ("offline", "offline", *alone)  # a killed outlet is started once more
     return ("disabled", "disabled") if tracking.tensorboard else ()
 
 
@@ -94,7 +95,7 @@ class Outlet:
             if reason is None:
                 return
             following = self._modes[number + 1] if number + 1 < len(self._modes) else None
-            next_text = f"going on with wandb {following}" if following else "going on with metrics.jsonl alone"
+            next_text = f"going on with {_told(following)}"
             log.warning("tracking (wandb %s) failed: %s; %s", mode, mask(reason), next_text)
         self._gone = True
 
@@ -106,7 +107,7 @@ class Outlet:
         assert child.stdout is not None
         answer = _first_line(child.stdout, self._ready_s)
         if answer != "ready":
-            return answer or f"no answer within {self._ready_s:.0f} s"
+            return answer or _silence(child, self._ready_s)
         while True:
             if self._unsent is None:
                 message = self._queue.get()
@@ -138,6 +139,18 @@ class Outlet:
                     pipe.close()
             except OSError as error:  # what was still buffered for a dead process
                 log.debug("outlet process: %s", error)
+
+
+def _told(mode: str | None) -> str:
+    return {None: "metrics.jsonl alone", "disabled": "TensorBoard alone"}.get(mode, f"wandb {mode}")
+
+
+def _silence(child: subprocess.Popen[bytes], ready_s: float) -> str:
+    """Why a process gave no answer: it ended, or it took too long."""
+    try:
+        return f"its process ended (code {child.wait(1.0)})"
+    except subprocess.TimeoutExpired:
+        return f"no answer within {ready_s:.0f} s"
 
 
 def _start_child(settings: Mapping[str, Any]) -> subprocess.Popen[bytes]:
