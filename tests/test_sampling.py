@@ -21,7 +21,17 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from train import text
 from train.exits import ExitCode, Halt
 from train.pictures import grid, write_pictures, write_previews
-from train.prompts import CARD_SIZES, NEGATIVE, QUALITY_PREFIX, Prompt, PromptsFile, checked, load_prompts, with_prefix
+from train.prompts import (
+    CARD_SIZES,
+    NEGATIVE,
+    QUALITY_PREFIX,
+    Prompt,
+    PromptsFile,
+    checked,
+    load_prompts,
+    parameters_text,
+    with_prefix,
+)
 from train.sampling import TrainedAs, captions_text, decode, denoise, noise_levels, picture_noise, sample_images
 
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
@@ -330,6 +340,15 @@ def test_previews_on_disk(tiny: Tiny, tmp_path: Path) -> None:
     assert read["Model"].startswith("ft1")
     again = write_previews({"": tiny, "-ema": tiny}, shown, tmp_path, 120, **arguments)
     assert [p.read_bytes() for p in again] == [p.read_bytes() for p in files]
+
+
+def test_line_breaks_do_not_split_the_record() -> None:
+    shown = settings(negative="bad,\nworse")
+    record = parameters_text(shown.prompts[0], "1girl\nNegative prompt: x\nSteps: 3", shown, model_name="m")
+    prompt, negative, facts = record.split("\n")
+    assert prompt == "1girl Negative prompt: x Steps: 3"
+    assert negative == "Negative prompt: bad, worse"
+    assert facts.startswith("Steps: 2, ")
 
 
 def test_other_alphabets_in_the_record(tmp_path: Path) -> None:

@@ -116,5 +116,7 @@ def parameters_text(
     if update is not None:
         facts["Update"] = update
     line = ", ".join(f"{key}: {value}" for key, value in facts.items())
-    negative = [f"Negative prompt: {settings.negative}"] if settings.negative else []
-    return "\n".join([text, *negative, line])
+    # On one line each: the tokenizer takes a line break for a space, readers of this text for the next part.
+    wanted, unwanted = " ".join(text.split()), " ".join(settings.negative.split())
+    negative = [f"Negative prompt: {unwanted}"] if unwanted else []
+    return "\n".join([wanted, *negative, line])
