@@ -144,6 +144,20 @@ def test_one_run_shows_its_whole_config(runs: list[Path], tmp_path: Path) -> Non
     checker = parsed(write_page(runs[:1], tmp_path / "r.html", title="A <title>"))
     assert "batch.micro" in checker.text
     assert "A <title>" in checker.text
+    assert "model.compilefalse" in checker.text  # as the config spells it
+    assert "data.selectnull" in checker.text
+
+
+def test_why_a_run_ended_is_told(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "ft1"
+    shutil.copytree(runs[1], run)
+    for name in ("DONE", "metrics.jsonl"):
+        (run / name).unlink()
+    (run / "exit.json").write_text('{"code": 4, "status": "failed", "reason": "update 7: <the loss> is not finite"}')
+    checker = parsed(write_page([run], tmp_path / "r.html"))
+    assert "failed (code 4)" in checker.text
+    assert "update 7: <the loss> is not finite" in checker.text
+    assert "peak lr" in checker.text
 
 
 def test_missing_and_damaged_pieces_are_notes(runs: list[Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from train.masking import mask
 from train.rundir import replace_file
 from train.tools.page_charts import COLOURS, bar_chart, extent, line_chart, smooth
 from train.tools.page_charts import number as short
-from train.tools.page_data import Picture, Run, config_differences, finite, read_pictures, read_run, told_apart
+from train.tools.page_data import Picture, Run, as_yaml, config_differences, finite, read_pictures, read_run, told_apart
 from train.tools.page_heldout import held_out_section
 from train.tools.page_parts import STYLE, anchor, digest, figure, listed, name_of, table, text, with_interval
 from train.tools.page_quality import quality_section
@@ -103,6 +103,7 @@ def summary_table(runs: Sequence[Run]) -> str:
         first, last = (fmean(part) if part else None for part in (losses[:edge], losses[-edge:]))
         final = run.metrics[-1] if run.metrics else {}
         speeds = [value for _, value in run.series("images_per_s")]
+        rates = [value for _, value in run.series("lr_unet")]
         held = run.validation[-1] if run.validation else {}
         rows.append(
             [
@@ -113,7 +114,7 @@ def summary_table(runs: Sequence[Run]) -> str:
                 text(first, "{:.4f}"),
                 text(last, "{:.4f}"),
                 text(first / last if first and last else None, "{:.2f}x"),
-                short(float(f"{max((value for _, value in run.series('lr_unet')), default=0.0):.3g}")),
+                short(float(f"{max(rates):.3g}")) if rates else "–",
                 text(median(speeds) if speeds else None, "{:.2f}"),
                 text(final.get("skipped"), "{:,.0f}"),
                 with_interval(held),
@@ -196,7 +197,7 @@ def decile_chart(run: Run, colour: str, high: float) -> str:
 def configuration(runs: Sequence[Run]) -> str:
     """The keys in which the runs differ; for a single run all of them."""
     if len(runs) == 1:
-        rows = [[f"<code>{escape(k)}</code>", escape(mask(str(v)))] for k, v in sorted(runs[0].config.items())]
+        rows = [[f"<code>{escape(k)}</code>", escape(mask(as_yaml(v)))] for k, v in sorted(runs[0].config.items())]
         return table(["key", "value"], rows) if rows else ""
     different = config_differences(list(runs))
     if not different:

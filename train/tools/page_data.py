@@ -156,14 +156,15 @@ def config_differences(runs: list[Run]) -> list[tuple[str, list[str]]]:
     keys = sorted({key for run in runs for key in run.config})
     rows = []
     for key in keys:
-        values = ["?" if not run.config else _short(run.config.get(key)) for run in runs]
+        values = ["?" if not run.config else as_yaml(run.config.get(key)) for run in runs]
         known = {value for run, value in zip(runs, values, strict=True) if run.config}
         if len(known) > 1:
             rows.append((key, values))
     return rows
 
 
-def _short(value: Any) -> str:
+def as_yaml(value: Any) -> str:
+    """A setting's value as the config spells it."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     return f"{value:g}" if isinstance(value, float) else str(value)
@@ -254,4 +255,6 @@ def _ending(run: Run) -> str:
     if (run.path / "DONE").exists():
         return "done"
     record = _json(run, "exit.json")
+    if record.get("reason"):
+        run.notes.append(f"{run.path} ended: {record['reason']}")
     return f"{record.get('status', '?')} (code {record.get('code', '?')})" if record else "not finished"

@@ -41,7 +41,7 @@ def _section(record: Mapping[str, Any], names: Sequence[str]) -> str:
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     statistics = [key for key in TITLES if any(key in stage["statistics"] for stage in stages.values())]
     rows = [
-        [_name(name, colours), str(stage["pictures"]), *(_cell(stage["statistics"].get(key)) for key in statistics)]
+        [_name(name, colours), escape(str(stage["pictures"])), *(_cell(stage["statistics"].get(key)) for key in statistics)]
         for name, stage in stages.items()
     ]
     parts = [table(["stage", "pictures", *(TITLES[key] for key in statistics)], rows)]
@@ -89,7 +89,7 @@ def _changes(record: Mapping[str, Any], statistics: Sequence[str]) -> str:
     rows = [
         [
             f"{escape(change['from'])} → {escape(change['to'])}",
-            str(change["pictures"]),
+            escape(str(change["pictures"])),
             *(_cell(change["statistics"].get(key), signed=True) for key in statistics),
         ]
         for change in record["changes"]
@@ -155,7 +155,7 @@ def _tags(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         for tags in found.values():
             one = tags.get(tag)
             cells += [_small(one["recall"]), _small(one["precision"])] if one else ["–", "–"]
-        rows.append([escape(tag), str(asked[tag]), *cells])
+        rows.append([escape(tag), escape(str(asked[tag])), *cells])
     head = ["tag", "asked"]
     for name in found:
         head += [f"{_name(name, colours)} recall", "precision"]
