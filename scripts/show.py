@@ -8,6 +8,9 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import contextlib
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # as train/run.py: another number of threads, other last digits
 
 from train.exits import run_cli
 from train.tools.show_dispatch import report_of, show
