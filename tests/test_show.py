@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -149,6 +150,15 @@ def test_json_is_one_object_and_nothing_else() -> None:
     assert json.loads(done.stdout)["bucket"] == "896x1152"
     assert done.stdout.count("\n") == 1
     assert script("buckets", "--size", "1500").returncode == ExitCode.USAGE
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` leaves it
+    line = [sys.executable, str(ROOT / "scripts/show.py"), "buckets"]
+    shown = subprocess.run(line, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (shown.returncode, shown.stderr) == (0, "")
 
 
 def test_json_stays_json_whatever_a_file_claims(capsys: pytest.CaptureFixture[str]) -> None:

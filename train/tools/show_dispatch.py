@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -46,9 +48,13 @@ def show(report: Mapping[str, Any], *, as_json: bool) -> None:
         # What files claim may be no JSON (NaN, infinity: told as text) or no Unicode (escaped).
         plainly = json.loads(json.dumps(report), parse_constant=str)
         text = json.dumps(plainly, ensure_ascii=False, allow_nan=False)
-        print(text if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(plainly))
+        told = text if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(plainly)
     else:
-        print("\n".join(lines(report)))
+        told = "\n".join(lines(report))
+    try:
+        print(told, flush=True)
+    except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not fail at the end either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def lines(report: Mapping[str, Any], indent: str = "") -> Iterator[str]:
