@@ -79,6 +79,12 @@ def test_a_predecessor_that_held_out_less_is_named(curated: Path, base_model: Pa
     found = leak(load_stage([third.yaml], [SHARE]))
     assert found is not None
     assert str(first.output) in found
+    folder, single = second.output / "model", second.output / "ft1.safetensors"  # handed on as files
+    folder.mkdir()
+    shutil.copy(second.output / "config.yaml", folder / "training.yaml")
+    single.write_bytes(b"")
+    for start in (folder, single):
+        assert str(first.output) in (leak(load_stage([third.yaml], [SHARE, f"model.init_from={start}"])) or ""), start
 
 
 def looked_at(output: Path) -> list[dict[str, Any]]:

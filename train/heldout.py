@@ -91,7 +91,7 @@ class HeldOut:
 def leak(config: StageConfig) -> str | None:
     """What to say when a predecessor held out less than this stage does, so that it trained on some of its images."""
     parent, seen = Path(config.model.init_from), set[Path]()
-    while (file := parent / "config.yaml").is_file() and parent not in seen:
+    while (file := _config_of(parent)) is not None and parent not in seen:
         seen.add(parent)
         try:
             found = load_stage([file])
@@ -105,6 +105,12 @@ def leak(config: StageConfig) -> str | None:
             )
         parent = Path(found.model.init_from)
     return None
+
+
+def _config_of(model: Path) -> Path | None:
+    """The config that a run, its exported folder or its single file was made with; None where none lies there."""
+    beside = model.parent / "config.yaml" if model.is_file() else model / "training.yaml"
+    return next((file for file in (model / "config.yaml", beside) if file.is_file()), None)
 
 
 def members(index: Index) -> str:
