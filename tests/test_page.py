@@ -225,6 +225,15 @@ def test_no_directory_is_a_usage_error(tmp_path: Path) -> None:
     assert caught.value.code == ExitCode.USAGE
 
 
+def test_a_page_that_cannot_be_written(runs: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out, code in ((tmp_path, ExitCode.USAGE), (tmp_path / "file" / "r.html", ExitCode.CANNOT_WRITE)):
+        with pytest.raises(Halt, match=re.escape(f"--out {out}")) as caught:
+            write_page(runs[:1], out)
+        assert caught.value.code == code
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
 def test_secrets_do_not_reach_the_page(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "canary-of-a-secret")
     run = tmp_path / "ft1"

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from train.exits import ExitCode, Halt
 from train.masking import mask
 from train.rundir import replace_file
 from train.tools.page_charts import COLOURS, bar_chart, extent, line_chart, smooth
@@ -50,9 +51,14 @@ def write_page(
     read = told_apart([read_run(path) for path in runs])
     notes: list[str] = []
     others = {name: read_pictures(folder, notes) for name, folder in (extra_samples or {}).items()}
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(out, page(read, others, notes, title, judged))
+    out, text_of_page = Path(out), page(read, others, notes, title, judged)
+    if out.is_dir():
+        raise Halt(ExitCode.USAGE, f"--out {out} is a directory: name a file in it")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(out, text_of_page)
+    except OSError as error:
+        raise Halt(ExitCode.CANNOT_WRITE, f"--out {out}: {error}") from error
     return out
 
 
