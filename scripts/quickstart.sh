@@ -20,9 +20,11 @@ fi
 if [ ! -f runs/tiny/samples/grid.png ]; then
   $python scripts/sample.py --model runs/tiny/ft2/model --prompts configs/tiny/prompts.yaml --out runs/tiny/samples
 fi
+$python scripts/report.py runs/tiny/pretrain runs/tiny/ft1 runs/tiny/ft2 --out runs/tiny/report.html
 $python scripts/tiny_world.py --summary runs/tiny
 echo
 echo "samples  runs/tiny/samples/grid.png"
+echo "report   runs/tiny/report.html   (open it in a browser)"
 echo "model    runs/tiny/ft2/model   (diffusers folder)"
 echo "         runs/tiny/ft2/ft2.safetensors   (single file)"
 echo "took     $(($(date +%s) - started)) s, install not counted"

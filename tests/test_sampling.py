@@ -371,3 +371,13 @@ def test_grid_places_every_picture() -> None:
     found = {colour for _, colour in made.getcolors(made.width * made.height) or []}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (0, 0, 0), (255, 255, 0), (255, 255, 255)} == found
     assert max(grid([[Image.new("RGB", (2000, 1000))]]).size) == 384 + 16
+
+
+def test_pictures_of_an_earlier_call_do_not_mix_with_those_of_now(tmp_path: Path) -> None:
+    prompts = [Prompt(f"number {n}", 64, 64, n) for n in range(3)]
+    picture = Image.new("RGB", (64, 64))
+    write_pictures({"": [picture] * 3}, settings(prompts=prompts), tmp_path, model_name="before")
+    picture.save(tmp_path / "07.png")  # not made here: a file of the user's
+    (tmp_path / "10 things.png").write_bytes((tmp_path / "02.png").read_bytes())
+    write_pictures({"": [picture]}, settings(prompts=prompts[:1]), tmp_path, model_name="now")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00.png", "07.png", "10 things.png", "grid.png"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from train.exits import ExitCode, Halt
 from train.prompts import PromptsFile, parameters_text
 from train.sampling import RECIPE, TrainedAs, captions_text, sample_images
 
+NUMBERED = re.compile(r"\d\d+(-ema)?\.png")
 CELL_PX = 384  # longest side of a picture in a grid
 GAP_PX = 8
 
@@ -67,7 +69,10 @@ def write_pictures(
     model_hash: str = "",
     update: int | None = None,
 ) -> list[Path]:
-    """`NN<suffix>.png` for each row's pictures and `grid.png`. Raises Halt(CANNOT_WRITE) naming the folder."""
+    """`NN<suffix>.png` for each row's pictures and `grid.png`. Raises Halt(CANNOT_WRITE) naming the folder.
+
+    Pictures that an earlier call with more prompts left in the folder go: reports would take them for this model's.
+    """
     folder = Path(folder)
     files = []
     try:
@@ -83,9 +88,21 @@ def write_pictures(
         shown_rows = [list(images) for images in rows.values() if images]
         if shown_rows:
             files.append(save_png(grid(shown_rows), folder / "grid.png", ""))
+        for old in _of_earlier_calls(folder, files):
+            old.unlink()
     except OSError as error:
         raise Halt(ExitCode.CANNOT_WRITE, f"{folder}: sample pictures cannot be written: {error}") from error
     return files
+
+
+def _of_earlier_calls(folder: Path, written: Sequence[Path]) -> list[Path]:
+    """Numbered pictures in the folder that were made here, as their text says, but not now."""
+    found = []
+    for path in sorted(set(folder.glob("[0-9][0-9]*.png")) - set(written)):
+        with Image.open(path) as image:
+            if NUMBERED.fullmatch(path.name) and "parameters" in image.info:
+                found.append(path)
+    return found
 
 
 def save_png(image: Image.Image, path: Path, parameters: str) -> Path:

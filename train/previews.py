@@ -72,10 +72,13 @@ class Previews:
 
 @torch.no_grad()
 def with_average(module: Any, name: str, ema: Ema) -> Any:
-    """A copy of one network that holds the averaged weights."""
+    """A copy of one network that holds the averaged weights; the network itself where it is not trained."""
+    averages = {inner: ema.average.get(canonical(f"{name}.{inner}")) for inner, _ in module.named_parameters()}
+    if not any(average is not None for average in averages.values()):
+        return module
     twin = copy.deepcopy(module)
     for inner, parameter in twin.named_parameters():
-        average = ema.average.get(canonical(f"{name}.{inner}"))
+        average = averages[inner]
         if average is not None:
             parameter.copy_(average)
     return twin
