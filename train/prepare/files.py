@@ -103,7 +103,13 @@ def walk(source: SourceConfig, root: Path) -> Iterator[str | Quarantine]:
             if entry.is_dir(follow_symlinks=False):
                 if not entry.name.startswith("."):
                     waiting.append(uri)
-            elif entry.is_file() or (entry.is_symlink() and not entry.is_dir()):
+                continue
+            try:
+                found = entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+            except OSError as error:  # a link to itself
+                yield _refused(source, uri, "bad_record", error)
+                continue
+            if found:
                 yield uri
             elif not entry.is_symlink():
                 yield _refused(source, uri, "bad_record", UnsafePath("not a regular file"))
