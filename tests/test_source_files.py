@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from train.prepare.decode import Refused
 from train.prepare.files import walk
+from train.prepare.ingest import read_source
+from train.prepare.normalise import RawPost
+from train.prepare.pictures import Look, probe_one
 from train.prepare.records import Quarantine
-from train.prepare.settings import SourceConfig
+from train.prepare.settings import ProbeConfig, SourceConfig
 
 
 def source(path: Path) -> SourceConfig:
@@ -21,3 +25,21 @@ def test_a_link_to_itself_is_reported_and_the_walk_goes_on(tmp_path: Path) -> No
     found = list(walk(source(tmp_path), tmp_path))
     assert found[3] == "d.png"
     assert [entry.key for entry in found[:3] if isinstance(entry, Quarantine)] == ["s:a.png", "s:b.png", "s:c.png"]
+
+
+def test_pictures_of_other_kinds_are_opened_and_refused_by_reason(tmp_path: Path) -> None:
+    contents = {
+        "a.psd": b"8BPS\0\1", "b.ico": b"\0\0\1\0", "c.SVG": b"<svg/>", "d.heic": b"\0\0\0\x18ftypheic", "e.tga": b"\0\0\2",
+        "f.jp2": b"\0\0\0\x0cjP  ", "g.ppm": b"P6 1 1 255 ",
+    }  # fmt: skip
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / name[:1]).with_suffix(".txt").write_text("1girl")
+    reasons = {}
+    for post in read_source(source(tmp_path)):
+        assert isinstance(post, RawPost)
+        result = probe_one(Look(source(tmp_path), ProbeConfig(), post.uri, None))
+        assert isinstance(result, Refused)
+        reasons[post.uri] = result.reason
+    other, strange = "unsupported_format", "unidentified"
+    assert reasons == dict(zip(contents, [other, other, strange, other, strange, other, strange], strict=True))

@@ -25,6 +25,11 @@ from train.prepare.settings import SourceConfig
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".jxl"]
 )
+# Pictures of kinds that no decoder here takes: they are opened all the same, so that the report says why they are missing.
+_OTHER_PICTURES = frozenset(
+    [".dib", ".avifs", ".heic", ".heif", ".ico", ".cur", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".jp2", ".j2k",
+     ".jpx", ".jxr", ".tga", ".pcx", ".dds", ".exr", ".hdr", ".qoi", ".ppm", ".pgm", ".pbm", ".pnm"]
+)  # fmt: skip
 _UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")
 _CLIMBS = re.compile(r"^[\\/]|^[A-Za-z]:[\\/]|(^|[\\/])\.\.([\\/]|$)")
 MAX_IMAGE_BYTES = 1 << 30
@@ -51,8 +56,9 @@ def require_source(source: SourceConfig) -> Path:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has the suffix of an image, in any case."""
-    return PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+    """Whether a file name has the suffix of an image of any kind, in any case."""
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix in IMAGE_SUFFIXES or suffix in _OTHER_PICTURES
 
 
 def check_relative(uri: str) -> str:
