@@ -12,7 +12,7 @@ from typing import Any
 
 from train.prepare.files import is_image, require_source, source_root, walk
 from train.prepare.jsonstream import Malformed, iter_values
-from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal, words
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 
@@ -147,15 +147,15 @@ def tag_groups(post: Mapping[str, Any]) -> dict[str, Any]:
     for group in CATEGORIES.values():
         text, tags = post.get(f"tag_string_{group}"), post.get(f"tags_{group}")
         if isinstance(text, str):
-            groups[group] = text.split()
+            groups[group] = words(text)
         elif tags is not None:
-            groups[group] = tags.split() if isinstance(tags, str) else tags
+            groups[group] = words(tags) if isinstance(tags, str) else tags
     if groups:
         return groups
     flat = first_of(post, ("tag_string", "tags"))
     if not isinstance(flat, str | list):
         raise BadRecord("no tags: expected tag_string_general and its like, or tags as text or list")
-    return {"general": flat.split() if isinstance(flat, str) else flat}
+    return {"general": words(flat) if isinstance(flat, str) else flat}
 
 
 def _categorised(tags: list[Any]) -> dict[str, list[str]]:

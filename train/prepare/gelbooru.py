@@ -15,7 +15,7 @@ from typing import Any
 from train.exits import ExitCode, Halt
 from train.prepare.danbooru import CATEGORIES, find_image, first_of, json_posts, post_number
 from train.prepare.files import require_source
-from train.prepare.normalise import BadRecord, RawPost
+from train.prepare.normalise import BadRecord, RawPost, words
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 
@@ -48,7 +48,7 @@ def _post(
     if not fields["file_ext"] and isinstance(image, str):
         fields["file_ext"] = PurePosixPath(image).suffix.lstrip(".")
     flat = first_of(post, ("tags", "tag_string"))
-    tags = flat.split() if isinstance(flat, str) else flat
+    tags = words(flat) if isinstance(flat, str) else flat
     if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
         raise BadRecord(f"tags are {flat!r}, expected one text")
     groups: dict[str, list[str]] = {}

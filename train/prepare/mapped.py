@@ -8,7 +8,7 @@ from typing import Any
 
 from train.exits import ExitCode, Halt
 from train.prepare.danbooru import find_image, post_number
-from train.prepare.normalise import BadRecord, RawPost, is_missing
+from train.prepare.normalise import BadRecord, RawPost, is_missing, words
 from train.prepare.records import TAG_GROUPS
 from train.prepare.settings import SourceConfig
 
@@ -101,8 +101,8 @@ def split_tags(source: SourceConfig, value: Any, column: str) -> list[Any]:
                 ExitCode.USAGE,
                 f"sources {source.name}: {column} is text: state tag_separator (such as ' ' or ', ')",
             )
-        if not source.tag_separator.strip():
-            return value.split()
+        if not source.tag_separator.strip(" "):
+            return list(words(value))
         return [tag.strip() for tag in value.split(source.tag_separator)]
     if not isinstance(value, list | tuple):
         raise BadRecord(f"{column} is {value!r}, expected a list or text")

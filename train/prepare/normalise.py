@@ -169,6 +169,11 @@ def _text(value: Any) -> str | None:
     return printable(value[:200]) if isinstance(value, str) and value else None
 
 
+def words(text: str) -> list[str]:
+    """Tags of a text that spaces join, as sites write it. Other white space is part of a tag: tags may hold U+3000."""
+    return [word for word in text.strip(" \t\r\n").split(" ") if word]
+
+
 def is_missing(value: Any) -> bool:
     """None, an empty text, or NaN: what tables write for `no value`."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
