@@ -57,7 +57,9 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
 
 
 def _post(root: Path, place: str, row: Row, tag_ids: list[int], tags: TagTable) -> RawPost:
-    post_id = post_number(row.get("id"))
+    if not isinstance(row.get("id"), int):  # the tags are joined by number
+        raise BadRecord(f"id is {row.get('id')!r}, expected a whole number")
+    post_id = post_number(row["id"])
     fields = {ours: row.get(theirs) for ours, theirs in _COLUMNS.items()}
     rating = row.get("rating")
     if rating is not None:
@@ -96,6 +98,13 @@ def _tars(root: str, shard: int) -> tuple[str, ...]:
 
 def _sqlite(path: Path) -> tuple[TagTable, Iterator[tuple[Row, list[int]]]]:
     # immutable: no lock file or journal is written beside the user's database
+    waiting = Path(f"{path}-wal")
+    if waiting.is_file() and waiting.stat().st_size:
+        raise Halt(
+            ExitCode.USAGE,
+            f"{path} has changes that still stand in {waiting.name}: close the program that writes it, or run "
+            f"sqlite3 {path.name} 'PRAGMA wal_checkpoint(TRUNCATE)'",
+        )
     connection = sqlite3.connect(f"file:{quote(str(path.resolve()))}?mode=ro&immutable=1", uri=True)
     connection.text_factory = lambda text: text.decode("utf-8", "surrogateescape")
     tags = {row[0]: (row[1], row[2]) for row in connection.execute("SELECT id, name, type FROM tag")}
@@ -113,7 +122,7 @@ def _sqlite_rows(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[R
         read_so_far(share)
         row = dict(zip(names, values, strict=True))
         ids: list[int] = []
-        while pending is not None and pending[0] <= row["id"]:
+        while pending is not None and isinstance(row["id"], int) and pending[0] <= row["id"]:
             if pending[0] == row["id"]:
                 ids.append(pending[1])
             pending = next(pairs, None)
@@ -127,7 +136,9 @@ def _relation(connection: sqlite3.Connection) -> Iterator[tuple[int, int]]:
         columns = [row[1] for row in connection.execute(f"PRAGMA table_info({quoted})")]
         if {"post_id", "tag_id"} <= set(columns):
             order = "post_id, id" if "id" in columns else "post_id, rowid"
-            yield from connection.execute(f"SELECT post_id, tag_id FROM {quoted} ORDER BY {order}")
+            # sqlite keeps any type in any column, and numbers sort before all others but NULL
+            whole = "typeof(post_id) = 'integer'"
+            yield from connection.execute(f"SELECT post_id, tag_id FROM {quoted} WHERE {whole} ORDER BY {order}")
             return
 
 
@@ -166,7 +177,7 @@ def _parquet_rows(posts: Path, relation: Path | None) -> Iterator[tuple[Row, lis
             read_so_far(share * batch.num_rows)
             for row in batch.to_pylist():
                 ids: list[int] = []
-                if pairs is not None and keys is not None:
+                if pairs is not None and keys is not None and isinstance(row.get("id"), int):
                     start, end = keys.searchsorted(row["id"]), keys.searchsorted(row["id"], side="right")
                     ids = pairs["tag_id"].slice(start, end - start).to_pylist()
                 yield row, ids or listed_tags(row)
