@@ -1,14 +1,15 @@
 """JSON values one at a time: one object, an array, or one object per line, without holding a whole file.
 
 A value that cannot be read is reported and the next one is tried, except inside an array, where a broken value
-hides the beginning of the next: there the rest of the file is one report.
+hides the beginning of the next: there the rest of the file is one report. Arrays may follow each other, as when pages
+of an API are appended to one file; anything else behind the last one is a report too.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -94,7 +95,13 @@ def _array(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
         opened = True
         buffer = buffer.removeprefix(",").lstrip() if row else buffer
         if buffer.startswith("]"):
-            return
+            buffer = _behind(buffer[1:], file, decode)
+            if not buffer.startswith("["):
+                if buffer:
+                    yield row, Malformed("more text after the array, which is not read")
+                return
+            opened = False
+            continue
         try:
             value, end = _DECODER.raw_decode(buffer)
             if end == len(buffer) and not ended:
@@ -107,6 +114,13 @@ def _array(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
             continue
         yield row, value
         row, buffer, wanted = row + 1, buffer[end:], 1 << 12
+
+
+def _behind(buffer: str, file: IO[bytes], decode: Callable[..., str]) -> str:
+    """What follows a closing bracket, without white space; at the end of the file nothing."""
+    while not (buffer := buffer.lstrip()) and (data := file.read(_CHUNK_BYTES)):
+        buffer = decode(data)
+    return buffer
 
 
 def iter_members(path: Path) -> Iterator[tuple[str, Any]]:
@@ -132,6 +146,8 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         opened = True
         buffer = buffer.removeprefix(",").lstrip()
         if buffer.startswith("}"):
+            if _behind(buffer[1:], file, decode):
+                yield "", Malformed("more text after the object, which is not read")
             return
         try:
             name, end = _DECODER.raw_decode(buffer)
