@@ -5,6 +5,7 @@ Reads today's API, gallery-dl's additions and old dumps (numbers as strings, `ta
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -68,17 +69,20 @@ def json_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, Path | Q
 
 def _posts(source: SourceConfig, name: str, file: Path, make: MakePost) -> Iterator[RawPost | Quarantine]:
     root = source_root(source)
+    posts = (found for row, value in iter_values(file) for found in _unwrapped(f"{name} row {row}", value))
     try:
-        for row, value in iter_values(file):
-            for place, post in _unwrapped(f"{name} row {row}", value):
-                try:
-                    if isinstance(post, Malformed):
-                        raise BadRecord(post.message)
-                    if not isinstance(post, dict):
-                        raise BadRecord(f"expected a post, found {type(post).__name__}")
-                    yield make(source, root, name, place, post)
-                except REFUSALS as error:
-                    yield refusal(f"{source.name}:{place.replace(' row ', '#')}", place, error)
+        first = list(itertools.islice(posts, 2))
+        # Only a post that has the file for itself may have its picture beside it: 1.jpg is no picture of page 1.json.
+        beside = name if len(first) == 1 else name.rpartition("/")[0] + "/"
+        for place, post in itertools.chain(first, posts):
+            try:
+                if isinstance(post, Malformed):
+                    raise BadRecord(post.message)
+                if not isinstance(post, dict):
+                    raise BadRecord(f"expected a post, found {type(post).__name__}")
+                yield make(source, root, beside, place, post)
+            except REFUSALS as error:
+                yield refusal(f"{source.name}:{place.replace(' row ', '#')}", place, error)
     except OSError as error:
         yield refusal(f"{source.name}:{name}", name, error)
 
