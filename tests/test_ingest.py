@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
@@ -297,6 +298,16 @@ def test_config_errors(tmp_path: Path, options: dict[str, Any], words: str) -> N
     (tmp_path / "a.csv").write_text("id\n1\n")
     with pytest.raises(Halt, match=words) as stopped:
         run(config(tmp_path, tmp_path / "a.csv", "table", **options))
+    assert stopped.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("name", ["a.csv", "b.parquet"])
+def test_a_mapped_column_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    table = pa.table({"id": [1], "rating": ["g"], "tags": ["x"]})
+    pyarrow.csv.write_csv(table, tmp_path / name) if name == "a.csv" else pq.write_table(table, tmp_path / name)
+    columns = {"id": "id", "tags": "tags", "rating": "ratting"}
+    with pytest.raises(Halt, match=r"columns\.rating is 'ratting'.* did you mean rating\?") as stopped:
+        run(config(tmp_path, tmp_path / name, "table", columns=columns, tag_separator=" "))
     assert stopped.value.code == ExitCode.USAGE
 
 

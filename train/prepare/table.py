@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from train.exits import ExitCode, Halt
 from train.prepare.files import require_source, source_root, walk
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
@@ -46,7 +48,33 @@ def table_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, Path | 
             yield found, path / found
 
 
+def _check_header(source: SourceConfig, name: str, names: Sequence[str]) -> None:
+    """Raises Halt(USAGE) for a mapped column that the file lacks: misspelt, it would empty the field of every row."""
+    for ours, theirs in source.columns.items():
+        if theirs not in names:
+            close = difflib.get_close_matches(theirs, names, 1)
+            hint = f", did you mean {close[0]}?" if close else ""
+            raise Halt(
+                ExitCode.USAGE,
+                f"sources {source.name}: columns.{ours} is {theirs!r}, and {name} has no such column{hint} "
+                f"It has {', '.join(names)}",
+            )
+
+
+def _header(file: Path) -> list[str] | None:
+    """Names of the columns; None where the file cannot be read, which is reported when its rows are."""
+    try:
+        if file.suffix.lower() == ".parquet":
+            return list(pq.read_schema(file).names)
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
+            return next(_reader(file, lines), None)
+    except (OSError, pa.ArrowInvalid, csv.Error):
+        return None
+
+
 def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[RawPost | Quarantine]:
+    if (names := _header(file)) is not None:
+        _check_header(source, name, names)
     rows = parquet_rows(source, name, file) if file.suffix.lower() == ".parquet" else csv_rows(source, name, file)
     image = source.columns.get("image")
     for number, row in rows:
@@ -103,11 +131,15 @@ def _cell(column: pa.Array, index: int) -> Any:
         return b"not UTF-8"  # no field takes bytes, so the row is refused
 
 
+def _reader(file: Path, lines: Iterable[str]) -> Iterator[list[str]]:
+    return csv.reader(lines, dialect="excel-tab" if file.suffix.lower() == ".tsv" else "excel", strict=True)
+
+
 def csv_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
     """(row number, row); quotes as in RFC 4180, so tags with quotes and line breaks survive."""
     # Bytes that are not UTF-8 become marks that the record's checks refuse, so only their row is lost.
     with io.TextIOWrapper(counted(file), "utf-8-sig", "surrogateescape", newline="") as lines:
-        reader = csv.reader(lines, dialect="excel-tab" if file.suffix.lower() == ".tsv" else "excel", strict=True)
+        reader = _reader(file, lines)
         try:
             header = next(reader, [])
         except csv.Error as error:
