@@ -97,6 +97,37 @@ def test_a_classifier_without_one_size_scores_each_picture_as_if_alone(tmp_path:
     assert len(set(predict(images))) == 4
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [{0: "hq"}, {0: "lq", 1: "hq"}])
+def test_heads_of_sigmoids_give_the_probability_that_the_library_gives(tmp_path: Path, names: dict[int, str]) -> None:
+    from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+
+    folder = _classifier(tmp_path)
+    known = json.loads((folder / "config.json").read_text())
+    known |= {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    (folder / "config.json").write_text(json.dumps(known | {"problem_type": "multi_label_classification"}))
+    model = AutoModelForImageClassification.from_pretrained(folder, ignore_mismatched_sizes=True)
+    model.config.problem_type = None if len(names) == 1 else "multi_label_classification"
+    model.save_pretrained(folder)
+    predict, _, _ = score.load_classifier(ScoreConfig("hf_image_classification", model=str(folder), device="cpu"))
+    images = [Image.new("RGB", (16, 16), (70 * number, 9, 9)) for number in range(3)]
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    library = pipeline("image-classification", model=model, image_processor=processor, device="cpu")
+    expected = [next(found["score"] for found in library(image) if found["label"] == "hq") for image in images]
+    assert predict(images) == pytest.approx(expected, abs=1e-6)
+    assert max(expected) < 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors"])
+def test_a_damaged_classifier_is_named(tmp_path: Path, name: str) -> None:
+    folder = _classifier(tmp_path)
+    (folder / name).write_bytes((folder / name).read_bytes()[:20])
+    with pytest.raises(Halt, match=r"score\.model .* cannot be loaded") as stopped:
+        score.load_classifier(ScoreConfig("hf_image_classification", model=str(folder), device="cpu"))
+    assert stopped.value.code == ExitCode.USAGE
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [("key,score\ns:0,high\n", "high"), ("key\ns:0\n", "columns key and score"), ("key,score\ns:0,1\ns:0,2\n", "twice")],

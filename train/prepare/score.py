@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,8 @@ def _from_model(settings: DatasetConfig, dataset: Path) -> None:
     config = units.config_id(code=SCORE_VERSION, model=model, preprocessing=preprocessing, label=settings.score.label)
 
     def row(key: str, score: float | None) -> dict[str, Any]:
-        return {"key": key, "model": model, "preproc_hash": preprocessing, "score": score}
+        finite = None if score is None or math.isnan(score) else score
+        return {"key": key, "model": model, "preproc_hash": preprocessing, "score": finite}
 
     step = units.Step(dataset, "aesthetic", AESTHETIC, config, ("records", "probe"))
     run_model(settings, step, settings.score.batch, lambda images: [(v,) for v in predict(images)], row, "score")
@@ -174,7 +176,8 @@ def accepted(dataset: Path, keep: pa.Array | None = None) -> pa.Table:
 def load_classifier(config: ScoreConfig) -> tuple[Predict, str, str]:
     """(probabilities of `score.label` for a batch, model id, hash of its preprocessing) of a local folder.
 
-    The model's weights are safetensors only. bf16 on a GPU; the probability is taken in float32.
+    The model's weights are safetensors only. bf16 on a GPU; the probability is taken in float32, by the function that
+    the model was trained for, as the library's own pipeline chooses it. Raises Halt(USAGE).
     """
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -185,9 +188,14 @@ def load_classifier(config: ScoreConfig) -> tuple[Predict, str, str]:
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     options = {"local_files_only": True}
-    processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
-    model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, dtype=dtype, **options)
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
+        model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, dtype=dtype, **options)
+    except Exception as error:  # libraries raise whatever they like: OSError, ValueError, JSONDecodeError, SafetensorError
+        raise Halt(ExitCode.USAGE, f"score.model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
     model = model.to(device).eval()
+    # Softmax over a single logit is 1 for every picture.
+    sigmoid = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1
     labels = {str(name): int(number) for number, name in model.config.id2label.items()}
     if config.label not in labels:
         raise Halt(ExitCode.USAGE, f"score.label {config.label!r}: the model knows {', '.join(sorted(labels))}")
@@ -199,11 +207,13 @@ def load_classifier(config: ScoreConfig) -> tuple[Predict, str, str]:
             places = [place for place, one in enumerate(pixels) if one.shape == shape]
             with torch.inference_mode():
                 logits = model(pixel_values=torch.cat([pixels[place] for place in places]).to(device, dtype)).logits
-            for place, value in zip(places, logits.float().softmax(-1)[:, labels[config.label]].tolist(), strict=True):
+            logits = logits.float()
+            values = (logits.sigmoid() if sigmoid else logits.softmax(-1))[:, labels[config.label]].tolist()
+            for place, value in zip(places, values, strict=True):
                 scores[place] = value
         return scores
 
-    return predict, model_id(folder), _preprocessing_hash(processor)
+    return predict, model_id(folder), _preprocessing_hash(processor, sigmoid)
 
 
 def model_id(folder: Path) -> str:
@@ -215,6 +225,6 @@ def model_id(folder: Path) -> str:
     return f"{folder.name}@{digest.hexdigest()[:16]}"
 
 
-def _preprocessing_hash(processor: Any) -> str:
-    text = json.dumps(processor.to_dict(), sort_keys=True, default=str)
+def _preprocessing_hash(processor: Any, sigmoid: bool) -> str:
+    text = json.dumps(processor.to_dict(), sort_keys=True, default=str) + ("sigmoid" if sigmoid else "")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
