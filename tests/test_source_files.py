@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import tarfile
 from pathlib import Path
 
 from train.prepare.decode import Refused
@@ -43,3 +45,26 @@ def test_pictures_of_other_kinds_are_opened_and_refused_by_reason(tmp_path: Path
         reasons[post.uri] = result.reason
     other, strange = "unsupported_format", "unidentified"
     assert reasons == dict(zip(contents, [other, other, strange, other, strange, other, strange], strict=True))
+
+
+def test_pictures_without_captions_are_taken_where_the_source_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "b.png").write_bytes(b"x")
+    (tmp_path / "b.txt").write_text("1girl")
+    refused, taken = read_source(source(tmp_path))
+    assert isinstance(refused, Quarantine)
+    assert (refused.reason, "on_missing_caption" in refused.message) == ("missing_caption", True)
+    assert isinstance(taken, RawPost)
+    posts = list(read_source(dataclasses.replace(source(tmp_path), on_missing_caption="take")))
+    assert [(post.uri, post.caption) for post in posts if isinstance(post, RawPost)] == [("a.png", None), ("b.png", "1girl")]
+
+
+def test_tar_members_without_captions_are_taken_where_the_source_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"x")
+    with tarfile.open(tmp_path / "0.tar", "w") as archive:
+        archive.add(tmp_path / "a.png", "a.png")
+    config = SourceConfig(name="s", adapter="webdataset", path=str(tmp_path / "0.tar"))
+    assert [found.reason for found in read_source(config) if isinstance(found, Quarantine)] == ["missing_caption"]
+    (post,) = read_source(dataclasses.replace(config, on_missing_caption="take"))
+    assert isinstance(post, RawPost)
+    assert (post.member, post.caption) == ("a.png", None)

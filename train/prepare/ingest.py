@@ -238,7 +238,7 @@ def _write_facts(dataset: Path, settings: DatasetConfig, kept: int, repeated: in
         {
             "name": source.name, "adapter": source.adapter, "rating_scheme": source.rating_scheme,
             "assume_rating": source.assume_rating, "escaped": source.escaped, "on_bad_tag": source.on_bad_tag,
-            "on_second_separator": source.on_second_separator,
+            "on_second_separator": source.on_second_separator, "on_missing_caption": source.on_missing_caption,
         }
         for source in settings.sources
     ]  # fmt: skip

@@ -50,6 +50,7 @@ class SourceConfig:
     escaped: bool = False  # tags carry backslashes before brackets
     on_bad_tag: Literal["error", "drop", "replace"] = "error"
     on_second_separator: Literal["error", "fork", "suffix"] = "error"
+    on_missing_caption: Literal["error", "take"] = "error"  # take = a picture without .txt is a record without caption
     npz_vae: str | None = None  # the VAE that made the sd-scripts .npz beside the images; null = they are not used
 
 

@@ -40,7 +40,10 @@ def _image(source: SourceConfig, root: Path, uri: str) -> RawPost | Quarantine:
             return Quarantine(f"{source.name}:{uri}", "ingest", "outside_root", str(error), "UnsafePath")
         except (BadCaption, OSError) as error:
             return Quarantine(f"{source.name}:{uri}", "ingest", "bad_caption", f"{name}: {error}", type(error).__name__)
-    return Quarantine(f"{source.name}:{uri}", "ingest", "missing_caption", f"{stem}.txt does not exist")
+    if source.on_missing_caption == "take":
+        return RawPost(id=uri, place=uri, uri=uri)
+    message = f"{stem}.txt does not exist: see on_missing_caption"
+    return Quarantine(f"{source.name}:{uri}", "ingest", "missing_caption", message)
 
 
 def read_caption(path: Path) -> str:

@@ -101,7 +101,7 @@ def _posts(source: SourceConfig, root: Path, name: str, sample: Sample) -> Itera
 def _post(source: SourceConfig, root: Path, name: str, member: str, place: str, sample: Sample) -> RawPost | Quarantine:
     caption = sample["txt"].decode("utf-8-sig") if "txt" in sample else None
     if "json" not in sample:
-        if caption is None:
+        if caption is None and source.on_missing_caption == "error":
             error = BadRecord(f"{place} has neither .json nor .txt")
             return _quarantine(source, place, "missing_caption", str(error), error)
         return RawPost(id=place, place=place, uri=name, member=member, caption=caption)
