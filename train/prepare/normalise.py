@@ -24,6 +24,7 @@ from train.prepare.records import TAG_GROUPS, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
 MAX_CAPTION_BYTES = 1 << 16
+MAX_TAGS = 4096  # of one group or caption; the longest real posts have some hundreds
 MAX_MESSAGE_CHARS = 1000
 SEPARATOR = "|||"
 # What reading one hostile record may raise; anything else is a defect of ours and must show.
@@ -31,7 +32,10 @@ REFUSALS = (ValueError, TypeError, OverflowError, OSError, RecursionError)
 _INT32 = ("width", "height", "up_score", "down_score", "fav_count")
 _INT64 = ("source_id", "file_size", "parent_id")
 _FLAGS = ("is_deleted", "is_banned", "is_pending", "has_children")
-_BAD_IN_TAG = re.compile(r",|\|\|\||[\r\n\v\f\x00\x85\u2028\u2029]")
+# Line breaks of any kind, NUL, and the other control characters: no tag holds one, and a terminal obeys them.
+_CONTROLS = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
+_BAD_IN_TAG = re.compile(rf",|\|\|\||{_CONTROLS}")
+_BAD_IN_CAPTION = re.compile(rf"(?!\t){_CONTROLS}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")
 _SUSPECT = re.compile(_BAD_IN_TAG.pattern + "|[\ud800-\udfff\\\\]")
@@ -134,8 +138,12 @@ def clean_caption(text: str, source: SourceConfig) -> str:
     if len(text) > MAX_CAPTION_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
         raise BadCaption(f"caption is longer than {MAX_CAPTION_BYTES} bytes")
     line = re.split(r"[\r\n]", text.removeprefix("\ufeff"), maxsplit=1)[0].strip()
-    if "\0" in line or _SURROGATE.search(line):
-        raise BadCaption("caption holds NUL or broken characters")
+    if source.on_bad_tag != "error":
+        line = _BAD_IN_CAPTION.sub("", line)
+    if _SURROGATE.search(line) or _BAD_IN_CAPTION.search(line):
+        raise BadCaption("caption holds control characters or broken ones: see on_bad_tag")
+    if line.count(",") >= MAX_TAGS:
+        raise BadCaption(f"caption has more than {MAX_TAGS} tags")
     if source.escaped:
         line = _ESCAPED.sub(r"\1", line)
     parts = line.split(SEPARATOR)
@@ -250,6 +258,8 @@ def _tags(value: Any, source: SourceConfig) -> list[str]:
     if not isinstance(value, list | tuple):
         raise BadRecord(f"tags are {value!r}, expected a list")
     tags = list(value)
+    if len(tags) > MAX_TAGS:
+        raise BadRecord(f"{len(tags)} tags, expected at most {MAX_TAGS}")
     try:
         if not _SUSPECT.search(" ".join(tags)):
             return tags
@@ -267,5 +277,5 @@ def _tag(tag: str, source: SourceConfig) -> str | None:
     if not _BAD_IN_TAG.search(tag):
         return tag
     if source.on_bad_tag == "error":
-        raise BadRecord(f"tag {tag!r} holds a comma, a separator, a line break or NUL: see on_bad_tag")
+        raise BadRecord(f"tag {tag!r} holds a comma, a separator, a line break or a control character: see on_bad_tag")
     return None if source.on_bad_tag == "drop" else re.sub(r"_{2,}", "_", _BAD_IN_TAG.sub("_", tag)).strip("_ ")
