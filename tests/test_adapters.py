@@ -214,6 +214,20 @@ def test_saved_dataset(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
     same(records(source(tmp_path, "imagefolder", columns=COLUMNS)), expected)
 
 
+def test_results_that_datasets_cached_beside_a_saved_dataset_are_no_data(tmp_path: Path) -> None:
+    import datasets
+
+    data = _image(tmp_path / "x.png")
+    rows = {"image": [{"bytes": data, "path": None}] * 2, "text": ["a", "b"]}
+    datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
+    datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"text": row["text"] + "!"})
+    assert list((tmp_path / "saved").glob("cache-*.arrow"))
+    found = records(source(tmp_path / "saved", "imagefolder"))
+    assert [(row["key"], row["caption"]) for row in found] == [
+        (f"s:data-00000-of-00001.arrow#{number}", text) for number, text in enumerate("ab")
+    ]
+
+
 def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size = len(data)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,8 +35,17 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
             yield found
         elif PurePosixPath(found).name in _METADATA and not _embedded(root / found):
             yield from _metadata(source, root, found)
-        elif found.lower().endswith((".parquet", ".arrow")):
+        elif found.lower().endswith((".parquet", ".arrow")) and not _left_by_datasets(root / found):
             yield from _embedded_rows(source, root, found)
+
+
+def _left_by_datasets(file: Path) -> bool:
+    """Whether `datasets` cached a result of its own (`map`, `filter`) beside the data files that it saved."""
+    try:
+        state = json.loads((file.parent / "state.json").read_text(encoding="utf-8"))
+        return file.suffix == ".arrow" and file.name not in [part["filename"] for part in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _with_defaults(source: SourceConfig, names: list[str]) -> SourceConfig:
