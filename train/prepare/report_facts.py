@@ -91,6 +91,7 @@ def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
         "refused": refused,
         "records": len(records),
         "by_source": dict(sorted(found.items())),
+        "assume_rating": {source.name: source.assume_rating for source in settings.sources if source.assume_rating},
         "select": {stage: selection_counts(dataset, stage) for stage in settings.select},
         "index_rows": len(index),
         "index_images": len(pc.unique(index.column("key"))),

@@ -157,7 +157,8 @@ def _counts(facts: Facts) -> str:
              ("records", counts["records"]), ("images in the index", counts["index_images"]),
              ("rows of the index (one per image and bucket)", counts["index_rows"])]  # fmt: skip
     parts = ["<h3>From files to the index</h3>", table(["", "images"], found),
-             "<h3>Records by source</h3>", table(["source", "records"], counts["by_source"].items())]  # fmt: skip
+             "<h3>Records by source</h3>", table(["source", "records", "without rating counted as"],
+                [(*row, counts["assume_rating"].get(row[0], "explicit")) for row in counts["by_source"].items()])]  # fmt: skip
     for stage, steps in counts["select"].items():
         before = [steps[0][1], *(count for _, count in steps)]
         rows = [(name, count, count - previous) for (name, count), previous in zip(steps, before, strict=False)]
