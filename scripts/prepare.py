@@ -15,7 +15,7 @@ import time
 from train import signals
 from train.exits import run_cli
 from train.prepare.judge import Complaint
-from train.prepare.settings import STEPS, dataset_dir, load_settings
+from train.prepare.settings import STEPS, check_paths, dataset_dir, load_settings
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -31,6 +31,8 @@ def main() -> int:
     """Run the steps in order; each prints one line with its counts."""
     arguments = parse()
     settings = load_settings(arguments.config, arguments.overrides)
+    if arguments.step == "all":
+        check_paths(settings)
     started = time.monotonic()
     complaints = []
     signals.install()

@@ -284,6 +284,28 @@ def dataset_dir(settings: DatasetConfig) -> Path:
     return Path(settings.root) / settings.name
 
 
+def check_paths(settings: DatasetConfig) -> None:
+    """For a run of all steps: what a later step needs is asked for before the first has worked for hours.
+
+    Raises Halt(USAGE) naming every key whose file or folder is not there.
+    """
+    score, tag = settings.score, settings.tag
+    named = {
+        "tokenizers": settings.tokenizers, "latents.vae": settings.latents.vae,
+        "score.path": score.path if score.source == "column" else None,
+        "score.model": score.model if score.source == "hf_image_classification" else None,
+        "tag.path": tag.path if tag.source == "column" else None, "tag.model": tag.model if tag.source == "wd" else None,
+        **{f"select.{stage}.{key}": getattr(select, key) for stage, select in settings.select.items() for key in ("allow", "deny")},
+        **{f"sources {source.name}.{key}": getattr(source, key) for source in settings.sources
+           for key in ("path", "images", "dictionary", "npz_vae")},
+    }  # fmt: skip
+    problems = [f"{key}: {path} does not exist" for key, path in named.items() if path is not None and not Path(path).exists()]
+    if settings.latents.vae is None:
+        problems.append("latents.vae is not set: the step latents needs a VAE folder, a model folder or a .safetensors file")
+    if problems:
+        raise Halt(ExitCode.USAGE, "; ".join(problems))
+
+
 def _problems(settings: DatasetConfig) -> list[str]:
     names = [source.name for source in settings.sources]
     stages = list(settings.select)

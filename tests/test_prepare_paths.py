@@ -1,0 +1,25 @@
+"""A run of all steps asks for what the late ones need before the first one works."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from train.exits import ExitCode, Halt
+from train.prepare.settings import DatasetConfig, LatentsConfig, ScoreConfig, SelectConfig, SourceConfig, check_paths
+
+
+def test_every_missing_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    here, gone = str(tmp_path / "here"), str(tmp_path / "gone")
+    settings = DatasetConfig(
+        name="d", sources=[SourceConfig("s", "gelbooru", here, dictionary=gone)], tokenizers=here,
+        score=ScoreConfig("hf_image_classification", model=gone, path=gone), select={"ft1": SelectConfig(allow=gone)},
+    )  # fmt: skip
+    with pytest.raises(Halt) as stopped:
+        check_paths(settings)
+    assert stopped.value.code == ExitCode.USAGE
+    named = [problem.partition(": ")[0] for problem in stopped.value.message.split("; ")]
+    assert named == ["score.model", "select.ft1.allow", "sources s.dictionary", "latents.vae is not set"]
+    check_paths(DatasetConfig(name="d", sources=[SourceConfig("s", "sidecar", here)], latents=LatentsConfig(vae=here)))
