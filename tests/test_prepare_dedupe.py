@@ -37,6 +37,11 @@ def test_near_groups_are_exact(drawn: list[tuple[int, list[int]]], distance: int
     assert all(group == sorted(group) for group in found)
 
 
+def test_thousands_of_equal_hashes_are_one_group() -> None:
+    hashes = np.array([7] * 50_000 + [6, 0xFFFF << 40], dtype=np.uint64)  # pair by pair this would take hours
+    assert dedupe.near_groups(hashes, 3) == [list(range(50_001))]
+
+
 def _world(folder: Path, rows: list[dict[str, Any]], phash: str) -> DatasetConfig:
     plain: dict[str, Any] = dict.fromkeys(RECORDS.names, None) | {
         "source": "s", "uri": "u", "file_ext": "png", "raw_hash": "r", "is_deleted": False, "is_banned": False,

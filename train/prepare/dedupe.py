@@ -107,6 +107,19 @@ def near_groups(hashes: npt.NDArray[np.uint64], distance: int) -> list[list[int]
 
     Exact: of 4 bands of 16 bits one must be equal when at most 3 bits differ (5 bands for 4).
     """
+    # Equal hashes are one point: thousands of plain pictures share one, and every pair of them would be looked at.
+    points, point_of = np.unique(hashes, return_inverse=True)
+    near = _near_points(points, distance)
+    mates: dict[int, list[int]] = {}
+    counts = np.bincount(point_of, minlength=len(points))
+    for position, point in enumerate(point_of.tolist()):
+        if counts[point] > 1 or point in near:
+            mates.setdefault(near.get(point, point), []).append(position)
+    return list(mates.values())
+
+
+def _near_points(hashes: npt.NDArray[np.uint64], distance: int) -> dict[int, int]:
+    """{position: a position that stands for its group} of distinct hashes that are near another one."""
     parent = list(range(len(hashes)))
     linked: set[int] = set()
 
@@ -130,7 +143,4 @@ def near_groups(hashes: npt.NDArray[np.uint64], distance: int) -> list[list[int]
                 for j in close.tolist():
                     parent[root(j)] = root(i)
                     linked |= {i, j}
-    groups: dict[int, list[int]] = {}
-    for i in sorted(linked):
-        groups.setdefault(root(i), []).append(i)
-    return list(groups.values())
+    return {i: root(i) for i in linked}
