@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,9 @@ from PIL import Image, ImageCms, ImageFile
 from train.buckets import Placement
 from train.prepare.records import ErrorReason
 from train.prepare.settings import ProbeConfig
-from train.prepare.sniff import ends_early, header_size, lacks_end, sniff
+from train.prepare.sniff import ends_early, header_size, jpeg_scans, lacks_end, sniff
 
-DECODE_VERSION = 1
+DECODE_VERSION = 2  # 2: profiles of grey with alpha or 16 bits, keys of 16-bit colour, sRGB known by what it does
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -33,6 +34,7 @@ _ALPHA_MODES = ("RGBA", "LA", "PA", "La", "RGBa")
 _PLAIN_MODES = ("1", "L", "P", "RGB", "CMYK", "YCbCr", *_ALPHA_MODES)
 _ORIENTATION = 0x0112
 _MAX_PROFILE_BYTES = 4 << 20
+_MAX_SCANS = 100  # progressive pictures have about ten; each passes over all pixels, and costs a bomb 60 bytes
 _PROFILE_SPACE = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 
 
@@ -70,6 +72,8 @@ def decode(data: bytes, rules: ProbeConfig) -> Decoded:
         raise Refused("unsupported_format", f"content is {found}, probe.formats has {', '.join(rules.formats)}")
     if not rules.allow_truncated and lacks_end(found, data):
         raise Refused("truncated", f"the {found} has no end marker")
+    if found == "jpeg" and (scans := jpeg_scans(data)) > _MAX_SCANS:
+        raise Refused("unsupported_format", f"a JPEG of {scans} scans, expected at most {_MAX_SCANS}")
     if (size := header_size(found, data)) is not None:  # decoders that allocate when they open
         _check_size(*size, rules)
     with _pillow_limits(rules):
@@ -129,8 +133,12 @@ def _decode(image: ImageFile.ImageFile, found: str, rules: ProbeConfig) -> Decod
     if n_frames > 1:
         image.seek(0)
     mode = image.mode
+    deep = found == "png" and any("16" in str(tile.args) for tile in image.tile)
     orientation = _orientation(image)
     image.load()
+    key = image.info.get("transparency")
+    if deep and isinstance(key, tuple):  # Pillow keeps the high bytes of the pixels, and would take the key's low ones
+        image.info["transparency"] = tuple(value >> 8 for value in key)
     has_alpha = mode in _ALPHA_MODES or "transparency" in image.info
     rgb = _to_rgb(image)
     if orientation in _TURN:
@@ -155,7 +163,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     profile = image.info.get("icc_profile")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         rgba = image.convert("RGBA")
-        colour = _with_profile(rgba.convert("RGB"), profile)
+        colour = _with_profile(image.convert("L") if image.mode in ("LA", "L") else rgba.convert("RGB"), profile)
         white = Image.new("RGB", image.size, (255, 255, 255))
         white.paste(colour, mask=rgba.getchannel("A"))
         return white
@@ -169,11 +177,11 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     values = np.asarray(image).astype(np.int64)
     if values.min(initial=0) < 0 or values.max(initial=0) > 0xFFFF:
         raise Refused("unsupported_mode", f"Pillow mode {image.mode} with values beyond 16 bits")
-    grey = (values >> 8).astype(np.uint8)
+    colour = _with_profile(Image.fromarray((values >> 8).astype(np.uint8), "L"), image.info.get("icc_profile"))
     key = image.info.get("transparency")
     if isinstance(key, int):
-        grey[values == key] = 255
-    return Image.fromarray(grey, "L").convert("RGB")
+        colour.paste((255, 255, 255), mask=Image.fromarray((values == key).astype(np.uint8) * 255, "L"))
+    return colour
 
 
 def _with_profile(image: Image.Image, profile: object) -> Image.Image:
@@ -184,7 +192,7 @@ def _with_profile(image: Image.Image, profile: object) -> Image.Image:
         return image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))  # type: ignore[arg-type]
-        if source.profile.xcolor_space != space or _is_srgb(source):
+        if source.profile.xcolor_space != space or (space == "RGB " and _is_srgb(profile)):
             return image.convert("RGB")
         result = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
@@ -192,10 +200,19 @@ def _with_profile(image: Image.Image, profile: object) -> Image.Image:
     return result if result is not None else image.convert("RGB")
 
 
-def _is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
-    # Nearly all profiles are copies of sRGB; converting sRGB to itself only costs time and rounds.
-    description = (profile.profile.profile_description or "").lower()
-    return "srgb" in description and "linear" not in description
+@lru_cache(maxsize=16)
+def _is_srgb(profile: bytes) -> bool:
+    """Whether converting from the profile moves no colour by more than rounding does.
+
+    Nearly all profiles are copies of sRGB: converting sRGB to itself only costs time and rounds. Their names do not tell,
+    "sRGB-elle-V2-g10" is linear.
+    """
+    levels = (0, 40, 90, 128, 180, 220, 255)
+    colours = [colour for v in levels for colour in ((v, v, v), (v, 0, 0), (0, v, 0), (0, 0, v), (v, 255, 90), (90, v, 255))]
+    before = Image.fromarray(np.array([colours], np.uint8))
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    after = ImageCms.profileToProfile(before, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return after is not None and int(np.abs(np.asarray(after).astype(int) - np.asarray(before)).max()) <= 2
 
 
 def _name(error: Exception) -> str:

@@ -79,6 +79,13 @@ def lacks_end(found: str, data: bytes) -> bool:
     return found == "jpeg" and data.find(b"\xff\xd9", _scan_start(data)) < 0
 
 
+def jpeg_scans(data: bytes) -> int:
+    """Scans of the (first) picture of a JPEG: inside the coded data the marker cannot occur by chance."""
+    start = _scan_start(data)
+    end = data.find(b"\xff\xd9", start)
+    return data.count(b"\xff\xda", start, len(data) if end < 0 else end)
+
+
 def _scan_start(data: bytes) -> int:
     """Where the first scan of a JPEG begins: a thumbnail in the segments before it has end markers of its own."""
     at = 2
