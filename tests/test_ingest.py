@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -40,9 +41,10 @@ def config(folder: Path, path: Path, adapter: str = "danbooru", **options: Any) 
     return DatasetConfig(name="d", root=str(folder / "out"), sources=[source], max_quarantine_fraction=1.0)
 
 
-def run(config_: DatasetConfig) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """(records by key, quarantine rows)."""
-    ingest.run(config_)
+def run(config_: DatasetConfig, *, cut: bool = False) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
+    """(records by key, quarantine rows); `cut`: a file of the source cannot be read to the end."""
+    with pytest.raises(Complaint, match="to the end") if cut else contextlib.nullcontext():
+        ingest.run(config_)
     records = read_table(dataset_dir(config_), "records").to_pylist()
     return {row["key"]: row for row in records}, pq.read_table(dataset_dir(config_) / "quarantine.parquet").to_pylist()
 
@@ -117,7 +119,7 @@ def test_bad_lines_are_named_and_the_others_go_on(tmp_path: Path) -> None:
 def test_damaged_array_keeps_what_came_before(tmp_path: Path, tail: bytes) -> None:
     many = ", ".join(json.dumps(GOOD | {"id": number}) for number in range(900))  # several read chunks
     (tmp_path / "posts.json").write_bytes(b"[" + many.encode() + tail)
-    records, quarantine = run(config(tmp_path, tmp_path / "posts.json"))
+    records, quarantine = run(config(tmp_path, tmp_path / "posts.json"), cut=True)
     assert len(records) == 900
     assert len(quarantine) == 1
     assert "the rest of the file is not read" in quarantine[0]["message"]
@@ -264,7 +266,7 @@ def test_hostile_tar(tmp_path: Path) -> None:
             info.type, info.linkname = kind, "/etc/passwd"
             archive.addfile(info)
     (tmp_path / "in" / "cut.tar").write_bytes((tmp_path / "in" / "a.tar").read_bytes()[:700])
-    records, quarantine = run(config(tmp_path, tmp_path / "in", "webdataset", assume_rating="g"))
+    records, quarantine = run(config(tmp_path, tmp_path / "in", "webdataset", assume_rating="g"), cut=True)
     assert set(records) == {"s:a.tar/ok.png"}
     reasons = {entry["key"]: entry["reason"] for entry in quarantine}
     assert reasons == {
@@ -309,6 +311,16 @@ def test_a_mapped_column_that_is_not_there_is_named(tmp_path: Path, name: str) -
     with pytest.raises(Halt, match=r"columns\.rating is 'ratting'.* did you mean rating\?") as stopped:
         run(config(tmp_path, tmp_path / name, "table", columns=columns, tag_separator=" "))
     assert stopped.value.code == ExitCode.USAGE
+
+
+def test_a_file_that_is_cut_off_is_a_complaint_whatever_its_share(tmp_path: Path) -> None:
+    text = json.dumps([GOOD | {"id": number} for number in range(1000)])
+    (tmp_path / "posts.json").write_text(text[: len(text) // 2])
+    settings = config(tmp_path, tmp_path / "posts.json")
+    for _ in range(2):  # the second run finds the sources as they were
+        with pytest.raises(Complaint, match="1 of the files could not be read to the end") as stopped:
+            ingest.run(settings)
+        assert stopped.value.code == ExitCode.MISMATCH
 
 
 def test_too_many_errors_finish_first(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from train.prepare.jsonstream import Malformed, iter_values
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost
 from train.prepare.progress import read_so_far
-from train.prepare.records import Quarantine
+from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.table import Row, csv_rows, parquet_rows, refused
 
@@ -128,4 +128,4 @@ def _arrow_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[i
                     yield number, row
                     number += 1
     except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
-        yield number, refused(source, name, number, error)
+        yield number, refused(source, name, number, BadRecord(f"{error}; {REST_UNREAD}"))

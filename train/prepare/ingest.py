@@ -26,7 +26,7 @@ from train.prepare.judge import Complaint
 from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
 from train.prepare.progress import bar, reading
-from train.prepare.records import RECORDS, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
+from train.prepare.records import RECORDS, REST_UNREAD, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.unchanged import sources_mark
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_manifest, write_parquet, write_text
@@ -100,7 +100,7 @@ def _finished(step: Step, mark: str) -> tuple[int, list[Quarantine]] | None:
 
 
 def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: list[Quarantine]) -> None:
-    """Print the counts per reason. Raises Complaint(MISMATCH) when errors exceed the limit."""
+    """Print the counts per reason. Raises Complaint(MISMATCH) when errors exceed the limit, or a file is cut off."""
     counts = Counter(entry.reason for entry in refused)
     print(f"{step}: {kept} records" + "".join(f", {number} {reason}" for reason, number in sorted(counts.items())))
     errors = [entry for entry in refused if entry.kind == "error"]
@@ -108,6 +108,12 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
     if kept == 0:
         first = f": {errors[0].key}: {errors[0].reason}: {errors[0].message}" if errors else ""
         raise Halt(ExitCode.MISMATCH, f"{step}: no record, {len(errors)} in quarantine{first}: check sources")
+    cut = [entry for entry in errors if REST_UNREAD in entry.message]
+    if cut:  # one entry each, whatever is lost: no share can judge that
+        raise Complaint(
+            ExitCode.MISMATCH,
+            f"{step}: {len(cut)} of the files could not be read to the end: mend or remove; the first: {cut[0].message}",
+        )
     if errors and len(errors) > settings.max_quarantine_fraction * total:
         first = "; ".join(f"{entry.key}: {entry.reason}: {entry.message}" for entry in errors[:3])
         raise Complaint(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from train.prepare.progress import counted
+from train.prepare.records import REST_UNREAD
 
 MAX_VALUE_BYTES = 8 << 20  # of one post; a real one is about 5 KB
 _CHUNK_BYTES = 1 << 16
@@ -98,7 +99,7 @@ def _array(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
             buffer = _behind(buffer[1:], file, decode)
             if not buffer.startswith("["):
                 if buffer:
-                    yield row, Malformed("more text after the array, which is not read")
+                    yield row, Malformed(f"more text after the array; {REST_UNREAD}")
                 return
             opened = False
             continue
@@ -108,7 +109,7 @@ def _array(file: IO[bytes]) -> Iterator[tuple[int, Any]]:
                 raise ValueError("the value may go on")
         except (ValueError, RecursionError) as error:
             if ended or len(buffer) > MAX_VALUE_BYTES or isinstance(error, RecursionError):
-                yield row, Malformed(f"{type(error).__name__}: {error}; the rest of the file is not read")
+                yield row, Malformed(f"{type(error).__name__}: {error}; {REST_UNREAD}")
                 return
             wanted = max(2 * len(buffer), _CHUNK_BYTES)
             continue
@@ -147,7 +148,7 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
         buffer = buffer.removeprefix(",").lstrip()
         if buffer.startswith("}"):
             if _behind(buffer[1:], file, decode):
-                yield "", Malformed("more text after the object, which is not read")
+                yield "", Malformed(f"more text after the object; {REST_UNREAD}")
             return
         try:
             name, end = _DECODER.raw_decode(buffer)
@@ -160,7 +161,7 @@ def _members(file: IO[bytes]) -> Iterator[tuple[str, Any]]:
                 raise ValueError("the value may go on")
         except (ValueError, RecursionError) as error:
             if ended or len(buffer) > MAX_VALUE_BYTES or isinstance(error, RecursionError):
-                yield "", Malformed(f"{type(error).__name__}: {error}; the rest of the file is not read")
+                yield "", Malformed(f"{type(error).__name__}: {error}; {REST_UNREAD}")
                 return
             wanted = max(2 * len(buffer), _CHUNK_BYTES)
             continue

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 50_000
+REST_UNREAD = "the rest of the file is not read"  # in the message of a refusal that stands for unknown many rows
 TAG_GROUPS = ("general", "character", "copyright", "artist", "meta", "species")
 
 ErrorReason = Literal[

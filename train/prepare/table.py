@@ -17,7 +17,7 @@ from train.prepare.files import require_source, source_root, walk
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.progress import counted, read_so_far
-from train.prepare.records import Quarantine
+from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
 
 _SUFFIXES = (".parquet", ".csv", ".tsv")
@@ -112,7 +112,7 @@ def parquet_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[
                     number += 1
                 number += batch.num_rows if not present else 0
     except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        yield number, refused(source, name, number, error)
+        yield number, refused(source, name, number, BadRecord(f"{error}; {REST_UNREAD}"))
 
 
 def _plain(batch: pa.RecordBatch) -> Iterator[Row]:

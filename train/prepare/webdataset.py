@@ -17,7 +17,7 @@ from train.prepare.jsonstream import MAX_VALUE_BYTES, Malformed, parse
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import MAX_CAPTION_BYTES, REFUSALS, BadRecord, RawPost, printable
 from train.prepare.progress import read_so_far
-from train.prepare.records import ErrorReason, Quarantine
+from train.prepare.records import REST_UNREAD, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
 Sample = dict[str, Any]  # images: member names, json and txt: bytes
@@ -54,7 +54,7 @@ def _tar(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[Ra
                     current, sample = key, Sample(images=[])
                 _add(sample, archive, info)
     except (tarfile.TarError, OSError, EOFError) as error:
-        yield _quarantine(source, name, "bad_record", f"{name}: {error}", error)
+        yield _quarantine(source, name, "bad_record", f"{name}: {error}; {REST_UNREAD}", error)
     yield from _posts(source, root, name, sample)
 
 
