@@ -181,6 +181,16 @@ def test_table_text_tags_need_a_separator(tmp_path: Path) -> None:
     assert "tag_separator" in stopped.value.message
 
 
+def test_lists_that_a_table_holds_as_text(tmp_path: Path) -> None:
+    cells = ['["long hair", "a, b"]', "[]", "['long hair', 'smile']", '["long hair" "smile"]', "[x], smile"]
+    (tmp_path / "t.csv").write_text("id,tags\n" + "".join(f'{n},"{cell.replace(chr(34), 2 * chr(34))}"\n' for n, cell in enumerate(cells)))
+    columns = {"id": "id", "tags": "tags"}
+    told = source(tmp_path / "t.csv", "table", columns=columns, tag_separator=", ")
+    found = [post if isinstance(post, Quarantine) else post.tags.get("general", []) for post in read_source(told)]
+    assert [one for one in found if not isinstance(one, Quarantine)] == [["long hair", "a, b"], [], ["[x]", "smile"]]
+    assert ["as Python prints it" in one.message for one in found if isinstance(one, Quarantine)] == [True, True]
+
+
 def test_imagefolder_metadata(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
     _images(tmp_path / "train")
     lines = [json.dumps(_flat(post) | {"file_name": f"{post['id']}.png"}) for post in POSTS]
@@ -250,6 +260,18 @@ def test_webdataset_key_ends_at_the_first_dot(tmp_path: Path) -> None:
         _add(archive, "dir.d/a.txt", b"1girl ||| smile")
     rows = records(source(tmp_path / "00000.tar", "webdataset"))
     assert [(row["key"], row["caption"]) for row in rows] == [("s:00000.tar/dir.d/a.left.png", "1girl ||| smile")]
+
+
+def test_webdataset_metadata_without_a_picture_is_reported(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "00000.tar", "w") as archive:
+        _add(archive, "b.json", b"{}")
+        _add(archive, "a.png", b"x")
+        _add(archive, "a.txt", b"1girl ||| smile")
+        _add(archive, "c.txt", b"1girl ||| hat")
+    found = list(read_source(source(tmp_path / "00000.tar", "webdataset")))
+    lost = [(entry.key, entry.reason) for entry in found if isinstance(entry, Quarantine)]
+    assert lost == [("s:00000.tar/b.json", "missing_file"), ("s:00000.tar/c.txt", "missing_file")]
+    assert len(found) == 3
 
 
 def _database(path: Path, older: bool) -> None:

@@ -207,9 +207,18 @@ def test_select_refusals(copy: Path) -> None:
         (copy / "keys.txt").write_text("\n".join(keys))
         with pytest.raises(Halt, match=message):
             prepare(settings_of(copy, **{"select.ft1.allow": str(copy / "keys.txt")}), "select")
-    with pytest.raises(Halt, match="leaves no image") as halt:
-        prepare(settings_of(copy, **{"select.ft1.where": "[area > 99999999]"}), "select")
-    assert halt.value.code == ExitCode.MISMATCH
+    for _ in range(2):  # a selection that stands already is as empty
+        with pytest.raises(Complaint, match=r"select\.ft1 leaves no image: .*area > 99999999 0") as halt:
+            prepare(settings_of(copy, **{"select.ft1.where": "[area > 99999999]"}), "select")
+        assert halt.value.code == ExitCode.MISMATCH
+    assert pq.read_metadata(copy / "data/set/select_ft1.parquet").num_rows == 0
+    assert pq.read_metadata(copy / "data/set/select_pretrain.parquet").num_rows > 0
+    prepare(settings_of(copy, **{"select.ft1.where": "[area > 99999999]"}), "latents", "report")
+    for bad in ({"repeats": 40_000}, {"quota": "{by: rating, shares: {g: 0.8, s: 0.3}, total: 8}"},
+                {"quota": "{by: rating, shares: {g: 1}, total: 0}"}):  # fmt: skip
+        with pytest.raises(Halt, match=r"select\.ft1") as halt:
+            settings_of(copy, **{f"select.ft1.{key}": value for key, value in bad.items()})
+        assert halt.value.code == ExitCode.USAGE
     with pytest.raises(Halt, match="there is no column 'colour'") as halt:
         prepare(settings_of(copy, **{"select.ft1.where": "[colour == red]"}), "select")
     assert halt.value.code == ExitCode.USAGE

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ FIELDS = (
     "pixel_hash_src",
 )  # fmt: skip
 TAG_COLUMNS = tuple(f"tags_{group}" for group in TAG_GROUPS)
+_LIST_AS_TEXT = re.compile(r"\[\s*(['\"].*['\"]\s*)?\]", re.DOTALL)
 _KNOWN = frozenset(["id", "uri", "image", "caption", "fallback_caption", "tags", *FIELDS, *TAG_COLUMNS])
 
 
@@ -91,10 +94,20 @@ def _tag_lists(source: SourceConfig, values: Mapping[str, Any]) -> dict[str, lis
     return found
 
 
+def _list_in(text: str, column: str) -> list[Any]:
+    """A list that a table of texts holds as JSON. As Python prints it, its quotes would end up inside the tags."""
+    try:
+        return list(json.loads(text))
+    except ValueError:
+        raise BadRecord(f"{column} is a list as Python prints it ({text[:60]}): write JSON, or joined text") from None
+
+
 def split_tags(source: SourceConfig, value: Any, column: str) -> list[Any]:
-    """A list column as it is, a joined text split at the declared separator."""
+    """A list column as it is, one written as JSON too; a joined text split at the declared separator."""
     if is_missing(value):
         return []
+    if isinstance(value, str) and _LIST_AS_TEXT.fullmatch(value):
+        return _list_in(value, column)
     if isinstance(value, str):
         if source.tag_separator is None:
             raise Halt(

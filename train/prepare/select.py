@@ -25,7 +25,7 @@ from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
 from train.plan import merge_small_buckets
 from train.prepare.candidates import Candidates
-from train.prepare.judge import judge
+from train.prepare.judge import Complaint, judge
 from train.prepare.peers import Peers
 from train.prepare.predicates import holds, parse
 from train.prepare.progress import bar
@@ -48,7 +48,7 @@ Rows = npt.NDArray[np.int64]
 
 
 def run(settings: DatasetConfig) -> None:
-    """Write select_<stage>.parquet for every stage. Raises Halt(MISMATCH) when one is left without images."""
+    """Write select_<stage>.parquet for every stage. Raises Complaint(MISMATCH) when one is left without images."""
     dataset = dataset_dir(settings)
     for stage, config in settings.select.items():  # before any work: a typing error is found at once
         for text in config.where:
@@ -65,10 +65,19 @@ def run(settings: DatasetConfig) -> None:
                         candidates = candidates or _candidates(settings)
                         _select(settings, stage, candidates, mark)
                     shown.update()
-    for stage in settings.select:
-        print(f"select {stage}: " + ", ".join(f"{name} {count}" for name, count in selection_counts(dataset, stage)))
+    told = {
+        stage: ", ".join(f"{name} {count}" for name, count in selection_counts(dataset, stage))
+        for stage in settings.select
+    }
+    for stage, counts in told.items():
+        print(f"select {stage}: {counts}")
     merge_quarantine(dataset)
     judge(settings, "select")
+    empty = [stage for stage in told if pq.read_metadata(selection_path(dataset, stage)).num_rows == 0]
+    if empty:  # the other stages can be trained all the same
+        raise Complaint(
+            ExitCode.MISMATCH, "; ".join(f"select.{stage} leaves no image: {told[stage]}" for stage in empty)
+        )
 
 
 def selection_path(dataset: Path, stage: str) -> Path:
@@ -145,8 +154,6 @@ def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: s
     if config.quota is not None:
         order = _by_quota(order, candidates.values(config.quota.by, order), config.quota)
         counts.append(("quota", len(order)))
-    if len(order) == 0:
-        raise Halt(ExitCode.MISMATCH, f"select.{stage} leaves no image: " + ", ".join(f"{n} {c}" for n, c in counts))
     _write(settings, stage, candidates, np.sort(order), allowed, counts, mark)
 
 

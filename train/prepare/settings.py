@@ -18,6 +18,7 @@ from omegaconf import MISSING
 from train.exits import ExitCode, Halt
 from train.schema import load_into
 
+MAX_REPEATS = 32_767  # what the tables' int16 holds
 STEPS = ("ingest", "probe", "score", "tag", "dedupe", "label", "select", "latents", "report")
 
 
@@ -339,9 +340,16 @@ def _problems(settings: DatasetConfig) -> list[str]:
         if source.npz_vae is not None and settings.latents.content != "sample":
             found.append(f"sources[{number}].npz_vae: .npz hold one draw, which needs latents.content: sample")
     for stage, select in settings.select.items():
-        if select.repeats < 1 or select.min_bucket < 1:
-            found.append(f"select.{stage}: repeats and min_bucket must be at least 1")
+        if not 1 <= select.repeats <= MAX_REPEATS or select.min_bucket < 1:
+            found.append(f"select.{stage}: repeats must be in 1..{MAX_REPEATS}, min_bucket at least 1")
+        if select.quota is not None and not _is_division(select.quota):
+            found.append(f"select.{stage}.quota: shares are parts of 1 and sum up to it at most; total is at least 1")
     return found + _policy_problems(settings.policy)
+
+
+def _is_division(quota: QuotaConfig) -> bool:
+    shares = quota.shares.values()
+    return quota.total >= 1 and all(share >= 0 for share in shares) and 0 < sum(shares) <= 1 + 1e-9
 
 
 def _policy_problems(policy: PolicyConfig) -> list[str]:

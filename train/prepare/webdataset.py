@@ -20,7 +20,7 @@ from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
-Sample = dict[str, Any]  # images: member names, json and txt: bytes
+Sample = dict[str, Any]  # images: member names, json and txt: bytes, about: the member that held one of them
 
 
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
@@ -84,10 +84,15 @@ def _add(sample: Sample, archive: tarfile.TarFile, info: tarfile.TarInfo) -> Non
     elif suffix in (".json", ".txt"):
         limit = MAX_VALUE_BYTES if suffix == ".json" else MAX_CAPTION_BYTES
         data = archive.extractfile(info)
+        sample["about"] = info.name
         sample[suffix[1:]] = data.read(limit + 4) if data else b""
 
 
 def _posts(source: SourceConfig, root: Path, name: str, sample: Sample) -> Iterator[RawPost | Quarantine]:
+    if not sample["images"] and "about" in sample:
+        place = f"{name}/{sample['about']}"
+        error = BadRecord(f"{place} belongs to no picture in the tar")
+        yield _quarantine(source, place, "missing_file", str(error), error)
     for member in sample["images"]:
         place = f"{name}/{member}"
         try:
