@@ -125,7 +125,7 @@ def test_a_damaged_classifier_is_named(tmp_path: Path, name: str) -> None:
     (folder / name).write_bytes((folder / name).read_bytes()[:20])
     with pytest.raises(Halt, match=r"score\.model .* cannot be loaded") as stopped:
         score.load_classifier(ScoreConfig("hf_image_classification", model=str(folder), device="cpu"))
-    assert stopped.value.code == ExitCode.USAGE
+    assert stopped.value.code == ExitCode.MISMATCH
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ def test_tagger_on_the_real_runtime(tmp_path: Path) -> None:
     (model / "model.onnx").write_bytes(b"no model")
     with pytest.raises(Halt, match=r"model\.onnx cannot be loaded") as stopped:
         tag.run(config)
-    assert stopped.value.code == ExitCode.USAGE
+    assert stopped.value.code == ExitCode.MISMATCH
 
 
 def test_tagger_output_passes_the_hard_exclusions(tmp_path: Path) -> None:

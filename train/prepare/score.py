@@ -173,18 +173,19 @@ def accepted(dataset: Path, keep: pa.Array | None = None) -> pa.Table:
     return found.combine_chunks()
 
 
-def load_classifier(config: ScoreConfig) -> tuple[Predict, str, str]:
+def load_classifier(config: ScoreConfig, option: str = "score.model") -> tuple[Predict, str, str]:
     """(probabilities of `score.label` for a batch, model id, hash of its preprocessing) of a local folder.
 
     The model's weights are safetensors only. bf16 on a GPU; the probability is taken in float32, by the function that
-    the model was trained for, as the library's own pipeline chooses it. Raises Halt(USAGE).
+    the model was trained for, as the library's own pipeline chooses it. Raises Halt, which names `option`: USAGE
+    (no such model, unknown label), MISMATCH (cannot be loaded).
     """
     import torch
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     folder = Path(config.model or "")
     if not (folder / "config.json").is_file():
-        raise Halt(ExitCode.USAGE, f"score.model {folder} is not a folder with an image-classification model")
+        raise Halt(ExitCode.USAGE, f"{option} {folder} is not a folder with an image-classification model")
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     options = {"local_files_only": True}
@@ -192,7 +193,8 @@ def load_classifier(config: ScoreConfig) -> tuple[Predict, str, str]:
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)
         model = AutoModelForImageClassification.from_pretrained(folder, use_safetensors=True, dtype=dtype, **options)
     except Exception as error:  # libraries raise whatever they like: OSError, ValueError, JSONDecodeError, SafetensorError
-        raise Halt(ExitCode.USAGE, f"score.model {folder} cannot be loaded: {type(error).__name__}: {error}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise Halt(ExitCode.MISMATCH, f"{option} {folder} cannot be loaded: {reason}") from error
     model = model.to(device).eval()
     # Softmax over a single logit is 1 for every picture.
     sigmoid = model.config.problem_type == "multi_label_classification" or model.config.num_labels == 1

@@ -83,7 +83,7 @@ def _from_column(config: TagConfig, dataset: Path, wanted: pa.Array | None) -> N
 
 def _from_wd(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) -> None:
     folder = Path(settings.tag.model or "")
-    session = load_session(folder, settings.tag)
+    session = load_session(folder)
     vocabulary = read_vocabulary(folder / "selected_tags.csv")
     with open(folder / "model.onnx", "rb") as file:
         model = f"{folder.name}@{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
@@ -104,15 +104,16 @@ def _from_wd(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) ->
     run_model(settings, step, settings.tag.batch, predict, row, "tag", wanted)
 
 
-def load_session(folder: Path, config: TagConfig) -> Any:
-    """The ONNX session; needs the extra `tag`. Raises Halt(USAGE) naming what is missing."""
+def load_session(folder: Path, option: str = "tag.model") -> Any:
+    """The ONNX session; needs the extra `tag`. Raises Halt, which names `option`: USAGE (what is missing), MISMATCH
+    (cannot be loaded)."""
     try:
         import onnxruntime
     except ImportError as error:
         raise Halt(ExitCode.USAGE, "tag.source: wd needs onnxruntime: pip install -e .[tag]") from error
     for name in ("model.onnx", "selected_tags.csv"):
         if not (folder / name).is_file():
-            raise Halt(ExitCode.USAGE, f"tag.model {folder} has no {name}")
+            raise Halt(ExitCode.USAGE, f"{option} {folder} has no {name}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     # Others are listed too, such as remote ones and TensorRT, which compiles for minutes.
@@ -121,7 +122,7 @@ def load_session(folder: Path, config: TagConfig) -> Any:
     try:
         return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
     except Exception as error:  # the runtime's own family, without a common base
-        raise Halt(ExitCode.USAGE, f"tag.model: {folder / 'model.onnx'} cannot be loaded: {error}") from error
+        raise Halt(ExitCode.MISMATCH, f"{option} {folder / 'model.onnx'} cannot be loaded: {error}") from error
 
 
 def read_vocabulary(path: Path) -> list[tuple[str, int]]:

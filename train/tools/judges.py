@@ -19,7 +19,7 @@ from PIL import Image
 from train.exits import ExitCode, Halt
 from train.inference import open_device
 from train.prepare import score, tag
-from train.prepare.settings import ScoreConfig, TagConfig
+from train.prepare.settings import ScoreConfig
 
 DRAWN_WORLD = "tiny_world"  # in place of a tagger's folder: the rule that knows the drawn world's hair colours
 _CHARACTER, _RATING = 4, 9  # categories of the WD tagger
@@ -64,9 +64,8 @@ def open_aesthetic(given: str, label: str, device: str = "auto") -> Aesthetic:
     labels = _labels("--aesthetic", folder)
     if label not in labels:
         raise Halt(ExitCode.USAGE, f"--aesthetic-label {label}: {folder} knows {', '.join(labels)}")
-    with _loading("--aesthetic", folder):
-        config = ScoreConfig(model=str(folder), label=label, device=str(open_device(device)))
-        predict, name, _ = score.load_classifier(config)
+    config = ScoreConfig(model=str(folder), label=label, device=str(open_device(device)))
+    predict, name, _ = score.load_classifier(config, "--aesthetic")
     return Aesthetic(name, label, predict)
 
 
@@ -119,7 +118,7 @@ def open_tagger(given: str, general: float = 0.35, character: float = 0.85, devi
 
 
 def _wd(folder: Path, general: float, character: float) -> Tagger:
-    session = tag.load_session(folder, TagConfig(model=str(folder)))
+    session = tag.load_session(folder, "--tagger")
     vocabulary = tag.read_vocabulary(folder / "selected_tags.csv")
     kept = [number for number, (_, category) in enumerate(vocabulary) if category != _RATING]
     limits = np.array([character if vocabulary[n][1] == _CHARACTER else general for n in kept], np.float32)
