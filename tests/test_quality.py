@@ -297,7 +297,7 @@ def test_wd_tagger_by_its_thresholds(tmp_path: Path, monkeypatch: pytest.MonkeyP
         def run(self, _: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
             return [np.tile(np.array([0.99, 0.4, 0.6, 0.2], np.float32), (len(feeds["input"]), 1))]
 
-    monkeypatch.setattr(tag, "load_session", lambda folder, config: Session())
+    monkeypatch.setattr(tag, "load_session", lambda folder, option: Session())
     judge = judges.open_tagger(str(folder))
     assert judge.tags == ("long hair", "hero (x)", "^ ^")  # no rating
     assert judge.see([plain((0, 0, 0))] * 2).tolist() == [[True, False, False]] * 2

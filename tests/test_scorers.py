@@ -163,7 +163,7 @@ def test_tagger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (model / "selected_tags.csv").write_text(VOCABULARY)
     (model / "model.onnx").write_bytes(b"weights")
     session = _Session()
-    monkeypatch.setattr(tag, "load_session", lambda folder, config: session)
+    monkeypatch.setattr(tag, "load_session", lambda folder: session)
     config = world(tmp_path, tag=TagConfig("wd", model=str(model), batch=3))
     ingest.run(config)
     probe.run(config)
@@ -250,7 +250,7 @@ def test_pixels_of_the_tagger() -> None:
 def test_missing_model_names_what_is_missing(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     with pytest.raises(Halt, match=r"has no model\.onnx"):
-        tag.load_session(tmp_path, TagConfig("wd", model=str(tmp_path)))
+        tag.load_session(tmp_path)
 
 
 def test_shipped_config_documents_every_key() -> None:
