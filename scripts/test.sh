@@ -10,4 +10,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" TOKENIZERS_PARALLELISM=false HF_H
 if [ "$#" -eq 0 ]; then
   set -- -m "not slow and not gpu"
 fi
-exec .venv/bin/python -m pytest "$@"
+# Two test processes, a file to one of them; `-n 0` after it runs all in this process, as a debugger wants.
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

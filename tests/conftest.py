@@ -38,3 +38,9 @@ def straight(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathF
     stage = Stage(tmp_path_factory.mktemp("straight"), dataset, base_model)
     assert stage.run() == 0, stage.message
     return stage.output
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first, so that parallel test processes end together; whole files stay whole."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

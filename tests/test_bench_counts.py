@@ -82,7 +82,6 @@ def test_text_bytes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("bucket", AREAS)
 def test_every_area_forward(unet: torch.nn.Module, bucket: tuple[int, int]) -> None:
     set_checkpointing(unet, "none")
@@ -93,7 +92,6 @@ def test_every_area_forward(unet: torch.nn.Module, bucket: tuple[int, int]) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("steps", range(6))
 def test_every_mode(unet: torch.nn.Module, steps: int) -> None:
     for bucket, context in (((1024, 1024), 227), ((512, 1856), 231)):
@@ -102,7 +100,6 @@ def test_every_mode(unet: torch.nn.Module, steps: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.long
 @pytest.mark.parametrize("steps", range(6))
 def test_every_mode_with_16_bit_weights(steps: int) -> None:
     unet = counts.sdxl_unet(torch.bfloat16)

@@ -14,7 +14,7 @@ from lab import Lab
 from train import guard, loop, validation
 from train.tools import chaos
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TIMEOUT_S = 5
 
 

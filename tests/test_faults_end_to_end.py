@@ -22,7 +22,7 @@ from lab import CANARY, UPDATES, Lab
 from train import checkpoint
 from train.tools import chaos, chaos_world, show_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[1]
 
 
