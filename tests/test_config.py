@@ -76,6 +76,62 @@ def test_refusals_name_the_key(stage_yaml: Path, override: str, words: str) -> N
     assert words in refusal(stage_yaml, override)
 
 
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("model: {vae: '${data.path}'}", "model.vae"),
+        ("model: {vae: 'x/${seed}/y'}", "model.vae"),
+        ("resume: {accept: [data, '${seed}']}", "resume.accept[1]"),
+        ("optimizer: {eps: {a: [{b: '${oc.env:HF_TOKEN}'}]}}", "optimizer.eps.a[0].b"),
+        ("data: {path: '${oc.env:ANIX_DATA,${oc.env:HF_TOKEN}}'}", "data.path"),
+        ("data: {path: '${oc.env:ANIX_DATA}${oc.env:HF_TOKEN}'}", "data.path"),
+        ("data: {path: '${oc.env:${export.title}}', select: HF_TOKEN}", "data.path"),
+        ("data: {path: '${${export.title}:HF_TOKEN}'}", "data.path"),
+        ('data: {path: "${oc.env:\\nHF_TOKEN}"}', "data.path"),
+        ("data: {path: '${oc.env:ANIX_DATA,a,b}'}", "data.path"),
+        ("data: {path: '\\${oc.env:ANIX_DATA}'}", "data.path"),
+        ("data: '${model}'", "data"),
+        ("seed: '${epochs}'", "seed"),
+        ("tracking: {name: '${tracking.name}'}", "tracking.name"),
+        ("data: {'${seed}': 3}", "data.${seed}"),
+    ],
+)
+def test_references_are_refused_by_the_name_of_their_key(
+    stage_yaml: Path, monkeypatch: pytest.MonkeyPatch, text: str, key: str
+) -> None:
+    monkeypatch.setenv("ANIX_DATA", "/home/somebody/data")
+    monkeypatch.setenv("HF_TOKEN", "hf_CanaryCanaryCanary")
+    overlay = stage_yaml.with_name("overlay.yaml")
+    overlay.write_text(text)
+    with pytest.raises(Halt) as caught:
+        load_stage([stage_yaml, overlay])
+    assert caught.value.code == ExitCode.USAGE
+    assert caught.value.message.startswith(f"{key}: ")
+    assert "only ${oc.env:NAME}" in caught.value.message
+    assert "Canary" not in caught.value.message
+
+
+def test_every_refused_reference_of_all_sources_stands_in_one_message(stage_yaml: Path) -> None:
+    overlay = stage_yaml.with_name("overlay.yaml")
+    overlay.write_text("model: {vae: '${seed}'}")
+    with pytest.raises(Halt) as caught:
+        load_stage([stage_yaml, overlay], ["data.path=${model.vae}", "model.vae=x"])
+    assert "model.vae: " in caught.value.message
+    assert "data.path: " in caught.value.message
+    assert "override 'resume.accept=[${seed}]'" in refusal(stage_yaml, "resume.accept=[${seed}]")
+
+
+def test_what_the_environment_holds_is_text_and_judged_as_such(
+    stage_yaml: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ANIX_DATA", "5")
+    assert "seed is '5', must be a whole number" in refusal(stage_yaml, "seed=${oc.env:ANIX_DATA}")
+    assert "data must hold keys and values" in refusal(stage_yaml, "data=${oc.env:ANIX_DATA}")
+    monkeypatch.delenv("ANIX_DATA")
+    assert "data.path: " in refusal(stage_yaml, "data.path=${oc.env:ANIX_DATA}")
+    assert load_stage([stage_yaml], ["data.path=${oc.env:ANIX_DATA,data}/x"]).data.path == "data/x"
+
+
 def test_strict_refuses_what_cannot_promise_its_bits(stage_yaml: Path) -> None:
     depends = ("batch.split=auto", "model.gradient_checkpointing=auto", "model.weights=bf16", "model.attention=cudnn")
     for override in depends:

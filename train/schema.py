@@ -33,10 +33,11 @@ def load_into(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[
     Raises Halt(USAGE) for a missing file, unknown key, wrong type, bad choice or missing value.
     """
     merged = merge_sources(paths, overrides)
-    problems = list(_problems(schema, OmegaConf.to_container(merged, resolve=False), "", all_keys(schema)))
-    if problems:
-        raise Halt(ExitCode.USAGE, "; ".join(problems))
     try:
+        # Types are judged as they are after resolution: what the environment holds is text, and nothing is converted.
+        found = OmegaConf.to_container(merged, resolve=True)
+        if problems := list(_problems(schema, found, "", all_keys(schema))):
+            raise Halt(ExitCode.USAGE, "; ".join(problems))
         config = OmegaConf.merge(OmegaConf.structured(schema), merged)
         missing = sorted(OmegaConf.missing_keys(config))
         if missing:
@@ -53,23 +54,16 @@ def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> Dict
     if not paths:
         raise Halt(ExitCode.USAGE, "no config given: --config FILE")
     layers = [_load_yaml(Path(path)) for path in paths]
-    for override in overrides:
-        key, equals, _ = override.partition("=")
-        if not equals or not key.strip():
-            raise Halt(ExitCode.USAGE, f"override {override!r} is not of the form key=value")
-    try:
-        layers.append(OmegaConf.from_dotlist(list(overrides)))
-    except Exception as error:  # the YAML scanner raises its own family here
-        raise Halt(ExitCode.USAGE, f"cannot read the overrides {list(overrides)}: {error}") from error
+    layers += [_load_override(override) for override in overrides]
+    _refuse_references([OmegaConf.to_container(layer, resolve=False) for layer in layers])
     try:
         merged = OmegaConf.merge(*layers)
+        # OmegaConf's word for a missing value: in a merge it quietly leaves what was there
+        if empty := sorted({key for layer in layers for key in OmegaConf.missing_keys(layer)}):
+            raise Halt(ExitCode.USAGE, f"{', '.join(empty)}: ??? is no value; give one, or leave the key out")
     except OmegaConfBaseException as error:  # a section in one, a number in the other
         told = ", ".join([*map(str, paths), *overrides])
         raise Halt(ExitCode.USAGE, f"{told} do not go together: {str(error).splitlines()[0]}") from error
-    # OmegaConf's word for a missing value: in a merge it quietly leaves what was there
-    if empty := sorted({key for layer in layers for key in OmegaConf.missing_keys(layer)}):
-        raise Halt(ExitCode.USAGE, f"{', '.join(empty)}: ??? is no value; give one, or leave the key out")
-    _refuse_references(OmegaConf.to_yaml(merged, resolve=False))
     return typing.cast(DictConfig, merged)
 
 
@@ -87,14 +81,41 @@ def _load_yaml(path: Path) -> DictConfig:
     return config
 
 
-def _refuse_references(text: str) -> None:
-    for name, argument in re.findall(r"\$\{\s*([\w.]+)\s*:\s*([^}]*)\}", text):
-        variable = argument.split(",")[0].strip()
-        if name != "oc.env" or variable not in ENVIRONMENT:
-            raise Halt(
-                ExitCode.USAGE,
-                f"reference ${{{name}:{argument}}} is refused: only ${{oc.env:NAME}} with {', '.join(ENVIRONMENT)}",
-            )
+def _load_override(override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip():
+        raise Halt(ExitCode.USAGE, f"override {override!r} is not of the form key=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # the YAML scanner raises its own family here
+        hint = f" ({_REFERENCE_RULE}; with brackets around it, in quotes)" if "${" in override else ""
+        raise Halt(ExitCode.USAGE, f"override {override!r} cannot be read: {error}{hint}") from error
+
+
+_REFERENCE_RULE = f"only ${{oc.env:NAME}} or ${{oc.env:NAME,default}} is taken, NAME one of {', '.join(ENVIRONMENT)}"
+_REFERENCE = re.compile(rf"(?<!\\)\$\{{oc\.env: *(?:{'|'.join(ENVIRONMENT)}) *(?:,[^${{}}()\[\],'\"\\\n]*)?\}}")
+
+
+def _refuse_references(layers: Sequence[Any]) -> None:
+    """Halt(USAGE) naming every key whose value, or name, refers to more than a listed location."""
+    found = {key: text for layer in layers for key, text in _texts(layer, "") if "${" in _REFERENCE.sub("", text)}
+    if found:
+        told = "; ".join(f"{key}: {text[:200]!r} holds a reference that is refused" for key, text in found.items())
+        raise Halt(ExitCode.USAGE, f"{told}: {_REFERENCE_RULE}. Write the value itself")
+
+
+def _texts(value: Any, key: str) -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every text in a container; a key's own name is a text too."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            full = f"{key}.{name}" if key else str(name)
+            yield full, str(name)
+            yield from _texts(inner, full)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _texts(inner, f"{key}[{number}]")
 
 
 def all_keys(schema: type, prefix: str = "") -> list[str]:
@@ -136,8 +157,6 @@ def _hints(schema: type) -> dict[str, Any]:
 
 def _problems(hint: Any, value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
     """Messages for everything in `value` that does not fit the annotation `hint`."""
-    if isinstance(value, str) and "${" in value:
-        return  # references are judged after resolution
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         yield from _section_problems(typing.cast(type, hint), value, key, known)
