@@ -309,10 +309,18 @@ def test_disk_too_full_is_known_before_writing(run, monkeypatch):
     with pytest.raises(Halt) as caught:
         save_steps(run, 20, settings=CheckpointConfig(on_full_disk="stop"))
     assert caught.value.code == ExitCode.CANNOT_WRITE
-    with pytest.raises(Halt) as caught:
-        checkpoint.check_space(run, checkpoint.checkpoint_bytes(some_tensors()), KEEP2)
-    assert caught.value.code == ExitCode.MISMATCH
+    assert "the disk has 0.1 kB" in str(checkpoint.lacking_space(run, checkpoint.checkpoint_bytes(some_tensors()), KEEP2))
     assert steps_of(run) == [10]
+
+
+def test_what_a_killed_save_left_counts_as_room_because_it_goes_when_the_run_begins(run, monkeypatch):
+    one = checkpoint.checkpoint_bytes(some_tensors())
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: one)
+    assert checkpoint.lacking_space(run, one, KEEP2) is not None
+    for name in ("step-00000010.tmp", "step-00000004.del"):
+        (run.checkpoints / name).mkdir()
+        (run.checkpoints / name / "model.safetensors").write_bytes(b"x" * 2 * one)
+    assert checkpoint.lacking_space(run, one, KEEP2) is None
 
 
 def test_waiting_for_space_goes_on_when_there_is_some(run, monkeypatch):

@@ -57,8 +57,9 @@ def restart(path: Path) -> int:
         if manifest.step_of(entry.name) is not None:
             manifest.verify(entry)  # nothing torn ever carries a checkpoint's name
     run = rundir.open_run_dir(path, "s")
-    assert not [n for n in os.listdir(run.checkpoints) if manifest.step_of(n) is None]
     loaded = checkpoint.load_newest(run, EXPECT)
+    rundir.remove_leftovers(run.path)
+    assert not [n for n in os.listdir(run.checkpoints) if manifest.step_of(n) is None]
     assert loaded.problems == ()
     assert float(loaded.tensors("model")["w"][0]) == loaded.progress.step
     save(run, 30)

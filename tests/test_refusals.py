@@ -19,6 +19,10 @@ from train.rundir import open_run_dir
 NOTES = {"exit.json", ".lock", "attempts.json"}
 
 
+# What a killed run left, and what is the user's: a refused start removes neither.
+BESIDE = ("checkpoints/step-00000009.tmp", "checkpoints/step-00000001.del", "config.yaml.tmp", "notes.tmp")
+
+
 def kept(folder: Path) -> dict[str, str]:
     return {name: digest for name, digest in tree(folder).items() if name not in NOTES}
 
@@ -28,6 +32,8 @@ def stopped(dataset: Path, base_model: Path, tmp_path_factory: pytest.TempPathFa
     """A run that was stopped after update 3."""
     stage = Stage(tmp_path_factory.mktemp("stopped"), dataset, base_model)
     assert stage.run(ANIX_FAULT="control@2:term") == ExitCode.STOPPED
+    for name in BESIDE:
+        (stage.output / name).write_text("left over")
     return stage
 
 
@@ -167,6 +173,17 @@ def test_a_refusal_is_recorded_and_a_first_start_can_be_repeated(
     assert stage.run("max_updates=1") == ExitCode.DONE
 
 
+def test_a_disk_too_small_changes_nothing(stopped: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = kept(stopped.output)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint.free_bytes", lambda path: 1000)
+        assert stopped.run("checkpoint.every_steps=3") == ExitCode.MISMATCH
+    assert "the disk has 1 kB" in stopped.message
+    assert kept(stopped.output) == before
+
+
 def test_after_all_that_the_run_still_ends_as_it_should(stopped: Stage, straight: Path) -> None:
+    assert all((stopped.output / name).exists() for name in BESIDE)
     assert stopped.run() == ExitCode.DONE, stopped.message
     assert result(stopped.output) == result(straight)
+    assert [name for name in BESIDE if (stopped.output / name).exists()] == ["notes.tmp"]

@@ -151,14 +151,41 @@ def test_leftovers_go_and_the_rest_stays(tmp_path):
         (steps / name).mkdir()
         (steps / name / "f").write_text("x")
     (steps / "step-00000004.tmp").symlink_to(outside)
-    for name in ("exit.json", "exit.3.json", "exit_notes.json", "config.yaml.tmp"):
+    mine = ["notes.tmp", "notes.json.tmp", "old.del", "exit_notes.json"]  # the user's, whatever they are called
+    left = ["exit.json.tmp", "exit.3.json.tmp", "config.yaml.tmp", ".s.safetensors.anix.tmp", "step-00000002.tmp",
+            "step-00000003.del", "step-00000004.tmp", "step-00000005.manifest.tmp", "step-00000005.manifest.tmp.tmp"]  # fmt: skip
+    (steps / "step-00000005.manifest.tmp").write_text("")
+    (steps / "step-00000005.manifest.tmp.tmp").write_text("")
+    for name in (*mine, *left[:4], "exit.json", "exit.3.json"):
         (tmp_path / name).write_text("{}")
     again = rundir.open_run_dir(tmp_path, "s")
     assert again.run_id == run_id
+    assert {entry.name for entry in rundir.leftovers(tmp_path)} == set(left), "they stay until the run begins"
+    rundir.remove_leftovers(tmp_path)
     assert [p.name for p in steps.iterdir()] == ["step-00000001"]
     assert (outside / "precious").exists()
-    assert {p.name for p in tmp_path.iterdir()} == {".lock", "run.json", "checkpoints", "exit_notes.json"}
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "run.json", "checkpoints", *mine}
     again.close()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "model", "checkpoints/mine", "s.safetensors", "DONE", "exit.json"])
+def test_somebodys_folder_is_no_run_directory(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine: 1\n")
+    (tmp_path / "notes.tmp").write_text("mine")
+    with pytest.raises(Halt, match=f"holds {name.partition('/')[0]} and is no run directory") as caught:
+        rundir.open_run_dir(tmp_path, "s")
+    assert caught.value.code == ExitCode.MISMATCH
+    assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == {name, "notes.tmp"}
+    assert (tmp_path / name).read_text() == "mine: 1\n"
+
+
+def test_a_folder_with_other_files_and_a_plan_is_taken(tmp_path):
+    for name in ("plan.json", "lr.png", "notes.txt"):
+        (tmp_path / name).write_text("x")
+    rundir.open_run_dir(tmp_path, "s").close()
+    rundir.open_run_dir(tmp_path, "s").close()
+    assert (tmp_path / "notes.txt").read_text() == "x"
 
 
 def test_replace_file_is_whole_or_absent(tmp_path, monkeypatch):

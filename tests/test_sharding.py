@@ -18,6 +18,7 @@ from train import preflight
 from train.config import load_stage
 from train.exits import ExitCode, Halt
 from train.memory import setup_of
+from train.rundir import open_run_dir
 from train.sharding import Shares, assign
 from train.tools.ranks import Ranks, warm_up
 from train.update import Place
@@ -194,19 +195,18 @@ def test_the_planner_counts_the_share() -> None:
     assert setup_of(load_stage([Path("configs/pretrain.yaml")], []), 2).shards == 1
 
 
-class _Sessionlike:
-    """What the check of host memory looks at."""
-
-    def __init__(self, rank: int) -> None:
-        self.parameters = _parameters(0)
-        self.shares = Shares(self.parameters, Place(rank, 2, torch.device("cpu")))
-        self.saver = object() if rank == 0 else None
-        self.config = load_stage([Path("configs/pretrain.yaml")], [])
-
-
-def test_a_host_too_small_to_gather_is_refused_before_the_first_update(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_and_a_disk_too_small_are_refused_together_before_the_first_update(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config, parameters = load_stage([Path("configs/pretrain.yaml")], []), _parameters(0)
+    run = open_run_dir(tmp_path, "pretrain")
+    shares = Shares(parameters, Place(0, 2, torch.device("cpu")))
     monkeypatch.setattr(preflight, "available_host_bytes", lambda: 10)
-    preflight.check_host(_Sessionlike(1))  # type: ignore[arg-type]
+    preflight.check_room(config, run, parameters, None)
     with pytest.raises(Halt, match="zero1 gathers") as halt:
-        preflight.check_host(_Sessionlike(0))  # type: ignore[arg-type]
+        preflight.check_room(config, run, parameters, shares)
     assert halt.value.code == ExitCode.MISMATCH
+    monkeypatch.setattr("train.checkpoint.free_bytes", lambda path: 10)
+    with pytest.raises(Halt, match=r"(?s)checkpoints need .*\n.*zero1 gathers"):
+        preflight.check_room(config, run, parameters, shares)
+    run.close()

@@ -26,7 +26,7 @@ from train import faults, manifest, resume, tensorfile
 from train.config import CheckpointConfig
 from train.exits import ExitCode, Halt
 from train.manifest import Damaged, FileRecord, Manifest
-from train.rundir import RunDir, free_bytes, fsync_dir, replace_file, write_all
+from train.rundir import RunDir, free_bytes, fsync_dir, leftover_bytes, replace_file, write_all
 
 SPACE_FACTOR = 1.05  # file systems need room for their own records
 STATE_SCHEMA = 1
@@ -123,18 +123,18 @@ def checkpoint_bytes(tensors: Tensors) -> int:
     return sum(tensorfile.file_bytes(group) for group in tensors.values())
 
 
-def check_space(run: RunDir, one_bytes: int, settings: CheckpointConfig) -> None:
-    """Halt(MISMATCH) at start when the disk cannot hold `keep` checkpoints of that size and the one being written."""
+def lacking_space(run: RunDir, one_bytes: int, settings: CheckpointConfig) -> str | None:
+    """What is wrong when the disk cannot hold `keep` checkpoints of that size and the one being written; else None."""
     one = one_bytes * SPACE_FACTOR
     there = sum(m.total_bytes for _, _, m in _committed(run.checkpoints))
     need = max(one, (settings.keep + 1) * one - there)
-    have = free_bytes(run.checkpoints)
-    if have < need:
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"output_dir {run.path}: checkpoints need {_gb(need)} more ({settings.keep} kept + 1 being written, "
-            f"{_gb(one)} each), the disk has {_gb(have)}. Free some, or lower checkpoint.keep (least 2)",
-        )
+    have = free_bytes(run.checkpoints) + leftover_bytes(run.path)
+    if have >= need:
+        return None
+    return (
+        f"output_dir {run.path}: checkpoints need {_gb(need)} more ({settings.keep} kept + 1 being written, "
+        f"{_gb(one)} each), the disk has {_gb(have)}. Free some, or lower checkpoint.keep (least 2)"
+    )
 
 
 # --- loading -----------------------------------------------------------------------------------------
@@ -171,7 +171,9 @@ def load_newest(run: RunDir, expectations: resume.Expectations, *, verify: str =
     Raises Halt: NO_CHECKPOINT when some exist and none is sound (with every reason), MISMATCH when the newest
     sound one was written under settings that must not change.
     """
-    entries = sorted((e for e in os.listdir(run.checkpoints) if not e.startswith(".")), key=_newest_first)
+    # Half-written and half-deleted ones have never been, or are no more: they go when the run begins.
+    names = (e for e in os.listdir(run.checkpoints) if not e.startswith(".") and not e.endswith((".tmp", ".del")))
+    entries = sorted(names, key=_newest_first)
     if run.look_up_to is not None:
         entries = [e for e in entries if (step := manifest.step_of(e)) is not None and step <= run.look_up_to]
     problems: list[str] = []
@@ -191,10 +193,6 @@ def load_newest(run: RunDir, expectations: resume.Expectations, *, verify: str =
             f"{run.checkpoints}: no checkpoint is usable, and starting over is not done silently:\n  "
             + "\n  ".join(problems) + "\nRestore one from a copy, or choose another output_dir",
         )  # fmt: skip
-    if run.rank == 0:  # a run killed before its first checkpoint has logged updates that will come again
-        for name in ("metrics.jsonl", "validation.jsonl"):
-            resume.cut_metrics(run.path / name, 0)
-        resume.cut_trace(run.path / "trace.txt", 0)
     return None
 
 

@@ -46,11 +46,6 @@ class HeldOut:
             log.warning("validation.share %g holds out no image of this selection", config.validation.share)
         if config.validation.every_steps and place.is_main and (leaky := leak(config)):
             log.warning(leaky)
-        if config.validation.every_steps and place.is_main and len(self.index):
-            try:
-                replace_file(Path(config.output_dir) / FILE, members(self.index))
-            except OSError as error:  # a report without strata is not worth the run
-                log.warning("%s: cannot be written: %s", FILE, error)
         self.reader = ShardReader(config.data.path)
         self.tokens, self.networks, self.place = tokens, networks, place
         self.micro = config.batch.micro
@@ -63,6 +58,14 @@ class HeldOut:
             config.precision,
             attention=config.model.attention,
         )
+
+    def remember(self, run_path: Path) -> None:
+        """Write which images are held out beside the run's other files."""
+        if len(self.index):
+            try:
+                replace_file(run_path / FILE, members(self.index))
+            except OSError as error:  # a report without strata is not worth the run
+                log.warning("%s: cannot be written: %s", FILE, error)
 
     def measure(self, step: int, update: int, tracker: Tracker, stop: StopFlag) -> None:
         """Measure the weights of now and write a line of validation.jsonl; no random state is touched."""

@@ -6,21 +6,26 @@ Shape legend: B images of a tile (or of the part in which it is executed), C H W
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import nn
 
 from train import checkpoint, optim
+from train.config import StageConfig
 from train.dataset import Batch
 from train.exits import ExitCode, Halt
 from train.loop import Session
 from train.plan import Plan, Tile
+from train.rundir import RunDir
+from train.sharding import Shares
 from train.snapshot import available_host_bytes
 from train.text import TagTokenizer
 from train.update import image_losses
 
 log = logging.getLogger("anix")
+Parameters = Mapping[str, torch.nn.Parameter]  # trained ones by canonical name
 
 
 def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
@@ -35,8 +40,6 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
     The optimizer's state, which does not exist before the first step, is stood in for by an allocation of its size.
     Gradients are dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket.
     """
-    check_disk(session)
-    check_host(session)
     device, model = session.place.device, session.gradients.model
     target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     images = -(-session.config.batch.micro // session.diffusion.split)
@@ -67,29 +70,34 @@ def pending_state_bytes(session: Session) -> int:
     return optim.state_bytes(session.config.optimizer.name, held)
 
 
-def check_host(session: Session) -> None:
-    """Halt(MISMATCH) when the main process's host cannot take the optimizer state that ZeRO-1 gathers at a save."""
-    if session.shares is None or session.saver is None:
-        return
-    mine = session.shares.mine(session.parameters)
-    others = [parameter for name, parameter in session.parameters.items() if name not in mine]
-    need, have = optim.state_bytes(session.config.optimizer.name, others), available_host_bytes()
-    if have < need:
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"optimizer.sharding: zero1 gathers {need / 1e9:.1f} GB of optimizer state in the main process's host "
-            f"memory at every save, and {have / 1e9:.1f} GB are available; use none, or a host with more memory",
-        )
+def check_room(config: StageConfig, run: RunDir, parameters: Parameters, shares: Shares | None) -> None:
+    """Halt(MISMATCH) naming all that the disk and the host lack; before anything of the run directory is changed."""
+    problems = [problem for problem in (_disk(config, run, parameters), _host(config, parameters, shares)) if problem]
+    if problems:
+        raise Halt(ExitCode.MISMATCH, "\n".join(problems))
 
 
-def check_disk(session: Session) -> None:
-    """Halt(MISMATCH) with what is needed and what there is when the disk cannot hold the checkpoints to be kept."""
-    if session.saver is not None:
-        parameters = session.parameters.values()
-        weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-        averages = sum(4 * parameter.numel() for parameter in parameters) if session.ema is not None else 0
-        state = optim.state_bytes(session.config.optimizer.name, parameters)
-        checkpoint.check_space(session.run, weights + averages + state, session.config.checkpoint)
+def _host(config: StageConfig, parameters: Parameters, shares: Shares | None) -> str | None:
+    """What is wrong when the main process's host cannot take the optimizer state that ZeRO-1 gathers at a save."""
+    if shares is None:
+        return None
+    mine = shares.mine(parameters)
+    others = [parameter for name, parameter in parameters.items() if name not in mine]
+    need, have = optim.state_bytes(config.optimizer.name, others), available_host_bytes()
+    if have >= need:
+        return None
+    return (
+        f"optimizer.sharding: zero1 gathers {need / 1e9:.1f} GB of optimizer state in the main process's host "
+        f"memory at every save, and {have / 1e9:.1f} GB are available; use none, or a host with more memory"
+    )
+
+
+def _disk(config: StageConfig, run: RunDir, parameters: Parameters) -> str | None:
+    """What is needed and what there is, when the disk cannot hold the checkpoints to be kept."""
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    averages = sum(4 * parameter.numel() for parameter in parameters.values()) if config.ema.decay else 0
+    state = optim.state_bytes(config.optimizer.name, parameters.values())
+    return checkpoint.lacking_space(run, weights + averages + state, config.checkpoint)
 
 
 def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:

@@ -27,6 +27,12 @@ from train.masking import mask, mask_settings
 REPEATS_REFUSED = 2  # so many equal failures in a row, and the next start refuses
 _COUNTED = (ExitCode.UNEXPECTED, ExitCode.NON_FINITE, ExitCode.OUT_OF_MEMORY, ExitCode.PEER_LOST)
 _FILES = ("DONE", "config.yaml", "metrics.jsonl", "exit.json", "attempts.json", "run.json", "lineage.json", "trace.txt")
+# What a run makes beside these: a folder that holds any of it and no record of a run is somebody else's.
+_MADE = ("validation.jsonl", "held_out.json", "bad_step.json", "selection.safetensors", "model", "checkpoints")
+_LEFT_OF_FILES = re.compile(
+    "(" + "|".join(map(re.escape, (*_FILES, *_MADE, ".writable"))) + r"|exit\.\d+\.json|\..+\.anix)\.tmp"
+)
+_LEFT_OF_CHECKPOINTS = re.compile(r"step-\d{8,}(\.manifest(\.tmp)?)?\.(tmp|del)")
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 # A POSIX record lock belongs to the process: closing ANY descriptor of the file drops it. So a lock file
 # is opened once per process; the pid is part of the key because a forked child inherits this set, not the lock.
@@ -178,11 +184,13 @@ def open_run_dir(output_dir: Path | str, stage: str, *, rank: int = 0) -> RunDir
     """Create, lock and test the run directory; the first thing a run does.
 
     A finished directory is returned with `.done` set, unlocked, and nothing in it is touched. Only rank 0
-    locks and cleans. Raises Halt: MISMATCH (directory of another stage), LOCKED (names pid and host),
-    CANNOT_WRITE.
+    locks. What a killed run left stays until this one really begins: see `remove_leftovers`. Raises Halt:
+    MISMATCH (directory of another stage, or of something else), LOCKED (names pid and host), CANNOT_WRITE.
     """
     run = RunDir(Path(os.path.abspath(output_dir)), stage, rank)
     _refuse_what_is_in_the_way(run.path)
+    if rank == 0:  # by then the others may see what the first one has made
+        _refuse_foreign(run)
     _refuse_other_stage(run)
     run.done = read_done(run.path)
     if run.done is not None:
@@ -192,8 +200,8 @@ def open_run_dir(output_dir: Path | str, stage: str, *, rank: int = 0) -> RunDir
         if rank == 0:
             _lock(run)
             _test_writable(run.path)
-            remove_leftovers(run.path)
             _identify(run)
+            _remove_exits(run.path)
     except OSError as error:
         run.close()
         raise Halt(
@@ -211,18 +219,28 @@ def read_done(path: Path | str) -> dict[str, Any] | None:
     return (read_json(done) or {}) if done.is_file() else None
 
 
+def leftovers(path: Path) -> list[os.DirEntry[str]]:
+    """What a killed run left half-written (`.tmp`) or half-deleted (`.del`), by the names that runs give."""
+    found = [entry for entry in os.scandir(path) if _LEFT_OF_FILES.fullmatch(entry.name)]
+    return found + [e for e in os.scandir(path / "checkpoints") if _LEFT_OF_CHECKPOINTS.fullmatch(e.name)]
+
+
 def remove_leftovers(path: Path) -> None:
-    """Delete what a killed run left half-written (`*.tmp`) or half-deleted (`*.del`). Needs the lock."""
-    for folder in (path, path / "checkpoints"):
-        for entry in os.scandir(folder):
-            if entry.name.endswith((".tmp", ".del")):
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                else:
-                    os.unlink(entry.path)
-    for old in path.glob("exit*.json"):  # speaks of the previous start; a SIGKILL would leave it standing
-        if re.fullmatch(r"exit(\.\d+)?\.json", old.name):
-            old.unlink()
+    """Delete the leftovers. Needs the lock, and a start that can be refused no more: until then nothing is lost."""
+    for entry in leftovers(path):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        else:
+            os.unlink(entry.path)
+
+
+def leftover_bytes(path: Path) -> int:
+    """Room that `remove_leftovers` will make."""
+    total = 0
+    for entry in leftovers(path):
+        held = [Path(entry.path)] if not entry.is_dir(follow_symlinks=False) else Path(entry.path).rglob("*")
+        total += sum(file.lstat().st_size for file in held)
+    return total
 
 
 def free_bytes(path: Path | str) -> int:
@@ -243,6 +261,28 @@ def _refuse_what_is_in_the_way(path: Path) -> None:
             continue  # absent, or a dangling link: told when it is written
         if not stat.S_ISREG(mode):
             raise Halt(ExitCode.CANNOT_WRITE, f"{path / name} is not a regular file: move it away")
+
+
+def _refuse_foreign(run: RunDir) -> None:
+    """A run in somebody's folder would write over files that happen to have the names of ours."""
+    path = run.path
+    record = read_json(path / "run.json") or read_done(path) or {}
+    if "stage" in record or _stage_of_config(path) is not None:
+        return
+    names = (*_FILES, *_MADE, f"{run.stage}.safetensors", f"{run.stage}-ema.safetensors")
+    found = [path / name for name in names if os.path.lexists(path / name)]
+    taken = [file.name for file in found if not (file.name == "checkpoints" and _is_empty(file))]
+    if taken:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"output_dir {path} holds {', '.join(taken)} and is no run directory (no run.json of a stage): a run would "
+            "write over that. Choose another output_dir, or move these away",
+        )
+
+
+def _is_empty(folder: Path) -> bool:
+    """True for an empty folder, and for what is none: that is told when a checkpoint's folder is made."""
+    return not folder.is_dir() or not any(folder.iterdir())
 
 
 def _refuse_other_stage(run: RunDir) -> None:
@@ -275,6 +315,13 @@ def _identify(run: RunDir) -> None:
         known = {"run_id": secrets.token_hex(8), "stage": run.stage, "created": _now()}
         write_json(run.path / "run.json", known)
     run.run_id = str(known["run_id"])
+
+
+def _remove_exits(path: Path) -> None:
+    """exit.json speaks of the previous start; a SIGKILL would leave it standing."""
+    for old in path.glob("exit*.json"):
+        if re.fullmatch(r"exit(\.\d+)?\.json", old.name):
+            old.unlink()
 
 
 def _lock(run: RunDir) -> None:

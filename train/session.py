@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, guard, loop, optim, reduce, resume, rng, schedule, tensorfile
+from train import checkpoint, guard, loop, optim, preflight, reduce, resume, rng, schedule, tensorfile
 from train.checkpoint import Progress
 from train.config import StageConfig, config_hash, flatten
 from train.dataset import TileDataset
@@ -30,7 +30,7 @@ from train.models import Components, Networks, overlay, trained_parameters
 from train.noise import alphas_cumprod
 from train.plan import Plan
 from train.previews import Previews
-from train.rundir import RunDir
+from train.rundir import RunDir, remove_leftovers
 from train.scaler import loss_scale
 from train.signals import StopFlag
 from train.snapshot import Saver
@@ -96,9 +96,9 @@ def restore(
         loaded = checkpoint.load_newest(run, expected, verify=config.checkpoint.verify)
     except Halt as halt:
         raise Halt(halt.code, halt.message + (f"\nThe dataset changed: {changes}" if changes else "")) from halt
-    if is_main:
-        save_selection(run.path / SELECTION, index)
     if loaded is None:
+        if is_main:
+            begin(run, index, None)
         return None
     if loaded.progress.updates and loaded.manifest.files["optimizer.safetensors"].tensors == 0:
         raise Halt(ExitCode.MISMATCH, f"{loaded.path}: {loaded.progress.updates} updates, and no optimizer state")
@@ -113,13 +113,24 @@ def restore(
     if ema is not None:
         ema.load(loaded.tensors("ema"))
     if is_main:
-        resume.cut_metrics(run.metrics, loaded.progress.step)
-        resume.cut_trace(run.path / "trace.txt", loaded.progress.step)
-        resume.cut_metrics(run.path / "validation.jsonl", loaded.progress.step)
+        begin(run, index, loaded)
         log.info("resuming after update %d from %s", loaded.progress.step, loaded.path)
         if loaded.comparison.warned or loaded.comparison.accepted:
             log.warning("settings changed since the checkpoint:\n%s", loaded.comparison.table())
     return loaded
+
+
+def begin(run: RunDir, index: Index, loaded: checkpoint.Loaded | None) -> None:
+    """The first writes of a start, once nothing can refuse it any more: what an earlier start left over is cleared.
+
+    A run killed before its first checkpoint has logged updates that will come again.
+    """
+    step = loaded.progress.step if loaded else 0
+    remove_leftovers(run.path)
+    save_selection(run.path / SELECTION, index)
+    resume.cut_metrics(run.metrics, step)
+    resume.cut_trace(run.path / "trace.txt", step)
+    resume.cut_metrics(run.path / "validation.jsonl", step)
 
 
 def open_session(
@@ -143,8 +154,12 @@ def open_session(
     optimizer = make_optimizer(config, networks, shares)
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
     expected = expectations(config, data, source, networks, ema)
+    if place.is_main:
+        preflight.check_room(config, run, parameters, shares)
     loaded = restore(run, expected, networks, optimizer, ema, config, data.index, is_main=place.is_main)
     progress = loaded.progress if loaded else Progress()
+    if place.is_main and config.validation.every_steps:
+        held_out.remember(run.path)
     gradients = open_gradients(config, machine, networks)
     return Session(
         config=config,
