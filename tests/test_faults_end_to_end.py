@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from lab import CANARY, UPDATES, Lab
 
-from train import checkpoint
+from train import diskspace
 from train.tools import chaos, chaos_world, show_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -123,7 +123,7 @@ def test_f9_the_third_failure_in_a_row_is_exit_8(lab):
 
 
 def test_f10_a_disk_too_small_is_known_before_the_first_update(lab, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 100_000)  # the children inherit it
+    monkeypatch.setattr(diskspace, "free_bytes", lambda path: 100_000)  # the children inherit it
     assert lab.run("f10") == [7]
     assert re.search(r"checkpoints need .* the disk has 100 kB", lab.exit("f10")["reason"])
     assert chaos.metrics(lab.folder / "f10") == []

@@ -45,6 +45,19 @@ def test_it_leaves_nothing_behind(base_model: Path, dataset: Path, tmp_path: Pat
         assert not session.optimizer.state
 
 
+def test_a_disk_that_will_be_too_small_is_a_warning_and_the_run_goes_on(
+    base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = (Stage(tmp_path / name, dataset, base_model) for name in ("first", "second"))
+    with caplog.at_level("WARNING", logger="anix"):
+        assert first.run("max_updates=1") == ExitCode.DONE, first.message
+        assert "kept for ever" not in caplog.text
+        one = sum(file.stat().st_size for file in (first.output / "checkpoints/step-00000001").iterdir())
+        monkeypatch.setattr("train.diskspace.free_bytes", lambda path: 4 * one)
+        assert second.run("max_updates=4", "checkpoint.permanent_every_steps=1") == ExitCode.DONE, second.message
+    assert "4 more checkpoints will be kept for ever (checkpoint.permanent_every_steps: 1)" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError])
 def test_a_shape_that_does_not_fit_is_named(
     kind: type[Exception], base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

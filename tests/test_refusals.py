@@ -176,7 +176,7 @@ def test_a_refusal_is_recorded_and_a_first_start_can_be_repeated(
 def test_a_disk_too_small_changes_nothing(stopped: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     before = kept(stopped.output)
     with monkeypatch.context() as patch:
-        patch.setattr("train.checkpoint.free_bytes", lambda path: 1000)
+        patch.setattr("train.diskspace.free_bytes", lambda path: 1000)
         assert stopped.run("checkpoint.every_steps=3") == ExitCode.MISMATCH
     assert "the disk has 1 kB" in stopped.message
     assert kept(stopped.output) == before

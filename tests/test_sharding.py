@@ -18,6 +18,7 @@ from train import preflight
 from train.config import load_stage
 from train.exits import ExitCode, Halt
 from train.memory import setup_of
+from train.plan import Plan
 from train.rundir import open_run_dir
 from train.sharding import Shares, assign
 from train.tools.ranks import Ranks, warm_up
@@ -200,13 +201,14 @@ def test_a_host_and_a_disk_too_small_are_refused_together_before_the_first_updat
 ) -> None:
     config, parameters = load_stage([Path("configs/pretrain.yaml")], []), _parameters(0)
     run = open_run_dir(tmp_path, "pretrain")
+    plan = Plan([1, 2], [64, 64], [64, 64], seed=1, tile_images=1, tiles_per_update=2, epochs=1)
     shares = Shares(parameters, Place(0, 2, torch.device("cpu")))
     monkeypatch.setattr(preflight, "available_host_bytes", lambda: 10)
-    preflight.check_room(config, run, parameters, None)
+    preflight.check_room(config, run, plan, parameters, None)
     with pytest.raises(Halt, match="zero1 gathers") as halt:
-        preflight.check_room(config, run, parameters, shares)
+        preflight.check_room(config, run, plan, parameters, shares)
     assert halt.value.code == ExitCode.MISMATCH
-    monkeypatch.setattr("train.checkpoint.free_bytes", lambda path: 10)
+    monkeypatch.setattr("train.diskspace.free_bytes", lambda path: 10)
     with pytest.raises(Halt, match=r"(?s)checkpoints need .*\n.*zero1 gathers"):
-        preflight.check_room(config, run, parameters, shares)
+        preflight.check_room(config, run, plan, parameters, shares)
     run.close()

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from train import checkpoint, manifest, rundir, snapshot
+from train import checkpoint, diskspace, manifest, rundir, snapshot
 from train.checkpoint import Progress
 from train.config import CheckpointConfig
 from train.exits import ExitCode, Halt
@@ -178,8 +178,8 @@ def test_permanent_by_interval(run):
 
 
 def test_waiting_for_space_ends_when_a_stop_is_asked(run, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_DISK_POLL_S", 0.01)
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(diskspace, "_DISK_POLL_S", 0.01)
+    monkeypatch.setattr(diskspace, "free_bytes", lambda path: 0)
     asked: list[int] = []
     mine = Saver(run, CheckpointConfig(on_full_disk="wait"), permanent_every=9, stopping=lambda: bool(asked))
     mine.save(Progress(1), tensors(), {})

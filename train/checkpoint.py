@@ -7,14 +7,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import re
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -24,15 +21,13 @@ import torch
 
 from train import faults, manifest, resume, tensorfile
 from train.config import CheckpointConfig
+from train.diskspace import committed, require_space
 from train.exits import ExitCode, Halt
 from train.manifest import Damaged, FileRecord, Manifest
-from train.rundir import RunDir, free_bytes, fsync_dir, leftover_bytes, replace_file, write_all
+from train.rundir import RunDir, fsync_dir, replace_file, write_all
 
-SPACE_FACTOR = 1.05  # file systems need room for their own records
 STATE_SCHEMA = 1
 STATE_LIMIT_BYTES = 8 << 20  # 10 kB and 20 bytes per restart are usual
-_DISK_POLL_S = 0.5  # with on_full_disk: wait
-_DISK_WARN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def save(
             _set_permanent(target, permanent)
             return target
         shutil.rmtree(tmp, ignore_errors=True)
-        _require_space(run, tensors, settings, progress.step, give_up)
+        require_space(run.checkpoints, checkpoint_bytes(tensors), settings, progress.step, give_up)
         _write_folder(tmp, run, progress, tensors, state, permanent)
         if in_the_way:  # damaged: we fell back past it and have come here again
             _discard(target)
@@ -109,7 +104,7 @@ def retain(run: RunDir, keep: int, newest: int) -> list[int]:
 
     Directories of other runs, those whose manifest is damaged, and those found damaged at the start are not touched.
     """
-    own = [(step, path, m.permanent) for step, path, m in _committed(run.checkpoints)
+    own = [(step, path, m.permanent) for step, path, m in committed(run.checkpoints)
            if step <= newest and m.run_id == run.run_id and path.name not in run.damaged]  # fmt: skip
     victims = [(step, path) for step, path, permanent in sorted(own)[:-keep] if not permanent]
     for _step, path in victims:
@@ -121,20 +116,6 @@ def retain(run: RunDir, keep: int, newest: int) -> list[int]:
 def checkpoint_bytes(tensors: Tensors) -> int:
     """Exact bytes of the tensor files of one checkpoint, from metadata alone."""
     return sum(tensorfile.file_bytes(group) for group in tensors.values())
-
-
-def lacking_space(run: RunDir, one_bytes: int, settings: CheckpointConfig) -> str | None:
-    """What is wrong when the disk cannot hold `keep` checkpoints of that size and the one being written; else None."""
-    one = one_bytes * SPACE_FACTOR
-    there = sum(m.total_bytes for _, _, m in _committed(run.checkpoints))
-    need = max(one, (settings.keep + 1) * one - there)
-    have = free_bytes(run.checkpoints) + leftover_bytes(run.path)
-    if have >= need:
-        return None
-    return (
-        f"output_dir {run.path}: checkpoints need {_gb(need)} more ({settings.keep} kept + 1 being written, "
-        f"{_gb(one)} each), the disk has {_gb(have)}. Free some, or lower checkpoint.keep (least 2)"
-    )
 
 
 # --- loading -----------------------------------------------------------------------------------------
@@ -272,23 +253,6 @@ def _write_synced(path: Path, data: bytes) -> None:
         os.close(fd)
 
 
-def _require_space(
-    run: RunDir, tensors: Tensors, settings: CheckpointConfig, step: int, give_up: Callable[[], bool]
-) -> None:
-    need = int(checkpoint_bytes(tensors) * SPACE_FACTOR)
-    warned_at = float("-inf")
-    while (have := free_bytes(run.checkpoints)) < need:
-        text = f"checkpoint step-{step:08d} needs {_gb(need)}, the disk has {_gb(have)}; nothing old is deleted for it"
-        if settings.on_full_disk == "stop":
-            raise Halt(ExitCode.CANNOT_WRITE, text)
-        if settings.on_full_disk == "skip" or give_up():
-            raise OSError(errno.ENOSPC, text)
-        if time.monotonic() - warned_at > _DISK_WARN_S:
-            print(f"warning: {text}; waiting for space", file=sys.stderr)
-            warned_at = time.monotonic()
-        time.sleep(_DISK_POLL_S)
-
-
 def _is_ours_and_sound(run: RunDir, path: Path) -> bool:
     try:
         return manifest.verify(path).run_id == run.run_id
@@ -318,15 +282,6 @@ def _discard(path: Path) -> None:
         doomed.unlink()
 
 
-def _committed(folder: Path) -> Iterator[tuple[int, Path, Manifest]]:
-    """(step, path, manifest) of every directory with a sound manifest; the files are not read."""
-    for name in os.listdir(folder):
-        step = manifest.step_of(name)
-        if step is not None:
-            with contextlib.suppress(Damaged, OSError):
-                yield step, folder / name, manifest.read(folder / name)
-
-
 # --- parts of loading --------------------------------------------------------------------------------
 
 
@@ -347,7 +302,3 @@ def _compare(loaded: Loaded, now: resume.Expectations) -> resume.Comparison:
 def _newest_first(name: str) -> tuple[int, str]:
     step = manifest.step_of(name)
     return (1 if step is None else -step, name)
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else re.sub(r"\.0$", "", f"{count / 1e3:.1f}") + " kB"

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from train import checkpoint, optim
+from train import diskspace, optim
 from train.config import StageConfig
 from train.dataset import Batch
 from train.exits import ExitCode, Halt
@@ -70,11 +70,22 @@ def pending_state_bytes(session: Session) -> int:
     return optim.state_bytes(session.config.optimizer.name, held)
 
 
-def check_room(config: StageConfig, run: RunDir, parameters: Parameters, shares: Shares | None) -> None:
-    """Halt(MISMATCH) naming all that the disk and the host lack; before anything of the run directory is changed."""
-    problems = [problem for problem in (_disk(config, run, parameters), _host(config, parameters, shares)) if problem]
-    if problems:
+def check_room(config: StageConfig, run: RunDir, plan: Plan, parameters: Parameters, shares: Shares | None) -> None:
+    """Halt(MISMATCH) naming all that the disk and the host lack; before anything of the run directory is changed.
+
+    Room for the checkpoints that stay for ever may still be made while the run goes on: its lack is a warning.
+    """
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
+    averages = sum(4 * parameter.numel() for parameter in parameters.values()) if config.ema.decay else 0
+    one_bytes = weights + averages + optim.state_bytes(config.optimizer.name, parameters.values())
+    found = (diskspace.lacking_space(run, one_bytes, config.checkpoint), _host(config, parameters, shares))
+    if problems := [problem for problem in found if problem]:
         raise Halt(ExitCode.MISMATCH, "\n".join(problems))
+    warning = diskspace.permanent_warning(
+        run, one_bytes, config.checkpoint, updates=plan.total_updates, updates_per_epoch=plan.updates_per_epoch
+    )
+    if warning:
+        log.warning(warning)
 
 
 def _host(config: StageConfig, parameters: Parameters, shares: Shares | None) -> str | None:
@@ -90,14 +101,6 @@ def _host(config: StageConfig, parameters: Parameters, shares: Shares | None) ->
         f"optimizer.sharding: zero1 gathers {need / 1e9:.1f} GB of optimizer state in the main process's host "
         f"memory at every save, and {have / 1e9:.1f} GB are available; use none, or a host with more memory"
     )
-
-
-def _disk(config: StageConfig, run: RunDir, parameters: Parameters) -> str | None:
-    """What is needed and what there is, when the disk cannot hold the checkpoints to be kept."""
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-    averages = sum(4 * parameter.numel() for parameter in parameters.values()) if config.ema.decay else 0
-    state = optim.state_bytes(config.optimizer.name, parameters.values())
-    return checkpoint.lacking_space(run, weights + averages + state, config.checkpoint)
 
 
 def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:

@@ -155,7 +155,7 @@ def open_session(
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
     expected = expectations(config, data, source, networks, ema)
     if place.is_main:
-        preflight.check_room(config, run, parameters, shares)
+        preflight.check_room(config, run, plan, parameters, shares)
     loaded = restore(run, expected, networks, optimizer, ema, config, data.index, is_main=place.is_main)
     progress = loaded.progress if loaded else Progress()
     if place.is_main and config.validation.every_steps:
