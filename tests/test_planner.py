@@ -188,7 +188,7 @@ def test_options_that_change_numbers_are_named_with_their_limit() -> None:
 
 def test_held_out_repeats_are_left_out_as_in_the_stage(tmp_path: Path) -> None:
     from train.index import Index
-    from train.validation import held_out
+    from train.selection import held_out
 
     data = synthetic.make_dataset(tmp_path / "set", (40, 24))
     config = stage("pretrain.yaml", f"data.path={data}", "data.select=pretrain", "batch.micro=2", "batch.effective=4",

@@ -11,8 +11,8 @@ from forked import run_ranks
 from torch import nn
 
 from train.exits import ExitCode, Halt
-from train.plan import virtual_ranks
-from train.reduce import BinaryCounter, FlatGradients, check_strict_world, pair_groups, reduce_pairwise
+from train.plan import check_strict_world, virtual_ranks
+from train.reduce import BinaryCounter, FlatGradients, pair_groups, reduce_pairwise
 
 
 def gradient(tile: int, size: int = 1000) -> torch.Tensor:

@@ -15,6 +15,7 @@ from test_text import small_tokenizer
 from train import validation
 from train.exits import ExitCode, Halt
 from train.rng import uid_of
+from train.selection import held_out
 from train.text import TagTokenizer
 from train.validation import (
     Making,
@@ -23,7 +24,6 @@ from train.validation import (
     evaluate,
     fixed_noise,
     fixed_timesteps,
-    held_out,
     make_batch,
     paired_change,
     strata_of,

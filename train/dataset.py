@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from train import faults, rng
 from train.buckets import crop_condition
 from train.captions import DrawOptions, draw_many, warmup_length
-from train.config import DataConfig, NoiseConfig, StageConfig
+from train.config import DataConfig, NoiseConfig
 from train.exits import ExitCode, Halt
 from train.index import Index
 from train.latents import ShardReader
@@ -209,21 +209,6 @@ def draw_options(data: DataConfig, total_updates: int) -> DrawOptions:
         caption_dropout_every_epochs=data.caption_dropout_every_epochs,
         warmup_min=data.token_warmup_min,
         warmup_updates=warmup_length(data.token_warmup_steps, total_updates),
-    )
-
-
-def make_plan(index: Index, config: StageConfig) -> Plan:
-    """The plan of a stage over its selection."""
-    return Plan(
-        index.uids,
-        index.bucket_w,
-        index.bucket_h,
-        seed=config.seed,
-        tile_images=config.batch.micro,
-        tiles_per_update=config.tiles_per_update,
-        epochs=config.epochs,
-        remainder=config.batch.remainder,
-        max_updates=config.max_updates,
     )
 
 

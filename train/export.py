@@ -36,19 +36,24 @@ def license_of(settings: ExportConfig, source: LocalModel) -> str:
 
     Raises Halt(USAGE) when nobody states one. A config that replaces an inherited licence is warned about.
     """
-    inherited = source.license
-    if inherited is None and _is_animagine(source):
-        inherited = singlefile.FAIPL
-    own = (settings.license or "").strip()
+    own, inherited, stated = (settings.license or "").strip(), _inherited(source), stated_license(settings, source)
     if own and inherited and own != inherited:
         log.warning("export.license is %r, the parent's is %r: make sure you may", own, inherited)
-    stated = own or inherited
     if not stated:
         raise Halt(
             ExitCode.USAGE,
             f"{source.path} declares no licence: set export.license to the one its weights are under",
         )
     return stated
+
+
+def stated_license(settings: ExportConfig, source: LocalModel) -> str | None:
+    """The licence that `license_of` takes, None where nobody states one."""
+    return (settings.license or "").strip() or _inherited(source)
+
+
+def _inherited(source: LocalModel) -> str | None:
+    return source.license or (singlefile.FAIPL if _is_animagine(source) else None)
 
 
 def _is_animagine(source: LocalModel) -> bool:

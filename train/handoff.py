@@ -10,6 +10,7 @@ from train.exits import ExitCode, Halt
 from train.hub import LocalModel
 from train.loop import Session
 from train.models import Components
+from train.startcheck import refuse_source
 
 log = logging.getLogger("anix")
 
@@ -18,11 +19,7 @@ def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Com
     """The model a stage starts from, checked, and its networks. The licence is settled before anything is spent."""
     faults.at("handoff")
     source = hub.resolve(config.model)
-    if config.model.pooled_projection == "sd_scripts" and source.kind != "single_file":
-        raise Halt(
-            ExitCode.USAGE,
-            "model.pooled_projection: sd_scripts reproduces a trainer that read single files: give a .safetensors",
-        )
+    refuse_source(config, source)
     predicts = str(source.configs["scheduler"].get("prediction_type", "epsilon"))
     if predicts.startswith("v") != (config.loss.prediction == "v"):
         log.warning(

@@ -10,10 +10,11 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from train import checkpoint, modelfolder, sdxl, singlefile, weightfile
+from train import manifest, modelfolder, sdxl, singlefile, weightfile
 from train.config import ModelConfig
 from train.exits import ExitCode, Halt
 from train.rundir import read_done, read_json
@@ -45,18 +46,21 @@ class LocalModel:
         return str(stated).strip() or None if stated else None
 
 
-def resolve(settings: ModelConfig) -> LocalModel:
+def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
     """The model that `model.init_from` names, complete and with the hashes the config pins.
+
+    Without `hashed` only files whose hash the config pins are read to their end; other hashes are empty then.
 
     Raises Halt: USAGE (no such path, malformed name), MISMATCH (unfinished or changed run, pickle, damaged or
     foreign file, wrong sha256).
     """
     path = find(settings.init_from)
-    vae = _vae(settings)
+    vae = _vae(settings, hashed or settings.vae_sha256 is not None)
+    read_all = hashed or settings.init_sha256 is not None
     if (path / "DONE").exists() or (path / "run.json").exists() or (path / "config.yaml").exists():
-        model = _open_run(path)
+        model = _open_run(path, hashed)
     else:
-        model = open_folder(path) if path.is_dir() else open_single_file(path)
+        model = open_folder(path, read_all) if path.is_dir() else open_single_file(path, read_all)
     if settings.tokenizers:
         model = replace(model, tokenizers=Path(settings.tokenizers))
     model = replace(model, vae_sha256=(model.lineage or {}).get("vae_sha256"))
@@ -137,7 +141,7 @@ def wanted_of_hub(file: str) -> bool:
     return name.endswith((".json", ".txt")) or (name.endswith(".safetensors") and ".fp16." not in name)
 
 
-def open_folder(path: Path) -> LocalModel:
+def open_folder(path: Path, hashed: bool = True) -> LocalModel:
     """A diffusers SDXL folder."""
     if not (path / "model_index.json").is_file():
         raise Halt(
@@ -147,7 +151,7 @@ def open_folder(path: Path) -> LocalModel:
     return LocalModel(
         kind="folder",
         path=path,
-        sha256=model_sha256(path),
+        sha256=model_sha256(path) if hashed else "",
         configs=modelfolder.read_configs(path),
         weights=modelfolder.read_weights(path),
         tokenizers=path if (path / "tokenizer").is_dir() else None,
@@ -157,40 +161,41 @@ def open_folder(path: Path) -> LocalModel:
     )
 
 
-def open_single_file(path: Path) -> LocalModel:
+def open_single_file(path: Path, hashed: bool = True) -> LocalModel:
     """An original-layout SDXL checkpoint."""
     source = weightfile.open_file(path)
     configs = singlefile.configs_in(source)
     weights, logit_scale = singlefile.single_weights(source, configs)
     lineage = singlefile.record_in(source.metadata) or None
+    digest = _sha256_of_source(path) if hashed else ""
     return LocalModel(
-        "single_file", path, file_sha256(path), configs, weights, None, source.metadata, lineage, logit_scale
+        "single_file", path, digest, configs, weights, None, source.metadata, lineage, logit_scale
     )
 
 
-def _open_run(path: Path) -> LocalModel:
+def _open_run(path: Path, hashed: bool) -> LocalModel:
     """Trained weights in fp32 from the run's last checkpoint, the rest from its export."""
     if read_done(path) is None:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
     lineage = read_json(path / "lineage.json")
     if lineage is None:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: lineage.json is missing or damaged")
-    exported = open_folder(path / "model")
-    if lineage.get("model_sha256") not in (None, exported.sha256):
+    exported = open_folder(path / "model", hashed)
+    if hashed and lineage.get("model_sha256") not in (None, exported.sha256):
         raise Halt(
             ExitCode.MISMATCH,
             f"model.init_from {path} changed since it was finished: model/ has sha256 {exported.sha256}, "
             f"lineage.json says {lineage['model_sha256']}",
         )
-    newest = checkpoint.newest_of(path)
-    weights_hash = newest.manifest.files["model.safetensors"].sha256
+    newest, record = _newest_of(path, hashed)
+    weights_hash = record.files["model.safetensors"].sha256
     if weights_hash != lineage.get("weights_sha256"):
         raise Halt(
             ExitCode.MISMATCH,
-            f"model.init_from {path} changed since it was finished: {newest.path.name}/model.safetensors has sha256 "
+            f"model.init_from {path} changed since it was finished: {newest.name}/model.safetensors has sha256 "
             f"{weights_hash}, lineage.json says {lineage.get('weights_sha256')}",
         )
-    trained = weightfile.open_file(newest.path / "model.safetensors")
+    trained = weightfile.open_file(newest / "model.safetensors")
     foreign = sorted(set(trained.blobs) - set(exported.weights))
     if foreign:
         raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to {path / 'model'}: {foreign[:5]}")
@@ -207,12 +212,30 @@ def _open_run(path: Path) -> LocalModel:
     )
 
 
-def _vae(settings: ModelConfig) -> tuple[Mapping[str, Any], modelfolder.Weights, str] | None:
+def _newest_of(path: Path, hashed: bool) -> tuple[Path, manifest.Manifest]:
+    """The final checkpoint of a finished run; its bytes are held against the manifest where `hashed`."""
+    if hashed:
+        from train import checkpoint  # loads torch, which the first look does without
+
+        newest = checkpoint.newest_of(path)
+        return newest.path, newest.manifest
+    folder = path / "checkpoints"
+    steps = [name for name in os.listdir(folder) if manifest.step_of(name) is not None] if folder.is_dir() else []
+    if not steps:
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: holds no checkpoint")
+    name = max(steps, key=lambda name: manifest.step_of(name) or 0)
+    try:
+        return folder / name, manifest.verify(folder / name, full=False)
+    except manifest.Damaged as damage:
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: {name} is damaged: {damage}") from damage
+
+
+def _vae(settings: ModelConfig, hashed: bool) -> tuple[Mapping[str, Any], modelfolder.Weights, str] | None:
     """(config, weights by canonical name, sha256 of the file) of `model.vae`: a VAE folder, a model with one, a file."""
     if settings.vae is None:
         return None
     config, weights, file = singlefile.open_vae(find(settings.vae), "model.vae")
-    digest = file_sha256(file)
+    digest = _sha256_of_source(file) if hashed else ""
     if settings.vae_sha256 and settings.vae_sha256 != digest:
         raise Halt(
             ExitCode.MISMATCH, f"model.vae {file} has sha256 {digest}, model.vae_sha256 says {settings.vae_sha256}"
@@ -251,10 +274,21 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _sha256_of_source(path: Path) -> str:
+    """`file_sha256`, read once for as long as the file stays as it is: a start looks at its model twice."""
+    status = os.stat(path)
+    return _sha256_while(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _sha256_while(path: Path, inode: int, size_bytes: int, changed_ns: int) -> str:
+    return file_sha256(path)
+
+
 def model_sha256(folder: Path) -> str:
     """sha256 over the lines "<sha256>  <file>" (as sha256sum prints them) of a folder's U-Net and encoder files."""
     files = [file for network in sdxl.NETWORKS[:3] for file in modelfolder.weight_files(folder / network)]
-    lines = [f"{file_sha256(file)}  {os.path.relpath(file, folder)}\n" for file in files]
+    lines = [f"{_sha256_of_source(file)}  {os.path.relpath(file, folder)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

@@ -198,6 +198,13 @@ class Index:
         self._file.give_back()
         return image, caption
 
+    def shards(self) -> list[str]:
+        """The latent shards that these images lie in."""
+        column = self._file.table.column("shard").chunk(0)
+        if not pa.types.is_dictionary(column.type):
+            return sorted(set(column.take(pa.array(self._rows)).to_pylist()))
+        return sorted(column.dictionary.take(pa.array(np.unique(column.indices.to_numpy()[self._rows]))).to_pylist())
+
     @property
     def images(self) -> npt.NDArray[np.int64]:
         """A number per entry that is equal for the repeats of one image."""

@@ -276,6 +276,19 @@ def _aspect_distance(one: Size, other: Size) -> float:
     return round(abs(math.log(one[0] / one[1]) - math.log(other[0] / other[1])), 9)
 
 
+def check_strict_world(tiles_per_update: int, world: int) -> int:
+    """Virtual ranks per process of `determinism: strict`. Raises Halt(MISMATCH) unless the world is a power of two up to V."""
+    virtual = virtual_ranks(tiles_per_update)
+    if world & (world - 1) or world > virtual:
+        choices = [2**k for k in range(virtual.bit_length())]
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"batch.determinism: strict with {tiles_per_update} tiles per update runs on "
+            f"{', '.join(map(str, choices))} processes, not {world}; a smaller batch.micro allows more",
+        )
+    return virtual // world
+
+
 def check_buckets(counts: Mapping[Size, int], min_bucket: int) -> None:
     """Refuse a prepared selection in which a bucket is too small: merging means another crop, so other latents.
 

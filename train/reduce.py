@@ -15,9 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.exits import ExitCode, Halt
-from train.plan import virtual_ranks
-
 
 class FlatGradients:
     """Owner of one flat fp32 buffer in which every trained parameter's `.grad` is a view."""
@@ -99,16 +96,3 @@ def reduce_pairwise(flat: torch.Tensor, rank: int, groups: Mapping[int, Mapping[
     """Sum `flat` over all processes, in place, one partner at a time."""
     for distance in sorted(groups):
         dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=groups[distance][min(rank, rank ^ distance)])
-
-
-def check_strict_world(tiles_per_update: int, world: int) -> int:
-    """Virtual ranks per process. Raises Halt(MISMATCH) unless the world is a power of two up to V."""
-    virtual = virtual_ranks(tiles_per_update)
-    if world & (world - 1) or world > virtual:
-        choices = [2**k for k in range(virtual.bit_length())]
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"batch.determinism: strict with {tiles_per_update} tiles per update runs on "
-            f"{', '.join(map(str, choices))} processes, not {world}; a smaller batch.micro allows more",
-        )
-    return virtual // world

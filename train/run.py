@@ -24,7 +24,7 @@ if not __package__:  # started as a file: train/ is first on sys.path, and its m
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Only the light core here: a locked or read-only run directory must answer before torch is loaded.
-from train import faults, signals
+from train import faults, signals, startcheck
 from train.config import StageConfig, config_hash, load_stage, unresolved_yaml
 from train.exits import ExitCode, Halt, run_cli
 from train.rundir import RunDir, open_run_dir
@@ -42,7 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     config = load_stage(arguments.config, arguments.overrides)
     faults.warn_if_set()
-    run = open_run_dir(config.output_dir, config.stage, rank=own_rank())
+    rank, world = own_place()
+    try:
+        startcheck.refuse_entangled(config)
+        run = open_run_dir(config.output_dir, config.stage, rank=rank)
+    except Halt as refusal:  # what else is wrong is told with it
+        raise startcheck.together([refusal, *startcheck.refusals(config, None, world)]) from refusal
     if run.done is not None:
         print(f"stage {config.stage} is already done: {run.path}", file=sys.stderr)
         return ExitCode.DONE
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     last_words = "interrupted a second time: stopped at once, the last checkpoint is valid"
     stop.stop_now = lambda: run.write_exit(ExitCode.STOPPED, stop.status, last_words, None)
     try:
-        run.check_attempts(config_hash(config), config.resume.accept)
+        refuse_start(config, run, world)
         train_stage(config, run, stop, unresolved_yaml(arguments.config, arguments.overrides), progress)
         run.write_exit(ExitCode.DONE, "done", "", progress["update"])
         return ExitCode.DONE
@@ -69,12 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.close()
 
 
-def own_rank() -> int:
-    """RANK as launchers set it, 0 without one. Raises Halt(USAGE) where RANK and WORLD_SIZE make no sense."""
+def refuse_start(config: StageConfig, run: RunDir, world: int) -> None:
+    """One Halt with everything that is wrong with this start, as far as it shows before torch is loaded."""
+    found = startcheck.refusals(config, run, world)
+    try:
+        run.check_attempts(config_hash(config), config.resume.accept)
+    except Halt as halt:
+        found.append(halt)
+    if found:
+        raise startcheck.together(found)
+
+
+def own_place() -> tuple[int, int]:
+    """RANK and WORLD_SIZE as launchers set them, 0 and 1 without one. Raises Halt(USAGE) where they make no sense."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
     if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
         raise Halt(ExitCode.USAGE, f"RANK is {rank!r} and WORLD_SIZE {world!r}: start the processes with a launcher")
-    return int(rank)
+    return int(rank), int(world)
 
 
 def as_halt(error: BaseException) -> Halt:

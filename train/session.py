@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, guard, loop, optim, preflight, reduce, resume, rng, schedule, tensorfile
+from train import checkpoint, guard, optim, preflight, reduce, resume, rng, tensorfile
 from train.checkpoint import Progress
 from train.config import StageConfig, config_hash, flatten
 from train.dataset import TileDataset
@@ -35,6 +35,7 @@ from train.scaler import loss_scale
 from train.signals import StopFlag
 from train.snapshot import Saver
 from train.stage import Data, Execution, Machine, make_optimizer, open_shares
+from train.startcheck import check_schedule
 from train.tracking import Tracker, read_metrics
 from train.update import Diffusion, Gradients, Place
 
@@ -147,7 +148,7 @@ def open_session(
     """Everything the loop owns, at the point where the run stands."""
     place, plan = machine.place, data.plan
     # What a setting can still spoil comes before the checkpoint is read and before files are opened.
-    cycle = cycle_updates(config, plan)
+    cycle = check_schedule(config, plan.images, plan.total_updates)
     previews = Previews(config, components, networks, place)
     held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling_factor(source))
     parameters, shares = trained_parameters(networks), open_shares(config, networks, place)
@@ -191,16 +192,6 @@ def recent_losses(metrics: Path) -> list[float]:
     """The losses that metrics.jsonl ends with, so that a resumed run is not blind to spikes at first."""
     records = read_metrics(metrics)[-guard.SPIKE_WINDOW :] if metrics.is_file() else []
     return [record["loss"] for record in records if isinstance(record.get("loss"), float)]
-
-
-def cycle_updates(config: StageConfig, plan: Plan) -> int:
-    """Updates per cycle of the schedule, which is refused here if it means something else than it says."""
-    updates = schedule.cycle_length(config.schedule, images=plan.images, effective=config.batch.effective)
-    peaks = {f"optimizer.{group}_lr": peak for group, peak in loop.peaks(config).items() if group != "text_encoder_2"}
-    schedule.check(
-        config.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=config.epochs
-    )
-    return updates
 
 
 def state_of(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import logging
 import os
-from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +12,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from train import fast, loop, memory, optim, reduce, singlefile, stochastic, text, validation
+from train import fast, loop, memory, optim, singlefile, stochastic, text
 from train.checkpointing import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.config import StageConfig
-from train.dataset import make_plan
 from train.exits import ExitCode, Halt
-from train.hub import LocalModel, vae_identity
+from train.hub import LocalModel
 from train.index import Index
 from train.models import (
     Components,
@@ -28,9 +26,11 @@ from train.models import (
     set_train_mode,
     trained_parameters,
 )
-from train.plan import Plan, check_buckets, plan_fingerprint, tiles_per_update
+from train.plan import Plan, plan_fingerprint
+from train.selection import open_selection, refuse_other_vae
 from train.sharding import Shares
 from train.snapshot import available_host_bytes
+from train.startcheck import check_processes, refuse_foreign_engines
 from train.update import DTYPES, Place, autocast
 
 log = logging.getLogger("anix")
@@ -69,18 +69,9 @@ class Data:
 def open_machine(config: StageConfig) -> Machine:
     """Join the process group. Raises Halt(MISMATCH) when the tiles do not divide among the processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch = config.batch
-    tiles, accumulation = tiles_per_update(batch.micro, batch.effective, world)
-    if batch.accumulation not in (None, accumulation):
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"batch.accumulation {batch.accumulation} x micro {batch.micro} x {world} processes is not "
-            f"batch.effective {batch.effective}: leave it null, or give {accumulation}",
-        )
+    accumulation, virtual_per_rank = check_processes(config, world)
     refuse_foreign_engines()
-    strict = batch.determinism == "strict"
-    virtual_per_rank = reduce.check_strict_world(tiles, world) if strict else 1
-    if strict:
+    if config.batch.determinism == "strict":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     timeout = datetime.timedelta(seconds=config.launch.collective_timeout_s)
@@ -97,40 +88,11 @@ def open_machine(config: StageConfig) -> Machine:
     return Machine(place, accelerator, range(rank * accumulation, (rank + 1) * accumulation), virtual_per_rank)
 
 
-def refuse_foreign_engines() -> None:
-    """Halt(USAGE) for a launch config that wants the model wrapped by FSDP or DeepSpeed, or compiled as a whole."""
-    instead = {
-        "ACCELERATE_USE_FSDP": "FSDP is not built; optimizer.sharding: zero1 shares the optimizer's state",
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not built; optimizer.sharding: zero1 shares the optimizer's state",
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not built",
-    }
-    for variable, answer in instead.items():
-        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-            raise Halt(ExitCode.USAGE, f"the launch config asks for it, but {answer}. Use one of configs/launch/")
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
-        raise Halt(
-            ExitCode.USAGE,
-            "the launch config sets dynamo_config, which would compile the whole model: remove it, and set "
-            "model.compile: true for the repeated blocks",
-        )
-
-
 def open_data(config: StageConfig, source: LocalModel) -> Data:
     """Selection, held-out split and plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
-    index = Index.open(config.data.path, config.selection)
-    own_vae = vae_identity(source)
-    if index.vae_id and index.vae_id != own_vae:
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"data.path {config.data.path}: its latents were made with another VAE (identity {index.vae_id[:12]}) than "
-            f"the stage's ({own_vae[:12]}): set model.vae to that VAE, or run scripts/prepare.py latents with this one",
-        )
-    kept = index.select(~validation.held_out(index.uids, config.validation.share, index.images))
-    measured = Index.open(config.data.path, config.validation.select) if config.validation.select else index
-    held_out = measured.select(validation.held_out(measured.uids, config.validation.share, measured.images))
-    counts = Counter(zip(kept.bucket_w.tolist(), kept.bucket_h.tolist(), strict=True))
-    check_buckets(counts, config.batch.min_bucket or config.batch.micro)
-    plan = make_plan(kept, config)
+    selection = open_selection(config)
+    refuse_other_vae(config, selection.index, source)
+    kept = selection.kept
     if source.tokenizers is None:
         raise Halt(ExitCode.USAGE, f"{source.path} has no tokenizers: set model.tokenizers")
     tokenizer = text.load_tag_tokenizer(source.tokenizers)
@@ -140,11 +102,11 @@ def open_data(config: StageConfig, source: LocalModel) -> Data:
         tiles_per_update=config.tiles_per_update,
         remainder=config.batch.remainder,
         min_bucket=config.batch.min_bucket or config.batch.micro,
-        dataset=index.fingerprint,
+        dataset=selection.index.fingerprint,
         selection=kept.selection_hash,
         tokenizers=tokenizer.identity(),
     )
-    return Data(kept, held_out, plan, tokenizer, fingerprint)
+    return Data(kept, selection.held_out, selection.plan, tokenizer, fingerprint)
 
 
 def settle(config: StageConfig, machine: Machine, plan: Plan, source: LocalModel) -> Execution:

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from train import rng
 from train.buckets import crop_condition
 from train.dataset import Batch
-from train.exits import ExitCode, Halt
 from train.index import Index
 from train.latents import ShardReader
 from train.plan import Tile
@@ -33,22 +32,6 @@ Z_975 = 1.959964  # of the normal distribution
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764)  # of Student's t with 1 to 4 degrees of freedom
 
 U64 = npt.NDArray[np.uint64]
-
-
-def held_out(uids: U64, share: float, images: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.bool_]:
-    """Which entries never train: bool[N], true where the key's hash lies in the lowest `share` of all hashes.
-
-    A uid is such a hash, so the answer depends on the key alone: the same in every stage, and a larger share holds
-    out the same images and more. `images` (any number per image, equal for its repeats) makes the repeats of an
-    image follow its first entry. Raises Halt(USAGE) for a share outside [0, 1).
-    """
-    if not 0.0 <= share < 1.0:
-        raise Halt(ExitCode.USAGE, f"validation.share is {share}, must be at least 0 and below 1")
-    uids = np.asarray(uids, dtype=np.uint64)
-    if images is not None:
-        _, first, inverse = np.unique(images, return_index=True, return_inverse=True)
-        uids = uids[first][inverse]
-    return uids < np.uint64(int(share * 2.0**64))
 
 
 def chosen(uids: U64, count: int) -> npt.NDArray[np.int64]:

@@ -27,8 +27,7 @@ from train.checkpointing import set_checkpointing, set_text_checkpointing
 from train.config import LossConfig, NoiseConfig, OptimizerConfig
 from train.dataset import Batch
 from train.models import Components, Networks, cast_frozen, parameter_groups, set_train_mode
-from train.plan import Tile
-from train.reduce import check_strict_world
+from train.plan import Tile, check_strict_world
 from train.scaler import loss_scale
 from train.tools.bench_counts import CLIP_BIGG, CLIP_L, SDXL_UNET, TINY_UNET
 from train.tools.bench_variants import BUCKET, Variant

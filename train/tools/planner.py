@@ -138,7 +138,7 @@ def _prepared(config: StageConfig) -> Images:
 
     index = Index.open(config.data.path, config.selection)
     if config.validation.share:
-        from train.validation import held_out
+        from train.selection import held_out
 
         index = index.select(~held_out(index.uids, config.validation.share, index.images))
     plan = Plan(

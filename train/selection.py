@@ -1,0 +1,91 @@
+"""The images a stage trains on: its selection opened, those held out set apart, the plan over the rest. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from train.config import StageConfig
+from train.exits import ExitCode, Halt
+from train.hub import LocalModel, vae_identity
+from train.index import U64, Index
+from train.plan import Plan, check_buckets
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`index` is the whole selection, `kept` what trains of it, `held_out` what is measured."""
+
+    index: Index
+    kept: Index
+    held_out: Index
+    plan: Plan
+
+
+def open_selection(config: StageConfig) -> Selection:
+    """The stage's images and their plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
+    index = Index.open(config.data.path, config.selection)
+    kept = index.select(~held_out(index.uids, config.validation.share, index.images))
+    measured = Index.open(config.data.path, config.validation.select) if config.validation.select else index
+    counts = Counter(zip(kept.bucket_w.tolist(), kept.bucket_h.tolist(), strict=True))
+    check_buckets(counts, config.batch.min_bucket or config.batch.micro)
+    refuse_missing_shards(config.data.path, index.shards())
+    held = measured.select(held_out(measured.uids, config.validation.share, measured.images))
+    return Selection(index, kept, held, make_plan(kept, config))
+
+
+def held_out(uids: U64, share: float, images: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.bool_]:
+    """Which entries never train: bool[N], true where the key's hash lies in the lowest `share` of all hashes.
+
+    A uid is such a hash, so the answer depends on the key alone: the same in every stage, and a larger share holds
+    out the same images and more. `images` (any number per image, equal for its repeats) makes the repeats of an
+    image follow its first entry. Raises Halt(USAGE) for a share outside [0, 1).
+    """
+    if not 0.0 <= share < 1.0:
+        raise Halt(ExitCode.USAGE, f"validation.share is {share}, must be at least 0 and below 1")
+    uids = np.asarray(uids, dtype=np.uint64)
+    if images is not None:
+        _, first, inverse = np.unique(images, return_index=True, return_inverse=True)
+        uids = uids[first][inverse]
+    return uids < np.uint64(int(share * 2.0**64))
+
+
+def make_plan(index: Index, config: StageConfig) -> Plan:
+    """The plan of a stage over its selection."""
+    return Plan(
+        index.uids,
+        index.bucket_w,
+        index.bucket_h,
+        seed=config.seed,
+        tile_images=config.batch.micro,
+        tiles_per_update=config.tiles_per_update,
+        epochs=config.epochs,
+        remainder=config.batch.remainder,
+        max_updates=config.max_updates,
+    )
+
+
+def refuse_missing_shards(folder: str, shards: Iterable[str]) -> None:
+    """Halt(MISMATCH) naming latent shards that are not there; what a shard holds is checked where it is read."""
+    missing = sorted(shard for shard in shards if not (Path(folder) / shard).is_file())
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise Halt(
+            ExitCode.MISMATCH, f"data.path {folder} lacks {len(missing)} latent shards: {shown}: run scripts/prepare.py latents"
+        )
+
+
+def refuse_other_vae(config: StageConfig, index: Index, source: LocalModel) -> None:
+    """Halt(MISMATCH) when the latents were made with another VAE than the stage's."""
+    own_vae = vae_identity(source) if index.vae_id else ""
+    if index.vae_id != own_vae:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"data.path {config.data.path}: its latents were made with another VAE (identity {index.vae_id[:12]}) than "
+            f"the stage's ({own_vae[:12]}): set model.vae to that VAE, or run scripts/prepare.py latents with this one",
+        )
