@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from lab import UPDATES, Lab
+from safetensors.numpy import save as save_arrays
 from stages import Stage, result
 
 from train import guard, rundir
@@ -180,7 +182,18 @@ def test_an_unreadable_config_of_the_last_start_is_written_anew(stopped: Stage, 
     assert result(folder) == result(straight)
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff" * 50, (10**15).to_bytes(8, "little") + b"{}"])
+THREE = np.arange(3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"", b"\xff" * 50, (10**15).to_bytes(8, "little") + b"{}", save_arrays({"uid": THREE}),
+        save_arrays({"uid": THREE, "image": THREE, "caption": THREE[:2]}),
+        save_arrays({"uid": THREE.reshape(1, 3), "image": THREE.reshape(1, 3), "caption": THREE.reshape(1, 3)}),
+        save_arrays(dict.fromkeys(("uid", "image", "caption"), np.zeros(3, np.float16))),
+    ],
+)  # fmt: skip
 def test_a_damaged_note_of_the_selection_is_no_reason_to_refuse(data: bytes, stopped: Stage, tmp_path: Path) -> None:
     folder, output = again(stopped, tmp_path)
     (folder / "selection.safetensors").write_bytes(data)

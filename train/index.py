@@ -264,16 +264,19 @@ def changes_since(path: Path, index: Index) -> str:
         return ""
     try:
         saved = safetensors.numpy.load(path.read_bytes())
-        before, now = saved["uid"].view(np.uint64), index.uids
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError):
+        before, old_image, old_caption = (saved[name].view(np.uint64) for name in ("uid", "image", "caption"))
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError):
         return ""  # only a note: whether the data changed at all, the checkpoint says
+    if before.ndim != 1 or not before.shape == old_image.shape == old_caption.shape:
+        return ""
+    now = index.uids
     image, caption = index.digests()
     _, old, new = np.intersect1d(before, now, return_indices=True)
-    same_image = saved["image"].view(np.uint64)[old] == image[new]
-    same_caption = saved["caption"].view(np.uint64)[old] == caption[new]
+    same_image = old_image[old] == image[new]
+    same_caption = old_caption[old] == caption[new]
     gone = np.setdiff1d(np.arange(len(before)), old, assume_unique=True)
     came = np.setdiff1d(np.arange(len(now)), new, assume_unique=True)
-    renamed = _in_both(saved["image"].view(np.uint64)[gone], image[came])
+    renamed = _in_both(old_image[gone], image[came])
     counts = {
         "images added": len(came) - renamed,
         "images removed": len(gone) - renamed,

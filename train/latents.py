@@ -12,11 +12,11 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from train.exits import ExitCode, Halt
 from train.rundir import fsync_dir, read_json, write_all
+from train.weightfile import read_header
 
 SHARD_IMAGES = 1024
 TENSOR = "latents"
@@ -135,16 +135,12 @@ def _header(path: Path) -> tuple[int, tuple[int, ...], torch.dtype, dict[str, st
             length = int.from_bytes(file.read(8), "little")
             if length > 1 << 20:
                 raise ValueError("no shard header")
-            header = json.loads(file.read(length))
-        entry = header[TENSOR]
-        shape = tuple(int(side) for side in entry["shape"])
-        start, end = entry["data_offsets"]
-        dtype = _DTYPES[entry["dtype"]]
-        items = int(np.prod(shape)) * (4 if dtype == torch.float32 else 2)
-        if len(shape) != 4 or start != 0 or end != items or 8 + length + end != size:
-            raise ValueError(f"{size} bytes, the header describes {8 + length + items}")
-        return 8 + length, shape, dtype, {str(k): str(v) for k, v in header.get("__metadata__", {}).items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            metadata, entries = read_header(file.read(length))
+        entry = entries[TENSOR]
+        if len(entry.shape) != 4 or entry.start != 0 or 8 + length + entry.end != size:
+            raise ValueError(f"{size} bytes, the header describes {8 + length + entry.end}")
+        return 8 + length, entry.shape, _DTYPES[entry.dtype], metadata
+    except (OSError, ValueError, KeyError) as error:
         raise Halt(
             ExitCode.MISMATCH, f"latents {path} are missing or damaged ({error}): run scripts/prepare.py latents again"
         ) from error

@@ -21,6 +21,7 @@ import numpy as np
 from train.exits import ExitCode, Halt
 from train.rundir import write_all
 
+MOST_SIDES = 16  # of a tensor; SDXL's have 4
 PIECE_BYTES = 16 << 20  # a multiple of every element size, so that pieces end between elements
 HEADER_LIMIT_BYTES = 8 << 20  # SDXL's is 0.4 MB; the library would read 100 MB, which parsed are gigabytes
 ITEM_BYTES = {
@@ -54,6 +55,16 @@ class Blob:
     def read(self) -> bytes:
         """The whole tensor; for small ones."""
         return b"".join(self.pieces())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a header says of one tensor; `start` and `end` are bytes of the data that follows it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -99,12 +110,11 @@ def open_file(path: str | Path) -> Tensors:
             raise Halt(ExitCode.MISMATCH, f"{path} is truncated: {size} bytes, the header alone needs {8 + length}")
         text = file.read(length)
     try:
-        header = json.loads(text)
-        metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
-        blobs = {name: _blob(path, 8 + length, name, entry) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        metadata, entries = read_header(text)
+    except ValueError as error:
         raise Halt(ExitCode.MISMATCH, f"{path} is no safetensors file: damaged header ({error})") from None
-    _refuse_overlap(path, [entry["data_offsets"] for entry in header.values()])
+    _refuse_overlap(path, [(entry.start, entry.end) for entry in entries.values()])
+    blobs = {name: _blob(path, 8 + length, name, entry) for name, entry in entries.items()}
     needed = 8 + length + sum(blob.size_bytes for blob in blobs.values())
     if needed != size:
         what = "is truncated" if needed > size else "has foreign bytes at its end"
@@ -112,20 +122,65 @@ def open_file(path: str | Path) -> Tensors:
     return Tensors(path, metadata, blobs)
 
 
-def _blob(path: Path, data_start: int, name: str, entry: Mapping[str, Any]) -> Blob:
-    start, end = entry["data_offsets"]
-    shape = tuple(int(side) for side in entry["shape"])
-    if min(shape, default=0) < 0 or start < 0:
-        raise ValueError("negative size")
-    if type(start) is not int or type(end) is not int:
-        raise ValueError("an offset that is no whole number")
-    blob = Blob(str(entry["dtype"]), shape, partial(_read_range, path, data_start + start, end - start), name)
-    if blob.size_bytes != end - start:
-        raise ValueError(f"{end - start} bytes for {blob.dtype} {list(shape)}")
-    return blob
+def read_header(text: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
+    """Metadata and tensors of a safetensors header. Raises ValueError naming the tensor that breaks the format's rules.
+
+    Sides and offsets are whole numbers: what Python would take for one (1.0, "1", true) means another tensor elsewhere.
+    """
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(header, dict):
+        raise ValueError("it holds no names")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict):
+        raise ValueError("__metadata__ holds no names")
+    return {str(k): str(v) for k, v in metadata.items()}, {name: _entry(name, value) for name, value in header.items()}
 
 
-def _refuse_overlap(path: Path, ranges: list[list[int]]) -> None:
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{_shown(max(names, key=names.count))} stands there twice")
+    return found
+
+
+def _entry(name: str, value: Any) -> Entry:
+    shown = _shown(name)
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        raise ValueError(f"{shown} has no dtype, shape and data_offsets")
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError(f"{shown} is no text")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"{shown} is of the unknown dtype {_shown(dtype)}")
+    if not isinstance(shape, list) or len(shape) > MOST_SIDES or not all(map(_is_count, shape)):
+        raise ValueError(f"shape {_shown(shape)} of {shown} is no list of at most {MOST_SIDES} whole numbers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise ValueError(f"data_offsets {_shown(offsets)} of {shown} are no two whole numbers")
+    start, end = offsets
+    if end - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise ValueError(f"{end - start} bytes for {shown}, {dtype} {shape}")
+    return Entry(dtype, tuple(shape), start, end)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 63  # bool is an int to Python
+
+
+def _shown(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _blob(path: Path, data_start: int, name: str, entry: Entry) -> Blob:
+    pieces = partial(_read_range, path, data_start + entry.start, entry.end - entry.start)
+    return Blob(entry.dtype, entry.shape, pieces, name)
+
+
+def _refuse_overlap(path: Path, ranges: list[tuple[int, int]]) -> None:
     at = 0
     for start, end in sorted(ranges):
         if start != at:
