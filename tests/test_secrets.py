@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
+import time
+from html import escape
 from pathlib import Path
+from urllib.parse import quote, quote_plus
 
 import pytest
 from lab import Lab
+from omegaconf import OmegaConf
 
 from train import masking
 from train.masking import MaskingFilter, mask, mask_settings
@@ -18,13 +23,14 @@ ROOT = Path(__file__).resolve().parents[1]
 HEX40 = "c0ffee" * 6 + "beef"
 ENVIRONMENT = {  # name: canary
     "WANDB_API_KEY": "0123456789abcdef0123456789abcdef01234567", "HF_TOKEN": "hf_CanaryCanaryCanary",
-    "MY_SECRET": "canary-of-my-secret", "DB_PASSWORD": "canary/with/slashes", "AWS_CREDENTIALS": "canary-aws-9",
+    "AWS_SECRET_ACCESS_KEY": "canary/K7MDENG+bPxRfiCY/EXAMPLE=", "MY_SECRET": "canary-of-my-secret", "DB_PASSWORD": "canary/with/slashes", "AWS_CREDENTIALS": "canary-aws-9",
 }  # fmt: skip
 IN_SETTINGS = {  # key: (value, canary)
     "tracking.name": ("run of hf_SettingsCanary123", "hf_SettingsCanary123"),
     "tracking.project": ("https://user:canaryuserinfo@example.org/p", "canaryuserinfo"),
     "export.author": (f"key {HEX40}", HEX40),
     "export.description": ("my canary-of-my-secret", "canary-of-my-secret"),
+    "export.title": ("key canary/K7MDENG+bPxRfiCY/EXAMPLE=, canary%2FK7MDENG%2BbPxRfiCY%2FEXAMPLE%3D", "K7MDENG"),
 }
 CANARIES = [*ENVIRONMENT.values(), *(canary for _, canary in IN_SETTINGS.values())]
 
@@ -89,6 +95,58 @@ def test_log_records_are_masked() -> None:
     record = logging.LogRecord("anix", logging.WARNING, "f", 1, "sent %s to %s", ("hf_CanaryCanary", "here"), None)
     assert MaskingFilter().filter(record)
     assert record.getMessage() == "sent *** to here"
+
+
+AWS = "wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLE+KEY="  # the documented example of its kind
+ODD = 'a"b\\c\nd&e ü/=+%5'
+
+
+@pytest.mark.parametrize("secret", [AWS, ODD, "\\" * 40 + "x", "#'?;:@!$()*[],<>{}|^`~"], ids=["aws", "odd", "backslashes", "marks"])
+def test_a_secret_is_found_however_it_is_spelled(secret: str) -> None:
+    environment = {"SOME_SECRET": secret}
+    once = quote(secret, safe="")
+    spelled = {
+        "plain": secret, "quoted": once, "path": quote(secret), "plus": quote_plus(secret), "twice": quote(once, safe=""),
+        "lower": re.sub("%..", lambda found: found.group().lower(), once), "json": json.dumps(secret),
+        "json text": json.dumps(secret, ensure_ascii=False), "json in json": json.dumps(json.dumps(secret)),
+        "slashes": json.dumps(secret).replace("/", "\\/"), "repr": repr(secret), "ascii": ascii(secret), "html": escape(secret),
+        "escaped": secret.replace("/", "\\u002f").replace("+", "\\u002B"), "yaml": OmegaConf.to_yaml({"a": secret}),
+        "mixed": secret.replace("/", "%2F", 1).replace("=", "\\u003d", 1),
+    }  # fmt: skip
+    for how, text in spelled.items():
+        masked = mask(f"before {text} after", environment)
+        assert "***" in masked, how
+        assert len(masked) < len("before  after") + 12, (how, masked)
+    started = time.monotonic()
+    for long in ("\\" * 20_000 + "%25" * 20_000, "a." * 50_000, "http://" * 10_000, "&" + "token" * 20_000):
+        mask(long, environment)
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(("address", "shown"), [
+    (f"s3://AKIA:{AWS}@host/x", "s3://***@host/x"), ("https://user:pa/ss@host/x", "https://***@host/x"),
+    ("https://user:pa@ss@host/x", "https://***@host/x"), ("https://:tok@host", "https://***@host"),
+    ("redis://:p/a/s/s@h:1/0", "redis://***@h:1/0"), ("https:\\/\\/user:pw@host\\/x", "https:\\/\\/***@host\\/x"),
+    ("https%3A%2F%2Fuser%3Apw%40host%2Fx", "https%3A%2F%2F***@host%2Fx"),
+    ("https://h/x?token=abc/def+g=&page=2", "https://h/x?token=***&page=2"),
+    ("https://h/x?a=1&X-Amz-Signature=0a1b2c", "https://h/x?a=1&X-Amz-Signature=***"),
+    ("Authorization: Bearer abc/def+g=", "Authorization: Bearer ***"),
+    ("http://localhost:8080/a@v2", "http://localhost:8080/a@v2"), ("https://example.org/@someone", "https://example.org/@someone"),
+    ("https://h/x?page=2", "https://h/x?page=2"), ("owner/name@main", "owner/name@main"),
+])  # fmt: skip
+def test_addresses(address: str, shown: str) -> None:
+    assert mask(f"see {address} there", {}) == f"see {shown} there"
+
+
+def test_a_secret_with_slashes_is_masked_in_settings_and_a_path_is_not(tmp_path: Path) -> None:
+    environment = {"AWS_SECRET_ACCESS_KEY": AWS, "KEYSTORE": str(tmp_path), "TOKEN_FILE": "secrets/token"}
+    settings = {"title": f"my {AWS}", "path": f"{tmp_path}/set", "file": "secrets/token"}
+    assert mask_settings(settings, environment) == {**settings, "title": "my ***"}
+
+
+def test_a_key_of_many_lines_is_found_line_by_line() -> None:
+    key = "-----BEGIN A KEY-----\nMIIEvQIBADANBgkq\nhkiG9w0BAQEFAASC\n-----END A KEY-----\n"
+    assert mask("line 2: MIIEvQIBADANBgkq", {"MY_PRIVATE_KEY": key}) == "line 2: ***"
 
 
 def test_settings_keep_what_a_run_needs_to_be_repeated() -> None:
