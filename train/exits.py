@@ -9,6 +9,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NoReturn
 
+from train import streams
 from train.masking import MaskingFilter, mask
 
 
@@ -58,8 +59,12 @@ def log_to_stderr() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def run_cli(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and exit with its code; a Halt becomes one message on stderr, not a traceback. Secrets are masked."""
+def run_cli(main: Callable[[], int | None], *, answers: bool = True) -> NoReturn:
+    """Run `main` and exit with its code; a Halt becomes one message on stderr, not a traceback. Secrets are masked.
+
+    Nobody listening is no failure. With `answers` (the result stands on stdout) a full disk under stdout is one: 8.
+    """
+    streams.install()
     log_to_stderr()
     try:
         code = main() or 0
@@ -69,5 +74,9 @@ def run_cli(main: Callable[[], int | None]) -> NoReturn:
     except Exception:
         print(mask(traceback.format_exc()), file=sys.stderr)
         code = int(ExitCode.UNEXPECTED)
-    sys.stdout.flush()
+    lost = streams.finish()
+    if lost is not None and answers and code == 0:
+        print(f"error: the answer could not be written to stdout: {lost.strerror}", file=sys.stderr)
+        code = int(ExitCode.CANNOT_WRITE)
+        streams.finish()
     sys.exit(code)

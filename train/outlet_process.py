@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from train import streams
 from train.masking import mask
 
 INIT_S = 20  # below the time that the training gives this process to become ready
@@ -24,6 +25,7 @@ FINISH_S = 25.0
 
 def main() -> int:
     """Serve one run until stdin ends; exit code 1 when an outlet cannot be opened."""
+    streams.install()
     answer = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the libraries print must not be taken for the answer
     settings = json.loads(sys.stdin.readline())

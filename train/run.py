@@ -155,4 +155,4 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(main, answers=False)

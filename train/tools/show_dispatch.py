@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,10 +49,7 @@ def show(report: Mapping[str, Any], *, as_json: bool) -> None:
         told = text if text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text) else json.dumps(plainly)
     else:
         told = "\n".join(lines(report))
-    try:
-        print(told, flush=True)
-    except BrokenPipeError:  # `| head` has seen enough; what is still buffered must not fail at the end either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    print(told)
 
 
 def lines(report: Mapping[str, Any], indent: str = "") -> Iterator[str]:
