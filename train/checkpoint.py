@@ -188,7 +188,7 @@ def open_checkpoint(path: Path, *, verify: str = "full") -> Loaded:
         state = json.loads((path / "state.json").read_bytes(), parse_constant=_refuse_constant)
         if state["schema_version"] != STATE_SCHEMA:
             raise Damaged(f"state.json: schema version {state['schema_version']}, known is {STATE_SCHEMA}")
-        progress = Progress(*(int(state[key]) for key in ("step", "updates", "skipped", "images")))
+        progress = _progress_of(state)
     except Damaged:
         raise
     except Exception as error:  # readers have many ways to refuse damage
@@ -199,6 +199,20 @@ def open_checkpoint(path: Path, *, verify: str = "full") -> Loaded:
     if progress.step != found.step:
         raise Damaged(f"state.json is that of step {progress.step}")
     return Loaded(path, progress, state, found)
+
+
+def _progress_of(state: Mapping[str, Any]) -> Progress:
+    """The counters of a state.json whose parts are what a resume takes them for. Raises Damaged, KeyError."""
+    counts = {key: state[key] for key in ("step", "updates", "skipped", "images")}
+    if any(type(count) is not int or count < 0 for count in counts.values()):  # bool is an int to Python
+        raise Damaged(f"state.json: {str(counts)[:200]} are no counts")
+    if counts["updates"] + counts["skipped"] != counts["step"]:
+        raise Damaged("state.json: updates and skipped ones do not add up to its step")
+    sections = {key: dict for key in ("config", "held", "facts", "notes")} | {"history": list}
+    for key, kind in sections.items():
+        if not isinstance(state.get(key, kind()), kind):
+            raise Damaged(f"state.json: {key} is {str(state[key])[:100]}")
+    return Progress(**counts)
 
 
 def _count_tensors(path: Path) -> int:

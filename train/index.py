@@ -75,7 +75,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         """Raises OSError, ValueError or pa.ArrowInvalid for a file that is missing, empty or damaged."""
-        self._path = path
+        self.path = path
         with open(path, "rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._fd = os.dup(file.fileno())
@@ -123,7 +123,7 @@ class _File:
     def _read(self, at: int, count: int) -> bytes:
         data = os.pread(self._fd, count, at)
         if len(data) != count:
-            raise Halt(ExitCode.MISMATCH, f"{self._path} was cut off while in use: run scripts/prepare.py latents")
+            raise Halt(ExitCode.MISMATCH, f"{self.path} was cut off while in use: run scripts/prepare.py latents")
         return data
 
 
@@ -201,9 +201,13 @@ class Index:
     def shards(self) -> list[str]:
         """The latent shards that these images lie in."""
         column = self._file.table.column("shard").chunk(0)
-        if not pa.types.is_dictionary(column.type):
-            return sorted(set(column.take(pa.array(self._rows)).to_pylist()))
-        return sorted(column.dictionary.take(pa.array(np.unique(column.indices.to_numpy()[self._rows]))).to_pylist())
+        try:
+            if not pa.types.is_dictionary(column.type):
+                return sorted(set(column.take(pa.array(self._rows)).to_pylist()))
+            used = np.unique(column.indices.to_numpy()[self._rows])
+            return sorted(column.dictionary.take(pa.array(used)).to_pylist())
+        except (IndexError, TypeError, ValueError) as error:  # a number that names no row or word, a shard that is null
+            raise Halt(ExitCode.MISMATCH, f"{self._file.path} is damaged ({error}): run scripts/prepare.py latents") from error
 
     @property
     def images(self) -> npt.NDArray[np.int64]:
