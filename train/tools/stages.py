@@ -1,23 +1,116 @@
-"""Runs the stages of a recipe one after the other, each under `accelerate launch`."""
+"""Runs the stages of a recipe one after the other, each under `accelerate launch`; signals reach the trainer."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import ctypes
+import fcntl
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.rundir import read_done
+from train.exits import EXIT_NOTE, ExitCode, Halt
+from train.rundir import read_done, read_json
 
 RUN_PY = Path(__file__).resolve().parents[1] / "run.py"
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+HELPERS_S = 10.0  # for what a trainer leaves behind to end by itself
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+class Stops:
+    """Owner of the stop signals while stages run: each is passed on to the launched stage, which saves and leaves.
+
+    A launcher may die of the signal at once and leave the trainer behind: on Linux its orphans become our children,
+    so that a signal still reaches them and their end is waited for.
+    """
+
+    def __init__(self) -> None:
+        self.name: str | None = None  # the first that arrived
+        self._child: subprocess.Popen[bytes] | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stops:
+        for number in STOP_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                self._before[number] = signal.signal(number, self._handle)
+        if sys.platform.startswith("linux"):
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if sys.platform.startswith("linux"):
+            ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
+
+    def run(self, command: Sequence[str], environment: dict[str, str], done: Callable[[], bool]) -> int:
+        """Start the launcher in a process group of its own; its code once it and the trainer have ended.
+
+        `done`: whether the trainer needs no more waiting for although helpers of it still run.
+        """
+        # A group of its own: a terminal's Ctrl-C would reach the trainer beside ours, and count as a second one.
+        child = subprocess.Popen(command, env=environment, process_group=0, preexec_fn=_end_with_parent)
+        self._child = child
+        if self.name is not None:  # it arrived while the launcher was being started
+            self._pass_on(signal.Signals[self.name])
+        code = child.wait()
+        self._wait_for_orphans(done)
+        self._child = None
+        return code
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.name = self.name or signal.Signals(number).name
+        self._pass_on(number)
+
+    def _pass_on(self, number: int) -> None:
+        if self._child is None:
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._child.pid, number)
+        for pid in _children():  # orphans, those of torchrun in groups of their own
+            if pid != self._child.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+
+    def _wait_for_orphans(self, done: Callable[[], bool]) -> None:
+        end: float | None = None
+        while True:
+            try:
+                ended = os.waitpid(-1, os.WNOHANG)[0]
+            except ChildProcessError:
+                return
+            if ended == 0:
+                if end is None and done():
+                    end = time.monotonic() + HELPERS_S
+                if end is not None and time.monotonic() > end:
+                    return
+                time.sleep(0.05)
+
+
+def _end_with_parent() -> None:
+    """In the launcher before it begins: SIGTERM when recipe.py dies, so that not even SIGKILL leaves a run behind."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def _children() -> list[int]:
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def run_stages(configs: Sequence[Path], overrides: Sequence[str], launch: Path | None, processes: int) -> int:
-    """Run every stage in order and return the first code that is not 0.
+    """Run every stage in order and return the first code that is not 0; 85 after a stop signal.
 
     All configs are loaded before the first stage starts, so that a typo in the last costs nothing.
     """
@@ -25,35 +118,71 @@ def run_stages(configs: Sequence[Path], overrides: Sequence[str], launch: Path |
     directories = [stage.output_dir for stage in stages]
     if len(set(directories)) != len(directories):
         raise Halt(ExitCode.USAGE, f"two stages share an output_dir: {directories}")
-    for config, stage in zip(configs, stages, strict=True):
-        if read_done(stage.output_dir) is not None:
-            print(f"stage {stage.stage}: already done ({stage.output_dir})", file=sys.stderr)
-            continue
-        code = launch_stage(config, overrides, launch, processes, Path(stage.output_dir))
-        if code != 0:
-            print(f"stage {stage.stage} ended with code {code}; the stages after it were not started", file=sys.stderr)
-            return code
+    with Stops() as stops:
+        for config, stage in zip(configs, stages, strict=True):
+            if read_done(stage.output_dir) is not None:
+                print(f"stage {stage.stage}: already done ({stage.output_dir})", file=sys.stderr)
+                continue
+            if stops.name is not None:
+                print(f"stopped by {stops.name} before stage {stage.stage}: the same command goes on", file=sys.stderr)
+                return ExitCode.STOPPED
+            code = launch_stage(config, overrides, launch, processes, Path(stage.output_dir), stops)
+            if code != 0:
+                after = "the stages after it were not started"
+                print(f"stage {stage.stage} ended with code {code}; {after}", file=sys.stderr)
+                return code
     return 0
 
 
 def launch_stage(
-    config: Path, overrides: Sequence[str], launch: Path | None, processes: int, output_dir: Path
+    config: Path, overrides: Sequence[str], launch: Path | None, processes: int, output_dir: Path, stops: Stops
 ) -> int:
     """Start one stage and return the trainer's own exit code, which launchers replace by 1."""
     command = launch_command(launch, processes) + [str(RUN_PY), "--config", str(config), *overrides]
-    # Ours from an earlier start must not be mistaken for the answer of this one.
-    (output_dir / "exit.json").unlink(missing_ok=True)
-    environment = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300", **os.environ}  # time for the last save
-    child = subprocess.Popen(command, env=environment)
+    before = _version(output_dir / "exit.json")  # of an earlier start, or of a run that owns the directory
+    with tempfile.TemporaryDirectory(prefix="recipe-") as folder:
+        note = Path(folder) / "code"
+        environment = {
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",  # time for the last save
+            "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",  # torchrun dies of USR1 else
+            "ANIX_LAUNCHED": "1",  # its end is the trainer's end
+            **os.environ,
+            EXIT_NOTE: str(note),
+        }
+
+        def told() -> int | None:
+            if note.is_file() and note.read_text().isdigit():
+                return int(note.read_text())
+            record = read_json(output_dir / "exit.json") if _version(output_dir / "exit.json") != before else None
+            return record["code"] if record and isinstance(record.get("code"), int) else None
+
+        code = stops.run(command, environment, lambda: told() is not None or not _in_use(output_dir))
+        said = told()
+    if said is not None:
+        return said
+    if stops.name is not None:  # before the trainer listened, so before there was anything to lose
+        return ExitCode.STOPPED
+    return code if 0 <= code < 128 else int(ExitCode.UNEXPECTED)
+
+
+def _version(path: Path) -> tuple[int, int] | None:
     try:
-        code = child.wait()
-    except KeyboardInterrupt:
-        code = child.wait()  # the terminal sent Ctrl-C to the trainer too: let it save
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _in_use(output_dir: Path) -> bool:
+    """Whether a trainer holds the run directory. Never called in the process that holds it: it would drop the lock."""
     try:
-        told = json.loads((output_dir / "exit.json").read_text())
-        return int(told["code"])
-    except (OSError, ValueError, KeyError):
-        return code if 0 <= code < 128 else int(ExitCode.UNEXPECTED)
+        with open(output_dir / ".lock", "rb+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        pass  # no lock yet, or none on this file system
+    return False
 
 
 def launch_command(launch: Path | None, processes: int) -> list[str]:
