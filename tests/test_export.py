@@ -57,7 +57,7 @@ def finish(path: Path, source: LocalModel, trained: dict[str, torch.Tensor], **e
         state = Expectations(stage="ft1", config={"seed": 31}, facts={"plan": "p", "dataset": "d"}).to_state()
         tensors = {"model": trained, "optimizer": {}}
         checkpoint.save(opened, Progress(5, 5, 0, 240), tensors, state, CheckpointConfig(), permanent=True)
-        final = checkpoint.newest_of(path)
+        final = checkpoint.of_step(path, 5)
         record = export.lineage_record(
             stage="ft1", source=source, dataset_fingerprint="f" * 64, config_hash="c" * 64, seed=31, updates=5,
             images=240, versions={"torch": torch.__version__}, license=export.license_of(settings, source),

@@ -208,7 +208,7 @@ def _progress_of(state: Mapping[str, Any]) -> Progress:
         raise Damaged(f"state.json: {str(counts)[:200]} are no counts")
     if counts["updates"] + counts["skipped"] != counts["step"]:
         raise Damaged("state.json: updates and skipped ones do not add up to its step")
-    sections = {key: dict for key in ("config", "held", "facts", "notes")} | {"history": list}
+    sections = dict.fromkeys(("config", "held", "facts", "notes"), dict) | {"history": list}
     for key, kind in sections.items():
         if not isinstance(state.get(key, kind()), kind):
             raise Damaged(f"state.json: {key} is {str(state[key])[:100]}")
@@ -226,17 +226,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"state.json holds {name}, which is no JSON")
 
 
-def newest_of(run_path: Path) -> Loaded:
-    """The newest checkpoint of a finished run, for the stage that follows. Raises Halt(MISMATCH)."""
-    folder = run_path / "checkpoints"
-    names = sorted((n for n in os.listdir(folder) if manifest.step_of(n) is not None), key=_newest_first) \
-        if folder.is_dir() else []  # fmt: skip
-    if not names:
-        raise Halt(ExitCode.MISMATCH, f"model.init_from {run_path}: holds no checkpoint")
+def of_step(run_path: Path, step: int) -> Loaded:
+    """The checkpoint of that step, for the stage's end. Raises Halt(MISMATCH) when it is damaged or gone."""
+    path = run_path / "checkpoints" / f"step-{step:08d}"
     try:
-        return open_checkpoint(folder / names[0])
-    except Damaged as damage:
-        raise Halt(ExitCode.MISMATCH, f"model.init_from {run_path}: {names[0]} is damaged: {damage}") from damage
+        return open_checkpoint(path)
+    except (Damaged, OSError) as damage:
+        raise Halt(ExitCode.MISMATCH, f"{path} cannot be read: {damage}") from damage
 
 
 # --- parts of saving ---------------------------------------------------------------------------------

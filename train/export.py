@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -124,9 +124,11 @@ def lineage_record(
     license: str,
     weights_sha256: str,
     conditioning: Mapping[str, Any],
+    accepted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Who made these weights from what. `ancestors` carries the records of the stages before; `conditioning` is what
-    inference must share with the training, because a file that was moved has no config beside it."""
+    inference must share with the training, because a file that was moved has no config beside it; `accepted` is what
+    `resume.accept` let change under way."""
     parent = source.lineage or {}
     stated = {key: value for key, value in parent.items() if key != "ancestors"}
     older = parent.get("ancestors")  # from a file that anybody may have written
@@ -148,6 +150,7 @@ def lineage_record(
         "weights_sha256": weights_sha256,
         **({"vae_sha256": source.vae_sha256} if source.vae_sha256 else {}),
         "conditioning": dict(conditioning),
+        **({"accepted": [_without_home(mask_settings(text)) for text in accepted]} if accepted else {}),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ancestors": [*(older if isinstance(older, list) else []), stated] if stated else [],
     }

@@ -45,7 +45,7 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
         if session.stop.asked:
             raise Halt(ExitCode.STOPPED, "stopped by a signal during the export: the same command makes it anew")
 
-    final = checkpoint.newest_of(run.path)
+    final = checkpoint.of_step(run.path, session.progress.step)
     record = export.lineage_record(
         stage=config.stage,
         source=source,
@@ -62,6 +62,7 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
             "context": config.model.context,
             "pooled_projection": config.model.pooled_projection,
         },
+        accepted=session.state(session)["accepted"],
     )
     export.export_stage(
         run.path,
@@ -75,4 +76,5 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
         average=final.path / "ema.safetensors" if "ema" in final.groups else None,
         poll=poll,
     )
-    run.write_done({"stage": config.stage, "updates": session.progress.updates, "images": session.progress.images})
+    done = {"stage": config.stage, "step": session.progress.step}
+    run.write_done({**done, "updates": session.progress.updates, "images": session.progress.images})

@@ -187,15 +187,15 @@ def _open_run(path: Path, hashed: bool) -> LocalModel:
             f"model.init_from {path} changed since it was finished: model/ has sha256 {exported.sha256}, "
             f"lineage.json says {lineage['model_sha256']}",
         )
-    newest, record = _newest_of(path, hashed)
+    final, record = _final_of(path, hashed)
     weights_hash = record.files["model.safetensors"].sha256
     if weights_hash != lineage.get("weights_sha256"):
         raise Halt(
             ExitCode.MISMATCH,
-            f"model.init_from {path} changed since it was finished: {newest.name}/model.safetensors has sha256 "
+            f"model.init_from {path} changed since it was finished: {final.name}/model.safetensors has sha256 "
             f"{weights_hash}, lineage.json says {lineage.get('weights_sha256')}",
         )
-    trained = weightfile.open_file(newest / "model.safetensors")
+    trained = weightfile.open_file(final / "model.safetensors")
     foreign = sorted(set(trained.blobs) - set(exported.weights))
     if foreign:
         raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to {path / 'model'}: {foreign[:5]}")
@@ -212,22 +212,23 @@ def _open_run(path: Path, hashed: bool) -> LocalModel:
     )
 
 
-def _newest_of(path: Path, hashed: bool) -> tuple[Path, manifest.Manifest]:
-    """The final checkpoint of a finished run; its bytes are held against the manifest where `hashed`."""
-    if hashed:
-        from train import checkpoint  # loads torch, which the first look does without
+def _final_of(path: Path, hashed: bool) -> tuple[Path, manifest.Manifest]:
+    """The checkpoint that a finished run ended with; its bytes are held against the manifest where `hashed`.
 
-        newest = checkpoint.newest_of(path)
-        return newest.path, newest.manifest
+    Not simply the newest: damaged ones of later steps may lie beside it, and stay where they are.
+    """
     folder = path / "checkpoints"
-    steps = [name for name in os.listdir(folder) if manifest.step_of(name) is not None] if folder.is_dir() else []
+    names = os.listdir(folder) if folder.is_dir() else []
+    steps = {step: name for name in names if (step := manifest.step_of(name)) is not None}
     if not steps:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: holds no checkpoint")
-    name = max(steps, key=lambda name: manifest.step_of(name) or 0)
+    last = (read_done(path) or {}).get("step", max(steps))
+    if last not in steps:
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: the checkpoint of its last step {last} is gone")
     try:
-        return folder / name, manifest.verify(folder / name, full=False)
+        return folder / steps[last], manifest.verify(folder / steps[last], full=hashed)
     except manifest.Damaged as damage:
-        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: {name} is damaged: {damage}") from damage
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: {steps[last]} is damaged: {damage}") from damage
 
 
 def _vae(settings: ModelConfig, hashed: bool) -> tuple[Mapping[str, Any], modelfolder.Weights, str] | None:

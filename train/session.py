@@ -204,7 +204,9 @@ def state_of(
     """What state.json says beside the progress: settings, hashes, loss scale, and where the run was (re)started."""
     earlier = loaded.state.get("history", []) if loaded else []
     history = [*earlier, [loaded.progress.step if loaded else 0, place.world]]
-    accepted = [str(difference) for difference in loaded.comparison.accepted] if loaded else []
+    # Those of earlier resumes too: the checkpoint that is loaded next knows the new settings only.
+    accepted = list(loaded.state.get("accepted", [])) if loaded else []
+    accepted += [f"step {loaded.progress.step}: {found}" for found in loaded.comparison.accepted] if loaded else []
 
     def state(session: Session) -> dict[str, Any]:
         return expected.to_state() | {
