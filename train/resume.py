@@ -114,7 +114,8 @@ def compare(state: Mapping[str, Any], now: Expectations) -> Comparison:
         difference = Difference(key, saved_facts.get(key), _plain(now.facts.get(key)))
         if difference.saved != difference.now and not (key == "plan" and _plan_is_explained(state, now, found)):
             name = {"dataset": "data"}.get(key, key)
-            found["accepted" if name in now.accept else "refuse"].append(difference)
+            accepted = name in now.accept or (name == "parent" and _is_accepted("model.init_from", now.accept))
+            found["accepted" if accepted else "refuse"].append(difference)
     for key in sorted(set(saved_notes) & set(now.notes)):
         if saved_notes[key] != _plain(now.notes[key]):
             found["warn"].append(Difference(key, saved_notes[key], _plain(now.notes[key])))
@@ -217,7 +218,8 @@ def _plan_is_explained(state: Mapping[str, Any], now: Expectations, found: Mappi
 
 def _is_accepted(key: str, accept: Sequence[str]) -> bool:
     bare = key.removesuffix(" (content)")
-    return bare in accept or bare.partition(".")[0] in accept
+    parent = bare == "model.init_from" and "parent" in accept
+    return parent or bare in accept or bare.partition(".")[0] in accept
 
 
 def _named(title: str, names: list[str]) -> list[str]:

@@ -54,6 +54,10 @@ def expectations(
         held={
             "data.path": f"{data.index.fingerprint}/{data.index.selection_hash}",
             "model.init_from": source.sha256,
+            "model.vae": data.vae,
+            # Pins: a wrong one was refused before, a right one changes nothing.
+            "model.init_sha256": source.sha256,
+            "model.vae_sha256": data.vae,
             "model.tokenizers": data.tokenizer.identity(),
         },
         facts={"dataset": data.index.fingerprint, "plan": data.fingerprint, "parent": source.sha256},

@@ -16,7 +16,7 @@ from train import fast, loop, memory, optim, singlefile, stochastic, text
 from train.checkpointing import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.config import StageConfig
 from train.exits import ExitCode, Halt
-from train.hub import LocalModel
+from train.hub import LocalModel, vae_identity
 from train.index import Index
 from train.models import (
     Components,
@@ -64,6 +64,7 @@ class Data:
     plan: Plan
     tokenizer: text.TagTokenizer
     fingerprint: str  # of the plan
+    vae: str  # what the VAE holds, wherever it lies: its weights' identity and its scaling factor
 
 
 def open_machine(config: StageConfig) -> Machine:
@@ -106,7 +107,8 @@ def open_data(config: StageConfig, source: LocalModel) -> Data:
         selection=kept.selection_hash,
         tokenizers=tokenizer.identity(),
     )
-    return Data(kept, selection.held_out, selection.plan, tokenizer, fingerprint)
+    vae = f"{vae_identity(source)}/{source.configs['vae']['scaling_factor']}"
+    return Data(kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae)
 
 
 def settle(config: StageConfig, machine: Machine, plan: Plan, source: LocalModel) -> Execution:
