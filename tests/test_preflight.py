@@ -10,6 +10,7 @@ from stages import Stage, opened
 from test_dataset import make
 
 from train import preflight
+from train.dataset import Batch
 from train.exits import ExitCode, Halt
 from train.preflight import shapes_to_try, synthetic_part
 
@@ -76,3 +77,21 @@ def test_out_of_memory_late_ends_with_its_code(base_model: Path, dataset: Path, 
     stage = Stage(tmp_path, dataset, base_model)
     assert stage.run("max_updates=3", ANIX_FAULT="forward@1:oom") == ExitCode.OUT_OF_MEMORY
     assert "gradient_checkpointing" in stage.message
+
+
+def test_a_stop_is_seen_between_two_buckets(
+    base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[int, ...]] = []
+
+    def losses(model: object, part: Batch, diffusion: object) -> torch.Tensor:
+        tried.append(tuple(part.latents_BCHW.shape))
+        session.stop.ask("SIGTERM")
+        return torch.zeros(2, requires_grad=True)
+
+    monkeypatch.setattr(preflight, "shapes_to_try", lambda plan, device: list(plan.buckets))
+    monkeypatch.setattr(preflight, "image_losses", losses)
+    with opened(Stage(tmp_path, dataset, base_model)) as session:
+        assert len(session.plan.buckets) > 1
+        preflight.check(session, session.feed.dataset.tokenizer)
+        assert len(tried) == 1

@@ -38,7 +38,8 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
     """Forward and backward of each shape with the longest caption; the peak in bytes (0 on a CPU).
 
     The optimizer's state, which does not exist before the first step, is stood in for by an allocation of its size.
-    Gradients are dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket.
+    Gradients are dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket. Returns
+    between two buckets when a stop was asked for: the caller's next agreed stop ends all processes.
     """
     device, model = session.place.device, session.gradients.model
     target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
@@ -47,6 +48,8 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
     pending_bytes = pending_state_bytes(session) if on_gpu else 0
     reserve = torch.empty(pending_bytes, dtype=torch.uint8, device=device)
     for width, height in shapes_to_try(session.plan, device):
+        if session.stop.asked:
+            break
         part = synthetic_part(width, height, images, tokenizer, session.config.data.max_tokens).to(device)
         try:
             image_losses(target, part, session.diffusion).sum().backward()

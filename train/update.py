@@ -17,6 +17,7 @@ from torch import nn
 from train import fast, faults, loss, noise, optim
 from train.config import LossConfig, NoiseConfig
 from train.dataset import Batch
+from train.exits import ExitCode, Halt
 from train.reduce import BinaryCounter, FlatGradients, reduce_pairwise
 from train.scaler import LossScale
 
@@ -150,7 +151,21 @@ class TileBackward:
         self.tags_cut = 0
 
     def __call__(self, model: nn.Module, part: Batch, *, factor: int) -> None:
-        """Adds to the gradients the share of this part in the update's loss, times the loss scale and `factor`."""
+        """Adds to the gradients the share of this part in the update's loss, times the loss scale and `factor`.
+
+        Raises Halt(OUT_OF_MEMORY) naming update and bucket.
+        """
+        try:
+            self._run(model, part, factor)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            tile = part.tile
+            raise Halt(
+                ExitCode.OUT_OF_MEMORY,
+                f"update {part.step}: out of memory in bucket {tile.width}x{tile.height} with {len(part.slots_B)} images: "
+                f"{error}; raise batch.split, set model.gradient_checkpointing=full, or use an overlay of configs/memory/",
+            ) from error
+
+    def _run(self, model: nn.Module, part: Batch, factor: int) -> None:
         faults.at("forward", part.step)
         self.tags_cut += part.tags_dropped
         losses_B = image_losses(model, part, self.diffusion)
