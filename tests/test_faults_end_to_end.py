@@ -51,7 +51,7 @@ def test_r13_the_survivor_leaves_within_ten_seconds(lab):
 
 
 def test_f30_an_exception_on_one_rank_is_told_by_the_other(lab):
-    assert lab.run("f30", world=2, fault="backward@6:1:raise=KeyError") == [9, 1]
+    assert lab.run("f30", world=2, fault="backward@6:1:raise=KeyError") == [1, 1]
     assert "rank 1 failed at update 6: KeyError" in lab.exit("f30")["reason"]
     assert "Traceback" in lab.last.text(1)
     lab.must_equal_reference("f30", 2)
@@ -239,6 +239,7 @@ def test_f27_a_spike_is_told_and_the_run_goes_on(lab):
 
 def test_f28_out_of_memory_late_loses_nothing(lab):
     assert lab.run("f28", fault="forward@6:0:oom") == [5]
+    assert re.search(r"update 6: out of memory in bucket \d+x\d+ with 2 images", lab.exit("f28")["reason"])
     assert max(chaos.steps_of(lab.folder / "f28")) == 6
     lab.must_equal_reference("f28")
 

@@ -198,13 +198,13 @@ def tensors_here(session: Session) -> dict[str, dict[str, torch.Tensor]]:
 def leave(session: Session, error: BaseException) -> None:
     """After the loop failed: the main process saves the last completed update, by itself. Then the caller re-raises.
 
-    A failed collective is raised here as Halt(PEER_LOST). No collective is called any more, and nothing is saved from
+    A failed collective is raised here as what became of the other process. No collective is called any more, and nothing is saved from
     inside the optimizer's step or from differing replicas. With ZeRO-1 the main process does not have the whole
     optimizer state, so the last regular checkpoint is what remains.
     """
     reason = session.watch.failed(error)
     lost = session.stepping or isinstance(reason, guard.ReplicasDiffer) or session.progress.step == 0
-    over = isinstance(reason, Halt) and reason.code in (ExitCode.STOPPED, ExitCode.CANNOT_WRITE)
+    over = isinstance(error, Halt) and error.code in (ExitCode.STOPPED, ExitCode.CANNOT_WRITE)
     if session.saver is not None and session.shares is not None and not (lost or over):
         session.tracker.alert(
             f"update {session.progress.step} cannot be saved after a failure: with optimizer.sharding: zero1 the "

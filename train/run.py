@@ -61,10 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.write_exit(ExitCode.DONE, "done", "", progress["update"])
         return ExitCode.DONE
     except BaseException as error:
-        halt = as_halt(error)
-        status = stop.status if halt.code == ExitCode.STOPPED else "failed"
-        run.write_exit(halt.code, status, halt.message, progress["update"])
-        run.count_attempt(halt.code, halt.message, progress["update"], config_hash(config))
+        halt = as_halt(error, progress["update"])
+        record_end(run, config, halt, stop, progress["update"])
         if halt is error:
             raise
         if halt.code == ExitCode.UNEXPECTED:
@@ -85,6 +83,13 @@ def refuse_start(config: StageConfig, run: RunDir, world: int) -> None:
         raise startcheck.together(found)
 
 
+def record_end(run: RunDir, config: StageConfig, halt: Halt, stop: signals.StopFlag, update: int) -> None:
+    """Leave in the run directory why the run ended."""
+    status = stop.status if halt.code == ExitCode.STOPPED else "failed"
+    run.write_exit(halt.code, status, halt.message, update)
+    run.count_attempt(halt.code, halt.message, update, config_hash(config))
+
+
 def own_place() -> tuple[int, int]:
     """RANK and WORLD_SIZE as launchers set them, 0 and 1 without one. Raises Halt(USAGE) where they make no sense."""
     rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
@@ -93,15 +98,16 @@ def own_place() -> tuple[int, int]:
     return int(rank), int(world)
 
 
-def as_halt(error: BaseException) -> Halt:
-    """The exit code that an exception stands for."""
+def as_halt(error: BaseException, update: int = 0) -> Halt:
+    """The exit code that an exception stands for, after `update` updates."""
     if isinstance(error, Halt):
         return error
     kind = type(error).__name__
+    after = f"after update {update}: " if update else ""  # inside a bucket the update's own code has named it
     if kind == "OutOfMemoryError" or isinstance(error, MemoryError):
         return Halt(
             ExitCode.OUT_OF_MEMORY,
-            f"out of memory: {error}; try model.gradient_checkpointing=full, batch.split=2 or configs/memory/",
+            f"{after}out of memory: {error}; try model.gradient_checkpointing=full, batch.split=2 or configs/memory/",
         )
     if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
         return Halt(ExitCode.CANNOT_WRITE, f"{error.filename or 'a file'} cannot be written: {error.strerror}")
@@ -115,10 +121,14 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
     from train import guard, handoff, loop, peers, preflight, session, stage
 
     # Processes: the update's tiles divide among them.
-    machine = stage.open_machine(config)
+    signals.raise_if_asked("before the first update")
+    with peers.joining(lambda code, reason: record_end(run, config, Halt(code, reason), stop, 0)):
+        machine = stage.open_machine(config)
 
     # From here on a process that fails is named by the others, and work of one is waited for.
     with peers.watching(machine.place.rank, machine.place.world) as watch:
+        watch.last_words = lambda code, reason: record_end(run, config, Halt(code, reason), stop, watch.step)
+
         # Model: the predecessor's weights, hash checked; its tokenizers and VAE.
         source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
 
@@ -139,7 +149,7 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
             guard.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
 
             # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.
-            running.watch = watch
+            running.watch, watch.step, watch.met = watch, running.progress.step, True
             try:
                 loop.run_updates(running)
             except BaseException as error:

@@ -368,8 +368,8 @@ def _errno_text(error: OSError) -> str:
 
 
 def _stable(reason: str) -> str:
-    """`reason` without what changes from one run to the next: secrets, addresses, process ids."""
-    return re.sub(r"0x[0-9a-fA-F]+|\bpid \d+", "*", mask(reason))[:500]
+    """`reason` without what changes from one run to the next: secrets, addresses, process ids, how a loss was seen."""
+    return re.sub(r"0x[0-9a-fA-F]+|\bpid \d+|\[[0-9a-fA-F.:]+\]:\d+| \(rank \d+ saw: .*", "*", mask(reason))[:500]
 
 
 def _now() -> str:

@@ -82,6 +82,11 @@ def install(*, orphan: bool = False) -> StopFlag:
     return stop
 
 
+def asked() -> bool:
+    """Whether the last installed flag was asked to stop."""
+    return _latest is not None and _latest.asked
+
+
 def raise_if_asked(what: str) -> None:
     """Halt(STOPPED) when the last installed flag was asked to stop: for work in pieces that are kept."""
     if _latest is not None and _latest.asked:
@@ -101,6 +106,12 @@ def reset_in_worker() -> None:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def orphaned() -> bool:
+    """Whether a launcher started this process and is gone; known in any thread, before a handler had its turn."""
+    pid, parent = _IMPORTED_BY
+    return pid == os.getpid() and parent != os.getppid() and any(mark in os.environ for mark in _LAUNCHER_MARKS)
 
 
 def watch_parent(stop: StopFlag, parent_pid: int) -> bool:
