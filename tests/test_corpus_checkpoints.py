@@ -119,6 +119,16 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "step of another": (manifest_with(lambda body: body.update(step=5)), "is that of step 5"),
     "state says NaN": (state_with(step=float("nan")), "NaN"),
     "state of another step": (state_with(step=3), "is that of step 3"),
+    "state counts in text": (state_with(updates="10"), "are no counts"),
+    "state counts in fractions": (state_with(images=1.5), "are no counts"),
+    "state counts below nothing": (state_with(skipped=-1), "are no counts"),
+    "state says true": (state_with(skipped=True), "are no counts"),
+    "state applied more than it did": (state_with(updates=10**30), "do not add up"),
+    "settings are a text": (state_with(config="null"), "config is null"),
+    "facts are a list": (state_with(facts=[[]]), "facts is [[]]"),
+    "notes are a number": (state_with(notes=2**31), "notes is 2147483648"),
+    "held is nothing": (state_with(held=None), "held is None"),
+    "history is a number": (state_with(history=3), "history is 3"),
     "state of another schema": (state_with(schema_version=99), "schema version 99"),
     "state is huge": (lambda f: signed(f, "state.json", b'{"a": [' + b"[],"  * (3 << 20) + b"[]]}"), "larger than"),
     "state is deep": (lambda f: signed(f, "state.json", b"[" * 100_000), "RecursionError"),
@@ -140,7 +150,7 @@ def test_every_damaged_checkpoint_is_named_in_one_pass_and_none_is_used(tmp_path
     for number, (what, (spoil, reason)) in enumerate(CHECKPOINTS.items(), 10):
         folder = run.checkpoints / f"step-{number:08d}"
         shutil.copytree(sound, folder)
-        state = json.loads((folder / "state.json").read_text()) | {"step": number}
+        state = json.loads((folder / "state.json").read_text()) | {"step": number, "updates": number}
         manifest_with(lambda body, number=number: body.update(step=number))(folder)
         signed(folder, "state.json", json.dumps(state).encode())
         checkpoint.open_checkpoint(folder)  # sound so far

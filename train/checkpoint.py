@@ -188,7 +188,7 @@ def open_checkpoint(path: Path, *, verify: str = "full") -> Loaded:
         state = json.loads((path / "state.json").read_bytes(), parse_constant=_refuse_constant)
         if state["schema_version"] != STATE_SCHEMA:
             raise Damaged(f"state.json: schema version {state['schema_version']}, known is {STATE_SCHEMA}")
-        progress = _progress_of(state)
+        progress = _progress_of(state, found.step)
     except Damaged:
         raise
     except Exception as error:  # readers have many ways to refuse damage
@@ -196,21 +196,20 @@ def open_checkpoint(path: Path, *, verify: str = "full") -> Loaded:
     for name, record in found.files.items():
         if name.endswith(".safetensors") and _count_tensors(path / name) != record.tensors:
             raise Damaged(f"{name}: other tensors than the manifest counts")
-    if progress.step != found.step:
-        raise Damaged(f"state.json is that of step {progress.step}")
     return Loaded(path, progress, state, found)
 
 
-def _progress_of(state: Mapping[str, Any]) -> Progress:
+def _progress_of(state: Mapping[str, Any], step: int) -> Progress:
     """The counters of a state.json whose parts are what a resume takes them for. Raises Damaged, KeyError."""
     counts = {key: state[key] for key in ("step", "updates", "skipped", "images")}
     if any(type(count) is not int or count < 0 for count in counts.values()):  # bool is an int to Python
         raise Damaged(f"state.json: {str(counts)[:200]} are no counts")
+    if counts["step"] != step:
+        raise Damaged(f"state.json is that of step {counts['step']}")
     if counts["updates"] + counts["skipped"] != counts["step"]:
         raise Damaged("state.json: updates and skipped ones do not add up to its step")
-    sections = dict.fromkeys(("config", "held", "facts", "notes"), dict) | {"history": list}
-    for key, kind in sections.items():
-        if not isinstance(state.get(key, kind()), kind):
+    for key in ("config", "held", "facts", "notes", "history"):
+        if not isinstance(state.get(key, [] if key == "history" else {}), list if key == "history" else dict):
             raise Damaged(f"state.json: {key} is {str(state[key])[:100]}")
     return Progress(**counts)
 
