@@ -8,6 +8,7 @@ row, so a process that has seen every caption holds some megabytes of the file, 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import mmap
@@ -27,6 +28,7 @@ import pyarrow as pa
 import safetensors.numpy
 
 from train.exits import ExitCode, Halt
+from train.indexcheck import refuse_changed, refuse_damaged
 from train.rundir import read_json, replace_file
 
 INDEX, VERSION = "index.arrow", "1"
@@ -34,6 +36,7 @@ CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
 LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
 NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
 U64 = npt.NDArray[np.uint64]
+_TEXTS, _DIGESTS = ("key", "shard"), ("image_digest", "caption_digest")
 _WORDS_KEPT = 50_000  # per column, 5 MB; sentences, which never repeat, must not fill a worker's memory
 
 
@@ -106,6 +109,8 @@ class _File:
             self._map.madvise(mmap.MADV_DONTNEED)
 
     def _place(self, name: str) -> _Place:
+        if name not in self.table.column_names:
+            raise Halt(ExitCode.MISMATCH, f"{self.path} has no column {name}: run scripts/prepare.py latents")
         column = self.table.column(name).chunk(0)
         at = [-1 if buffer is None else buffer.address - self._start for buffer in column.buffers()]
         kind = column.type
@@ -164,9 +169,12 @@ class Index:
                 f"data.path {folder} has no selection {stage!r} (it has {', '.join(known) or 'none'}): add "
                 f"select.{stage} to its dataset.yaml and run scripts/prepare.py select and latents, or set data.select",
             )
+        refuse_changed(folder, (INDEX, selection.name))
         file, whole = _map(folder / INDEX)
         rows, meta = _map(selection)
         _require_fresh(folder, stage, whole, meta)
+        refuse_damaged(file.path, file.table, file.give_back, lists=CAPTION_COLUMNS, texts=_TEXTS, numbers=(*NUMBERS, "row", *_DIGESTS))
+        refuse_damaged(rows.path, rows.table, rows.give_back, numbers=("row", "uid"), rows_below=file.table.num_rows)
         return cls(file, column_of(rows.table, "row"), np.array(column_of(rows.table, "uid")), {**whole, **meta})
 
     def __len__(self) -> int:
@@ -307,10 +315,10 @@ def source_hashes(folder: Path, stage: str | None) -> dict[str, str]:
 
 
 def _require_fresh(folder: Path, stage: str, whole: Mapping[str, str], meta: Mapping[str, str]) -> None:
-    if whole.get("version") != VERSION or meta.get("version") != VERSION:
+    if whole.get("version") != VERSION or meta.get("version") != VERSION or not {"vae_id", "content"} <= whole.keys():
         raise Halt(ExitCode.MISMATCH, f"{folder}: its index is of another version: run scripts/prepare.py latents")
     for found, wanted in ((whole, source_hashes(folder, None)), (meta, source_hashes(folder, stage))):
-        changed = sorted(name for name, value in json.loads(found["sources"]).items() if wanted.get(name) != value)
+        changed = sorted(name for name, value in _sources(folder, found).items() if wanted.get(name) != value)
         if changed:
             raise Halt(
                 ExitCode.MISMATCH,
@@ -322,12 +330,20 @@ def _require_fresh(folder: Path, stage: str, whole: Mapping[str, str], meta: Map
         raise Halt(ExitCode.MISMATCH, f"{folder}/dataset.json is damaged: run scripts/prepare.py latents")
 
 
+def _sources(folder: Path, meta: Mapping[str, str]) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError, KeyError):
+        if isinstance(found := json.loads(meta["sources"]), dict):
+            return found
+    raise Halt(ExitCode.MISMATCH, f"{folder}: the header of an index file is damaged: run scripts/prepare.py latents")
+
+
 def _map(path: Path) -> tuple[_File, dict[str, str]]:
     try:
         file = _File(path)
-    except (OSError, ValueError, pa.ArrowInvalid) as error:  # ValueError: an empty file
+        meta = {key.decode(): value.decode() for key, value in (file.table.schema.metadata or {}).items()}
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: an empty file, metadata that is no text
         raise Halt(ExitCode.MISMATCH, f"{path} is missing or damaged: run scripts/prepare.py latents") from error
-    return file, {key.decode(): value.decode() for key, value in (file.table.schema.metadata or {}).items()}
+    return file, meta
 
 
 def column_of(table: pa.Table, name: str) -> npt.NDArray[Any]:

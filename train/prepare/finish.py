@@ -16,6 +16,7 @@ from train.buckets import place
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
 from train.index import Index
+from train.indexcheck import file_hashes
 from train.indexing import build_index, encoded
 from train.latents import read_meta
 from train.prepare.facts import Facts, between
@@ -137,6 +138,7 @@ def _write_dataset_json(
         "fingerprint": config_id(**dict(fingerprints or {})), "fingerprints": dict(fingerprints or {}),
         "policy_hash": policy[0] if len(policy) == 1 else policy, "hard_exclusion_version": EXCLUSIONS_VERSION,
         "latents": {**asdict(recipe), "images": len(index), **npz},
+        "index": fingerprints and file_hashes(dataset, sorted(path.name for path in dataset.glob("index*.arrow"))),
         "tables": {name: table_fingerprint(dataset, name) for name in
                    ("records", "probe", "aesthetic", "tags", "dupes", "labels")},
         "select": {stage: {"counts": selection_counts(dataset, stage), "merged": selection_merges(dataset, stage)}
