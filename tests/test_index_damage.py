@@ -61,6 +61,16 @@ def test_refused_by_name(kind: str, dataset: Path, tmp_path: Path) -> None:
     assert len(caught.value.message) < 500
 
 
+@pytest.mark.parametrize("name", ["index.arrow", "index_pretrain.arrow", "dataset.json"])
+def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(name: str, dataset: Path, tmp_path: Path) -> None:
+    shutil.copytree(dataset, tmp_path / "set")
+    (tmp_path / "set" / name).unlink()
+    os.mkfifo(tmp_path / "set" / name)
+    with pytest.raises(Halt, match=r"prepare\.py") as caught:
+        Index.open(tmp_path / "set", "pretrain")
+    assert caught.value.code == ExitCode.MISMATCH
+
+
 def mutated(path: Path, dice: random.Random) -> None:
     """The file cut somewhere, or with one to twenty bits flipped."""
     data = bytearray(path.read_bytes())

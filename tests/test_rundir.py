@@ -199,6 +199,16 @@ def test_replace_file_is_whole_or_absent(tmp_path, monkeypatch):
     assert rundir.read_json(path) == {"a": 1}
 
 
+def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "f.json")
+    assert rundir.read_json(tmp_path / "f.json") is None
+    for name in ("run.json", "config.yaml", "DONE", "validation.jsonl", "selection.safetensors"):
+        (tmp_path / name).mkdir()
+        os.mkfifo(tmp_path / name / name)
+        with pytest.raises(Halt, match=f"{name} is not a regular file"):
+            rundir.open_run_dir(tmp_path / name, "s")
+
+
 @pytest.mark.parametrize("data", [b"", b"[1]", b"{", b"\xff", b'{"a": 1', b"[" * 100_000])
 def test_read_json_never_raises(tmp_path, data):
     (tmp_path / "f").write_bytes(data)

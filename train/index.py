@@ -339,6 +339,8 @@ def _sources(folder: Path, meta: Mapping[str, str]) -> dict[str, Any]:
 
 def _map(path: Path) -> tuple[_File, dict[str, str]]:
     try:
+        if not path.is_file():  # to open a pipe is to wait for who writes into it
+            raise FileNotFoundError(path)
         file = _File(path)
         meta = {key.decode(): value.decode() for key, value in (file.table.schema.metadata or {}).items()}
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: an empty file, metadata that is no text

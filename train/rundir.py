@@ -26,9 +26,12 @@ from train.masking import mask, mask_settings
 
 REPEATS_REFUSED = 2  # so many equal failures in a row, and the next start refuses
 _COUNTED = (ExitCode.UNEXPECTED, ExitCode.NON_FINITE, ExitCode.OUT_OF_MEMORY, ExitCode.PEER_LOST)
-_FILES = ("DONE", "config.yaml", "metrics.jsonl", "exit.json", "attempts.json", "run.json", "lineage.json", "trace.txt")
+_FILES = (
+    "DONE", "config.yaml", "metrics.jsonl", "exit.json", "attempts.json", "run.json", "lineage.json", "trace.txt",
+    "validation.jsonl", "held_out.json", "bad_step.json", "selection.safetensors",
+)  # fmt: skip
 # What a run makes beside these: a folder that holds any of it and no record of a run is somebody else's.
-_MADE = ("validation.jsonl", "held_out.json", "bad_step.json", "selection.safetensors", "model", "checkpoints")
+_MADE = ("model", "checkpoints")
 _LEFT_OF_FILES = re.compile(
     "(" + "|".join(map(re.escape, (*_FILES, *_MADE, ".writable"))) + r"|exit\.\d+\.json|\..+\.anix)\.tmp"
 )
@@ -79,8 +82,10 @@ def write_json(path: Path | str, record: Mapping[str, Any]) -> None:
 
 
 def read_json(path: Path | str, max_bytes: int = 8 << 20) -> dict[str, Any] | None:
-    """The object stored in `path`; None when it is absent, too large, damaged or not an object."""
+    """The object stored in `path`; None when it is absent, no regular file, too large, damaged or not an object."""
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # to open a pipe is to wait for who writes into it
+            return None
         with open(path, "rb") as file:
             data = file.read(max_bytes + 1)
         record = json.loads(data) if len(data) <= max_bytes else None
