@@ -136,12 +136,13 @@ class SpikeDetector:
 
     def __init__(self, history: Iterable[float] = ()) -> None:
         self.history = deque(history, maxlen=SPIKE_WINDOW)
+        self.sigmas: float | None = None  # of the last loss, if it was a spike
 
     def check(self, loss: float) -> str | None:
         """What is unusual about this update's loss, else None; then it counts as seen."""
-        sigmas, seen = spike_sigmas(self.history, loss), len(self.history)
+        self.sigmas, seen = spike_sigmas(self.history, loss), len(self.history)
         self.history.append(loss)
-        return None if sigmas is None else f"loss {loss:.4g} lies {sigmas:.1f} sigma above the last {seen}"
+        return None if self.sigmas is None else f"loss {loss:.4g} lies {self.sigmas:.1f} sigma above the last {seen}"
 
 
 # --- replicas ----------------------------------------------------------------------------------------

@@ -277,6 +277,7 @@ def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rate
             "tags_cut": outcome.tags_cut,
             "loss_scale": session.scale.scale,
             "loss_by_decile": loss_by_decile(timesteps.tolist(), outcome.losses_G.tolist()),
+            **({"spike_sigmas": session.spikes.sigmas} if spike else {}),
         },
         update_s=session.update_s,
     )
