@@ -47,13 +47,39 @@ def test_several_are_joined_by_semicolons():
 
 
 @pytest.mark.parametrize(
-    "text", ["loss", "los@1", "loss@x", "loss@1:2:3:nan", "loss@1:explode", "loss@1:sleep=soon", "@"]
+    "text",
+    [
+        "loss", "los@1", "loss@x", "loss@1:2:3:nan", "loss@1:explode", "loss@1:sleep=soon", "@", "loss@--1", "loss@\u00b2",
+        "loss@1:sleep=-1", "loss@1:sleep=nan",
+    ],
 )
 def test_nonsense_is_refused(text):
     with pytest.raises(Halt) as caught:
         parse(text)
     assert caught.value.code == ExitCode.USAGE
     assert "ANIX_FAULT" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("save.rename@4:nan", "save.rename"), ("forward@1:inf", "forward"), ("optimizer@1:scale=2", "optimizer"),
+        ("loss@1:skip", "loss"), ("save.write@*:skip", "save.write"), ("export@3", "export"), ("handoff@1:kill", "handoff"),
+    ],
+)  # fmt: skip
+def test_what_can_never_be_due_is_refused_by_name(text, named, monkeypatch):
+    monkeypatch.setenv("ANIX_FAULT", text)
+    with pytest.raises(Halt) as caught:
+        faults.warn_if_set()
+    assert caught.value.code == ExitCode.USAGE
+    assert repr(text) in caught.value.message
+    assert named in caught.value.message
+
+
+def test_every_point_is_reached_somewhere():
+    text = "".join(path.read_text() for path in (ROOT / "train").rglob("*.py") if path.name != "faults.py")
+    for point in faults.POINTS:
+        assert f'("{point}"' in text or f'else "{point}"' in text, point
 
 
 def test_inert_unless_set(capsys):

@@ -233,8 +233,30 @@ def test_f26_overflowing_gradients_end_fp32_at_once(lab):
 
 
 def test_f27_a_spike_is_told_and_the_run_goes_on(lab):
-    assert lab.run("f27", fault="loss@9:0:scale=100") == [0]
+    fault = "loss@9:0:scale=100"
+    assert lab.run("f27", fault=fault) == [0]
     assert "sigma above" in lab.last.text()
+    found = [record for record in chaos.metrics(lab.folder / "f27") if "spike_sigmas" in record]
+    assert [record["step"] for record in found] == [10]
+    assert found[0]["spike_sigmas"] > 6
+    # A resumed run knows the losses before: the same spikes, the same records.
+    assert lab.run("f27b", fault=f"{fault};forward@9:exit=1") == [1]
+    assert lab.run("f27b", fault=fault) == [0]
+    assert chaos.compare_runs(lab.folder / "f27", lab.folder / "f27b") == []
+
+
+@pytest.mark.parametrize("determinism", ["strict", "fast"])
+def test_a_gradient_that_is_not_finite_behind_finite_losses_touches_no_weight(lab, determinism):
+    name, settings = f"f25-{determinism}", f"batch.determinism={determinism}"
+    assert lab.run(name, settings, world=2, fault="backward@7:1:nan") == [4, 4]
+    bad = json.loads((lab.folder / name / "bad_step.json").read_text())
+    assert (bad["step"], bad["grad_norm"]) == (7, "nan")
+    assert "the gradient" in lab.exit(name)["reason"]
+    again = lab.in_fork(show_run.step, lab.folder / name, 7, recompute=True)
+    losses = [slot["loss"] for slot in again["slots"]]
+    assert losses == ([slot["loss"] for slot in bad["slots"]] if determinism == "strict" else pytest.approx(
+        [slot["loss"] for slot in bad["slots"]], rel=1e-6))  # fmt: skip
+    lab.must_equal_reference(name, 2, settings)
 
 
 def test_f28_out_of_memory_late_loses_nothing(lab):

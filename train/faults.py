@@ -4,7 +4,8 @@
 
 step and rank may be `*` (always; rank absent = every rank). A number after the step is the rank, a word the
 action. Without an action a RuntimeError is raised. Examples: `loss@7:1:nan`, `save.write@*:enospc`,
-`forward@8:*:raise=KeyError`, `worker@3:sleep=0.5`.
+`forward@8:*:raise=KeyError`, `worker@3:sleep=0.5`. At `loss` the values of nan, inf and scale are the losses, at
+`backward` the gradients behind finite losses; what can never be due at a point is refused.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import builtins
 import errno
 import os
+import re
 import signal
 import sys
 import time
@@ -30,6 +32,11 @@ POINTS = (
 ACTIONS = (
     "raise", "kill", "term", "exit", "sleep", "hang", "nan", "inf", "scale", "skip", "oom", "enospc", "eio",
 )  # fmt: skip
+# What can be due at some points only; everywhere else it would silently do nothing.
+_POINTS_OF = {
+    "nan": ("loss", "backward"), "inf": ("loss", "backward"), "scale": ("loss", "backward"), "skip": ("reduce", "control"),
+}  # fmt: skip
+_WITHOUT_STEP = ("encode_vae", "encode_text", "export", "handoff")  # so only `*` can be meant
 _WITH_NUMBER = {"exit": "1", "sleep": "1", "scale": "100"}  # action: value when none is given
 
 
@@ -106,11 +113,18 @@ def _parse_one(part: str) -> Fault:
     action, _, value = (more.pop(0) if more else "raise").partition("=")
     if more or action not in ACTIONS:
         raise Halt(ExitCode.USAGE, f"{VARIABLE}: {part!r}: the action must be one of {' '.join(ACTIONS)}")
-    if step_text != "*" and not step_text.lstrip("-").isdigit():
+    if action in _POINTS_OF and point not in _POINTS_OF[action]:
+        possible = " and ".join(_POINTS_OF[action])
+        raise Halt(ExitCode.USAGE, f"{VARIABLE}: {part!r}: {action} is possible at {possible} only, not at {point}")
+    if step_text != "*" and not re.fullmatch(r"-?[0-9]+", step_text):
         raise Halt(ExitCode.USAGE, f"{VARIABLE}: {part!r}: the step must be a whole number or *")
+    if step_text != "*" and point in _WITHOUT_STEP:
+        raise Halt(ExitCode.USAGE, f"{VARIABLE}: {part!r}: {point} belongs to no step, so the step must be *")
     value = value or _WITH_NUMBER.get(action, "")
     if action in _WITH_NUMBER:
         try:
+            if not (action == "scale" or 0 <= float(value) < 1e9):
+                raise ValueError
             float(value)
         except ValueError:
             raise Halt(ExitCode.USAGE, f"{VARIABLE}: {part!r}: {action}= needs a number") from None

@@ -117,7 +117,8 @@ class Outlet:
                     return None
                 self._unsent = message
             step, line = self._unsent
-            faults.at("track", step)
+            pictures = line.startswith('{"kind": "images"')
+            faults.at("upload" if pictures else "track", step)
             try:
                 child.stdin.write(line.encode() + b"\n")
                 child.stdin.flush()

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from train import faults
 from train.exits import ExitCode, Halt
 
 BOS_ID, EOS_ID, PAD_2_ID = 49406, 49407, 0  # CLIP's ids; PAD_2_ID is "!", with which encoder 2's texts are padded
@@ -190,6 +191,7 @@ def encode(
     `sd_scripts` multiplies by the projection's transpose, as the original trainer did with single files.
     Source: released notebook and the behaviour of its trainer. Nothing here waits for the device.
     """
+    faults.at("encode_text")
     batch, chunks, length = ids_1_BN77.shape
     out_1 = text_encoder(input_ids=ids_1_BN77.reshape(-1, length), output_hidden_states=True)
     out_2 = text_encoder_2(input_ids=ids_2_BN77.reshape(-1, length), output_hidden_states=True)

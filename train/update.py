@@ -175,8 +175,8 @@ class TileBackward:
             share = 1.0 / (len(part.tile.rows) * self.tiles)
         else:
             share = 1.0 / self.images
-        faults.at("backward", part.step)
-        (losses_B.sum() * (share * factor * self.scale.scale)).backward()
+        total = losses_B.sum() * (share * factor * self.scale.scale)
+        total.backward(faults.bend("backward", torch.ones_like(total), part.step))
 
 
 def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.Tensor:
