@@ -35,7 +35,7 @@ def main() -> int:
         check_paths(settings)
     started = time.monotonic()
     complaints = []
-    signals.install()
+    signals.install(orphan=True)
     for step in STEPS if arguments.step == "all" else [arguments.step]:
         try:
             signals.raise_if_asked(step)

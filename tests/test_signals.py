@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import preparedset
 import pytest
 
 from train import signals
@@ -132,3 +133,41 @@ time.sleep(5)
 def test_grace():
     assert signals.grace_warning(14, 15, 30) is None
     assert "launch.grace_s says 30 s" in signals.grace_warning(14, 17, 30)
+
+
+SLOW_PREPARE = """
+import sys, time, runpy
+script = sys.argv.pop(1)
+sys.path[0] = script.rpartition("/scripts/")[0]
+from train.prepare import probe
+real = probe._row
+probe._row = lambda *given: (time.sleep(1), real(*given))[1]
+sys.argv[0] = script
+runpy.run_path(script, run_name="__main__")
+"""
+LAUNCHER = "import subprocess, sys; sys.exit(subprocess.Popen([sys.executable, '-c', *sys.argv[1:]]).wait())"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux")
+def test_preparation_stops_when_its_launcher_dies(tmp_path: Path) -> None:
+    """Not even SIGKILL of the launcher leaves it at work: it stops between two pictures and says so."""
+    preparedset.write_posts(tmp_path / "pictures", 40)
+    preparedset.prepare(preparedset.settings_of(tmp_path), "ingest")
+    command = [
+        sys.executable, "-c", LAUNCHER, SLOW_PREPARE, str(ROOT / "scripts" / "prepare.py"), "probe", "--config",
+        str(tmp_path / "dataset.yaml"), "name=set", f"root={tmp_path / 'data'}", "seed=5", "workers=0",
+    ]  # fmt: skip
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        launcher = subprocess.Popen(command, env={**os.environ, "ANIX_LAUNCHED": "1"}, stdout=file, stderr=file)
+    end = time.monotonic() + 60
+    while "probe" not in log.read_text() and time.monotonic() < end:
+        assert launcher.poll() is None, log.read_text()
+        time.sleep(0.05)
+    launcher.kill()
+    launcher.wait()
+    end = time.monotonic() + 10
+    while "stopped by a signal (SIGTERM)" not in log.read_text():
+        assert time.monotonic() < end, log.read_text()
+        time.sleep(0.05)
