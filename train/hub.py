@@ -79,6 +79,35 @@ def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
     return model
 
 
+def glance(settings: ModelConfig) -> None:
+    """What shows before the libraries that build networks are loaded: files, headers, records, pinned hashes.
+
+    Raises the Halts of `resolve`; names and shapes of the tensors are its affair.
+    """
+    path = find(settings.init_from)
+    digest = None
+    if (path / "DONE").exists() or (path / "run.json").exists() or (path / "config.yaml").exists():
+        if read_done(path) is None:
+            raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
+        digest = _newest_of(path, hashed=False)[1].files["model.safetensors"].sha256
+    elif path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise Halt(
+                ExitCode.MISMATCH, f"{path} is neither a finished run (DONE) nor a diffusers folder (model_index.json)"
+            )
+        for file in (file for network in sdxl.NETWORKS for file in modelfolder.weight_files(path / network)):
+            weightfile.open_file(file)
+        digest = model_sha256(path) if settings.init_sha256 else None
+    else:
+        weightfile.open_file(path)
+        digest = _sha256_of_source(path) if settings.init_sha256 else None
+    if settings.init_sha256 and settings.init_sha256 != digest:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"model.init_from {path} has sha256 {digest}, model.init_sha256 says {settings.init_sha256}",
+        )
+
+
 def find(init_from: str) -> Path:
     """The local path of `init_from`; a hub name is looked up in, or fetched into, the library's cache."""
     path = Path(init_from)

@@ -38,7 +38,10 @@ def together(halts: Sequence[Halt]) -> Halt:
 
 
 def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
-    """Everything that refuses this start, in the order of the config. `run` is None where it could not be opened."""
+    """Everything that refuses this start. `run` is None where it could not be opened.
+
+    First all that shows without torch; where that is sound, all that the model's shapes, licence and VAE tell.
+    """
     found: list[Halt] = []
 
     def tried(check: Callable[[], T]) -> T | None:
@@ -53,18 +56,22 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
     tried(refuse_foreign_engines)
     # A hub model is fetched once everything else is known to be right.
     local = Path(config.model.init_from).exists() or HUB_NAME.match(config.model.init_from) is None
-    source = tried(lambda: hub.resolve(config.model, hashed=False)) if local else None
-    if source is not None:
-        tried(lambda: refuse_source(config, source))
+    if local:
+        tried(lambda: hub.glance(config.model))
     selection = tried(lambda: open_selection(config))
-    if source is not None and selection is not None:
-        tried(lambda: refuse_other_vae(config, selection.index, source))
     if selection is not None:
         tried(lambda: check_schedule(config, selection.plan.images, selection.plan.total_updates))
     if config.sampling.every_steps:
         tried(lambda: load_prompts(config.sampling.prompts))
-    if source is not None and run is not None and run.rank == 0 and (problem := _lacking(config, run, source)):
-        found.append(Halt(ExitCode.MISMATCH, problem))
+    if found or run is None or not local:
+        return found
+    # What the networks' shapes tell needs the libraries that build them, which a start that ends here never loads.
+    source = tried(lambda: hub.resolve(config.model, hashed=False))
+    if source is not None and selection is not None:
+        tried(lambda: refuse_source(config, source))
+        tried(lambda: refuse_other_vae(config, selection.index, source))
+        if run.rank == 0 and (problem := _lacking(config, run, source)):
+            found.append(Halt(ExitCode.MISMATCH, problem))
     return found
 
 
