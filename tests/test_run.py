@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from stages import Stage, losses, result, state, tree
 
+from train import signals
 from train.exits import ExitCode
 from train.tools.ranks import Ranks, warm_up
 
@@ -159,3 +160,13 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert stage.run() == ExitCode.DONE
     assert "step-00000007" in capsys.readouterr().err
     assert result(stage.output) == result(straight)
+
+
+def test_a_second_start_of_two_ranks_leaves_nothing_in_the_firsts_directory(
+    dataset: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rank 0 is refused the lock with 6; its rank 1 is told to stop while it waits for rank 0."""
+    stage = Stage(tmp_path, dataset, base_model)
+    monkeypatch.setattr(signals.StopFlag, "asked", property(lambda self: True))
+    assert stage.run(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1") == ExitCode.STOPPED
+    assert not list(stage.output.glob("exit*.json"))

@@ -266,3 +266,12 @@ def test_masking():
     digest = "ab" * 32
     assert mask(digest, {}) == digest  # sha256 are not secrets
     assert mask("http://u:p@h/x ftp://u@h", {}) == "http://***@h/x ftp://***@h"
+
+
+def test_a_rank_that_never_met_the_main_one_leaves_no_record_in_what_may_be_anothers_directory(tmp_path):
+    run = rundir.open_run_dir(tmp_path, "s", rank=1)
+    run.met = False
+    assert not run.write_exit(85, "stopped", "before the first update", 0)
+    assert not (tmp_path / "exit.1.json").exists()
+    run.met = True
+    assert run.write_exit(85, "stopped", "before the first update", 0)

@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if run.done is not None:
         print(f"stage {config.stage} is already done: {run.path}", file=sys.stderr)
         return ExitCode.DONE
+    run.met = run.rank == 0  # which holds the lock; it is refused it where another run is at work
     stop = signals.install(orphan=True)
     progress = {"update": 0}
     last_words = "interrupted a second time: stopped at once, the last checkpoint is valid"
@@ -124,6 +125,7 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
     signals.raise_if_asked("before the first update")
     with peers.joining(lambda code, reason: record_end(run, config, Halt(code, reason), stop, 0)):
         machine = stage.open_machine(config)
+    run.met = True
 
     # From here on a process that fails is named by the others, and work of one is waited for.
     with peers.watching(machine.place.rank, machine.place.world) as watch:

@@ -106,6 +106,7 @@ class RunDir:
         self.metrics = path / "metrics.jsonl"
         self.run_id = ""
         self.look_up_to: int | None = None  # checkpoints of later steps are overlooked (to replay an update)
+        self.met = True  # False on another than rank 0 until they met: the directory may be another run's
         self.damaged: set[str] = set()  # names of checkpoints that were found damaged: retention does not count them
         self.done: dict[str, Any] | None = None  # what DONE says, when the stage is finished
         self._lock_fd: int | None = None
@@ -125,6 +126,8 @@ class RunDir:
         Returns False instead of raising: it runs when the disk may be full. `status` is one of
         done | stopped | requeue | failed. Secrets in `reason` are masked.
         """
+        if not self.met:
+            return False
         name = "exit.json" if self.rank == 0 else f"exit.{self.rank}.json"
         record = {
             "code": int(code), "status": status, "reason": mask(reason), "update": update,
