@@ -89,7 +89,7 @@ def glance(settings: ModelConfig) -> None:
     if (path / "DONE").exists() or (path / "run.json").exists() or (path / "config.yaml").exists():
         if read_done(path) is None:
             raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
-        digest = _newest_of(path, hashed=False)[1].files["model.safetensors"].sha256
+        digest = _final_of(path, hashed=False)[1].files["model.safetensors"].sha256
     elif path.is_dir():
         if not (path / "model_index.json").is_file():
             raise Halt(
