@@ -132,9 +132,21 @@ def test_a_dead_launcher_ends_both_ranks_in_seconds_with_85(
     launcher.kill()
     launcher.wait()
     start = time.monotonic()
-    files = [output / "exit.json", output / "exit.1.json"]
-    while not all(file.is_file() for file in files):
+    # A rank that never met the main process leaves no record: the directory might be another run's.
+    files = [output / "exit.json", output / "exit.1.json"][: 1 if phase == "meeting" else 2]
+    while any(str(output) in command for command in commands()):
         assert time.monotonic() - start < IN_SECONDS + 4, (tmp_path / "launch.log").read_text()[-2000:]
         time.sleep(0.05)
-    assert [json.loads(file.read_text())["code"] for file in files] == [85, 85]
+    assert [json.loads(file.read_text())["code"] for file in files] == [85] * len(files)
     assert max(chaos.steps_of(output), default=0) == len(chaos.metrics(output))
+
+
+def commands() -> list[str]:
+    """Command lines of the trainers that run."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_text(errors="replace"))
+        except OSError:
+            continue
+    return [command for command in found if "train/run.py" in command]

@@ -165,8 +165,8 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_a_second_start_of_two_ranks_leaves_nothing_in_the_firsts_directory(
     dataset: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its rank 0 is refused the lock with 6; its rank 1 is told to stop while it waits for rank 0."""
+    """Its rank 0 is refused the lock with 6; its rank 1 stops before it ever met rank 0."""
     stage = Stage(tmp_path, dataset, base_model)
-    monkeypatch.setattr(signals.StopFlag, "asked", property(lambda self: True))
+    monkeypatch.setattr(signals, "orphaned", lambda: True)
     assert stage.run(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1") == ExitCode.STOPPED
     assert not list(stage.output.glob("exit*.json"))

@@ -122,7 +122,8 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
     from train import guard, handoff, loop, peers, preflight, session, stage
 
     # Processes: the update's tiles divide among them.
-    signals.raise_if_asked("before the first update")
+    if signals.orphaned():  # all are; a stop that only some have heard of is agreed upon after they met
+        raise Halt(ExitCode.STOPPED, "the launcher is gone, before the first update: the same command goes on")
     with peers.joining(lambda code, reason: record_end(run, config, Halt(code, reason), stop, 0)):
         machine = stage.open_machine(config)
     run.met = True
