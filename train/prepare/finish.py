@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,12 +24,9 @@ from train.prepare.npz import NPZ_PREPROCESSING, tally
 from train.prepare.records import INDEX, SCHEMA_VERSION
 from train.prepare.select import selection_counts, selection_merges, selection_path
 from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.shardplan import Slot, by_shard
+from train.prepare.shardplan import Recipe, Slot, by_shard
 from train.prepare.units import config_id, stream_table, table_fingerprint, write_parquet, write_text
 from train.rng import uid_of
-
-if TYPE_CHECKING:
-    from train.prepare.latents import Recipe
 
 _LABELS = ["key", "policy_hash", "fixed_tags", "flex_tags", "quality", "rating_tags", "year", "aesthetic"]
 

@@ -33,30 +33,12 @@ from train.prepare.pool import Lost, Pool
 from train.prepare.records import Quarantine, quarantine_table
 from train.prepare.select import selection_mark, selection_path
 from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.shardplan import Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
+from train.prepare.shardplan import Recipe, Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, write_parquet
 from train.prepare.vips import VIPS_VERSION
 from train.rng import uid_of
 
-LATENTS_VERSION = 1
 PLACE = ["key", "bucket_w", "bucket_h"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How every latent of the dataset is made."""
-
-    vae_id: str
-    preproc_hash: str
-    content: str
-    dtype: str
-    encode: str
-    seed: int
-
-    @property
-    def identity(self) -> str:
-        """Latents of another identity cannot be used."""
-        return config_id(**asdict(self), code=LATENTS_VERSION)
 
 
 @dataclass(frozen=True)

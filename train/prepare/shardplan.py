@@ -1,4 +1,4 @@
-"""Which picture is stored where: shards of one bucket, at most 1,024 images, never changed once assigned.
+"""How latents are made and which is stored where: shards of one bucket, at most 1,024 images, never changed once assigned.
 
 `latents/plan.parquet` holds the assignment and is written before any picture is encoded, so every process and every
 restart sees the same one. Pictures that are new get new shards; an assignment is a function of the one before and of
@@ -11,7 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,8 +21,26 @@ from train.latents import SHARD_IMAGES
 from train.prepare.units import config_id, row_hash, write_parquet
 
 FOLDER = "latents"
+LATENTS_VERSION = 1
 _SCHEMA = pa.schema([("shard", pa.string()), ("slot", pa.int32()), ("key", pa.string()), ("entry", pa.uint64()),
                      ("bucket_w", pa.int16()), ("bucket_h", pa.int16())])  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every latent of the dataset is made."""
+
+    vae_id: str
+    preproc_hash: str
+    content: str
+    dtype: str
+    encode: str
+    seed: int
+
+    @property
+    def identity(self) -> str:
+        """Latents of another identity cannot be used."""
+        return config_id(**asdict(self), code=LATENTS_VERSION)
 
 
 @dataclass(frozen=True, slots=True)
