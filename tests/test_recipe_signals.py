@@ -116,8 +116,10 @@ def test_a_refused_run_directory_has_its_own_code(damage: str, code: int, tmp_pa
     else:
         output.mkdir()
         (output / "exit.json").write_text('{"code": 4}')
+    if damage != "a file":
+        stage = {"locked": "pretrain", "another stage": "ft9"}[damage]
+        (output / "run.json").write_text(json.dumps({"stage": stage, "run_id": "0123456789abcdef"}))
     if damage == "another stage":
-        (output / "run.json").write_text('{"stage": "ft9", "run_id": "0123456789abcdef"}')
         (output / "metrics.jsonl").write_text('{"step": 1}\n')
     with open(tmp_path / "other", "w") if damage != "locked" else open(output / ".lock", "w") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX)
