@@ -31,7 +31,7 @@ def saver(run, *, permanent_every=1000, **settings) -> Saver:
 
 
 def save_and_look(mine: Saver, step: int) -> None:
-    mine.save(Progress(step), tensors(), {})
+    mine.save(Progress(step, step), tensors(), {})
     mine._join()
     mine.raise_failures()
 
@@ -44,11 +44,11 @@ def shas(run, step: int) -> dict[str, str]:
 def test_background_and_foreground_write_the_same_bytes(run):
     state = tensors()
     background, foreground = saver(run), saver(run, background=False)
-    background.save(Progress(1), state, {})
+    background.save(Progress(1, 1), state, {})
     state["model"]["w"].add_(1)  # training goes on while the thread writes
     background.finish()
     assert shas(run, 1) != {}
-    foreground.save(Progress(2), tensors(), {})
+    foreground.save(Progress(2, 2), tensors(), {})
     assert shas(run, 1) == shas(run, 2)
     assert [r.step for r in background.reports()] == [1]
     assert background.reports() == []
@@ -58,7 +58,7 @@ def test_state_is_taken_at_the_time_of_the_save(run, monkeypatch):
     monkeypatch.setenv("ANIX_FAULT", "save.begin@1:sleep=0.2")
     mine = saver(run)
     state = {"history": [[0, 1]]}
-    mine.save(Progress(1), tensors(), state)
+    mine.save(Progress(1, 1), tensors(), state)
     state["history"].append([5, 2])
     mine.finish()
     assert checkpoint.load_newest(run, Expectations("s", {}, accept=["stage"])).state["history"] == [[0, 1]]
@@ -86,7 +86,7 @@ def test_reserved_buffers_are_the_ones_saved_from(run):
     buffers = {key: buffer.data_ptr() for key, buffer in mine._copy._buffers.items()}
     assert mine._copy.missing_bytes(state) == 0
     assert (state["model"]["w"] == 3.0).all()
-    mine.save(Progress(1), state, {})
+    mine.save(Progress(1, 1), state, {})
     mine.finish()
     assert {key: buffer.data_ptr() for key, buffer in mine._copy._buffers.items()} == buffers
     assert (checkpoint.load_newest(run, Expectations("s", {}, accept=["stage"])).tensors("model")["w"] == 3.0).all()
@@ -103,10 +103,10 @@ def test_a_foreground_saver_reserves_nothing(run):
 def test_one_save_in_flight(run, monkeypatch, when_busy, steps):
     monkeypatch.setenv("ANIX_FAULT", "save.begin@1:sleep=0.3")
     mine = saver(run, when_busy=when_busy, keep=5)
-    assert mine.save(Progress(1), tensors(), {})
-    assert mine.save(Progress(2), tensors(), {}) is (when_busy == "wait")
+    assert mine.save(Progress(1, 1), tensors(), {})
+    assert mine.save(Progress(2, 2), tensors(), {}) is (when_busy == "wait")
     mine._join()
-    mine.save(Progress(3), tensors(), {})
+    mine.save(Progress(3, 3), tensors(), {})
     mine.finish()
     assert sorted(manifest.step_of(n) for n in os.listdir(run.checkpoints)) == steps
     assert mine.busy_skips == (when_busy == "skip")
@@ -115,18 +115,18 @@ def test_one_save_in_flight(run, monkeypatch, when_busy, steps):
 def test_stop_waits_for_the_save_in_flight_and_then_saves(run, monkeypatch):
     monkeypatch.setenv("ANIX_FAULT", "save.begin@1:sleep=0.2")
     mine = saver(run)
-    mine.save(Progress(1), tensors(), {})
-    path = mine.save_now(Progress(2), tensors(), {}, permanent=True)
+    mine.save(Progress(1, 1), tensors(), {})
+    path = mine.save_now(Progress(2, 2), tensors(), {}, permanent=True)
     assert manifest.verify(path).permanent
     assert shas(run, 1)
-    mine.save(Progress(3), tensors(), {})
-    assert mine.save_now(Progress(3), tensors(), {}).name == "step-00000003"  # already there
+    mine.save(Progress(3, 3), tensors(), {})
+    assert mine.save_now(Progress(3, 3), tensors(), {}).name == "step-00000003"  # already there
 
 
 @pytest.mark.parametrize("background", [True, False])
 def test_two_failures_are_reported_the_third_ends_the_run(run, monkeypatch, background):
     mine = saver(run, background=background)
-    mine.save(Progress(1), tensors(), {})
+    mine.save(Progress(1, 1), tensors(), {})
     mine._join()
     monkeypatch.setenv("ANIX_FAULT", "save.write@*:enospc")
     for step in (2, 3):
@@ -142,21 +142,21 @@ def test_a_success_clears_the_count(run, monkeypatch):
     monkeypatch.setenv("ANIX_FAULT", "save.write@2:enospc;save.write@3:enospc;save.write@5:enospc")
     mine = saver(run, background=False)
     for step in range(1, 7):
-        mine.save(Progress(step), tensors(), {})
+        mine.save(Progress(step, step), tensors(), {})
     assert [r.step for r in mine.reports() if r.path is None] == [2, 3, 5]
 
 
 def test_a_failing_stop_says_so(run, monkeypatch):
     monkeypatch.setenv("ANIX_FAULT", "save.fsync@*:eio")
     with pytest.raises(Halt, match="Input/output error") as caught:
-        saver(run).save_now(Progress(1), tensors(), {})
+        saver(run).save_now(Progress(1, 1), tensors(), {})
     assert caught.value.code == ExitCode.CANNOT_WRITE
 
 
 def test_an_error_of_ours_in_the_thread_is_not_a_full_disk(run, monkeypatch):
     monkeypatch.setenv("ANIX_FAULT", "save.manifest@*:raise=KeyError")
     mine = saver(run)
-    mine.save(Progress(1), tensors(), {})
+    mine.save(Progress(1, 1), tensors(), {})
     mine._join()
     with pytest.raises(KeyError):
         mine.raise_failures()
@@ -165,7 +165,7 @@ def test_an_error_of_ours_in_the_thread_is_not_a_full_disk(run, monkeypatch):
 def test_too_little_host_memory_means_a_foreground_save(run, monkeypatch):
     monkeypatch.setattr(snapshot, "available_host_bytes", lambda: 1000)
     mine = saver(run)
-    mine.save(Progress(1), tensors(), {})
+    mine.save(Progress(1, 1), tensors(), {})
     assert mine._thread is None
     assert shas(run, 1)
 
@@ -173,7 +173,7 @@ def test_too_little_host_memory_means_a_foreground_save(run, monkeypatch):
 def test_permanent_by_interval(run):
     mine = saver(run, permanent_every=2, background=False)
     for step in range(1, 8):
-        mine.save(Progress(step), tensors(), {})
+        mine.save(Progress(step, step), tensors(), {})
     assert sorted(manifest.step_of(n) for n in os.listdir(run.checkpoints)) == [2, 4, 6, 7]
 
 
@@ -182,10 +182,10 @@ def test_waiting_for_space_ends_when_a_stop_is_asked(run, monkeypatch):
     monkeypatch.setattr(diskspace, "free_bytes", lambda path: 0)
     asked: list[int] = []
     mine = Saver(run, CheckpointConfig(on_full_disk="wait"), permanent_every=9, stopping=lambda: bool(asked))
-    mine.save(Progress(1), tensors(), {})
+    mine.save(Progress(1, 1), tensors(), {})
     asked.append(1)
     with pytest.raises(Halt):
-        mine.save_now(Progress(2), tensors(), {})
+        mine.save_now(Progress(2, 2), tensors(), {})
 
 
 def test_available_memory_is_a_sane_number():
