@@ -92,6 +92,16 @@ def test_reserved_buffers_are_the_ones_saved_from(run):
     assert (checkpoint.load_newest(run, Expectations("s", {}, accept=["stage"])).tensors("model")["w"] == 3.0).all()
 
 
+def test_reserving_leaves_a_save_in_flight_alone(run, monkeypatch):
+    """A resume whose first update ends an interval saves before it reserves."""
+    monkeypatch.setenv("ANIX_FAULT", "save.write@1:sleep=0.2")
+    mine = saver(run)
+    mine.save(Progress(1, 1), tensors(3.0), {})
+    mine.reserve(tensors(3.0))
+    mine.finish()
+    assert (checkpoint.load_newest(run, Expectations("s", {}, accept=["stage"])).tensors("model")["w"] == 3.0).all()
+
+
 def test_a_foreground_saver_reserves_nothing(run):
     mine = saver(run, background=False)
     mine.reserve(tensors())

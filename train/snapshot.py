@@ -79,10 +79,14 @@ class HostCopy:
             self._event.synchronize()
 
     def reserve(self, tensors: Tensors) -> None:
-        """Allocate the buffers and touch every page of them: the kernel hands memory out at the first write to it."""
+        """Allocate the buffers and touch every page of them: the kernel hands memory out at the first write to it.
+
+        Those that exist stay as they are: a save may be being written from them.
+        """
         for group, named in tensors.items():
             for name, tensor in named.items():
-                self._buffer((group, name), tensor).zero_()
+                if (group, name) not in self._buffers:
+                    self._buffer((group, name), tensor).zero_()
 
     def _copy(self, key: tuple[str, str], tensor: torch.Tensor) -> torch.Tensor:
         return self._buffer(key, tensor).copy_(tensor, non_blocking=True)
@@ -133,7 +137,7 @@ class Saver:
     def reserve(self, tensors: Tensors) -> None:
         """Allocate the host buffers of the first background save beside the training, which else takes thrice as long.
 
-        Only shapes and dtypes of `tensors` are looked at.
+        Only shapes and dtypes of `tensors` are looked at. After a save there is nothing left to allocate.
         """
         self._reserving = threading.Thread(target=self._reserve, args=(tensors,), name="checkpoint-buffers")
         self._reserving.start()
