@@ -198,9 +198,9 @@ def tensors_here(session: Session) -> dict[str, dict[str, torch.Tensor]]:
 def leave(session: Session, error: BaseException) -> None:
     """After the loop failed: the main process saves the last completed update, by itself. Then the caller re-raises.
 
-    A failed collective is raised here as what became of the other process. No collective is called any more, and nothing is saved from
-    inside the optimizer's step or from differing replicas. With ZeRO-1 the main process does not have the whole
-    optimizer state, so the last regular checkpoint is what remains.
+    A failed collective is raised here as what became of the other process. No collective is called any more, and
+    nothing is saved from inside the optimizer's step or from differing replicas. With ZeRO-1 the main process does not
+    have the whole optimizer state, so the last regular checkpoint is what remains.
     """
     reason = session.watch.failed(error)
     lost = session.stepping or isinstance(reason, guard.ReplicasDiffer) or session.progress.step == 0

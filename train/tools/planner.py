@@ -135,23 +135,11 @@ def find_images(config: StageConfig, given: int | None) -> Images:
 
 def _prepared(config: StageConfig) -> Images:
     from train.index import Index  # needs pyarrow, which a plan for a bare number does not
+    from train.selection import held_out, make_plan
 
     index = Index.open(config.data.path, config.selection)
-    if config.validation.share:
-        from train.selection import held_out
-
-        index = index.select(~held_out(index.uids, config.validation.share, index.images))
-    plan = Plan(
-        index.uids,
-        index.bucket_w,
-        index.bucket_h,
-        seed=config.seed,
-        tile_images=config.batch.micro,
-        tiles_per_update=config.tiles_per_update,
-        epochs=config.epochs,
-        remainder=config.batch.remainder,
-        max_updates=config.max_updates,
-    )
+    index = index.select(~held_out(index.uids, config.validation.share, index.images))
+    plan = make_plan(index, config)
     counts = Counter(zip(index.bucket_w.tolist(), index.bucket_h.tolist(), strict=True))
     return Images(len(index), f"dataset {config.data.path}", dict(sorted(counts.items())), plan)
 
