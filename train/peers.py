@@ -101,6 +101,8 @@ class Watch:
         if self._store_gone_at is not None and signals.asked():  # others may have left before this one's last update
             return self._stopped()
         code, cause = self._who_failed()
+        if code == ExitCode.PEER_LOST and self._stopped_while_starting():
+            return self._stopped(cause)
         self._leave_note(ExitCode.PEER_LOST, f"waited in vain: {cause}")
         if code != ExitCode.PEER_LOST:  # known in full: what this process saw of it adds nothing
             return Halt(code, cause)
@@ -136,6 +138,8 @@ class Watch:
         while not self._has(key):
             cause, now = self._cause(), self._get("beat/0")
             if cause is not None and not self._has(key):  # it may have ended in good order meanwhile
+                if cause[0] == ExitCode.PEER_LOST and self._stopped_while_starting():
+                    raise self._stopped(cause[1])
                 raise Halt(ExitCode.PEER_LOST, f"{what}: {cause[1]}")
             if self._launcher_is_gone():
                 raise self._stopped() if signals.asked() else Halt(ExitCode.PEER_LOST, f"{what}: {_NO_STORE}")
@@ -174,6 +178,8 @@ class Watch:
             since = None if cause is None else since or time.monotonic()
             if cause is not None and since is not None and time.monotonic() - since > GRACE_S:
                 # The main thread is inside a collective that nobody will answer, or hangs.
+                if cause[0] == ExitCode.PEER_LOST and self._stopped_while_starting():
+                    self._end(ExitCode.STOPPED, self._stopped(cause[1]).message)
                 self._leave_note(ExitCode.PEER_LOST, f"waited in vain: {cause[1]}")
                 self._end(cause[0], f"update {self.step}: {cause[1]}" if cause[0] == ExitCode.PEER_LOST else cause[1])
 
@@ -192,9 +198,13 @@ class Watch:
         gone_at = self._store_gone_at
         return gone_at is not None and time.monotonic() - gone_at > STORE_GONE_S
 
-    def _stopped(self) -> Halt:
+    def _stopped_while_starting(self) -> bool:
+        """Whether a lost process is part of a stop: one that has no handlers yet dies of the signal that all received."""
+        return signals.asked() and not self.met
+
+    def _stopped(self, seen: str = "the launcher is gone") -> Halt:
         when = f"after update {self.step}" if self.step else "before the first update"
-        return Halt(ExitCode.STOPPED, f"stopped by a signal {when}; the launcher is gone: the same command goes on")
+        return Halt(ExitCode.STOPPED, f"stopped by a signal {when}; {seen}: the same command goes on")
 
     def _beat(self, count: int) -> None:
         self._set(f"beat/{self.rank}", str(count))
