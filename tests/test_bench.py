@@ -46,6 +46,17 @@ def test_sides_take_turns_and_medians_decide() -> None:
     assert (report["cpu_s"], report["wall_s"], report["spread"]) == (2.0, 10.0, 8.0)
 
 
+def test_short_work_is_repeated_within_a_repeat_and_short_repeats_are_put_together() -> None:
+    done: list[int] = []
+    cpu_s, wall_s = bench.lasting(lambda: done.append(sum(range(20_000))), least_s=0.05)()
+    assert len(done) > 2
+    assert cpu_s * len(done) > 0
+    assert 0.05 <= wall_s * len(done) < 5
+    rounds = Timing([1.0, 2.0, 3.0, 5.0, 7.0], [2.0, 4.0, 6.0, 10.0, 9.0]).rounds(2)
+    assert (rounds.cpu_s, rounds.wall_s) == ([1.5, 4.0, 7.0], [3.0, 8.0, 9.0])
+    assert rounds.report()["repeats"] == 3
+
+
 def test_a_row_knows_ratios_and_noise() -> None:
     timings = {"ours": Timing([1.0], [1.0]), "slow": Timing([4.0, 4.0], [4.0, 8.0])}
     row = bench.row("A0", "what", "goal", timings, {"ours": 200, "slow": 100})

@@ -1,7 +1,8 @@
 """Benchmark A: our data path, loop and checkpoints on the CPU, beside the reference trainers where they are found.
 
 Sides of a row run in turn (A B A B), each several times; medians of CPU and wall time; a row whose repeats spread by
-more than 30 % is marked noisy and never reported as met. Nothing here is asserted in tests: machines differ.
+more than 30 % is marked noisy and never reported as met; what takes milliseconds is repeated for half a second within
+each, or a scheduler's whim would be the spread. Nothing here is asserted in tests: machines differ.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 REPEATS = 5
 NOISY_SPREAD = 0.30
+LEAST_S = 0.5  # of one repeat, wall time
 CHECKOUTS = {  # environment variable: (repository, commit of the published figures)
     "SDSCRIPTS_ORIGINAL_DIR": ("cagliostrolab/sd-scripts", "a8cf5157"),
     "SDSCRIPTS_DIR": ("kohya-ss/sd-scripts", "48d368fa"),
@@ -45,6 +47,11 @@ class Timing:
         }
 
 
+    def rounds(self, size: int) -> Timing:
+        """Means over `size` repeats after one another: short ones as fewer and longer ones."""
+        return Timing(*([statistics.fmean(s[i : i + size]) for i in range(0, len(s), size)] for s in (self.cpu_s, self.wall_s)))
+
+
 @dataclass(frozen=True)
 class Checkout:
     """A reference trainer on this disk."""
@@ -67,6 +74,19 @@ def interleave(sides: Mapping[str, Callable[[], Any]], repeats: int = REPEATS) -
             timings[name].cpu_s.append(cpu_s)
             timings[name].wall_s.append(wall_s)
     return timings
+
+
+def lasting(run: Callable[[], Any], least_s: float = LEAST_S) -> Callable[[], tuple[float, float]]:
+    """A side that does `run` again and again for `least_s`, and tells the mean (cpu_s, wall_s) of one."""
+
+    def repeated() -> tuple[float, float]:
+        count, wall, cpu = 0, time.perf_counter(), time.process_time()
+        while count == 0 or time.perf_counter() - wall < least_s:
+            run()
+            count += 1
+        return (time.process_time() - cpu) / count, (time.perf_counter() - wall) / count
+
+    return repeated
 
 
 def row(

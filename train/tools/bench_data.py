@@ -18,7 +18,7 @@ from train.index import Index
 from train.latents import ShardReader, write_shard
 from train.plan import Plan
 from train.text import TagTokenizer, load_tag_tokenizer
-from train.tools.bench import Checkout, find_checkout, interleave, row, skipped, why_skipped
+from train.tools.bench import Checkout, find_checkout, interleave, lasting, row, skipped, why_skipped
 from train.tools.bench_refs import TAGS, Reference, write_index, write_metadata
 
 CARD_IMAGES = 873_504
@@ -38,7 +38,7 @@ def index_rows(folder: Path, repeats: int, scale: float = 1.0) -> list[dict[str,
     write_index(folder / "large", large)
     write_index(folder / "small", small)
     sides: dict[str, Callable[[], Any]] = {
-        "ours": lambda: _open_first_batch(folder / "small"),
+        "ours": lasting(lambda: _open_first_batch(folder / "small")),
         "ours, card size": lambda: _open_first_batch(folder / "large"),
     }
     rss: dict[str, int] = {}
@@ -186,7 +186,7 @@ def latent_rows(folder: Path, repeats: int, count: int = LATENTS) -> list[dict[s
     rows = [] if checkout else [skipped("A3", "latents", why_skipped(_OLD))]
     reference = Reference(checkout) if checkout else None
     for state, paths in (("warm", []), ("cold", [*files, *(folder / name for name in names)])):
-        sides: dict[str, Callable[[], Any]] = {"ours": _after_drop(ours, paths)}
+        sides: dict[str, Callable[[], Any]] = {"ours": _after_drop(ours, paths) if paths else lasting(ours)}
         if checkout is not None and reference is not None:
             batches = [[str(files[i]) for i in batch] for batch in order]
             sides[checkout.repository] = _after_drop(_npz_side(reference, batches), paths)
