@@ -7,6 +7,8 @@ it nothing is gained.
 from __future__ import annotations
 
 import io
+import os
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +22,23 @@ VIPS_VERSION = 2  # part of every latent's preprocessing hash
 _SPECIAL = (b"eXIf", b"Raw profile type", b"iCCP", b"tRNS", b"acTL")
 
 
+def library() -> Any:
+    """The module pyvips, with one thread. Raises Halt(USAGE) when it is not installed."""
+    # Read as libvips starts: preparation has a process for each core, where more threads only cost a fifth of CPU time.
+    os.environ.setdefault("VIPS_CONCURRENCY", "1")
+    try:
+        import pyvips
+    except (ImportError, OSError) as error:
+        raise Halt(ExitCode.USAGE, f"latents.backend: pyvips needs `pip install .[images]` ({error})") from error
+    return pyvips
+
+
 def cut_plain(data: bytes, place: Placement) -> npt.NDArray[np.uint8] | None:
     """uint8 [bucket_h, bucket_w, 3] of an upright 8-bit RGB JPEG or PNG without colour profile; None for anything else.
 
     Within 40 dB of the Pillow way and at the same offsets; shrinks only. Raises Halt(USAGE) when pyvips is not installed.
     """
-    try:
-        import pyvips
-    except (ImportError, OSError) as error:
-        raise Halt(ExitCode.USAGE, f"latents.backend: pyvips needs `pip install .[images]` ({error})") from error
+    pyvips = library()
     size = _plain_size(data)
     if size is None or size[0] < place.resized_w or size[1] < place.resized_h:
         return None
