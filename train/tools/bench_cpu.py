@@ -42,7 +42,7 @@ def run(
         if tokenizers is None and "A2" in only:
             write_model(folder / "model")
         makers: dict[str, Callable[[], list[dict[str, Any]]]] = {
-            "A1": lambda: bench_data.index_rows(folder / "index", fewer),
+            "A1": lambda: bench_data.index_rows(folder / "index", repeats),
             "A2": lambda: bench_data.caption_rows(folder, tokenizers or folder / "model", fewer),
             "A3": lambda: bench_data.latent_rows(folder / "latents", repeats),
             "A4": lambda: [bench_loop.loop_row(folder / "loop", repeats)],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,13 +20,14 @@ from train.index import Index
 from train.latents import ShardReader, write_shard
 from train.plan import Plan
 from train.text import TagTokenizer, load_tag_tokenizer
-from train.tools.bench import Checkout, find_checkout, interleave, lasting, row, skipped, why_skipped
+from train.tools.bench import find_checkout, interleave, lasting, row, skipped, why_skipped
 from train.tools.bench_refs import TAGS, Reference, write_index, write_metadata
 
 CARD_IMAGES = 873_504
 REFERENCE_IMAGES = 100_000
 CAPTIONS, COMPARED = 10_000, 500
 LATENTS, BATCH = 2_000, 16
+DROPS = 8  # cold reads in one repeat: one takes 0.05 s
 WORKERS, WORKER_CAPTIONS = 4, 20_000
 _OLD, _NEW = "SDSCRIPTS_ORIGINAL_DIR", "SDSCRIPTS_DIR"
 _OPTIONS = DrawOptions(
@@ -41,17 +44,19 @@ def index_rows(folder: Path, repeats: int, scale: float = 1.0) -> list[dict[str,
         "ours": lasting(lambda: _open_first_batch(folder / "small")),
         "ours, card size": lambda: _open_first_batch(folder / "large"),
     }
-    rss: dict[str, int] = {}
     found = {variable: find_checkout(variable) for variable in (_OLD, _NEW)}
     rows = [skipped("A1", "index to first batch", why_skipped(v)) for v, checkout in found.items() if checkout is None]
-    if any(found.values()):
-        old, new = write_metadata(folder / "images", small)
-        for (variable, checkout), metadata in zip(found.items(), (old, new), strict=True):
-            if checkout is not None:
-                sides[checkout.repository] = _index_side(checkout, metadata, variable, rss)
-    timings = interleave(sides, repeats)
+    rss_kb: dict[str, int] = {}
+    with contextlib.ExitStack() as processes:
+        if any(found.values()):
+            old, new = write_metadata(folder / "images", small)
+            for checkout, metadata in zip(found.values(), (old, new), strict=True):
+                if checkout is not None:
+                    reference = processes.enter_context(contextlib.closing(Reference(checkout)))
+                    sides[checkout.repository] = _index_side(reference, metadata, checkout.repository, rss_kb)
+        timings = interleave(sides, repeats)
     items = dict.fromkeys(timings, small) | {"ours, card size": large}
-    notes: dict[str, Any] = {"peak RSS of a reference, MB": {n: kb // 1024 for n, kb in rss.items()}}
+    notes: dict[str, Any] = {"peak RSS of a reference, MB": {name: kb // 1024 for name, kb in rss_kb.items()}}
     notes |= worker_memory(Index.open(folder / "large", "bench"))
     goal = "<= 2 s and >= 100x the original; per worker < 50 MB PSS and <= 100 MB RSS more"
     what = f"index to first batch, {small:,} images ({large:,} at card size)"
@@ -66,13 +71,11 @@ def _open_first_batch(folder: Path) -> list[str]:
     return [index.key(row) for row in plan.update(0)[0].rows.tolist()]
 
 
-def _index_side(checkout: Checkout, metadata: Path, variable: str, rss: dict[str, int]) -> Callable[[], Any]:
+def _index_side(reference: Reference, metadata: Path, name: str, rss_kb: dict[str, int]) -> Callable[[], Any]:
     def once() -> tuple[float, float]:
-        reference = Reference(checkout)  # imports are not counted
         told = reference.ask(do="index", metadata=str(metadata), image_dir=str(metadata.parent))
-        reference.close()
-        assert len(told["first"]) > 0, variable
-        rss[checkout.repository] = told["rss_kb"]
+        assert len(told["first"]) > 0, name
+        rss_kb.setdefault(name, told["rss_kb"])  # of the first: later ones find memory that is already there
         return told["cpu_s"], told["wall_s"]
 
     return once
@@ -185,11 +188,14 @@ def latent_rows(folder: Path, repeats: int, count: int = LATENTS) -> list[dict[s
     checkout = find_checkout(_OLD)
     rows = [] if checkout else [skipped("A3", "latents", why_skipped(_OLD))]
     reference = Reference(checkout) if checkout else None
-    for state, paths in (("warm", []), ("cold", [*files, *(folder / name for name in names)])):
-        sides: dict[str, Callable[[], Any]] = {"ours": _after_drop(ours, paths) if paths else lasting(ours)}
+    for state in ("warm", "cold"):
+        cold = state == "cold"
+        shards = [folder / name for name in names]
+        sides: dict[str, Callable[[], Any]] = {"ours": _after_drop(ours, shards) if cold else lasting(ours)}
         if checkout is not None and reference is not None:
             batches = [[str(files[i]) for i in batch] for batch in order]
-            sides[checkout.repository] = _after_drop(_npz_side(reference, batches), paths)
+            theirs = _npz_side(reference, batches)
+            sides[checkout.repository] = _after_drop(theirs, files, times=1) if cold else theirs
         timings = interleave(sides, repeats)
         rows.append(row("A3", f"latents to a tensor, {state}", ">= 10x npz", timings, len(order) * BATCH))
     if reference is not None:
@@ -205,8 +211,8 @@ def _npz_side(reference: Reference, batches: list[list[str]]) -> Callable[[], tu
     return once
 
 
-def _after_drop(run: Callable[[], Any], paths: Sequence[Path]) -> Callable[[], tuple[float, float]]:
-    """`run` timed without the time to drop `paths` from the page cache before it."""
+def _after_drop(run: Callable[[], Any], paths: Sequence[Path], times: int = DROPS) -> Callable[[], tuple[float, float]]:
+    """Mean of `run` over `times`, each after dropping `paths` from the page cache, which is not timed."""
 
     def once() -> tuple[float, float]:
         for path in paths:
@@ -219,4 +225,8 @@ def _after_drop(run: Callable[[], Any], paths: Sequence[Path]) -> Callable[[], t
         spent = time.process_time() - cpu, time.perf_counter() - wall
         return told if isinstance(told, tuple) else spent
 
-    return once
+    def mean() -> tuple[float, float]:
+        cpu_s, wall_s = zip(*(once() for _ in range(times)), strict=True)
+        return statistics.fmean(cpu_s), statistics.fmean(wall_s)
+
+    return mean

@@ -20,6 +20,7 @@ from train.tools.bench import Checkout
 
 TAGS = [f"{word} {number}" for number in range(40) for word in ("long hair", "smile", "sky", "hat", "red eyes")]
 TAGS_PER_CAPTION = 30
+LINKS = 30_000  # pictures that share one empty file, by two names each: ext4 allows 65,000 names
 
 
 class Reference:
@@ -110,8 +111,12 @@ def write_metadata(folder: Path, images: int) -> tuple[Path, Path]:
     new: dict[str, Any] = {}
     for number in range(images):
         path = folder / f"{number}.jpg"
-        path.touch()
-        path.with_suffix(".npz").touch()
+        if number % LINKS == 0:
+            path.touch()
+            first = path
+        else:
+            path.hardlink_to(first)  # a tenth of the time of a file of its own
+        path.with_suffix(".npz").hardlink_to(first)
         size = buckets[int(chance.integers(len(buckets)))]
         caption = ", ".join(TAGS[int(tag)] for tag in chance.integers(len(TAGS), size=TAGS_PER_CAPTION))
         old[str(path)] = {"tags": f"1girl, ||| {caption}", "train_resolution": size}
