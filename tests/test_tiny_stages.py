@@ -57,8 +57,13 @@ def test_held_out_loss_falls_from_stage_to_stage_on_the_curated_images(runs: Pat
     assert change is not None
     assert change["images"] >= 10
     assert change["loss"] + change["interval"] < 0, change
-    assert losses_of(found[1]) < losses_of(found[0])
-    print(f"pretrain -> ft2: {change['loss']:+.4f} +- {change['interval']:.4f} over {change['images']} images")
+    assert losses_of(found[2]) < losses_of(found[1]) < losses_of(found[0])
+    print("held-out loss:", ", ".join(f"{stage} {losses_of(one):.4f}" for stage, one in zip(STAGES, found, strict=True)))
+    for first, last in ((0, 1), (1, 2), (0, 2)):
+        change = paired_change(losses[first], losses[last])
+        assert change is not None
+        told = f"{change['loss']:+.4f} +- {change['interval']:.4f} over {change['images']} images"
+        print(f"{STAGES[first]} -> {STAGES[last]}: {told}")
 
 
 def losses_of(one: object) -> float:
