@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from train.exits import ExitCode, Halt
-from train.tools import bench, bench_data, bench_gpu, bench_variants
+from train.tools import bench, bench_data, bench_gpu, bench_loop, bench_variants
 from train.tools.bench import Timing
 from train.tools.bench_hooks import Alternating
 from train.tools.bench_loop import SMALL_BATCH, SyncCounter, micro_step_syncs, tiny_session
@@ -230,3 +230,9 @@ def test_hooks_run_at_every_second_update_and_are_timed_there() -> None:
     assert min(turns.hooks.wall_s) >= 0.004
     assert min(turns.whole["with hooks"].wall_s) >= 0.014
     assert min(turns.whole["without"].wall_s) >= 0.01
+
+
+def test_the_stall_of_first_saves_is_measured_on_savers_that_have_not_saved(tmp_path: Path) -> None:
+    row = bench_loop.checkpoint_row(tmp_path, size=4_000_000)
+    assert len(row["notes"]["each first stall over memcpy"]) == bench_loop.SAVERS
+    assert [save.split()[0] for save in row["notes"]["saves"]] == ["written"] * 2 * bench_loop.SAVERS

@@ -13,7 +13,7 @@ from train.loop import Session
 from train.tools.bench import Timing, row
 from train.tools.bench_loop import MICRO, ROOT, TILES, WARM_UPDATES, tiny_session
 
-UPDATES_PER_REPEAT = 16  # half of them with hooks
+UPDATES_PER_REPEAT = 10  # half of them with hooks
 OUTLETS_S = 90.0  # what wandb and TensorBoard get to start before anything is timed
 LOOKING = (  # previews on, never due
     "tracking.wandb=offline", "sampling.every_steps=1000000",
