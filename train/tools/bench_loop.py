@@ -6,6 +6,7 @@ import contextlib
 import copy
 import statistics
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -229,7 +230,9 @@ def _stalls(saver: Saver, state: dict[str, dict[str, torch.Tensor]], reports: li
         return times
 
     updates(1)
-    saver.reserve(state)  # as the loop does after its first update
+    saver.reserve(state)  # as the loop does after its first update; a save comes an interval later
+    while any(thread.name == "checkpoint-buffers" for thread in threading.enumerate()):
+        updates(1)
     found = {"one memcpy": _memcpy_s(state)}
     for name in ("stall of the first save", "stall of a later save"):
         found["usual update"] = statistics.median(updates(QUIET_UPDATES))
