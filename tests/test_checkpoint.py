@@ -329,7 +329,7 @@ def test_room_for_what_is_kept_for_ever_is_told_beforehand_and_refuses_nothing(r
     monkeypatch.setattr(diskspace, "free_bytes", lambda path: room * one)
 
     def told(updates, permanent=None, per_epoch=10):
-        settings = CheckpointConfig(keep=2, permanent_every_steps=permanent)
+        settings = CheckpointConfig(keep=2, every_steps=4, permanent_every_steps=permanent)
         assert diskspace.lacking_space(run, one, settings) is None
         return diskspace.permanent_warning(run, one, settings, updates=updates, updates_per_epoch=per_epoch)
 
@@ -339,7 +339,7 @@ def test_room_for_what_is_kept_for_ever_is_told_beforehand_and_refuses_nothing(r
     assert "13.65 GB" in warning
     assert "has 6.00 GB" in warning
     assert told(100, permanent=50) is None
-    assert "100 more" in told(100, permanent=1)
+    assert "25 more" in told(100, permanent=1)  # as many as are saved
     save_steps(run, 10, permanent=(10,))
     assert "9 more" in told(100)
 

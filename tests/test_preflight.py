@@ -55,7 +55,8 @@ def test_a_disk_that_will_be_too_small_is_a_warning_and_the_run_goes_on(
         assert "kept for ever" not in caplog.text
         one = sum(file.stat().st_size for file in (first.output / "checkpoints/step-00000001").iterdir())
         monkeypatch.setattr("train.diskspace.free_bytes", lambda path: 4 * one)
-        assert second.run("max_updates=4", "checkpoint.permanent_every_steps=1") == ExitCode.DONE, second.message
+        often = ("checkpoint.every_steps=1", "checkpoint.permanent_every_steps=1")
+        assert second.run("max_updates=4", *often) == ExitCode.DONE, second.message
     assert "4 more checkpoints will be kept for ever (checkpoint.permanent_every_steps: 1)" in caplog.text
 
 

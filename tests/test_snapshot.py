@@ -187,6 +187,17 @@ def test_permanent_by_interval(run):
     assert sorted(manifest.step_of(n) for n in os.listdir(run.checkpoints)) == [2, 4, 6, 7]
 
 
+def test_permanent_is_the_first_save_past_a_multiple_which_saves_seldom_meet(run):
+    """Every 4 updates and at a stop after 13; multiples of 7 are 7, 14, 21, 28. One is saved once more on the way."""
+    mine = saver(run, permanent_every=7, background=False)
+    for step in (4, 8, 12, 13, 16, 12, 16, 20, 24, 28):
+        mine.save_now(Progress(step, step), tensors(), {})
+    left = {manifest.step_of(n): manifest.read(run.checkpoints / n).permanent for n in os.listdir(run.checkpoints)}
+    assert left == {8: True, 16: True, 24: True, 28: True}
+    count = diskspace.permanent_count(CheckpointConfig(every_steps=4, permanent_every_steps=7), 28, 100)
+    assert count == sum(left.values())
+
+
 def test_waiting_for_space_ends_when_a_stop_is_asked(run, monkeypatch):
     monkeypatch.setattr(diskspace, "_DISK_POLL_S", 0.01)
     monkeypatch.setattr(diskspace, "free_bytes", lambda path: 0)

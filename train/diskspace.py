@@ -37,6 +37,12 @@ def lacking_space(run: RunDir, one_bytes: float, settings: CheckpointConfig) -> 
     )
 
 
+def permanent_count(settings: CheckpointConfig, updates: int, updates_per_epoch: int) -> int:
+    """Checkpoints that a run of `updates` keeps for ever: the first at or after each multiple, and the stage's end."""
+    every = max(settings.permanent_every_steps or max(updates_per_epoch, 1), settings.every_steps)
+    return -(-updates // every)
+
+
 def permanent_warning(
     run: RunDir, one_bytes: float, settings: CheckpointConfig, *, updates: int, updates_per_epoch: int
 ) -> str | None:
@@ -44,7 +50,7 @@ def permanent_warning(
     one = one_bytes * SPACE_FACTOR
     every = settings.permanent_every_steps or max(updates_per_epoch, 1)
     there = list(committed(run.checkpoints))
-    to_come = max(-(-updates // every) - sum(m.permanent for *_, m in there), 0)  # the stage's end is one
+    to_come = max(permanent_count(settings, updates, updates_per_epoch) - sum(m.permanent for *_, m in there), 0)
     need = to_come * one + max((settings.keep + 1) * one - sum(m.total_bytes for *_, m in there if not m.permanent), 0)
     have = free_bytes(run.checkpoints) + leftover_bytes(run.path)
     if have >= need:

@@ -19,6 +19,7 @@ import torch
 from train import checkpoint, faults
 from train.checkpoint import Progress, Tensors
 from train.config import CheckpointConfig
+from train.diskspace import committed
 from train.exits import ExitCode, Halt
 from train.rundir import RunDir
 
@@ -180,7 +181,7 @@ class Saver:
         Raises Halt(CANNOT_WRITE) when it fails.
         """
         self._join()
-        permanent = permanent or progress.step % self.permanent_every == 0
+        permanent = permanent or self._first_past_a_multiple(progress.step)
         try:
             return checkpoint.save(
                 self.run, progress, tensors, state, self.settings, permanent=permanent, give_up=self._give_up
@@ -213,6 +214,12 @@ class Saver:
         self._finishing.set()
         self._join()
 
+    def _first_past_a_multiple(self, step: int) -> bool:
+        """Whether the first checkpoint at or after a multiple of `permanent_every`, which saves seldom meet exactly."""
+        steps = (other for other, _, m in committed(self.run.checkpoints) if m.run_id == self.run.run_id)
+        before = max((other for other in steps if other < step), default=0)
+        return step // self.permanent_every > before // self.permanent_every
+
     def _give_up(self) -> bool:
         return self._finishing.is_set() or self._stopping() or not threading.main_thread().is_alive()
 
@@ -228,7 +235,7 @@ class Saver:
         copied: float | None = None, *, background: bool = True,
     ) -> None:  # fmt: skip
         path, reason = None, ""
-        permanent = progress.step % self.permanent_every == 0
+        permanent = self._first_past_a_multiple(progress.step)
         try:
             if background:
                 self._copy.wait()

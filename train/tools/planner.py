@@ -13,6 +13,7 @@ from typing import Any
 from train import memory, schedule
 from train.buckets import make_buckets
 from train.config import StageConfig, config_hash
+from train.diskspace import permanent_count
 from train.exits import ExitCode, Halt
 from train.memory import GIB, Prediction, Setup
 from train.plan import Plan, merge_small_buckets, tiles_per_update
@@ -268,8 +269,7 @@ def _disk_report(
     counts = images.buckets or {memory.largest(make_buckets()): images.count}
     latents = sum(count * 2 * 4 * (width // 8) * (height // 8) for (width, height), count in counts.items())
     one = memory.checkpoint_bytes(setup) if setup is not None else None
-    every = config.checkpoint.permanent_every_steps or max(1, per_epoch)
-    permanent = total // every
+    permanent = permanent_count(config.checkpoint, total, per_epoch)
     export = EXPORT_BYTES * (2 if config.export.dtype == "fp32" else 1) if one is not None else None
     need = one * (config.checkpoint.keep + 1 + permanent) + (export or 0) if one is not None else None
     return {
