@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
+import torch
 
 from train import memory
+from train.config import load_stage
 from train.exits import ExitCode, Halt
 from train.memory import GIB, Setup
+from train.plan import partial_sums
+from train.reduce import BinaryCounter
 
 PRETRAIN = Setup(trains_text=True, optimizer="adamw", precision="fp16")
 FINETUNE = Setup(trains_text=False, optimizer="adafactor", precision="fp16")
@@ -87,6 +93,22 @@ def test_state_of_the_card_stages() -> None:
     assert (first.optimizer - shared.optimizer) / GIB == pytest.approx(12.6, abs=0.05)
     assert memory.checkpoint_bytes(PRETRAIN) / 1e9 == pytest.approx(40.6, abs=0.1)
     assert memory.checkpoint_bytes(FINETUNE) / 1e9 == pytest.approx(10.3 + 1.0, abs=0.1)
+
+
+def test_partial_sums_of_strict_are_those_that_the_counter_holds_while_a_tile_is_run() -> None:
+    for per_process in (1, 2, 4, 8, 16):
+        counter, held = BinaryCounter(), 0
+        for _ in range(per_process):
+            held = max(held, len(counter.partials))
+            counter.push(torch.ones(1))
+        assert partial_sums(per_process) == held
+        assert counter.total() == per_process
+    pretrain = partial(load_stage, [Path("configs/pretrain.yaml")])
+    strict = ["batch.determinism=strict"]
+    assert [memory.setup_of(pretrain(strict), world).partial_sums for world in (1, 2)] == [1, 0]  # six tiles: two sums
+    assert memory.setup_of(pretrain([]), 1).partial_sums == 0
+    more = memory.predict(memory.setup_of(pretrain(strict), 1), SQUARE, 16, 0).total - memory.predict(PRETRAIN, SQUARE, 16, 0).total
+    assert more / GIB == pytest.approx(12.6, abs=0.05)
 
 
 def test_peak_table() -> None:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.exits import ExitCode, Halt
+from train.plan import partial_sums, virtual_ranks
 
 GIB = 2**30
 CONTEXT = 227  # stitched vectors of 225 tokens
@@ -85,6 +86,7 @@ class Setup:
     ema_on_device: bool = False
     ema: bool = False  # an average is kept, wherever it lies
     context: int = CONTEXT
+    partial_sums: int = 0  # whole gradients that `batch.determinism: strict` keeps beside the one being summed
 
     def trained(self) -> dict[str, int]:
         """Trained parameters by network."""
@@ -104,6 +106,7 @@ class Prediction:
     optimizer: int
     frozen: int  # text encoders that are not trained
     ema: int
+    partial_sums: int  # of strict
     casts: int  # 16-bit copies of weights kept for backward
     activations: int
     recompute: int
@@ -130,6 +133,7 @@ class Choice:
 def setup_of(config: Any, world: int = 1) -> Setup:
     """The `Setup` of a stage config (`train.config.StageConfig`) on `world` processes."""
     chunks = config.data.max_tokens // 75
+    per_process = virtual_ranks(config.batch.effective // config.batch.micro) // world
     return Setup(
         trains_text=config.model.train_text_encoders,
         optimizer=config.optimizer.name,
@@ -139,6 +143,7 @@ def setup_of(config: Any, world: int = 1) -> Setup:
         ema_on_device=config.ema.decay is not None and config.ema.device == "same",
         ema=config.ema.decay is not None,
         context=chunks * 77 if config.model.context == "chunks" else chunks * 75 + 2,
+        partial_sums=partial_sums(max(per_process, 1)) if config.batch.determinism == "strict" else 0,
     )
 
 
@@ -237,6 +242,7 @@ def predict(
         optimizer=optimizer_bytes(setup),
         frozen=frozen_text * (4 if setup.precision == "fp32" else 2),
         ema=4 * trained if setup.ema_on_device else 0,
+        partial_sums=4 * trained * setup.partial_sums,
         casts=casts,
         activations=per_image * images,
         recompute=RECOMPUTE_BYTES * images if recomputes else 0,

@@ -253,6 +253,11 @@ def virtual_ranks(tiles: int) -> int:
     return tiles & -tiles
 
 
+def partial_sums(virtual_per_rank: int) -> int:
+    """Gradients that `strict` keeps beside the one being summed, at most, while a tile is run: set bits of V - 1."""
+    return virtual_per_rank.bit_length() - 1
+
+
 def merge_small_buckets(counts: Mapping[Size, int], min_bucket: int) -> dict[Size, Size]:
     """Final bucket of every non-empty bucket, itself included, when none may hold fewer than `min_bucket` images.
 

@@ -37,7 +37,8 @@ def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
 def check(session: Session, tokenizer: TagTokenizer) -> int:
     """Forward and backward of each shape with the longest caption; the peak in bytes (0 on a CPU).
 
-    The optimizer's state, which does not exist before the first step, is stood in for by an allocation of its size.
+    The optimizer's state and the partial sums of `strict`, which do not exist before the first step, are stood in for by
+    an allocation of their size.
     Gradients are dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket. Returns
     between two buckets when a stop was asked for: the caller's next agreed stop ends all processes.
     """
@@ -45,7 +46,7 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
     target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     images = -(-session.config.batch.micro // session.diffusion.split)
     on_gpu = device.type == "cuda"
-    pending_bytes = pending_state_bytes(session) if on_gpu else 0
+    pending_bytes = pending_state_bytes(session) + session.gradients.partial_sums_bytes if on_gpu else 0
     reserve = torch.empty(pending_bytes, dtype=torch.uint8, device=device)
     for width, height in shapes_to_try(session.plan, device):
         if session.stop.asked:

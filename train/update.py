@@ -18,6 +18,7 @@ from train import fast, faults, loss, noise, optim
 from train.config import LossConfig, NoiseConfig
 from train.dataset import Batch
 from train.exits import ExitCode, Halt
+from train.plan import partial_sums
 from train.reduce import BinaryCounter, FlatGradients, reduce_pairwise
 from train.scaler import LossScale
 
@@ -94,6 +95,11 @@ class Gradients:
     def factor(self) -> int:
         """DDP averages over processes; our constant is the number of images, so its division is undone."""
         return self.place.world if self.flat is None else 1
+
+    @property
+    def partial_sums_bytes(self) -> int:
+        """What `strict` keeps beside the gradients while a tile is run."""
+        return self.flat.flat.nbytes * partial_sums(self.virtual_per_rank) if self.flat is not None else 0
 
     def clear(self) -> None:
         """Forget what was accumulated."""
