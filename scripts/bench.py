@@ -44,6 +44,12 @@ def main() -> int:
     """Run, write, print."""
     arguments = parse()
     only = arguments.only.split(",") if arguments.only else None
+    if arguments.out is not None:  # before minutes are spent that could not be kept
+        try:
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.open("a").close()
+        except OSError as error:
+            raise Halt(ExitCode.CANNOT_WRITE, f"--out {arguments.out} cannot be written: {error.strerror}") from error
     if arguments.kind == "cpu":
         from train.tools import bench, bench_cpu
 
@@ -59,10 +65,9 @@ def main() -> int:
             earlier=arguments.earlier,
         )  # fmt: skip
         text = bench_gpu.describe(result)
+    print(json.dumps(result) if arguments.json else text, flush=True)
     if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result) if arguments.json else text)
     return ExitCode.DONE
 
 

@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for plan.json and lr.png")
     parser.add_argument("--write", action="store_true", help="write both into the stage's output_dir")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -67,7 +67,7 @@ def test_code(lab: Lab, code: ExitCode) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_code_6_leaves_the_owner_alone(lab: Lab, world: int) -> None:
     name = f"code-6-{world}"
-    first = lab.start(name, fault="forward@3:0:sleep=4")
+    first = lab.start(name, fault="forward@3:0:sleep=8")
     lab.wait_for_update(first, name, 3)
     codes = lab.run(name, "launch.collective_timeout_s=3", world=world, timeout_s=3)
     assert codes[0] == ExitCode.LOCKED

@@ -113,15 +113,15 @@ def test_time_cost_and_their_origin(tmp_path: Path) -> None:
     assert given["time"]["mfu"] == pytest.approx(0.235, abs=0.001)
     rows = [
         {"name": "ref_sdscripts", "stage": 1, "images_per_s": 20.0},
-        {"name": "plain", "stage": 1, "images_per_s": 6.0, "gpu": "Card"},
-        {"name": "cl", "stage": 1, "images_per_s": 8.0, "gpu": "Card"},
+        {"name": "plain", "stage": 1, "images_per_s": 6.0, "gpu": "NVIDIA A100"},
+        {"name": "cl", "stage": 1, "images_per_s": 8.0, "gpu": "NVIDIA A100"},
         {"name": "cl", "stage": 2, "images_per_s": 9.0},
         {"name": "none_8", "stage": 1, "images_per_s": None},
     ]
     bench = tmp_path / "bench.json"
     bench.write_text(json.dumps({"variants": rows}))
     measured = planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))["time"]
-    assert (measured["images_per_s_per_gpu"], measured["source"]) == (8.0, "measured: cl in bench.json, Card")
+    assert (measured["images_per_s_per_gpu"], measured["source"]) == (8.0, "measured: cl in bench.json, NVIDIA A100")
     rows += [{"name": "cl_compile", "stage": 1, "images_per_s": 12.0, "compile": True, "channels_last": True}]
     rows += [{"name": "compile", "stage": 1, "images_per_s": 11.0, "compile": True, "channels_last": False}]
     bench.write_text(json.dumps({"variants": rows}))
@@ -257,3 +257,123 @@ def test_gpu_names_and_the_one_present(tmp_path: Path, monkeypatch: pytest.Monke
     assert (gpu.name, gpu.free_gib, gpu.peak_tflops, how) == ("NVIDIA GeForce RTX 4090", 23.0, 165, "present")
     tool.write_text("#!/bin/sh\nexit 9\n")
     assert plan_machines.find_gpu(None, None)[1].startswith("assumed")
+
+
+# --- what a machine reports, what a benchmark file says, what makes no sense -------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reported", "peak"),
+    [
+        ("NVIDIA GeForce RTX 3090", 71), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 5090", 210),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H200", 790), ("NVIDIA H100 80GB HBM3", 790), ("NVIDIA RTX A6000", 155),
+        ("NVIDIA GeForce RTX 4080", None), ("NVIDIA RTX 6000 Ada Generation", None), ("NVIDIA GH200 480GB", None),
+    ],
+)  # fmt: skip
+def test_the_card_present_gets_its_own_peak_or_is_called_unknown(
+    reported: str, peak: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f'#!/bin/sh\necho "{reported}, 23800"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
+    gpu, how = plan_machines.find_gpu(None, None)
+    assert (gpu.name, how) == (reported, "present")
+    assert ("unknown card" in gpu.peak_source) == (peak is None)
+    assert gpu.peak_tflops == (peak or 312)
+
+
+def test_a_card_that_nobody_knows_is_planned_for_with_its_memory() -> None:
+    assert plan_machines.find_gpu("V100", 31.0)[0].free_gib == 31
+    with pytest.raises(Halt, match="--memory-gib"):
+        plan_machines.find_gpu("V100", None)
+
+
+def bench_file(folder: Path, **row: object) -> Path:
+    known = {"name": "plain", "stage": 1, "images_per_s": 9.8, "gpu": "NVIDIA H200", "strict": False, "dtype": "fp16",
+             "optimizer": "adamw"}  # fmt: skip
+    file = folder / "bench.json"
+    file.write_text(json.dumps({"variants": [known, {**known, **row}]}))
+    return file
+
+
+def test_measured_speeds_name_the_other_card_and_take_the_row_most_alike(tmp_path: Path) -> None:
+    file = bench_file(tmp_path, name="strict", strict=True, images_per_s=9.4)
+
+    def source(gpu: str, *overrides: str) -> str:
+        plan = planner.plan_stage(stage("pretrain.yaml", *overrides), Request(gpu=gpu, bench=file))
+        return f"{plan['time']['images_per_s_per_gpu']} {plan['time']['source']}"
+
+    assert source("H200").startswith("9.8 measured: plain")
+    assert "another card" not in source("H200")
+    assert "another card than A100-80GB" in source("A100")
+    assert source("H200", "batch.determinism=strict").startswith("9.4 measured: strict")
+    assert "optimizer" in source("H200", "optimizer.name=adamw8bit")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"variants": null}', '{"variants": [3]}', '{"variants": [{"stage": 1, "images_per_s": 3}]}', "[]",
+     '{"variants": [{"name": "plain", "stage": 1, "images_per_s": "fast"}]}',
+     '{"variants": [{"name": "plain", "stage": 1, "images_per_s": -4}]}',
+     '{"variants": [{"name": "plain", "stage": 1, "images_per_s": NaN}]}',
+     '{"tiny": true, "variants": [{"name": "plain", "stage": 1, "images_per_s": 10.0}]}'],
+)  # fmt: skip
+def test_a_file_that_is_no_measurement_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "bench.json").write_text(text)
+    with pytest.raises(Halt, match=r"bench\.json") as caught:
+        planner.plan_stage(stage("pretrain.yaml"), Request(gpu="H200", bench=tmp_path / "bench.json"))
+    assert caught.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("flag", "asked"),
+    [
+        ("--world", Request(world=0)), ("--world", Request(world=-2)), ("--memory-gib", Request(memory_gib=float("nan"))),
+        ("--memory-gib", Request(memory_gib=-1)), ("--disk-gb", Request(disk_gb=float("nan"))),
+        ("--price-per-hour", Request(price_per_hour=-2)), ("--images-per-s", Request(images_per_s=float("inf"))),
+    ],
+)  # fmt: skip
+def test_numbers_that_make_no_sense_name_their_flag(flag: str, asked: Request) -> None:
+    with pytest.raises(Halt, match=flag) as caught:
+        planner.plan_stage(stage("pretrain.yaml"), asked)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_processes_that_training_refuses_are_refused_here() -> None:
+    for world, override in ((3, "batch.determinism=strict"), (2, "batch.accumulation=5")):
+        with pytest.raises(Halt) as caught:
+            planner.plan_stage(stage("pretrain.yaml", override), Request(gpu="A100", world=world))
+        assert caught.value.code == ExitCode.MISMATCH
+
+
+def test_counts_follow_what_training_does() -> None:
+    held = planner.plan_stage(stage("pretrain.yaml", "validation.share=0.1"), A100)
+    assert held["updates_per_epoch"] == 786_154 // 96
+    assert "validation.share" in held["images_source"]
+    as_run = planner.plan_stage(stage("as_run/pretrain.yaml"), A100)
+    assert as_run["schedule"]["updates_per_restart"] == 4549.5
+    assert {4550, 9099, 13649} <= {row["update"] for row in as_run["lr"]}
+    assert "cycle of 4,549.5 updates" in plan_page.describe(as_run)
+    average = planner.plan_stage(stage("pretrain.yaml", "ema.decay=0.999"), A100)
+    none = planner.plan_stage(stage("pretrain.yaml"), A100)
+    assert average["disk"]["export_bytes"] == none["disk"]["export_bytes"] * 3 // 2
+    assert planner.plan_stage(stage("pretrain.yaml", "ema.decay=0"), A100)["memory"] == none["memory"]
+    asked = ("model.gradient_checkpointing=none", "batch.split=2")
+    told = planner.plan_stage(stage("pretrain.yaml", *asked), Request(gpu="H200", memory_gib=139.0))["memory"]
+    assert told["text_encoders_checkpointed"] is False
+    with pytest.raises(Halt, match="a card with more memory is needed"):
+        planner.memory.choose(planner.memory.Setup(False, "adafactor", "bf16", "bf16"), 1 << 33, [(1024, 1024)], 16)
+
+
+def test_short_tiles_repeats_and_moments_are_counted_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stage("pretrain.yaml", "batch.micro=4", "batch.effective=8", "batch.remainder=keep")
+    plan = Plan(
+        np.arange(22), np.full(22, 1024), np.full(22, 1024), seed=1, tile_images=4, tiles_per_update=2, epochs=10,
+        remainder="keep",
+    )  # fmt: skip
+    seen = sum(len(tile.rows) for update in range(plan.total_updates) for tile in plan.update(update))
+    images = Images(22, "here", {(1024, 1024): 22}, plan, 12_345)
+    assert planner._visits(config, images, plan.updates_per_epoch, plan.total_updates) == seen == 220
+    setup = planner.memory.setup_of(config)
+    assert planner._disk_report(config, setup, images, 3, 30, None)["latents_bytes"] == 12_345

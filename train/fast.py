@@ -177,6 +177,7 @@ def swap_float8(unet: Any, recipe: str = "tensorwise", *, emulate: bool = False)
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
         raise Halt(ExitCode.USAGE, "model.float8 needs torchao: pip install -e '.[fast]'") from error
-    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=True)
+    # Padded: the gradient of a weight sums over images x tokens, which is no multiple of 16 for every bucket and split.
     convert_to_float8_training(unet, module_filter_fn=float8_linear, config=config)
     return sum(type(module).__name__ == "Float8Linear" for module in unet.modules())

@@ -140,8 +140,8 @@ def setup_of(config: Any, world: int = 1) -> Setup:
         precision=config.precision,
         weights=config.model.weights,
         shards=world if config.optimizer.sharding == "zero1" else 1,
-        ema_on_device=config.ema.decay is not None and config.ema.device == "same",
-        ema=config.ema.decay is not None,
+        ema_on_device=bool(config.ema.decay) and config.ema.device == "same",
+        ema=bool(config.ema.decay),
         context=chunks * 77 if config.model.context == "chunks" else chunks * 75 + 2,
         partial_sums=partial_sums(max(per_process, 1)) if config.batch.determinism == "strict" else 0,
     )
@@ -276,15 +276,17 @@ def choose(
     steps = [exempt_steps] if exempt_steps is not None else list(range(ALL_STEPS, -1, -1))
     roomy = [parts for parts in splits if micro // parts >= min(SMALL_MICRO, micro)]
     tight = [parts for parts in splits if parts not in roomy]
+    text_choices = (False,) if exempt_steps is not None and split is not None else (False, True)
     candidates = [(s, p) for s in steps for p in roomy] + [(s, p) for p in tight for s in steps]
     for chosen_steps, parts in candidates:
         # Text encoders keep their activations only beside a U-Net that keeps all of its own: 1.2 % of the work.
-        for text_checkpointing in (False, True) if chosen_steps == ALL_STEPS else (True,):
+        # With both given, nothing is chosen: `none` then keeps theirs as well.
+        for text_checkpointing in text_choices if chosen_steps == ALL_STEPS else (True,):
             found = predict(setup, bucket, micro // parts, chosen_steps, text_checkpointing=text_checkpointing)
             if found.total <= usable:
                 return Choice(chosen_steps, parts, text_checkpointing, found, bucket, usable)
     parts, chosen_steps = max(splits), min(steps)
-    need = predict(setup, bucket, micro // parts, chosen_steps).total
+    need = predict(setup, bucket, micro // parts, chosen_steps, text_checkpointing=text_choices[-1] or chosen_steps < ALL_STEPS).total
     raise Halt(
         ExitCode.MISMATCH,
         f"does not fit: {need / GIB:.1f} GiB are needed for {micro // parts} image(s) of {bucket[0]}x{bucket[1]} "
@@ -296,7 +298,7 @@ def choose(
 def _advice(setup: Setup, exempt_steps: int | None, split: int | None) -> str:
     """What to change, cheapest first."""
     changes = []
-    if exempt_steps is not None:
+    if exempt_steps:
         changes.append("model.gradient_checkpointing: auto")
     if split is not None:
         changes.append("batch.split: auto")
@@ -306,7 +308,7 @@ def _advice(setup: Setup, exempt_steps: int | None, split: int | None) -> str:
         changes.append("model.weights: bf16")
     if setup.trains_text:
         changes.append("model.train_text_encoders: false")
-    return "try " + ", ".join(changes)
+    return "try " + ", ".join(changes) if changes else "a card with more memory is needed"
 
 
 def settle(config: Any, free_bytes: int, buckets: Sequence[tuple[int, int]], world: int = 1) -> Choice:

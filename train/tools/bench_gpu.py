@@ -42,7 +42,7 @@ def run(
         return {"machine": _machine(), "probe": None, "variants": [describe_variant(variant) for variant in chosen]}
     started = time.monotonic()
     probed = _child({"probe": True}, PROBE_S)
-    result: dict[str, Any] = {"machine": _machine(), "probe": probed, "variants": []}
+    result: dict[str, Any] = {"machine": _machine(), "probe": probed, "tiny": tiny, "variants": []}
     if probe_only:
         return result
     if not probed.get("gpu") and not tiny:

@@ -27,8 +27,8 @@ def describe(plan: dict[str, Any]) -> str:
         *_time_lines(plan["time"]),
         *_tolerance_lines(plan["tolerances"]),
     ]
-    cycle = plan["schedule"]["cycle_updates"]
-    lines.append(f"  lr      {plan['schedule']['name']}" + (f", cycle of {cycle:,} updates" if cycle else ""))
+    every = plan["schedule"]["updates_per_restart"]
+    lines.append(f"  lr      {plan['schedule']['name']}" + (f", cycle of {every:,.10g} updates" if every else ""))
     for row in plan["lr"]:
         text = f", text encoders {row['text_encoder_lr']:.9g}" if "text_encoder_lr" in row else ""
         cycle = f", cycle {row['cycle']}" if "cycle" in row else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Sequence
@@ -10,13 +11,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from train import memory, schedule
 from train.buckets import make_buckets
 from train.config import StageConfig, config_hash
 from train.diskspace import permanent_count
 from train.exits import ExitCode, Halt
 from train.memory import GIB, Prediction, Setup
-from train.plan import Plan, merge_small_buckets, tiles_per_update
+from train.plan import Plan, merge_small_buckets
+from train.startcheck import check_processes
 from train.tools import tolerances
 from train.tools.plan_machines import IMPLIED_BY_CARD, Gpu, find_gpu, find_speed
 
@@ -63,15 +67,17 @@ class Images:
     source: str
     buckets: dict[tuple[int, int], int] | None
     plan: Plan | None
+    latents_bytes: int | None = None  # of the prepared cache, held-out images included
 
 
 def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
     """The whole plan as JSON values. `memory.fits` is False when it cannot run; the caller turns that into exit 7.
 
     Raises Halt(MISMATCH) for a dataset that is not prepared and whose size nobody gave, or for a number of
-    processes that cannot share the tiles; Halt(USAGE) for updates outside the run.
+    processes that training refuses; Halt(USAGE) for updates outside the run and for numbers that make no sense.
     """
-    tiles, accumulation = tiles_per_update(config.batch.micro, config.batch.effective, request.world)
+    check_request(request)
+    accumulation, _ = check_processes(config, request.world)
     images = find_images(config, request.images)
     per_epoch, total = _lengths(config, images)
     cycle = schedule.cycle_length(config.schedule, images=images.count, effective=config.batch.effective)
@@ -93,23 +99,36 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
             "accumulation": accumulation,
             "processes": request.world,
             "effective": config.batch.effective,
-            "tiles_per_update": tiles,
+            "tiles_per_update": accumulation * request.world,
         },
         "updates_per_epoch": per_epoch,
         "total_updates": total,
-        "image_visits": total * config.batch.effective,
+        "image_visits": _visits(config, images, per_epoch, total),
         "buckets": _bucket_report(config, images),
         "schedule": {
             "name": config.schedule.name,
             "cycle_updates": cycle if restarts else None,
+            "updates_per_restart": cycle / _ticks(config) if restarts else None,
             "unit": config.schedule.unit,
         },
-        "lr": [lr_row(config, update, cycle) for update in _rows(request.updates, total, cycle if restarts else total)],
+        "lr": [lr_row(config, update, cycle) for update in _rows(request.updates, total, cycle / _ticks(config) if restarts else total)],
         "tolerances": {key: limit._asdict() for key, limit in tolerances.of(config).items()},
         "memory": memory_plan,
         "disk": _disk_report(config, None if foreign else setup, images, per_epoch, total, _free_disk(config, request, how)),
-        "time": _time_report(config, setup, images, request, gpu, total, checkpointing) if foreign is None else None,
+        "time": _time_report(config, setup, images, request, gpu, per_epoch, total, checkpointing) if foreign is None else None,
     }
+
+
+def check_request(request: Request) -> None:
+    """Halt(USAGE) naming the flag whose number is none, not finite or not above 0."""
+    numbers = {
+        "--world": request.world, "--memory-gib": request.memory_gib, "--images-per-s": request.images_per_s,
+        "--price-per-hour": request.price_per_hour, "--disk-gb": request.disk_gb,
+    }  # fmt: skip
+    free = ("--price-per-hour", "--disk-gb")  # these may be 0
+    for flag, number in numbers.items():
+        if number is not None and not (math.isfinite(number) and (number > 0 or (number == 0 and flag in free))):
+            raise Halt(ExitCode.USAGE, f"{flag} is {number:g}, must be a number {'of 0 or more' if flag in free else 'above 0'}")
 
 
 def find_images(config: StageConfig, given: int | None) -> Images:
@@ -124,6 +143,7 @@ def find_images(config: StageConfig, given: int | None) -> Images:
     folder = Path(config.data.path)
     if (folder / "dataset.json").is_file():
         return _prepared(config)
+    share = config.validation.share
     known = _CARD_IMAGES.get((folder.name, config.stage))
     if known is None:
         raise Halt(
@@ -131,18 +151,36 @@ def find_images(config: StageConfig, given: int | None) -> Images:
             f"data.path {folder} is not a prepared dataset: run scripts/prepare.py all --config <dataset.yaml>, "
             "or plan for a number of images with --images N",
         )
-    return Images(*known, None, None)
+    count, source = known
+    if share:
+        count, source = round(count * (1 - share)), f"{source}, less validation.share {share:g}"
+    return Images(count, source, None, None)
 
 
 def _prepared(config: StageConfig) -> Images:
     from train.index import Index  # needs pyarrow, which a plan for a bare number does not
     from train.selection import held_out, make_plan
 
-    index = Index.open(config.data.path, config.selection)
-    index = index.select(~held_out(index.uids, config.validation.share, index.images))
+    whole = Index.open(config.data.path, config.selection)
+    _, first = np.unique(whole.images, return_index=True)  # an image that is repeated has one latent
+    sizes = Counter(zip(whole.bucket_w[first].tolist(), whole.bucket_h[first].tolist(), strict=True))
+    values = sum(count * (8 if whole.content == "moments" else 4) * (w // 8) * (h // 8) for (w, h), count in sizes.items())
+    index = whole.select(~held_out(whole.uids, config.validation.share, whole.images))
     plan = make_plan(index, config)
     counts = Counter(zip(index.bucket_w.tolist(), index.bucket_h.tolist(), strict=True))
-    return Images(len(index), f"dataset {config.data.path}", dict(sorted(counts.items())), plan)
+    return Images(len(index), f"dataset {config.data.path}", dict(sorted(counts.items())), plan, 2 * values)
+
+
+def _visits(config: StageConfig, images: Images, per_epoch: int, total: int) -> int:
+    """Images seen in all; with `remainder: keep` tiles may be short, and an epoch is every image once."""
+    if images.plan is None or config.batch.remainder != "keep":
+        return total * config.batch.effective
+    return round(images.count * total / per_epoch)
+
+
+def _ticks(config: StageConfig) -> int:
+    """By how much an update moves the schedule."""
+    return config.schedule.processes if config.schedule.unit == "process_step" else 1
 
 
 def _lengths(config: StageConfig, images: Images) -> tuple[int, int]:
@@ -166,7 +204,7 @@ def _peak_keys(config: StageConfig) -> dict[str, float]:
     return peaks
 
 
-def _rows(asked: Sequence[int], total: int, cycle: int) -> list[int]:
+def _rows(asked: Sequence[int], total: int, cycle: float) -> list[int]:
     """Updates to tabulate: those asked for, else an even spread with the restarts' first updates."""
     outside = [update for update in asked if not 0 <= update < total]
     if outside:
@@ -174,7 +212,7 @@ def _rows(asked: Sequence[int], total: int, cycle: int) -> list[int]:
     if asked:
         return list(asked)
     spread = {round(i * (total - 1) / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)}
-    restarts = {cycle * c for c in range(1, min(total // cycle, TABLE_ROWS) + 1)}
+    restarts = {math.ceil(cycle * c) for c in range(1, min(int(total / cycle), TABLE_ROWS) + 1)}
     return sorted(update for update in spread | restarts | {0, 1} if update < total)
 
 
@@ -186,8 +224,7 @@ def lr_row(config: StageConfig, update: int, cycle: int) -> dict[str, Any]:
     }
     row: dict[str, Any] = {"update": update, "lr": rates["unet_lr"], **rates}
     if config.schedule.name == "cosine_restarts":
-        ticks = update * (config.schedule.processes if config.schedule.unit == "process_step" else 1)
-        row["cycle"] = ticks // cycle
+        row["cycle"] = update * _ticks(config) // cycle
     return row
 
 
@@ -241,7 +278,7 @@ def memory_report(config: StageConfig, world: int, images: Images, gpu: Gpu, how
         "text_encoders_checkpointed": choice.text_checkpointing if setup.trains_text else None,
         "parts_gib": _parts(choice.prediction),
         "total_gib": _gib(choice.prediction.total),
-        "assumed": "0.25 GiB per image recomputed and 2 GiB workspace are estimates; the rest is counted",
+        "assumed": "0.25 GiB per image recomputed and 2 GiB workspace are estimates; the rest is counted for SDXL's own size",
     }
 
 
@@ -267,10 +304,13 @@ def _disk_report(
     `fits`: whether checkpoints and export find room in `free_bytes`; None where either is unknown.
     """
     counts = images.buckets or {memory.largest(make_buckets()): images.count}
-    latents = sum(count * 2 * 4 * (width // 8) * (height // 8) for (width, height), count in counts.items())
+    counted = sum(count * 2 * 4 * (width // 8) * (height // 8) for (width, height), count in counts.items())
+    latents = counted if images.latents_bytes is None else images.latents_bytes
     one = memory.checkpoint_bytes(setup) if setup is not None else None
     permanent = permanent_count(config.checkpoint, total, per_epoch)
     export = EXPORT_BYTES * (2 if config.export.dtype == "fp32" else 1) if one is not None else None
+    if export is not None and config.ema.decay:
+        export += export // 2  # the average as a single file
     need = one * (config.checkpoint.keep + 1 + permanent) + (export or 0) if one is not None else None
     return {
         "free_bytes": free_bytes,
@@ -298,7 +338,14 @@ def _free_disk(config: StageConfig, request: Request, how: str) -> int | None:
 
 
 def _time_report(
-    config: StageConfig, setup: Setup, images: Images, request: Request, gpu: Gpu, total: int, checkpointing: str | None
+    config: StageConfig,
+    setup: Setup,
+    images: Images,
+    request: Request,
+    gpu: Gpu,
+    per_epoch: int,
+    total: int,
+    checkpointing: str | None,
 ) -> dict[str, Any]:
     """Hours, use of the card and cost, with the origin of the speed they rest on."""
     counts = images.buckets or {(1024, 1024): 1}
@@ -311,10 +358,10 @@ def _time_report(
         given=request.images_per_s,
         bench=request.bench,
         settings={key: getattr(config.model, key) for key in ("compile", "channels_last", "float8")}
+        | {"strict": config.batch.determinism == "strict", "dtype": config.precision, "optimizer": config.optimizer.name}
         | ({"checkpointing": checkpointing} if checkpointing else {}),
     )
-    visits = total * config.batch.effective
-    gpu_hours = visits / speed.images_per_s / 3600
+    gpu_hours = _visits(config, images, per_epoch, total) / speed.images_per_s / 3600
     report: dict[str, Any] = {
         "images_per_s_per_gpu": speed.images_per_s,
         "source": speed.source,

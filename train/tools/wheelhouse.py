@@ -47,7 +47,10 @@ def read_have(path: Path) -> dict[str, Version]:
         raise Halt(ExitCode.USAGE, f"--have {path} cannot be read: {error.strerror}") from error
     found: dict[str, Version] = {}
     if text.lstrip().startswith("["):
-        pairs = [(entry["name"], entry["version"]) for entry in json.loads(text)]
+        try:
+            pairs = [(str(entry["name"]), str(entry["version"])) for entry in json.loads(text)]
+        except (ValueError, KeyError, TypeError) as error:
+            raise Halt(ExitCode.USAGE, f"--have {path} is no output of `pip list --format json`: {error}") from error
     else:
         pairs = [tuple(re.split(r"==|\s+", line.strip())[:2]) for line in text.splitlines() if line.strip()]  # type: ignore[misc]
     for name, version in (pair for pair in pairs if len(pair) == 2):
@@ -145,8 +148,10 @@ def wanted() -> list[Requirement]:
 
 def _pins(path: Path | None) -> dict[str, str]:
     """Package to `name==version` of a constraints file."""
-    if path is None or not path.is_file():
+    if path is None:
         return {}
+    if not path.is_file():
+        raise Halt(ExitCode.USAGE, f"--pins {path} is no file")
     lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
     return {canonicalize_name(Requirement(line).name): line for line in lines if line}
 
