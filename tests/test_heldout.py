@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import synthetic
@@ -116,3 +117,46 @@ def test_two_processes_that_look_train_the_same_bits_as_one_that_does_not(
     assert not trained & set(held)
     deciles = [value for line in synthetic.metrics(both.output) for value in line["loss_by_decile"] if value]
     assert deciles
+
+
+@pytest.mark.parametrize("fault", ["optimizer@3:term", "sample@4:term", "export@*:term"])
+def test_a_stop_at_the_end_leaves_the_last_look_to_the_next_start(
+    fault: str, dataset: Path, base_model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text(PROMPTS)
+    stage = Stage(tmp_path, dataset, base_model)
+    changes = (SHARE, "batch.min_bucket=1", "max_updates=4", "validation.every_steps=2", "sampling.every_steps=2",
+               f"sampling.prompts={prompts}")  # fmt: skip
+    assert stage.run(*changes, ANIX_FAULT=fault) == ExitCode.STOPPED, stage.message
+    assert not (stage.output / "DONE").exists()
+    assert stage.run(*changes) == ExitCode.DONE, stage.message
+    assert {record["step"] for record in looked_at(stage.output)} == {2, 4}
+    pictures = sorted(path.name for path in (stage.output / "samples" / "step-00000004").iterdir())
+    assert pictures == ["00.png", "grid.png"]
+
+
+def test_a_share_that_empties_a_bucket_is_named_and_not_the_preparation(
+    dataset: Path, base_model: Path, tmp_path: Path
+) -> None:
+    stage = Stage(tmp_path, dataset, base_model)
+    assert stage.run("validation.share=0.7") == ExitCode.MISMATCH
+    assert "validation.share 0.7 leaves buckets with fewer images" in stage.message
+    assert "batch.min_bucket=" in stage.message
+    assert "rerun prepare" not in stage.message
+
+
+def test_an_image_that_trains_twice_an_epoch_is_measured_once(curated: Path, base_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(curated, folder)
+    once = pq.read_table(folder / "select_pretrain.parquet").cast(SELECT)
+    column = once.schema.get_field_index("repeats")
+    twice = once.set_column(column, once.schema.field(column), pa.array([2] * len(once), pa.int16()))
+    index = pq.read_table(folder / "index.parquet")
+    meta = {"vae_id": "", "content": "sample", "buckets": "t"}
+    found = {}
+    for name, table in (("once", once), ("twice", twice)):
+        synthetic.build_index(folder, index, {"pretrain": table}, meta)
+        found[name] = drawn(Stage(tmp_path / name, folder, base_model))
+    assert found["twice"][1] == found["once"][1]
+    assert len(found["twice"][0]) == 2 * len(found["once"][0])

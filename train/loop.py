@@ -144,14 +144,11 @@ def learning_rates(config: StageConfig, updates: int, cycle_updates: int) -> dic
 
 
 def after_update(session: Session, outcome: Outcome) -> None:
-    """Previews, validation, checkpoints and the agreed stop, each when it is due; the first two at the end as well."""
+    """Previews, validation, checkpoints and the agreed stop, each when it is due; those of the end: see `conclude`."""
     config, done = session.config, session.progress.step
     last = done >= session.last_step
-    if config.sampling.every_steps and (last or done % config.sampling.every_steps == 0):
-        with session.watch.main_only("previews"):
-            session.previews.write(done, session.ema, session.tracker, session.stop)
-    if config.validation.every_steps and (last or done % config.validation.every_steps == 0):
-        session.held_out.measure(done, session.progress.updates, session.tracker, session.stop)
+    if not last:
+        look(session)
     if outcome.stop_asked and not last:
         save(session, now=True)
         raise Halt(ExitCode.STOPPED, f"stopped by a signal after update {done}; saved: the same command goes on")
@@ -162,6 +159,23 @@ def after_update(session: Session, outcome: Outcome) -> None:
             session.saver.reserve(tensors_here(session))  # the optimizer's state exists since the first update
         session.saver.raise_failures()
         report_saves(session, session.saver)
+
+
+def look(session: Session, *, last: bool = False) -> None:
+    """Previews and held-out loss of the weights of now when they are due; at the end both are."""
+    config, done = session.config, session.progress.step
+    if config.sampling.every_steps and (last or done % config.sampling.every_steps == 0):
+        with session.watch.main_only("previews"):
+            session.previews.write(done, session.ema, session.tracker, session.stop)
+    if config.validation.every_steps and (last or done % config.validation.every_steps == 0):
+        session.held_out.measure(done, session.progress.updates, session.tracker, session.stop)
+
+
+def conclude(session: Session) -> None:
+    """Save the last update, then look at it. A stop cuts the look short, and the next start takes it again."""
+    save(session, now=True, permanent=True)
+    look(session, last=True)
+    guard.stop_if_asked(session.stop.asked, session.place.device, session.progress.step)
 
 
 def save(session: Session, *, now: bool = False, permanent: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Preview pictures of a stage under way: the raw weights and, with EMA, the average beside them.
 
-The main process draws them; the others go on to the next update and meet it there. Nothing random is shared with
-the training, and the weights are only read.
+The main process draws them; the others wait for it outside any collective, so no timeout runs. Nothing random is
+shared with the training, and the weights are only read.
 """
 
 from __future__ import annotations

@@ -161,8 +161,8 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
             finally:
                 reached["update"] = running.progress.step
 
-            # Hand-off: last checkpoint, diffusers folder and single file, lineage, then DONE.
-            loop.save(running, now=True, permanent=True)
+            # Hand-off: last checkpoint and pictures, diffusers folder and single file, lineage, then DONE.
+            loop.conclude(running)
             with watch.main_only("export"):
                 handoff.finish(running, source, data.index.fingerprint, session.versions())
 
