@@ -14,7 +14,7 @@ from train.config import StageConfig
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel, vae_identity
 from train.index import U64, Index
-from train.plan import Plan, check_buckets
+from train.plan import Plan, Size, check_buckets
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,31 @@ def open_selection(config: StageConfig) -> Selection:
     index = Index.open(config.data.path, config.selection)
     kept = index.select(~held_out(index.uids, config.validation.share, index.images))
     measured = Index.open(config.data.path, config.validation.select) if config.validation.select else index
-    counts = Counter(zip(kept.bucket_w.tolist(), kept.bucket_h.tolist(), strict=True))
-    check_buckets(counts, config.batch.min_bucket or config.batch.micro)
+    least = config.batch.min_bucket or config.batch.micro
+    check_buckets(_counts(index), least)
+    _check_what_is_kept(_counts(kept), least, config.validation.share)
     refuse_missing_shards(config.data.path, index.shards())
     held = measured.select(held_out(measured.uids, config.validation.share, measured.images))
+    _, first = np.unique(held.images, return_index=True)  # an image that is repeated is measured once
+    held = held.select(np.sort(first))
     return Selection(index, kept, held, make_plan(kept, config))
+
+
+def _counts(index: Index) -> Counter[Size]:
+    return Counter(zip(index.bucket_w.tolist(), index.bucket_h.tolist(), strict=True))
+
+
+def _check_what_is_kept(counts: Counter[Size], least: int, share: float) -> None:
+    """Halt(MISMATCH) where only holding images out leaves a bucket too small, which preparing again would not mend."""
+    try:
+        check_buckets(counts, least)
+    except Halt as halt:
+        small = ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(counts.items()) if count < least)
+        raise Halt(
+            halt.code,
+            f"validation.share {share:g} leaves buckets with fewer images than batch.min_bucket, {least} ({small}): set "
+            f"batch.min_bucket={min(counts.values())}, a smaller share, or prepare with a larger select.<stage>.min_bucket",
+        ) from halt
 
 
 def held_out(uids: U64, share: float, images: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.bool_]:
