@@ -49,6 +49,7 @@ class HeldOut:
         self.reader = ShardReader(config.data.path)
         self.tokens, self.networks, self.place = tokens, networks, place
         self.micro = config.batch.micro
+        self.skip_unreadable = config.data.on_read_error == "substitute"
         self.making = Making(scaling, config.data.max_tokens, config.data.crop_conditioning)
         # Neither weights nor offset of the stage's own loss: the stages are compared with one measure.
         self.diffusion = Diffusion(
@@ -83,8 +84,11 @@ class HeldOut:
                 rank=self.place.rank,
                 world=self.place.world,
                 stop=lambda: stop.asked,
+                skip_unreadable=self.skip_unreadable,
             )
         if record is not None:
+            if missing := record.get("unreadable"):
+                tracker.alert(f"held-out loss without {len(missing)} images whose latents cannot be read: {missing[0]} ...")
             tracker.validation({"step": step, "update": update, **record})
 
     def _loss_of(self, batch: Batch) -> torch.Tensor:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from train import rng
 from train.buckets import crop_condition
 from train.dataset import Batch
+from train.exits import Halt
 from train.index import Index
 from train.latents import ShardReader
 from train.plan import Tile
@@ -120,28 +121,53 @@ def evaluate(
     rank: int = 0,
     world: int = 1,
     stop: Callable[[], bool] = lambda: False,
+    skip_unreadable: bool = False,
 ) -> dict[str, Any] | None:
     """The record of one measurement of `index` (the chosen held-out images); None when a process was told to stop.
 
     `loss_of(batch)` gives the loss of each image [B] without gradients. Every process measures its share of the
-    batches; one all-reduce of exact zeros and values makes the result the same for any number of processes.
+    batches; one all-reduce of exact zeros and values makes the result the same for any number of processes. With
+    `skip_unreadable` an image whose latent cannot be read is left out and named under "unreadable", else its Halt passes.
     """
-    sums = torch.zeros(len(index) + 1, dtype=torch.float64)  # the last entry counts processes that stopped
+    count = len(index)
+    sums = torch.zeros(2 * count + 1, dtype=torch.float64)  # losses, unreadable images, processes that stopped
     with torch.no_grad():
         for number, rows in enumerate(batches(index, micro)):
             if stop():
                 sums[-1] = 1.0
                 break
             if number % world == rank:
-                batch = make_batch(index, reader, tokens, rows, making)
-                sums[torch.from_numpy(rows)] = loss_of(batch.to(device)).double().cpu()
+                if skip_unreadable:
+                    bad = unreadable(index, reader, rows)
+                    sums[torch.from_numpy(rows[bad]) + count] = 1.0
+                    rows = rows[~bad]
+                if len(rows):
+                    batch = make_batch(index, reader, tokens, rows, making)
+                    sums[torch.from_numpy(rows)] = loss_of(batch.to(device)).double().cpu()
     if world > 1:
         shared = sums.to(device)
         dist.all_reduce(shared)
         sums = shared.cpu()
     if sums[-1] > 0:
         return None
-    return summary(index.uids, sums[:-1].numpy(), [index.labels(i) for i in range(len(index))])
+    read = sums[count:-1].numpy() == 0
+    record = summary(index.uids[read], sums[:count].numpy()[read], [index.labels(i) for i in np.flatnonzero(read).tolist()])
+    return record if read.all() else record | {"unreadable": [f"{uid:016x}" for uid in index.uids[~read].tolist()]}
+
+
+def unreadable(index: Index, reader: ShardReader, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Which of `rows` have a latent that cannot be read, bool[B]."""
+    places = [index.latent(row) for row in rows.tolist()]
+    bad = np.zeros(len(rows), dtype=bool)
+    try:
+        reader.read([shard for shard, _ in places], [place for _, place in places])
+    except Halt:  # of one of them: which
+        for number, (shard, place) in enumerate(places):
+            try:
+                reader.read([shard], [place])
+            except Halt:
+                bad[number] = True
+    return bad
 
 
 def summary(uids: U64, losses: npt.NDArray[np.float64], labels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
