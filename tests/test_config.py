@@ -195,3 +195,14 @@ def test_saved_config_keeps_references_unresolved(stage_yaml: Path, monkeypatch:
     assert "somebody" not in saved
     assert "${oc.env:ANIX_DATA}/set" in saved
     assert "keep: 2" in saved  # defaults are written out
+
+
+@pytest.mark.parametrize(
+    ("name", "override"),
+    [("pretrain", "optimizer.scale_parameter=true"), ("pretrain", "optimizer.clip_threshold=2"),
+     ("pretrain", "optimizer.decay_rate=-0.5"), ("ft1", "optimizer.betas=[0.9,0.95]"), ("pretrain", "ema.device=cpu")],
+)  # fmt: skip
+def test_a_setting_that_nothing_would_read_is_refused_by_its_key(name: str, override: str) -> None:
+    with pytest.raises(Halt, match=override.partition("=")[0]) as caught:
+        load_stage([Path(__file__).parents[1] / "configs" / f"{name}.yaml"], [override])
+    assert caught.value.code == ExitCode.USAGE

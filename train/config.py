@@ -371,8 +371,15 @@ def _cross_problems(config: StageConfig) -> list[str]:
         (batch.remainder != "carry" and strict, "batch.determinism: strict needs batch.remainder: carry"),
         (config.validation.every_steps > 0 and config.validation.share == 0,
          "validation.every_steps needs validation.share, such as 0.02: with 0 no image is held out"),
+        (config.ema.device == "cpu" and not config.ema.decay, "ema.device: cpu without ema.decay keeps no average: set both"),
     ]  # fmt: skip
-    return [message for broken, message in rules if broken] + _eps_problems(optimizer)
+    return [message for broken, message in rules if broken] + _eps_problems(optimizer) + _unread_problems(optimizer)
+
+
+def _unread_problems(optimizer: OptimizerConfig) -> list[str]:
+    unread = ("betas",) if optimizer.name == "adafactor" else ("scale_parameter", "clip_threshold", "decay_rate")
+    return [f"optimizer.{key} is {getattr(optimizer, key)}, but optimizer.name {optimizer.name} does not read it: leave it out"
+            for key in unread if getattr(optimizer, key) != getattr(OptimizerConfig, key)]  # fmt: skip
 
 
 def _eps_problems(optimizer: OptimizerConfig) -> list[str]:

@@ -171,6 +171,8 @@ def open_networks(
     if settings.channels_last:
         fast.to_channels_last(networks.unet)
     if settings.float8:
+        if not settings.compile:
+            log.warning("model.float8 without model.compile casts one by one and is slower than bf16: set model.compile=true")
         fast.to_float8(networks.unet)
     if settings.compile:
         fast.compile_blocks(networks.unet)
