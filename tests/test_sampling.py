@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from train import text
 from train.exits import ExitCode, Halt
-from train.pictures import grid, write_pictures, write_previews
+from train.pictures import grid, save_png, write_pictures, write_previews
 from train.prompts import (
     CARD_SIZES,
     NEGATIVE,
@@ -381,3 +381,20 @@ def test_pictures_of_an_earlier_call_do_not_mix_with_those_of_now(tmp_path: Path
     (tmp_path / "10 things.png").write_bytes((tmp_path / "02.png").read_bytes())
     write_pictures({"": [picture]}, settings(prompts=prompts[:1]), tmp_path, model_name="now")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["00.png", "07.png", "10 things.png", "grid.png"]
+
+
+@pytest.mark.parametrize("written", [
+    "1girl\nSteps: 28, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, Model: m, RNG: Philox, Version: v1.10.1",
+    "RNG: Philox, Noise index: 0\nSteps: 28, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 64x64, Model: m",
+])  # fmt: skip
+def test_pictures_of_other_programs_stay(written: str, tmp_path: Path) -> None:
+    """A1111 numbers its files and writes the same text; ours is known by its last line."""
+    save_png(Image.new("RGB", (64, 64)), tmp_path / "00042.png", written)
+    (tmp_path / "2024-holiday.png").write_bytes(b"no picture")
+    (tmp_path / "43.png").write_bytes(b"no picture either")
+    (tmp_path / "44.png").mkdir()
+    shown = settings(prompts=[prompt()])
+    write_pictures({"": [Image.new("RGB", (64, 64))]}, shown, tmp_path, model_name="now")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "00.png", "00042.png", "2024-holiday.png", "43.png", "44.png", "grid.png",
+    ]  # fmt: skip

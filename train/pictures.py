@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from train import faults
 from train.exits import ExitCode, Halt
-from train.prompts import PromptsFile, parameters_text
+from train.prompts import OUR_MARKS, PromptsFile, parameters_text
 from train.sampling import RECIPE, TrainedAs, captions_text, sample_images
 
 NUMBERED = re.compile(r"\d\d+(-ema)?\.png")
@@ -97,12 +97,18 @@ def write_pictures(
 
 def _of_earlier_calls(folder: Path, written: Sequence[Path]) -> list[Path]:
     """Numbered pictures in the folder that were made here, as their text says, but not now."""
-    found = []
-    for path in sorted(set(folder.glob("[0-9][0-9]*.png")) - set(written)):
+    others = sorted(path for path in set(folder.glob("*.png")) - set(written) if NUMBERED.fullmatch(path.name))
+    return [path for path in others if _made_here(path)]
+
+
+def _made_here(path: Path) -> bool:
+    """Whether the text ends as ours does: others write "parameters" as well, and number their files too."""
+    try:
         with Image.open(path) as image:
-            if NUMBERED.fullmatch(path.name) and "parameters" in image.info:
-                found.append(path)
-    return found
+            text = str(image.info.get("parameters", ""))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # whatever it is, it is not ours
+        return False
+    return all(mark in text.rpartition("\n")[2] for mark in OUR_MARKS)
 
 
 def save_png(image: Image.Image, path: Path, parameters: str) -> Path:
