@@ -208,6 +208,23 @@ def test_prefix_comes_first(prefix: str, shown: str, tiny: Tiny) -> None:
     assert with_prefix("1girl, girl", prefix) == shown
 
 
+def test_no_separator_takes_anything_away(tiny: Tiny) -> None:
+    """Whatever stands before a second `|||`, or before one in the negative prompt or the prefix, is drawn and told."""
+    assert captions_text("1girl ||| smile,||| outdoors |||", "masterpiece ||| best quality") == (
+        "masterpiece, best quality, 1girl, smile, outdoors"
+    )
+    assert captions_text("3|4 view, a||b", "") == "3|4 view, a||b"
+    drawn = {
+        (text, negative): sample_images(tiny, [prompt(text=text)], steps=2, negative=negative)[0].tobytes()
+        for text in ("1girl ||| girl ||| bad", "1girl, girl, bad", "bad")
+        for negative in ("worse ||| bad", "worse, bad", "bad")
+    }
+    assert drawn["1girl ||| girl ||| bad", "worse ||| bad"] == drawn["1girl, girl, bad", "worse, bad"]
+    assert len(set(drawn.values())) == 4
+    record = parameters_text(prompt(), "1girl", settings(negative="worse|||bad"), model_name="m")
+    assert record.split("\n")[1] == "Negative prompt: worse, bad"
+
+
 def test_options_of_the_training_reach_the_network(tiny: Tiny) -> None:
     base = TrainedAs()
     made = [

@@ -9,6 +9,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
+from train import captions
 from train.exits import ExitCode, Halt
 from train.schema import load_into
 
@@ -87,6 +88,11 @@ def checked(settings: PromptsFile) -> PromptsFile:
     return replace(settings, prompts=numbered)
 
 
+def plain_tags(text: str, separator: str = "|||") -> list[str]:
+    """The tags of a prompt, a prefix or a negative prompt, in order: separators mean nothing here but a comma."""
+    return captions.split(text.replace(separator, ","), separator)[1]
+
+
 def with_prefix(text: str, prefix: str) -> str:
     """`prefix` put before the text; either may be empty."""
     return ", ".join(part for part in (prefix.strip(" ,"), text.strip()) if part)
@@ -118,6 +124,7 @@ def parameters_text(
         facts["Update"] = update
     line = ", ".join(f"{key}: {value}" for key, value in facts.items())
     # On one line each: the tokenizer takes a line break for a space, readers of this text for the next part.
-    wanted, unwanted = " ".join(text.split()), " ".join(settings.negative.split())
+    # The negative prompt as it is encoded; `text` is given so.
+    wanted, unwanted = (" ".join(part.split()) for part in (text, captions.join(plain_tags(settings.negative))))
     negative = [f"Negative prompt: {unwanted}"] if unwanted else []
     return "\n".join([wanted, *negative, line])

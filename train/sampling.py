@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from train import captions, rng, text
 from train.exits import ExitCode, Halt
 from train.noise import TIMESTEPS, alphas_cumprod
-from train.prompts import Prompt, Sampler
+from train.prompts import Prompt, Sampler, plain_tags
 
 log = logging.getLogger("anix")
 
@@ -90,8 +90,7 @@ def sample_images(
 
 def captions_text(prompt: str, prefix: str) -> str:
     """The prompt as it is encoded: prefix first, separators gone, tags joined with ", "."""
-    fixed, flex = captions.split(prompt)
-    return captions.join([*captions.split(prefix)[1], *fixed, *flex])
+    return captions.join([*plain_tags(prefix), *plain_tags(prompt)])
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _condition(
 ) -> Condition:
     pairs = []
     for one in texts:
-        content, cut = tokens.fit([], captions.split(one)[1], trained_as.max_tokens)
+        content, cut = tokens.fit([], plain_tags(one), trained_as.max_tokens)
         if cut:
             log.warning("prompt %d: %d tags do not fit into %d tokens", prompt.index, cut, trained_as.max_tokens)
         pairs.append(tokens.chunk_ids(content, trained_as.max_tokens))
