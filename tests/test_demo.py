@@ -19,6 +19,7 @@ from browser import Browser, find_chromium
 from PIL import Image
 
 from train.exits import ExitCode, Halt
+from train.inference import name_of
 from train.prompts import CARD_SIZES, NEGATIVE, QUALITY_PREFIX
 from train.tools.demo import (
     AESTHETIC,
@@ -77,7 +78,21 @@ def test_out_of_range_wishes_name_the_key() -> None:
 
 
 def test_equal_names_are_told_apart() -> None:
-    assert list(_titled(["runs/a/ft2/model", "runs/b/ft2", "x/ft1.safetensors"])) == ["ft2", "b/ft2", "ft1"]
+    assert list(_titled(["runs/a/ft2/model", "runs/b/ft2", "x/ft1.safetensors"])) == ["a/ft2", "b/ft2", "ft1"]
+    three = ["a/ft1/model", "b/ft1/model", "b/c/ft1/model"]
+    assert _titled(three) == dict(zip(("a/ft1", "b/ft1", "c/ft1"), three, strict=True))
+    three = ["a/x/ft1", "b/x/ft1", "b/y/ft1"]
+    assert _titled(three) == dict(zip(("a/x/ft1", "b/x/ft1", "y/ft1"), three, strict=True))
+    assert _titled(["/ft2", "/ft2/model", "/ft2.safetensors", "/ft2"]) == {
+        "/ft2": "/ft2", "ft2/model": "/ft2/model", "/ft2.safetensors": "/ft2.safetensors"
+    }  # fmt: skip
+
+
+def test_a_directory_has_no_file_type() -> None:
+    assert list(_titled(["models/animagine-xl-3.1", "models/animagine-xl-3.1.safetensors", "m/xl-3.1/model"])) == [
+        str(Path("models/animagine-xl-3.1").resolve()), "models/animagine-xl-3.1.safetensors", "xl-3.1",
+    ]  # fmt: skip
+    assert name_of("runs/v2.5") == name_of("runs/v2.5/model") == name_of("v2.5.safetensors") == "v2.5"
 
 
 def test_studio_writes_a_picture_with_its_record(model: Path, tmp_path: Path) -> None:

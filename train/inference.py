@@ -51,7 +51,7 @@ def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None
         nn.Module.to(network, place, dtype)  # past the library's own .to, which warns at every dtype
     nn.Module.to(components.vae, place, torch.float32 if components.vae.config.get("force_upcast") else dtype)
     told = _conventions(Path(path), local)
-    name = str(local.metadata.get("modelspec.title") or _name(Path(path)))
+    name = str(local.metadata.get("modelspec.title") or name_of(path))
     return Model(components, name, local.sha256, told, place, dtype)
 
 
@@ -108,10 +108,13 @@ def _conventions(path: Path, local: hub.LocalModel) -> TrainedAs:
     return replace(RECIPE, prediction="v", zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")), **known)
 
 
-def _name(path: Path) -> str:
+def name_of(path: str | Path) -> str:
     """`ft2` for runs/ft2, runs/ft2/model and ft2.safetensors alike."""
-    resolved = path.resolve()
-    return resolved.parent.name if resolved.name == "model" else resolved.stem
+    resolved = Path(path).resolve()
+    if resolved.name == "model":
+        return resolved.parent.name
+    # The end of a directory's name is no file type: animagine-xl-3.1.
+    return resolved.stem if resolved.suffix == ".safetensors" else resolved.name
 
 
 def open_device(name: str) -> torch.device:

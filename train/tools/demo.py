@@ -20,7 +20,7 @@ from PIL import Image
 
 from train import hub
 from train.exits import ExitCode, Halt
-from train.inference import Model, draw, open_model
+from train.inference import Model, draw, name_of, open_model
 from train.pictures import save_png
 from train.prompts import (
     CARD_SIZES,
@@ -236,12 +236,25 @@ def require_port(host: str, port: int) -> None:
 
 
 def _titled(models: Sequence[str]) -> dict[str, str]:
-    """Title to path, in the order given; equal names get their parent's in front."""
-    titles: dict[str, str] = {}
+    """Title to path, in the order given, each place once; equal names get as much of their paths as tells them apart."""
+    paths: dict[Path, str] = {}
     for path in models:
-        where = Path(path).resolve()
-        title = where.parent.name if where.name == "model" else where.stem
-        if title in titles:
-            title = f"{where.parent.name}/{where.name}"
-        titles[title] = path
+        paths.setdefault(Path(path).resolve(), path)
+    possible = {where: _titles(where) for where in paths}
+    titles = {}
+    for where, path in paths.items():
+        others = {title for other, its in possible.items() if other != where for title in its}
+        titles[next(title for title in possible[where] if title not in others)] = path
     return titles
+
+
+def _titles(where: Path) -> list[str]:
+    """What a model may be called, the shortest first: ends of its path in short (`runs/ft2`) and in full.
+
+    The whole path, which comes last, is nobody else's: it alone starts with a slash.
+    """
+    whole = where.parts[1:]
+    short = (*(whole[:-2] if where.name == "model" else whole[:-1]), name_of(where))
+    ends = [short[-length:] for length in range(1, len(short) + 1)]
+    ends += [whole[-length:] for length in range(2, len(whole) + 1)]
+    return [*("/".join(parts) for parts in ends), str(where)]
