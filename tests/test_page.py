@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Browser
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -371,3 +372,32 @@ def test_in_a_real_browser(runs: list[Path], tmp_path: Path) -> None:
     seen = {colour for _, colour in colours}
     assert {(0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06), (0x05, 0x96, 0x69)} <= seen  # a line of each of the three runs
     assert len(seen) > 50
+
+
+@pytest.mark.slow
+def test_long_values_stay_on_paper_and_long_prompts_in_their_column(runs: list[Path], tmp_path: Path) -> None:
+    copies = []
+    for run in runs:
+        copies.append(tmp_path / run.name)
+        shutil.copytree(run, copies[-1])
+        place = f"/mnt/storage_volume_7/experiments/2026_11_29_reproduction_full/{run.name}_run_number_one"
+        text = (copies[-1] / "config.yaml").read_text()
+        (copies[-1] / "config.yaml").write_text(re.sub(r"(?m)^output_dir:.*$", f"output_dir: {place}", text))
+        prompts = checked(PromptsFile(prompts=[Prompt(text="no_space_" * 40, width=64, height=96)]))
+        pictures = [Image.new("RGB", (64, 96))]
+        write_pictures({"": pictures}, prompts, copies[-1] / "samples/step-00000120", model_name="m", update=120)
+    out = write_page(copies, tmp_path / "report.html")
+    wide = "[...document.querySelectorAll('{}')].filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.innerText)"
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.call("Page.navigate", url=out.as_uri())
+        browser.wait_for("document.readyState == 'complete' && !!document.querySelector('.prompt')")
+        assert browser.evaluate(wide.format(".prompt")) == []
+        browser.call("Emulation.setEmulatedMedia", media="print")
+        for width in (718, 1046):  # A4 upright and across, less the browser's margins
+            browser.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=1000, deviceScaleFactor=1, mobile=False
+            )
+            assert browser.evaluate(wide.format("#configuration .scroll")) == []
+    finally:
+        browser.close()

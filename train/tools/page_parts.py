@@ -59,6 +59,7 @@ def listed(notes: Sequence[str]) -> str:
 
 
 # A caption wraps at its picture's width: the columns of raw and averaged weights stand under one another.
+# Paper does not scroll: long settings such as paths wrap anywhere there, in that table alone, so that no number breaks.
 STYLE = """
 :root{font:15px/1.5 system-ui,sans-serif;color:#1f2937;background:#fff}
 body{margin:0 auto;max-width:1180px;padding:0 24px 48px}
@@ -76,11 +77,12 @@ th{color:#6b7280;font-weight:600;white-space:nowrap}code{font:12px ui-monospace,
 .pictures figure{flex:0 0 auto}.pictures img{display:block;border-radius:3px}
 .pictures figcaption{color:#6b7280;width:0;min-width:100%}
 .prompts{display:flex;flex-wrap:wrap;gap:18px 36px}.prompts>div{max-width:100%;min-width:260px}
-.prompt{margin:0 0 4px;font-size:.85rem;width:0;min-width:100%}.prompt small{color:#6b7280;white-space:nowrap}
+.prompt{margin:0 0 4px;font-size:.85rem;width:0;min-width:100%;overflow-wrap:anywhere}.prompt small{color:#6b7280;white-space:nowrap}
 section>p,.told{color:#6b7280;font-size:.85rem;max-width:860px}.told{padding-left:18px}
 .good,.bad,.tight{white-space:nowrap}.good{color:#047857}.bad{color:#b91c1c}.dim{color:#9ca3af}th:first-child,td:first-child{white-space:nowrap}
 b{display:inline-block;max-width:20em;overflow-wrap:break-word;white-space:normal;vertical-align:top}h1{overflow-wrap:anywhere}
 @media print{body{max-width:none;padding:0;font-size:11px}nav{display:none}a{color:inherit}
 h2,h3,h2+p,h3+p,.prompt{break-after:avoid}figure,tr,p,.prompts>div{break-inside:avoid}.scroll,.pictures{overflow:visible}
+#configuration :is(td,b){overflow-wrap:anywhere}
 .pictures{flex-wrap:wrap}.charts{grid-template-columns:repeat(3,1fr)}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
