@@ -23,7 +23,7 @@ from train.pictures import write_pictures
 from train.prompts import Prompt, PromptsFile, checked
 from train.tools.page import write_page
 from train.tools.page_charts import bar_chart, extent, line_chart, log_ticks, number, smooth, thin, ticks
-from train.tools.page_data import config_differences, read_parameters, read_run
+from train.tools.page_data import config_differences, read_parameters, read_pictures, read_run
 from train.tools.page_heldout import in_order
 from train.tools.page_samples import shared_tags, spaced
 
@@ -208,6 +208,14 @@ def test_records_of_another_shape_do_not_stop_the_page(name: str, body: str, run
     shutil.copytree(runs[1], run)
     (run / name).write_text(body + "\n")
     assert "Summary" in parsed(write_page([runs[0], run], tmp_path / "r.html")).text
+
+
+def test_more_than_a_hundred_pictures_keep_their_order(tmp_path: Path) -> None:
+    for place in (100, 0, 9, 10, 11, 99, 101):
+        for suffix in ("", "-ema"):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{place:02d}{suffix}.png")
+    names = [picture.path.stem for picture in read_pictures(tmp_path, [])]
+    assert names == [f"{n:02d}{suffix}" for n in (0, 9, 10, 11, 99, 100, 101) for suffix in ("", "-ema")]
 
 
 def test_two_runs_of_one_stage_are_told_apart(runs: list[Path], tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def read_pictures(folder: Path, notes: list[str]) -> list[Picture]:
     """The pictures NN.png of one folder, with what their PNG text says."""
     from PIL import Image
 
-    found = []
+    found: dict[tuple[int, bool, str], Picture] = {}
     for path in sorted(folder.glob("*.png")):
         match = PICTURE.fullmatch(path.name)
         if match is None:
@@ -133,8 +133,9 @@ def read_pictures(folder: Path, notes: list[str]) -> list[Picture]:
             continue
         prompt, facts = read_parameters(text)
         known = {"Size": size, "Noise index": match.group(1), **facts}
-        found.append(Picture(path, prompt, known, bool(match.group(2))))
-    return sorted(found, key=lambda picture: (picture.path.name[:2], picture.ema, picture.path.name))
+        ema = bool(match.group(2))
+        found[int(match.group(1)), ema, path.name] = Picture(path, prompt, known, ema)
+    return [found[place] for place in sorted(found)]  # by number: 100.png comes after 99.png, not after 10.png
 
 
 def read_parameters(text: str) -> tuple[str, dict[str, str]]:
