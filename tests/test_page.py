@@ -25,7 +25,7 @@ from train.tools.page import write_page
 from train.tools.page_charts import bar_chart, extent, line_chart, log_ticks, number, smooth, thin, ticks
 from train.tools.page_data import config_differences, read_parameters, read_pictures, read_run
 from train.tools.page_heldout import in_order
-from train.tools.page_samples import shared_tags, spaced
+from train.tools.page_samples import shared_tags, spaced, strips
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "img"}
@@ -216,6 +216,21 @@ def test_more_than_a_hundred_pictures_keep_their_order(tmp_path: Path) -> None:
             Image.new("RGB", (8, 8)).save(tmp_path / f"{place:02d}{suffix}.png")
     names = [picture.path.stem for picture in read_pictures(tmp_path, [])]
     assert names == [f"{n:02d}{suffix}" for n in (0, 9, 10, 11, 99, 100, 101) for suffix in ("", "-ema")]
+
+
+def test_a_preview_cut_short_hides_no_prompt(runs: list[Path], tmp_path: Path) -> None:
+    """A stop in the last preview: what it lacks is shown as it was before."""
+    run = tmp_path / "ft2"
+    shutil.copytree(runs[2], run)
+    for path in ("00-ema.png", "01.png", "01-ema.png"):
+        (run / "samples/step-00000120" / path).unlink()
+    read = read_run(run)
+    assert [str(p.path.relative_to(run / "samples")) for p in read.newest_pictures()] == [
+        "step-00000120/00.png", "step-00000060/01.png",
+    ]  # fmt: skip
+    assert {p.path.parent.name for p in read.newest_pictures(ema=True)} == {"step-00000060"}
+    assert strips(read).count("<img") == 1 + 4
+    assert strips(read).count("update 120") == 1
 
 
 def test_two_runs_of_one_stage_are_told_apart(runs: list[Path], tmp_path: Path) -> None:

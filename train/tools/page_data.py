@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -73,8 +74,12 @@ class Run:
         return points
 
     def newest_pictures(self, *, ema: bool = False) -> list[Picture]:
-        """The samples of the last update that has any: of the raw weights, or of their average."""
-        return [p for p in self.samples[max(self.samples)] if p.ema == ema] if self.samples else []
+        """Of each prompt the newest sample, of the raw weights or of their average.
+
+        Not those of the last update alone: a preview that a stop cut short lacks prompts, which older ones have.
+        """
+        updates = sorted(self.samples, reverse=True)
+        return newest_of_each([p for p in self.samples[update] if p.ema == ema] for update in updates)
 
 
 def read_run(path: str | Path) -> Run:
@@ -136,6 +141,15 @@ def read_pictures(folder: Path, notes: list[str]) -> list[Picture]:
         ema = bool(match.group(2))
         found[int(match.group(1)), ema, path.name] = Picture(path, prompt, known, ema)
     return [found[place] for place in sorted(found)]  # by number: 100.png comes after 99.png, not after 10.png
+
+
+def newest_of_each(previews: Iterable[Sequence[Picture]]) -> list[Picture]:
+    """The first picture of each prompt, the previews given from the newest to the oldest."""
+    found: dict[tuple[str, ...], Picture] = {}
+    for pictures in previews:
+        for picture in pictures:
+            found.setdefault(picture.same, picture)
+    return list(found.values())
 
 
 def read_parameters(text: str) -> tuple[str, dict[str, str]]:

@@ -10,7 +10,7 @@ from html import escape
 from PIL import Image
 
 from train import captions
-from train.tools.page_data import Picture, Run
+from train.tools.page_data import Picture, Run, newest_of_each
 
 SIDE_PX = 200  # longest side of a picture in the page
 SMALL_PX = 112  # pictures of a tiny model are shown this large, scaled by the browser
@@ -23,10 +23,10 @@ def strips(run: Run) -> str:
     if not run.samples:
         return ""
     updates = spaced(sorted(run.samples), MOST_COLUMNS)
-    last = run.samples[updates[-1]]
-    common = shared_tags([picture.prompt for picture in last])
+    every = newest_of_each([p for p in run.samples[update] if not p.ema] for update in reversed(updates))
+    common = shared_tags([picture.prompt for picture in every])
     rows = []
-    for wanted in [picture for picture in last if not picture.ema][:MOST_PROMPTS]:
+    for wanted in every[:MOST_PROMPTS]:
         raw, average = (
             [
                 cell(found[0], f"update {update:,}{' (EMA)' if ema else ''}")
