@@ -29,6 +29,7 @@ from train.tools.page_samples import shared_tags, spaced, strips
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "img"}
+HUGE, DEEP = "9" * 400, "[" * 100_000
 PROMPTS = checked(
     PromptsFile(
         prompts=[
@@ -201,7 +202,22 @@ def test_what_is_not_finite_is_left_out_and_told(runs: list[Path], tmp_path: Pat
         ("validation.jsonl", '{"step": 5, "update": 5, "strata": {"quality/masterpiece": 3}}'),
         ("lineage.json", '{"ancestors": null, "parent": "x", "weights_sha256": "y"}'),
         ("lineage.json", '{"ancestors": [1, {"parent": []}], "weights_sha256": "y", "updates": NaN}'),
+        ("lineage.json", '{"ancestors": [{"weights_sha256": {}}, {"stage": []}], "weights_sha256": ["a"]}'),
+        ("lineage.json", f'{{"weights_sha256": {HUGE}, "updates": {HUGE}, "images": -{HUGE}, "seed": {HUGE}}}'),
+        ("lineage.json", DEEP),
+        ("exit.json", DEEP),
+        ("config.yaml", DEEP),
+        ("held_out.json", DEEP),
+        ("validation.jsonl", DEEP),
+        ("validation.jsonl", f'{{"update": 5, "loss": {HUGE}, "interval": {HUGE}, "losses": {{"1": {HUGE}}}}}'),
+        ("validation.jsonl", f'{{"update": {HUGE}, "step": 5, "loss": 0.5}}'),
+        ("metrics.jsonl", DEEP),
+        ("metrics.jsonl", f'{{"step": 5, "update": {HUGE}, "loss": {HUGE}, "images": {HUGE}, "skipped": {HUGE}}}'),
+        ("metrics.jsonl", f'{{"step": {HUGE}, "update": 5, "loss": 0.5}}'),
+        ("metrics.jsonl", '{"update": 5, "loss": 1e308, "grad_norm": 1e308, "loss_by_decile": [1e308]}\n' * 3),
+        ("metrics.jsonl", f'{{"update": 5, "loss": 0.5, "loss_by_decile": [{HUGE}, true]}}'),
     ],
+    ids=lambda text: text[:20],
 )
 def test_records_of_another_shape_do_not_stop_the_page(name: str, body: str, runs: list[Path], tmp_path: Path) -> None:
     run = tmp_path / "ft1"

@@ -218,9 +218,9 @@ def lineage(runs: Sequence[Run]) -> str:
     for run in runs:
         for record in [*run.lineage.get("ancestors", []), run.lineage]:
             mark = record.get("weights_sha256")
-            if not record or mark in seen:
+            if not record or str(mark) in seen:  # as text: a damaged record holds anything
                 continue
-            seen.add(mark)
+            seen.add(str(mark))
             parent = record.get("parent")
             parent = parent if isinstance(parent, dict) else {}
             rows.append(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from train.exits import ExitCode, Halt
 from train.tracking import read_metrics
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
+LARGEST = 1e150  # its square is finite still, and a sum of such squares
 PICTURE = re.compile(r"(\d+)(-ema)?\.png$")
 
 
@@ -209,8 +209,11 @@ def _lines(run: Run, name: str, *, needed: bool = True) -> list[dict[str, Any]]:
 
 
 def finite(value: Any) -> TypeGuard[int | float]:
-    """Whether `value` is a number that a chart or a mean can hold; true, false, NaN and infinity are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a number that a chart or a mean can hold; true, false, NaN and infinity are none.
+
+    Nor is an integer of hundreds of digits, which no float holds.
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 def _measurements(run: Run) -> list[dict[str, Any]]:
@@ -246,7 +249,7 @@ def _json(run: Run, name: str) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         run.notes.append(f"{path}: unreadable ({error})")
         return {}
     return found if isinstance(found, dict) else {}

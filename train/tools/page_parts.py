@@ -8,7 +8,7 @@ from typing import Any
 
 from train.masking import mask
 from train.tools.page_charts import COLOURS
-from train.tools.page_data import Run
+from train.tools.page_data import Run, finite
 
 
 def anchor(name: str) -> str:
@@ -28,15 +28,15 @@ def name_of(run: Run, number: int) -> str:
 
 def text(value: Any, form: str) -> str:
     """A number formatted, a dash where there is none."""
-    return form.format(value) if isinstance(value, int | float) else "–"
+    return form.format(value) if finite(value) else "–"
 
 
 def with_interval(record: Mapping[str, Any], *, signed: bool = False) -> str:
     """`0.1234 ± 0.0056 (256)`."""
     loss, interval = record.get("loss"), record.get("interval")
-    if not isinstance(loss, int | float):
+    if not finite(loss):
         return "–"
-    spread = f" ± {interval:.4f}" if isinstance(interval, int | float) else ""
+    spread = f" ± {interval:.4f}" if finite(interval) else ""
     shown = f"{loss:{'+' if signed else ''}.4f}".replace("-", "−")
     return f'<span class="tight">{shown}{spread} ({escape(str(record.get("images", "?")))})</span>'
 
