@@ -23,11 +23,13 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--quality", type=Path, metavar="JSON", help="what scripts/quality.py measured")
     arguments = parser.parse_args()
-    extra = {}
+    extra: dict[str, Path] = {}
     for given in arguments.samples:
         name, equals, folder = given.partition("=")
         if not equals or not Path(folder).is_dir():
             raise Halt(ExitCode.USAGE, f"--samples {given}: needs NAME=DIR with an existing folder")
+        if name in extra:
+            raise Halt(ExitCode.USAGE, f"--samples {given}: the name {name} is given twice, first for {extra[name]}")
         extra[name] = Path(folder)
 
     from train.tools.page import write_page

@@ -393,6 +393,11 @@ def test_command_line(runs: list[Path], tmp_path: Path) -> None:
     assert made.stdout.strip() == str(tmp_path / "report.html")
     assert run_script(tmp_path / "none", "--out", tmp_path / "x.html").returncode == ExitCode.USAGE
     assert run_script(*runs, "--samples", "base", "--out", tmp_path / "x.html").returncode == ExitCode.USAGE
+    twice = ["--samples", f"base={tmp_path}", "--samples", f"base={runs[0]}"]
+    refused = run_script(*runs, *twice, "--out", tmp_path / "x.html")
+    assert refused.returncode == ExitCode.USAGE
+    assert f"the name base is given twice, first for {tmp_path}" in refused.stderr
+    assert not (tmp_path / "x.html").exists()
 
 
 @pytest.mark.slow
