@@ -368,6 +368,12 @@ def test_stages_that_cannot_be_judged(tmp_path: Path) -> None:
             quality.stage_pictures(stages)
 
 
+def test_a_run_directory_may_hold_an_equals_sign(tmp_path: Path) -> None:
+    run = tmp_path / "lr=1e-5"
+    samples(run / "samples" / "step-00000009", [("cat", plain((1, 2, 3)))])
+    assert list(quality.stage_pictures([str(run), f"low={run / 'samples/step-00000009'}"])) == ["lr=1e-5", "low"]
+
+
 # ---- script and report
 
 

@@ -51,7 +51,8 @@ def stage_pictures(given: Sequence[str]) -> dict[str, list[Picture]]:
     """
     stages: dict[str, list[Picture]] = {}
     for one in given:
-        name, equals, folder = one.partition("=")
+        # A directory of that very name comes first: a run may be called lr=1e-5.
+        name, equals, folder = one.partition("=") if not Path(one).is_dir() else (one, "", "")
         if equals and not Path(folder).is_dir():
             raise Halt(ExitCode.USAGE, f"{one}: {folder} is no folder; needed is NAME=DIR or a run directory")
         if equals:
