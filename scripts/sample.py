@@ -36,7 +36,7 @@ def main() -> None:
     """Parse, draw, print the paths."""
     arguments = parse()
     from train.inference import adjusted, draw, open_model
-    from train.pictures import write_pictures
+    from train.pictures import require_folder, write_pictures
     from train.prompts import load_prompts
 
     settings = adjusted(
@@ -50,6 +50,7 @@ def main() -> None:
         negative=arguments.negative,
         quality_prefix=arguments.quality_prefix,
     )
+    require_folder(arguments.out)
     model = open_model(arguments.model, device=arguments.device, tokenizers=arguments.tokenizers)
     images = draw(model, settings)
     for file in write_pictures({"": images}, settings, arguments.out, model_name=model.name, model_hash=model.sha256):

@@ -84,6 +84,11 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
         record = image.info["parameters"]
     assert record.startswith(f"{QUALITY_PREFIX}, 1boy\nNegative prompt: {NEGATIVE}\nSteps: 2, Sampler: Euler a, CFG")
     assert "Model hash: " in record
+    (tmp_path / "file").write_text("")
+    early = [*command[:2], "--model", str(tmp_path / "no-model"), "--out", str(tmp_path / "file")]
+    stopped = subprocess.run(early, capture_output=True, text=True)
+    assert stopped.returncode == ExitCode.CANNOT_WRITE, "before the model is looked at"
+    assert f"--out {tmp_path / 'file'}" in stopped.stderr
     refused = subprocess.run([*command, "--steps", "0"], capture_output=True, text=True)
     assert refused.returncode == ExitCode.USAGE
     assert "steps is 0" in refused.stderr

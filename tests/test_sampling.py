@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from train import text
 from train.exits import ExitCode, Halt
-from train.pictures import grid, save_png, write_pictures, write_previews
+from train.pictures import grid, require_folder, save_png, write_pictures, write_previews
 from train.prompts import (
     CARD_SIZES,
     NEGATIVE,
@@ -380,6 +381,22 @@ def test_unwritable_folder_is_a_clear_stop(tmp_path: Path) -> None:
         write_pictures({"": [Image.new("RGB", (64, 64))]}, settings(), tmp_path / "samples", model_name="m")
     assert caught.value.code == ExitCode.CANNOT_WRITE
     assert "samples" in caught.value.message
+
+
+def test_a_folder_is_tried_before_anything_is_drawn(tmp_path: Path) -> None:
+    require_folder(tmp_path / "new" / "folder")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "folder", tmp_path / ("x" * 300)):
+        with pytest.raises(Halt, match=re.escape(f"--out {out}")) as caught:
+            require_folder(out)
+        assert caught.value.code == ExitCode.CANNOT_WRITE
+    if os.geteuid() == 0:
+        return  # for whom nothing is read-only
+    (tmp_path / "new").chmod(0o500)
+    with pytest.raises(Halt, match="new") as caught:
+        require_folder(tmp_path / "new")
+    assert caught.value.code == ExitCode.CANNOT_WRITE
 
 
 def test_grid_places_every_picture() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,6 +59,16 @@ def write_previews(
         )
     folder = Path(run_dir) / "samples" / f"step-{update:08d}"
     return write_pictures(rows, settings, folder, model_name=model_name, update=update)
+
+
+def require_folder(folder: str | Path) -> None:
+    """Make the folder and a file in it, before anything is drawn. Raises Halt(CANNOT_WRITE) naming --out."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise Halt(ExitCode.CANNOT_WRITE, f"--out {folder}: sample pictures cannot be written: {error}") from error
 
 
 def write_pictures(

@@ -21,7 +21,7 @@ from PIL import Image
 from train import hub
 from train.exits import ExitCode, Halt
 from train.inference import Model, draw, name_of, open_model
-from train.pictures import save_png
+from train.pictures import require_folder, save_png
 from train.prompts import (
     CARD_SIZES,
     NEGATIVE,
@@ -77,7 +77,7 @@ class Studio:
     def __init__(self, models: Sequence[str], *, device: str, tokenizers: str | None, out: Path) -> None:
         self.paths = _titled(models)
         self.device, self.tokenizers, self.out = device, tokenizers, out
-        out.mkdir(parents=True, exist_ok=True)
+        require_folder(out)
         self._open: tuple[str, Model] | None = None
         for path in self.paths.values():  # a bad path is refused before the page opens, whichever it is
             require_model(path, tokenizers)
