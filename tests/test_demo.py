@@ -113,6 +113,15 @@ def test_studio_writes_a_picture_with_its_record(model: Path, tmp_path: Path) ->
         assert one.tobytes() == two.tobytes()
 
 
+@pytest.mark.parametrize("name", ["prompt", "negative"])
+def test_text_that_is_no_utf8_is_refused(name: str, model: Path, tmp_path: Path) -> None:
+    studio = Studio([str(model)], device="cpu", tokenizers=None, out=tmp_path / "out")
+    with pytest.raises(Halt, match="cannot be written as UTF-8") as caught:
+        studio.generate(replace(WISH, model=next(iter(studio.paths)), **{name: "a\udcff b"}))
+    assert caught.value.code == ExitCode.USAGE
+    assert not list((tmp_path / "out").iterdir())
+
+
 @pytest.mark.parametrize("name", ["seed", "steps", "guidance"])
 def test_an_emptied_box_is_told(name: str) -> None:
     with pytest.raises(Halt, match="need a number") as caught:

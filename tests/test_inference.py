@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,9 @@ def test_adjusted_changes_what_is_given_and_nothing_else() -> None:
         ({"steps": 0}, "steps is 0"),
         ({"guidance": -1.0}, "guidance"),
         ({"seed": -5}, "seed is -5"),
+        ({"texts": ["a", "a\udcff b"]}, r"prompts\[1\].text holds what cannot be written as UTF-8"),
+        ({"negative": "\ud800"}, "negative holds"),
+        ({"quality_prefix": "\udfff"}, "quality_prefix holds"),
     ],
 )
 def test_adjusted_refuses(changes: dict[str, Any], names: str) -> None:
@@ -89,6 +93,9 @@ def test_command_line(folder: Path, tmp_path: Path) -> None:
     stopped = subprocess.run(early, capture_output=True, text=True)
     assert stopped.returncode == ExitCode.CANNOT_WRITE, "before the model is looked at"
     assert f"--out {tmp_path / 'file'}" in stopped.stderr
+    byte = subprocess.run([*map(os.fsencode, command), b"--prompt", b"a\xff b"], capture_output=True, text=True)
+    assert byte.returncode == ExitCode.USAGE
+    assert "prompts[0].text holds what cannot be written as UTF-8" in byte.stderr
     refused = subprocess.run([*command, "--steps", "0"], capture_output=True, text=True)
     assert refused.returncode == ExitCode.USAGE
     assert "steps is 0" in refused.stderr

@@ -76,6 +76,10 @@ def checked(settings: PromptsFile) -> PromptsFile:
         problems.append(f"guidance is {settings.guidance}, must be 0 to 100")
     if not 1 <= len(settings.prompts) <= MAX_PROMPTS:
         problems.append(f"prompts holds {len(settings.prompts)} entries, must be 1 to {MAX_PROMPTS}")
+    texts = {"negative": settings.negative, "quality_prefix": settings.quality_prefix}
+    texts |= {f"prompts[{number}].text": prompt.text for number, prompt in enumerate(settings.prompts)}
+    # A byte of the command line that is no UTF-8 arrives as half a surrogate pair: no tokenizer and no PNG takes it.
+    problems += [f"{name} holds what cannot be written as UTF-8" for name, text in texts.items() if not _is_utf8(text)]
     for number, prompt in enumerate(settings.prompts):
         for side, pixels in (("width", prompt.width), ("height", prompt.height)):
             if not MIN_SIDE_PX <= pixels <= MAX_SIDE_PX or pixels % 8:
@@ -86,6 +90,10 @@ def checked(settings: PromptsFile) -> PromptsFile:
         raise Halt(ExitCode.USAGE, "; ".join(problems))
     numbered = [replace(p, index=number if p.index < 0 else p.index) for number, p in enumerate(settings.prompts)]
     return replace(settings, prompts=numbered)
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def plain_tags(text: str, separator: str = "|||") -> list[str]:
