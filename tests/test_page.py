@@ -24,7 +24,7 @@ from train.prompts import Prompt, PromptsFile, checked
 from train.tools.page import write_page
 from train.tools.page_charts import bar_chart, extent, line_chart, log_ticks, number, smooth, thin, ticks
 from train.tools.page_data import config_differences, read_parameters, read_pictures, read_run
-from train.tools.page_heldout import in_order
+from train.tools.page_heldout import held_out_section, in_order
 from train.tools.page_samples import shared_tags, spaced, strips
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,6 +247,24 @@ def test_a_preview_cut_short_hides_no_prompt(runs: list[Path], tmp_path: Path) -
     assert {p.path.parent.name for p in read.newest_pictures(ema=True)} == {"step-00000060"}
     assert strips(read).count("<img") == 1 + 4
     assert strips(read).count("update 120") == 1
+
+
+def test_losses_of_two_kinds_are_not_compared(runs: list[Path], tmp_path: Path) -> None:
+    run = tmp_path / "ft2"
+    shutil.copytree(runs[2], run)
+    text = (run / "config.yaml").read_text().replace("noise:\n", "noise:\n  zero_terminal_snr: true\n")
+    (run / "config.yaml").write_text(text + "loss:\n  prediction: v\n")
+    body = held_out_section([read_run(path) for path in (*runs[:2], run)])
+    assert "<th>pretrain → ft1</th>" in body
+    assert "→ ft2</th>" not in body
+    why = "their losses are not of one kind (they differ in loss.prediction and noise.zero_terminal_snr)"
+    for pair in ("ft1 → ft2", "pretrain → ft2"):
+        assert f"<p>{pair}: no change is shown, for {why}.</p>" in body
+    alone = held_out_section([read_run(path) for path in (runs[1], run)])
+    assert why in alone
+    assert "Change on the images" not in alone
+    (run / "config.yaml").unlink()  # an unknown setting is not a different one
+    assert "→ ft2</th>" in held_out_section([read_run(path) for path in (runs[1], run)])
 
 
 def test_two_runs_of_one_stage_are_told_apart(runs: list[Path], tmp_path: Path) -> None:

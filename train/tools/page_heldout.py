@@ -13,6 +13,7 @@ from train.tools.page_data import Run, finite
 from train.tools.page_parts import figure, name_of, table, with_interval
 from train.validation import LABELS, paired_change
 
+KIND_OF_LOSS = ("loss.prediction", "noise.zero_terminal_snr")  # all that train/heldout.py takes from the stage's own
 _ORDER = (  # of the strata's names, best first
     *QUALITY_TAGS, *(tags[0] for tags in RATING_TAGS.values()), *(name for name, _, _ in reversed(YEAR_RANGES)),
     *AESTHETIC_TAGS,
@@ -61,18 +62,36 @@ def _changes(runs: Sequence[Run]) -> str:
     """What the loss of an image does from stage to stage, in all and by stratum."""
     pairs = [*itertools.pairwise(runs), *([(runs[0], runs[-1])] if len(runs) > 2 else [])]
     pairs = [(before, after) for before, after in pairs if paired_change(_losses(before), _losses(after))]
+    skipped = [(before, after) for before, after in pairs if _measured_otherwise(before, after)]
+    pairs = [(before, after) for before, after in pairs if not _measured_otherwise(before, after)]
+    told = "".join(
+        f"<p>{_between(before, after)}: no change is shown, for their losses are not of one kind "
+        f"(they differ in {' and '.join(_measured_otherwise(before, after))}).</p>"
+        for before, after in skipped
+    )
     if not pairs:
-        return ""
+        return told
     names = in_order({name for _, after in pairs for one in after.held.values() for name in one})
     rows = [["all", *(_change(before, after, None) for before, after in pairs)]]
     rows += [[stratum(name), *(_change(before, after, name) for before, after in pairs)] for name in names]
-    head = ["stratum", *(f"{escape(before.name)} → {escape(after.name)}" for before, after in pairs)]
+    head = ["stratum", *(_between(before, after) for before, after in pairs)]
     return (
         "<h3>Change on the images both measured</h3>"
         + table(head, rows)
         + "<p>The mean of each image's own difference: most of what makes one image harder than another cancels. "
-        "In colour where the 95 % interval leaves 0 out: green falls, red rises.</p>"
+        "In colour where the 95 % interval leaves 0 out: green falls, red rises.</p>" + told
     )
+
+
+def _between(before: Run, after: Run) -> str:
+    return f"{escape(before.name)} → {escape(after.name)}"
+
+
+def _measured_otherwise(before: Run, after: Run) -> list[str]:
+    """The settings that make two held-out losses incomparable, where the runs differ in them and both are known."""
+    if not (before.config and after.config):
+        return []
+    return [key for key in KIND_OF_LOSS if before.config.get(key) != after.config.get(key)]
 
 
 def _change(before: Run, after: Run, name: str | None) -> str:
