@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from PIL import Image
 from train.exits import ExitCode, Halt
 from train.pictures import write_pictures
 from train.prompts import Prompt, PromptsFile, checked
-from train.tools.page import write_page
+from train.tools.page import axis, write_page
 from train.tools.page_charts import bar_chart, extent, line_chart, log_ticks, number, smooth, thin, ticks
 from train.tools.page_data import config_differences, read_parameters, read_pictures, read_run
 from train.tools.page_heldout import held_out_section, in_order
@@ -381,6 +382,32 @@ def test_thinning_keeps_the_extremes(values: list[float]) -> None:
     assert len(kept) <= 300
     assert {min(values), max(values)} <= {y for _, y in kept}
     assert [x for x, _ in kept] == sorted(x for x, _ in kept)
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=60), st.integers(1, 70))
+def test_smoothing_is_the_mean_of_each_window(values: list[float], window: int) -> None:
+    half = window // 2
+    expected = [fmean(values[max(at - half, 0) : at + half + 1]) for at in range(len(values))]
+    assert smooth(list(enumerate(values)), window) == [(at, pytest.approx(mean)) for at, mean in enumerate(expected)]
+
+
+@pytest.mark.parametrize("spike", [1e18, 1e-18])
+@pytest.mark.parametrize("updates", [20, 120, 5000])
+def test_one_spike_flattens_nothing(updates: int, spike: float) -> None:
+    points = [(float(at), 0.5 + 0.3 * math.exp(-at / 10)) for at in range(updates)]
+    spiked = [(x, spike if x == 7 else y) for x, y in points]
+    window = max(updates // 25, 1)
+    far = window // 2 + 8
+    assert smooth(spiked, window)[far:] == [(x, pytest.approx(y)) for x, y in smooth(points, window)[far:]]
+    shown, clean = axis(spiked, smooth(spiked, window)), [y for _, y in smooth(points, window)]
+    assert 0.05 <= min(shown) <= min(clean[far:])
+    assert max(clean[far:]) <= max(shown) <= 8
+    assert max(axis(points, smooth(points, window))) >= max(clean)
+
+
+def test_a_short_or_empty_chart_shows_every_value() -> None:
+    assert axis([], []) == []
+    assert axis([(0.0, 1.0), (1.0, 2.0)], [(0.0, 1.0), (1.0, 2.0)]) == [1.0, 2.0, 1.0, 2.0]
 
 
 def test_charts_of_nothing_and_of_one_point() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from train.exits import ExitCode, Halt
 from train.masking import mask
 from train.rundir import replace_file
-from train.tools.page_charts import COLOURS, bar_chart, extent, line_chart, smooth
+from train.tools.page_charts import COLOURS, Points, bar_chart, extent, line_chart, smooth
 from train.tools.page_charts import number as short
 from train.tools.page_data import Picture, Run, as_yaml, config_differences, finite, read_pictures, read_run, told_apart
 from train.tools.page_heldout import held_out_section
@@ -29,6 +29,8 @@ CHARTS = (  # key, title, noisy: dots with a running mean on a logarithmic axis,
     ("images_per_s", "Images per second", False, True),
     ("waiting", "Time spent waiting for data, %", False, True),
 )
+FAR = 10  # times; a decade is what a line may add to a logarithmic axis
+FEW = 10  # with fewer updates each counts, whatever it is
 EDGE_UPDATES = 50  # first and last updates whose mean the summary shows
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
@@ -135,8 +137,11 @@ def curves(runs: Sequence[Run]) -> str:
     for key, label, noisy, shared in CHARTS:
         found = [run.waiting() if key == "waiting" else run.series(key) for run in runs]
         smoothed = [smooth(points, max(len(points) // 25, 1)) if noisy else points for points in found]
-        # The axis follows the smoothed lines and most of the dots: one spike must not flatten everything else.
-        values = [y for points in smoothed for _, y in points] + [y for points in found for y in middle(points)]
+        axes = [
+            axis(points, line) if noisy else [y for _, y in points]
+            for points, line in zip(found, smoothed, strict=True)
+        ]
+        values = [y for own in axes for y in own]
         if not values:
             continue
         cells = []
@@ -174,11 +179,17 @@ def curves(runs: Sequence[Run]) -> str:
     return "".join(rows) or "<p>No metrics found.</p>"
 
 
-def middle(points: Sequence[tuple[float, float]]) -> list[float]:
-    """The 2nd and 98th percentile of the values."""
+def axis(points: Points, line: Points) -> list[float]:
+    """What the y axis shows of a noisy metric: most of the dots, and of the smoothed line what is not far outside them.
+
+    One spike must not flatten everything else, and in the line it is as wide as the window.
+    """
     values = sorted(y for _, y in points)
-    cut = len(values) // 50
-    return [values[cut], values[-1 - cut]] if values else []
+    cut = max(len(values) // 50, 1 if len(values) >= FEW else 0)
+    if not values:
+        return []
+    low, high = values[cut], values[-1 - cut]
+    return [low, high, *(y for _, y in line if low / FAR <= y <= high * FAR)]
 
 
 def mean_deciles(run: Run) -> list[tuple[str, list[float | None]]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from html import escape
+from itertools import accumulate
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 26
@@ -89,14 +90,24 @@ def bar_chart(
 
 
 def smooth(points: Points, window: int) -> list[tuple[float, float]]:
-    """Centred running mean over `window` points, shorter at the ends."""
-    half, sums = window // 2, [0.0]
-    for _, y in points:
-        sums.append(sums[-1] + y)
+    """Centred running mean over `window` points (an even number counts one more), shorter at the ends.
+
+    Sums run to the end of every block of that width and from its start, and a window is put together from two of
+    them: nothing is taken away again, so one huge value leaves the digits of all windows without it alone.
+    """
+    values, half = [y for _, y in points], window // 2
+    width = 2 * half + 1
+    blocks = [values[start : start + width] for start in range(0, len(values), width)]
+    from_start = [total for block in blocks for total in accumulate(block)]
+    to_end = [total for block in blocks for total in [*accumulate(reversed(block))][::-1]]
     result = []
     for place, (x, _) in enumerate(points):
-        low, high = max(place - half, 0), min(place + half + 1, len(points))
-        result.append((x, (sums[high] - sums[low]) / (high - low)))
+        low, high = max(place - half, 0), min(place + half, len(points) - 1)
+        if low // width < high // width:
+            total = to_end[low] + from_start[high]
+        else:  # the window is the start of a block, or the end of the last
+            total = from_start[high] if low % width == 0 else to_end[low]
+        result.append((x, total / (high - low + 1)))
     return result
 
 
