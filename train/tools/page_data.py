@@ -74,12 +74,18 @@ class Run:
         return points
 
     def newest_pictures(self, *, ema: bool = False) -> list[Picture]:
-        """Of each prompt the newest sample, of the raw weights or of their average.
+        """The samples of the last whole preview, of the raw weights or of their average.
 
-        Not those of the last update alone: a preview that a stop cut short lacks prompts, which older ones have.
+        One that a stop cut short has some of the prompts of the one before and nothing else. Prompts of older previews
+        are not mixed in: what is judged here are one update's weights.
         """
-        updates = sorted(self.samples, reverse=True)
-        return newest_of_each([p for p in self.samples[update] if p.ema == ema] for update in updates)
+        found: list[Picture] = []
+        for update in sorted(self.samples, reverse=True):
+            pictures = [picture for picture in self.samples[update] if picture.ema == ema]
+            if found and not {p.same for p in found} < {p.same for p in pictures}:
+                break
+            found = pictures or found
+        return found
 
 
 def read_run(path: str | Path) -> Run:
