@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lab import CANARY, UPDATES, Lab
@@ -319,6 +320,23 @@ def test_r1_r2_r5_ten_random_kills_on_changing_world_sizes(lab):
     assert tally.kills + tally.terms == 10
     assert tally.most_lost <= chaos_world.EVERY_STEPS
     assert tally.lost_on_term == 0
+
+
+def test_a_launch_that_ends_before_its_first_line_has_lost_nothing(tmp_path):
+    """The two lines without a checkpoint are those of a SIGKILL before; had the launch written them, they would count."""
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 13)))
+    found = chaos._stamp(tmp_path)
+    assert chaos._stamp(tmp_path) == found
+    tallies = {}
+    for began in (False, True):
+        tallies[began] = chaos.Tally()
+        launch = SimpleNamespace(text=lambda: "what the ranks said")
+        chaos._count(tmp_path, signal.SIGTERM, [-15, 85], 12, tallies[began], launch, began=began)
+    assert (tallies[False].problems, tallies[False].lost_on_term) == ([], 0)
+    assert (len(tallies[True].problems), tallies[True].lost_on_term) == (1, 2)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert chaos._stamp(tmp_path) != found
 
 
 def test_r12_no_secret_in_any_byte_written(lab):

@@ -131,22 +131,26 @@ def _interrupted_run(
         world = draw.choice(worlds)
         tally.launches += 1
         tally.worlds[world] = tally.worlds.get(world, 0) + 1
+        found = _stamp(run)
         launch = ranks.Ranks(["--config", str(yaml), f"output_dir={run}"], work / "logs", world=world)
         number, delay_s = draw.choice((signal.SIGKILL, signal.SIGTERM)), draw.uniform(0.02, 0.8) * duration_s
         if tally.kills + tally.terms < kills and not _ended_within(launch, delay_s):
             before = _last_step(run)
             launch.send(number)
             codes = launch.wait(120)
-            _count(run, number, codes, before, tally, launch)
+            _count(run, number, codes, before, tally, launch, began=_stamp(run) != found)
         else:
             codes = launch.wait(600)
             if set(codes) != {ExitCode.DONE}:
                 raise Halt(ExitCode.UNEXPECTED, f"{run.name}: ended with {codes}:\n{launch.text()[-3000:]}")
 
 
-def _count(run: Path, number: int, codes: list[int], before: int, tally: Tally, launch: ranks.Ranks) -> None:
+def _count(
+    run: Path, number: int, codes: list[int], before: int, tally: Tally, launch: ranks.Ranks, *, began: bool
+) -> None:
     saved, logged = max(steps_of(run), default=0), _last_step(run)
-    lost = max(0, logged - saved)
+    # A launch that ended before it wrote a line has lost nothing: the lines without a checkpoint are an earlier kill's.
+    lost = max(0, logged - saved) if began else 0
     if number == signal.SIGKILL:
         tally.kills += 1
         tally.most_lost = max(tally.most_lost, lost)
@@ -161,6 +165,12 @@ def _count(run: Path, number: int, codes: list[int], before: int, tally: Tally, 
         tally.problems.append(
             f"{run.name}: SIGTERM at update {before}: codes {codes}, {lost} updates lost\n{launch.text()}"
         )
+
+
+def _stamp(run: Path) -> tuple[int, int] | None:
+    """Changes whenever a launch cuts or continues the record of its updates."""
+    path = run / "metrics.jsonl"
+    return (path.stat().st_mtime_ns, path.stat().st_size) if path.is_file() else None
 
 
 def _last_step(run: Path) -> int:
