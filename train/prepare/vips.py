@@ -22,7 +22,7 @@ VIPS_VERSION = 2  # part of every latent's preprocessing hash
 _SPECIAL = (b"eXIf", b"Raw profile type", b"iCCP", b"tRNS", b"acTL")
 
 
-def library() -> Any:
+def load_pyvips() -> Any:
     """The module pyvips, with one thread. Raises Halt(USAGE) when it is not installed."""
     # Read as libvips starts: preparation has a process for each core, where more threads only cost a fifth of CPU time.
     os.environ.setdefault("VIPS_CONCURRENCY", "1")
@@ -38,7 +38,7 @@ def cut_plain(data: bytes, place: Placement) -> npt.NDArray[np.uint8] | None:
 
     Within 40 dB of the Pillow way and at the same offsets; shrinks only. Raises Halt(USAGE) when pyvips is not installed.
     """
-    pyvips = library()
+    pyvips = load_pyvips()
     size = _plain_size(data)
     if size is None or size[0] < place.resized_w or size[1] < place.resized_h:
         return None

@@ -64,7 +64,7 @@ def pillow(data: bytes) -> np.ndarray:
 def _extras(data: bytes, encoding: str, cv2: Any) -> dict[str, Callable[[], np.ndarray]]:
     sides: dict[str, Callable[[], np.ndarray]] = {"cv2 decode + INTER_AREA": lambda: _cv2(data, cv2)}
     with contextlib.suppress(Halt):  # not installed
-        vips.library()
+        vips.load_pyvips()
         sides["latents.backend: pyvips"] = lambda: _vips(data)
     try:
         import simplejpeg
