@@ -198,6 +198,18 @@ def test_permanent_is_the_first_save_past_a_multiple_which_saves_seldom_meet(run
     assert count == sum(left.values())
 
 
+def test_a_folder_that_cannot_be_listed_is_a_failed_save_and_not_the_end(run, monkeypatch):
+    def broken(folder):
+        raise OSError(5, "Input/output error")
+
+    mine = saver(run)
+    monkeypatch.setattr(snapshot, "committed", broken)
+    assert mine.save(Progress(1, 1), tensors(), {})
+    mine.finish()
+    mine.raise_failures()
+    assert [(report.path, report.reason) for report in mine.reports()] == [(None, "Input/output error")]
+
+
 def test_waiting_for_space_ends_when_a_stop_is_asked(run, monkeypatch):
     monkeypatch.setattr(diskspace, "_DISK_POLL_S", 0.01)
     monkeypatch.setattr(diskspace, "free_bytes", lambda path: 0)

@@ -33,8 +33,8 @@ def open_selection(config: StageConfig) -> Selection:
     kept = index.select(~held_out(index.uids, config.validation.share, index.images))
     measured = Index.open(config.data.path, config.validation.select) if config.validation.select else index
     least = config.batch.min_bucket or config.batch.micro
-    check_buckets(_counts(index), least)
-    _check_what_is_kept(_counts(kept), least, config.validation.share)
+    check_buckets(bucket_counts(index), least)
+    _check_what_is_kept(bucket_counts(kept), least, config.validation.share)
     refuse_missing_shards(config.data.path, index.shards())
     held = measured.select(held_out(measured.uids, config.validation.share, measured.images))
     _, first = np.unique(held.images, return_index=True)  # an image that is repeated is measured once
@@ -42,7 +42,8 @@ def open_selection(config: StageConfig) -> Selection:
     return Selection(index, kept, held, make_plan(kept, config))
 
 
-def _counts(index: Index) -> Counter[Size]:
+def bucket_counts(index: Index) -> Counter[Size]:
+    """Images per bucket (width, height)."""
     return Counter(zip(index.bucket_w.tolist(), index.bucket_h.tolist(), strict=True))
 
 

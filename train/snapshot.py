@@ -235,15 +235,15 @@ class Saver:
         copied: float | None = None, *, background: bool = True,
     ) -> None:  # fmt: skip
         path, reason = None, ""
-        permanent = self._first_past_a_multiple(progress.step)
         try:
             if background:
                 self._copy.wait()
+            permanent = self._first_past_a_multiple(progress.step)
             path = checkpoint.save(
                 self.run, progress, tensors, state, self.settings, permanent=permanent, give_up=self._give_up
             )
             self._failures_in_a_row = 0
-        except checkpoint.SaveFailed as failure:
+        except OSError as failure:  # SaveFailed, or the checkpoints cannot be listed
             reason = failure.strerror or str(failure)
             self._failures_in_a_row += 1
         except BaseException as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -159,16 +158,15 @@ def find_images(config: StageConfig, given: int | None) -> Images:
 
 def _prepared(config: StageConfig) -> Images:
     from train.index import Index  # needs pyarrow, which a plan for a bare number does not
-    from train.selection import held_out, make_plan
+    from train.selection import bucket_counts, held_out, make_plan
 
     whole = Index.open(config.data.path, config.selection)
     _, first = np.unique(whole.images, return_index=True)  # an image that is repeated has one latent
-    sizes = Counter(zip(whole.bucket_w[first].tolist(), whole.bucket_h[first].tolist(), strict=True))
+    sizes = bucket_counts(whole.select(np.sort(first)))
     values = sum(count * (8 if whole.content == "moments" else 4) * (w // 8) * (h // 8) for (w, h), count in sizes.items())
     index = whole.select(~held_out(whole.uids, config.validation.share, whole.images))
     plan = make_plan(index, config)
-    counts = Counter(zip(index.bucket_w.tolist(), index.bucket_h.tolist(), strict=True))
-    return Images(len(index), f"dataset {config.data.path}", dict(sorted(counts.items())), plan, 2 * values)
+    return Images(len(index), f"dataset {config.data.path}", dict(sorted(bucket_counts(index).items())), plan, 2 * values)
 
 
 def _visits(config: StageConfig, images: Images, per_epoch: int, total: int) -> int:
