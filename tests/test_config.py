@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from train.config import config_hash, flatten, load_stage, to_yaml, unresolved_yaml
+from train.config import config_hash, load_stage, to_yaml, unresolved_yaml
 from train.exits import ExitCode, Halt
+from train.schema import flatten
 
 MINIMAL = """
 stage: pretrain

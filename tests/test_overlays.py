@@ -8,7 +8,8 @@ import pytest
 
 from train import memory
 from train.buckets import make_buckets
-from train.config import flatten, load_stage
+from train.config import load_stage
+from train.schema import flatten
 from train.tools.plan_machines import GPUS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

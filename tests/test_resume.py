@@ -7,9 +7,10 @@ import json
 import pytest
 
 from train import resume
-from train.config import flatten, load_stage
+from train.config import load_stage
 from train.exits import ExitCode, Halt
 from train.resume import Expectations, compare, key_class
+from train.schema import flatten
 
 # fmt: off
 FREE = set("""data.workers data.prefetch data.on_read_error data.worker_timeout_s output_dir tracking.wandb

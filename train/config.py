@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING, OmegaConf
 
+from train.configrules import stage_problems
 from train.exits import ExitCode, Halt
 from train.schema import load_into, merge_sources
 
@@ -46,7 +46,7 @@ class DataConfig:
 
     path: str = MISSING
     select: str | None = None  # names select_<this>.parquet; null = the stage's name
-    separator: str = "|||"
+    separator: str | None = None  # held against the set's; null = the set's
     shuffle_tags: bool = True
     tag_dropout: float = 0.0  # each flex tag alone
     caption_dropout: float = 0.0  # the whole caption
@@ -135,6 +135,7 @@ class LossConfig:
     type: Literal["l2", "huber"] = "l2"
     huber_c: float = 0.1
     huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
+    convert: bool = False  # must be true where prediction or zero terminal SNR differ from the parent's
 
 
 @dataclass(frozen=True)
@@ -258,7 +259,7 @@ def load_stage(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> St
     Raises Halt(USAGE) naming the key, with a suggestion for a misspelt one; nothing is repaired.
     """
     config = load_into(StageConfig, paths, overrides)
-    problems = _range_problems(config) + _cross_problems(config)
+    problems = stage_problems(config)
     if problems:
         raise Halt(ExitCode.USAGE, "; ".join(problems))
     return config
@@ -279,115 +280,3 @@ def config_hash(config: Any) -> str:
     """sha256 over the canonical JSON of a loaded config."""
     text = json.dumps(asdict(config), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def flatten(config: Any) -> dict[str, Any]:
-    """`{"batch.micro": 16, ...}`: what trackers and comparisons want."""
-    flat: dict[str, Any] = {}
-    for key, value in asdict(config).items():
-        if isinstance(value, dict):
-            flat |= {f"{key}.{inner}": inner_value for inner, inner_value in value.items()}
-        else:
-            flat[key] = value
-    return flat
-
-
-_AT_LEAST = {  # key: smallest allowed value
-    "seed": 0, "epochs": 1, "max_updates": 1,
-    "data.caption_dropout_every_epochs": 0, "data.token_warmup_min": 0, "data.token_warmup_steps": 0,
-    "data.workers": 0, "data.prefetch": 1, "batch.micro": 1, "batch.accumulation": 1, "batch.effective": 1,
-    "batch.min_bucket": 1, "optimizer.unet_lr": 0, "optimizer.text_encoder_lr": 0,
-    "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0, "schedule.cycles": 1, "schedule.min_lr": 0,
-    "schedule.warmup_steps": 0, "schedule.processes": 1, "noise.offset": 0, "noise.multires_iterations": 0,
-    "noise.input_perturbation": 0, "ema.every_steps": 1, "checkpoint.every_steps": 1, "checkpoint.keep": 2,
-    "checkpoint.permanent_every_steps": 1, "sampling.every_steps": 0, "validation.every_steps": 0,
-    "validation.images": 1, "launch.grace_s": 0,
-}  # fmt: skip
-_ABOVE_ZERO = (
-    "schedule.decay", "optimizer.clip_threshold", "loss.huber_c", "loss.min_snr_gamma",
-    "data.worker_timeout_s", "launch.collective_timeout_s",
-)  # fmt: skip
-_SHARES = ("data.tag_dropout", "data.caption_dropout", "validation.share", "ema.decay")
-
-
-def _range_problems(config: StageConfig) -> list[str]:
-    flat = flatten(config)
-    problems = []
-    for key, value in flat.items():
-        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, tuple) else (value,))):
-            problems.append(f"{key} is {value}, must be finite")
-    for key, least in _AT_LEAST.items():
-        if flat[key] is not None and not flat[key] >= least:
-            problems.append(f"{key} is {flat[key]}, must be at least {least}")
-    for key in _ABOVE_ZERO:
-        if flat[key] is not None and not flat[key] > 0:
-            problems.append(f"{key} is {flat[key]}, must be above 0")
-    for key in _SHARES:
-        if flat[key] is not None and not 0 <= flat[key] < 1:
-            problems.append(f"{key} is {flat[key]}, must be in [0, 1)")
-    for key in ("schedule.cycle_steps", "batch.split"):
-        if isinstance(flat[key], int) and flat[key] < 1:
-            problems.append(f"{key} is {flat[key]}, must be at least 1")
-    for beta in config.optimizer.betas:
-        if not 0 <= beta < 1:
-            problems.append(f"optimizer.betas holds {beta}, each must be in [0, 1)")
-    return problems
-
-
-def _cross_problems(config: StageConfig) -> list[str]:
-    model, data, batch, optimizer = config.model, config.data, config.batch, config.optimizer
-    low, high = config.noise.timesteps
-    strict = batch.determinism == "strict"
-    stage_ok = bool(config.stage) and config.stage.replace("_", "").replace("-", "").isalnum()
-    rules = [
-        (not stage_ok, f"stage is {config.stage!r}: letters, digits, - and _ only, it names files"),
-        (batch.effective % batch.micro != 0,
-         f"batch.effective {batch.effective} is no multiple of batch.micro {batch.micro}"),
-        (isinstance(batch.split, int) and batch.micro % max(int(batch.split), 1) != 0,
-         f"batch.split {batch.split} does not divide batch.micro {batch.micro}"),
-        (model.train_text_encoders and optimizer.text_encoder_lr is None,
-         "model.train_text_encoders needs optimizer.text_encoder_lr"),
-        (not model.train_text_encoders and optimizer.text_encoder_lr is not None,
-         "optimizer.text_encoder_lr is set but model.train_text_encoders is false: remove one"),
-        (not 0 <= low < high <= 1000, f"noise.timesteps is [{low}, {high}], must satisfy 0 <= low < high <= 1000"),
-        (config.noise.zero_terminal_snr and config.loss.prediction != "v",
-         "noise.zero_terminal_snr needs loss.prediction: v (epsilon carries no signal at snr 0)"),
-        (config.loss.min_snr_gamma is not None and config.loss.debiased,
-         "loss.min_snr_gamma and loss.debiased are two weightings: choose one"),
-        (optimizer.relative_step, "optimizer.relative_step: true discards the learning rate; leave it false"),
-        (optimizer.warmup_init, "optimizer.warmup_init needs relative_step, which is refused; leave it false"),
-        (strict and "auto" in (model.gradient_checkpointing, batch.split),
-         "batch.determinism: strict refuses auto in model.gradient_checkpointing and batch.split, "
-         "because what it picks depends on free memory: name a value"),
-        (model.weights == "bf16" and config.precision != "bf16", "model.weights: bf16 needs precision: bf16"),
-        (strict and model.attention == "cudnn",
-         "batch.determinism: strict refuses model.attention: cudnn, whose gradients may differ from run to run; "
-         "use auto, flash or math"),
-        (strict and model.weights == "bf16", "batch.determinism: strict refuses model.weights: bf16"),
-        (config.schedule.unit == "optimizer_step" and config.schedule.processes != 1,
-         "schedule.processes needs schedule.unit: process_step"),
-        (not data.separator.strip() or "," in data.separator,
-         f"data.separator is {data.separator!r}: not empty, no comma"),
-        (batch.remainder != "carry" and strict, "batch.determinism: strict needs batch.remainder: carry"),
-        (config.validation.every_steps > 0 and config.validation.share == 0,
-         "validation.every_steps needs validation.share, such as 0.02: with 0 no image is held out"),
-        (config.ema.device == "cpu" and not config.ema.decay, "ema.device: cpu without ema.decay keeps no average: set both"),
-    ]  # fmt: skip
-    return [message for broken, message in rules if broken] + _eps_problems(optimizer) + _unread_problems(optimizer)
-
-
-def _unread_problems(optimizer: OptimizerConfig) -> list[str]:
-    unread = ("betas",) if optimizer.name == "adafactor" else ("scale_parameter", "clip_threshold", "decay_rate")
-    return [f"optimizer.{key} is {getattr(optimizer, key)}, but optimizer.name {optimizer.name} does not read it: leave it out"
-            for key in unread if getattr(optimizer, key) != getattr(OptimizerConfig, key)]  # fmt: skip
-
-
-def _eps_problems(optimizer: OptimizerConfig) -> list[str]:
-    eps = optimizer.eps
-    if eps is None:
-        return []
-    if optimizer.name == "adafactor":
-        good = isinstance(eps, list | tuple) and len(eps) == 2 and all(isinstance(e, float | int) for e in eps)
-        return [] if good else ["optimizer.eps of adafactor is a pair such as [1e-30, 1e-3]"]
-    good = isinstance(eps, float | int) and not isinstance(eps, bool) and eps > 0
-    return [] if good else [f"optimizer.eps is {eps!r}, must be a number above 0"]

@@ -238,3 +238,14 @@ def describe(hint: Any) -> str:
         return "one of " + ", ".join(str(choice) for choice in arguments)
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
     return names.get(hint, str(hint))
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """`{"batch.micro": 16, ...}`: what trackers and comparisons want."""
+    flat: dict[str, Any] = {}
+    for key, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):
+            flat |= {f"{key}.{inner}": inner_value for inner, inner_value in value.items()}
+        else:
+            flat[key] = value
+    return flat

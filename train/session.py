@@ -15,7 +15,7 @@ import torch
 
 from train import checkpoint, guard, optim, preflight, reduce, resume, rng, tensorfile
 from train.checkpoint import Progress
-from train.config import StageConfig, config_hash, flatten
+from train.config import StageConfig, config_hash
 from train.dataset import TileDataset
 from train.ema import Ema
 from train.exits import ExitCode, Halt
@@ -32,6 +32,7 @@ from train.plan import Plan
 from train.previews import Previews
 from train.rundir import RunDir, remove_leftovers
 from train.scaler import loss_scale
+from train.schema import flatten
 from train.signals import StopFlag
 from train.snapshot import Saver
 from train.stage import Data, Execution, Machine, make_optimizer, open_shares

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from train import diskspace, hub, resume, schedule
-from train.config import StageConfig, flatten
+from train.config import StageConfig
 from train.exits import ExitCode, Halt
 from train.export import stated_license
 from train.hub import HUB_NAME, LocalModel
@@ -20,6 +20,7 @@ from train.modelfolder import TOKENIZERS
 from train.plan import check_strict_world, tiles_per_update
 from train.prompts import load_prompts
 from train.rundir import RunDir
+from train.schema import flatten
 from train.selection import open_selection, refuse_other_vae
 
 T = TypeVar("T")

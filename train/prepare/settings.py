@@ -6,8 +6,6 @@ complete after loading. Steps take the section they need.
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +14,9 @@ from typing import Literal
 from omegaconf import MISSING
 
 from train.exits import ExitCode, Halt
+from train.prepare.settingrules import settings_problems
 from train.schema import load_into
 
-MAX_REPEATS = 32_767  # what the tables' int16 holds
 STEPS = ("ingest", "probe", "score", "tag", "dedupe", "label", "select", "latents", "report")
 
 
@@ -51,6 +49,11 @@ class SourceConfig:
     escaped: bool = False  # tags carry backslashes before brackets
     on_bad_tag: Literal["error", "drop", "replace"] = "error"
     on_second_separator: Literal["error", "fork", "suffix"] = "error"
+    caption_ext: str | None = None  # ending of the caption files, such as .caption; null = .txt
+    caption_lines: Literal["join", "first", "variants"] = "join"  # of a caption of several lines; variants comes later
+    keep_tokens: int = 0  # the first N tags of a caption without separator are fixed
+    repeats: int | Literal["kohya"] = 1  # visits of each image; kohya = the number that its folder's name begins with
+    follow_links: bool = False  # read what links that lead out of the source point to
     on_missing_caption: Literal["error", "take"] = "error"  # take = a picture without .txt is a record without caption
     npz_vae: str | None = None  # the VAE that made the sd-scripts .npz beside the images; null = they are not used
 
@@ -207,7 +210,8 @@ class SelectConfig:
     quota: QuotaConfig | None = None
     repeats: int = 1
     seed: int | None = None  # null = the dataset's
-    min_bucket: int = 16  # smaller buckets are merged; the stage's micro-batch
+    min_bucket: int = 16  # smaller buckets are merged into one of like shape; the stage's micro-batch
+    merge_crop: float = 0.125  # most of its area that a picture may lose by that
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,7 @@ class FailIfConfig:
     empty_captions: float = 0.01
     masterpiece: float = 0.25  # within a rating of at least quality.min_group rows
     unreadable_latents: float = 0.0
+    crop_loss: float = 0.15  # mean share of the area lost to the crop, in any selection
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,7 @@ class DatasetConfig:
     root: str = "data"  # the dataset is <root>/<name>
     seed: int = 0
     tokenizers: str | None = None  # folder with tokenizer/ and tokenizer_2/; null = token counts are left out
+    separator: str = "|||"  # between the fixed and the flexible part of a caption
     buckets: BucketsConfig = field(default_factory=BucketsConfig)
     sources: list[SourceConfig] = field(default_factory=list)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
@@ -274,7 +280,7 @@ def load_settings(paths: Sequence[str | Path], overrides: Sequence[str] = ()) ->
     Raises Halt(USAGE) naming the key; nothing is repaired.
     """
     settings = load_into(DatasetConfig, paths, overrides)
-    problems = _problems(settings)
+    problems = settings_problems(settings)
     if problems:
         raise Halt(ExitCode.USAGE, "; ".join(problems))
     return settings
@@ -305,69 +311,3 @@ def check_paths(settings: DatasetConfig) -> None:
         problems.append("latents.vae is not set: the step latents needs a VAE folder, a model folder or a .safetensors file")
     if problems:
         raise Halt(ExitCode.USAGE, "; ".join(problems))
-
-
-def _problems(settings: DatasetConfig) -> list[str]:
-    names = [source.name for source in settings.sources]
-    stages = list(settings.select)
-    buckets = settings.buckets
-    rules = [
-        (not _is_name(settings.name), f"name is {settings.name!r}: letters, digits, . - and _ only, it names a folder"),
-        (settings.seed < 0, "seed must be at least 0"),
-        (not settings.sources, "sources is empty: name at least one source"),
-        (len(set(names)) != len(names), f"sources: two have the same name in {names}"),
-        (not all(map(_is_name, stages)), f"select: {stages}: letters, digits, . - and _ only, they name files"),
-        (not 0 < buckets.min_px <= buckets.max_px, "buckets.min_px must be above 0 and at most buckets.max_px"),
-        (buckets.step_px <= 0 or buckets.step_px % 8 != 0, "buckets.step_px must be a multiple of 8"),
-        (not 0 <= settings.max_quarantine_fraction <= 1, "max_quarantine_fraction must be in [0, 1]"),
-        (settings.workers < 0, "workers must be at least 0"),
-        (not 0 <= settings.dedupe.phash_distance <= 4, "dedupe.phash_distance must be in 0..4"),
-        (settings.probe.max_aspect < 1, "probe.max_aspect must be at least 1"),
-        (settings.score.source == "column" and not settings.score.path, "score.source: column needs score.path"),
-        (settings.score.source == "hf_image_classification" and not settings.score.model,
-         "score.source: hf_image_classification needs score.model, a folder"),
-        (settings.tag.source == "column" and not settings.tag.path, "tag.source: column needs tag.path"),
-        (settings.tag.source == "wd" and not settings.tag.model, "tag.source: wd needs tag.model, a folder"),
-        (settings.tag.character_threshold < settings.tag.general_threshold,
-         "tag.character_threshold must be at least tag.general_threshold"),
-    ]  # fmt: skip
-    found = [message for broken, message in rules if broken]
-    for number, source in enumerate(settings.sources):
-        if not _is_name(source.name) or ":" in source.name:
-            found.append(f"sources[{number}].name is {source.name!r}: letters, digits, . - and _ only")
-        if source.adapter == "table" and not source.columns:
-            found.append(f"sources[{number}].columns is needed by adapter table: our column: theirs")
-        if source.npz_vae is not None and settings.latents.content != "sample":
-            found.append(f"sources[{number}].npz_vae: .npz hold one draw, which needs latents.content: sample")
-    for stage, select in settings.select.items():
-        if not 1 <= select.repeats <= MAX_REPEATS or select.min_bucket < 1:
-            found.append(f"select.{stage}: repeats must be in 1..{MAX_REPEATS}, min_bucket at least 1")
-        if select.quota is not None and not _is_division(select.quota):
-            found.append(f"select.{stage}.quota: shares are parts of 1 and sum up to it at most; total is at least 1")
-    return found + _policy_problems(settings.policy)
-
-
-def _is_division(quota: QuotaConfig) -> bool:
-    shares = quota.shares.values()
-    return quota.total >= 1 and all(share >= 0 for share in shares) and 0 < sum(shares) <= 1 + 1e-9
-
-
-def _policy_problems(policy: PolicyConfig) -> list[str]:
-    high, mid, low = policy.aesthetic.thresholds
-    groups = [list(option) for option in (("rating",), ("rating", "year"))]
-    years = policy.year.ranges
-    rules = [
-        (not 1 >= high > mid > low >= 0, "policy.aesthetic.thresholds must fall, within 0..1"),
-        (list(policy.quality.group_by) not in groups, "policy.quality.group_by must be [rating] or [rating, year]"),
-        (policy.quality.min_group < 1, "policy.quality.min_group must be at least 1"),
-        (policy.quality.min_distinct < 1, "policy.quality.min_distinct must be at least 1"),
-        (policy.quality.min_age_days < 0, "policy.quality.min_age_days must be at least 0"),
-        (any(r.first > r.last for r in years) or any(a.last >= b.first for a, b in itertools.pairwise(years)),
-         "policy.year.ranges must rise without overlap"),
-        (any(r.tag == "old" for r in years), "policy.year.ranges: `old` is a real general tag, use another word"),
-    ]  # fmt: skip
-    return [message for broken, message in rules if broken]
-
-
-def _is_name(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from train.config import flatten, load_stage
+from train.config import load_stage
 from train.exits import ExitCode, Halt
+from train.schema import flatten
 from train.tracking import read_metrics
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
