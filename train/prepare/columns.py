@@ -60,8 +60,8 @@ def check_mapped(source: SourceConfig, name: str, columns: Columns, ours: Iterab
         if theirs not in columns.words:
             raise Halt(
                 ExitCode.USAGE,
-                f"sources {source.name}: columns.{mine} is {theirs!r}, and {name} has no such column"
-                f"{_did_you_mean(theirs, columns.words)} {columns.listed()}",
+                f"sources {source.name}: columns.{mine} is {theirs!r}: no such column in {name}"
+                f"{did_you_mean(theirs, columns.words)} {columns.listed()}",
             )
 
 
@@ -113,7 +113,8 @@ def _offered(columns: Columns, usual: str) -> list[str]:
     return sorted(words, key=rank)
 
 
-def _did_you_mean(wanted: str, names: Iterable[str]) -> str:
+def did_you_mean(wanted: str, names: Iterable[str]) -> str:
+    """`, did you mean x?` for the name that is most like it, `.` where none is."""
     folded = {name.casefold().strip(): name for name in map(str, names)}
     close = difflib.get_close_matches(wanted.casefold().strip(), list(folded), 1)
     return f", did you mean {folded[close[0]]}?" if close else "."

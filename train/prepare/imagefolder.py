@@ -52,7 +52,7 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
         elif is_image(found):
             pictures.append(_mark(found))
     if seen.rows:
-        check_mapped(source, "no row of its .jsonl files", seen)
+        check_mapped(source, "any row of its .jsonl files", seen)
     if not files:
         raise Halt(ExitCode.MISMATCH, f"sources {source.name}: {len(pictures)} pictures, and no {', '.join(_METADATA)} and no "
                    "parquet or Arrow file: no record. Pictures with .txt beside them are adapter: sidecar")  # fmt: skip
