@@ -18,7 +18,7 @@ from train.prepare.settings import SourceConfig
 
 LOOK_ROWS = 1000  # rows of a file without header after which missing captions are asked about
 TAG_COLUMNS = (*(f"tags_{group}" for group in TAG_GROUPS), "tags")
-_WORDS = ("caption", "fallback_caption", *TAG_COLUMNS)
+WORDS = ("caption", "fallback_caption", *TAG_COLUMNS)  # our columns that become captions
 # Names that captions have elsewhere, the likeliest first; then any other column of words is offered.
 _USUAL = ("text", "caption", "captions", "prompt", "prompts", "description", "txt", "tags", "tag_string")
 _NEVER = frozenset(
@@ -79,7 +79,7 @@ def check_caption(source: SourceConfig, name: str, columns: Columns, usual: str)
     Raises Halt(USAGE) naming the columns and a suggestion. Nothing is asked where no column holds words, or where
     `on_missing_caption: take` says that the pictures shall come without: that is printed.
     """
-    mapped = [mine for mine in _WORDS if mine in source.columns]
+    mapped = [mine for mine in WORDS if mine in source.columns]
     if any(source.columns[mine] in columns.words for mine in mapped) or (not mapped and usual in columns.words):
         return
     if mapped:

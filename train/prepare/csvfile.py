@@ -100,7 +100,7 @@ def cells(form: CsvForm, file: Path) -> Iterator[tuple[int, dict[str, str] | str
                 if last > first:  # one entry for unknown many rows: that no share of refusals may hide
                     yield number, f"lines {first} to {last}: {error}: a quote is not closed or not doubled; {REST_UNREAD}"
                     return
-                yield number, str(error)
+                yield number, f"{error}: quotes inside a text are doubled"
                 number, line = number + 1, last
                 continue
             line = reader.line_num

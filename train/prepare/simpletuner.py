@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from train.prepare.cells import lines_in
 from train.prepare.columns import Columns, check_caption, check_header, wants_caption
 from train.prepare.files import require_source, source_root
 from train.prepare.mapped import mapped_post
@@ -53,7 +54,7 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
                 post = mapped_post(plain, row, f"{name} row {number}", root, find_stem(root, str(stem)))
                 if not post.caption:
                     fallback = row.get(mapped.columns.get("fallback_caption", ""))
-                    post.caption = fallback if isinstance(fallback, str) and fallback else post.caption
+                    post.caption = post.caption if is_missing(fallback) else lines_in(fallback, mapped.columns["fallback_caption"])
                 yield post if post.caption is not None or not wants_caption(source) else captionless(source, name, number)
             except REFUSALS as error:
                 yield refused(source, name, number, error)

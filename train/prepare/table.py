@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
-from train.prepare.columns import check_header
+from train.prepare.columns import WORDS, check_header
 from train.prepare.csvfile import cells, csv_form
 from train.prepare.files import require_source, source_root, walk
 from train.prepare.mapped import mapped_post
@@ -63,6 +63,8 @@ def _header(source: SourceConfig, file: Path) -> list[str] | None:
 def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[RawPost | Quarantine]:
     if (names := _header(source, file)) is not None:
         check_header(source, name, names)
+        if not any(ours in WORDS for ours in source.columns):
+            print(f"sources {source.name}: neither captions nor tags of {name} are mapped, its pictures come without; it has {', '.join(names)}")
     image = source.columns.get("image")
     if image is not None and names is not None:
         check_pictures(source, name, file, image)

@@ -107,8 +107,9 @@ def column_tags(value: Any, column: str) -> list[dict[str, Any]]:
     if not isinstance(found, list | tuple | dict):
         raise BadRecord(f"{column} is {str(value)[:60]} ({type(value).__name__}), expected tags")
     rows = list(found)
-    if rows and all(isinstance(one, dict) and {"tag", "prob"} <= set(one) for one in rows):  # as our own table has them
-        tags = [(one["tag"], int(one.get("category") or 0), float(one["prob"])) for one in rows]
+    if rows and all(isinstance(one, dict) and isinstance(one.get("prob"), int | float) and "tag" in one for one in rows):
+        # as our own table has them
+        tags = [(str(one["tag"]), int(one.get("category") or 0), float(one["prob"])) for one in rows]
     elif (pairs := tags_with_values(found)) is not None:
         tags = [(tag, 0, value) for tag, value in pairs]
     else:

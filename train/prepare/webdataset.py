@@ -25,6 +25,8 @@ from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
+_COMPRESSED = (".tgz", ".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2")
+
 
 @dataclass
 class _Sample:
@@ -79,6 +81,8 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
             yield found
         elif found.lower().endswith(".tar"):
             yield from _tar(source, root, found, path if path.is_file() else path / found, told)
+        elif found.lower().endswith(_COMPRESSED):
+            told.passed_over("compressed tars are not read (unpack them to .tar)", found)
     for what, count in sorted(told.counts.items()):
         print(f"sources {source.name}: {count} {what}, such as {told.first[what]}")
     if told.columns.rows:
