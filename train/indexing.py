@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from train.captions import SEPARATOR
 from train.exclusions import excluded_by
 from train.exits import ExitCode, Halt
 from train.index import (
@@ -139,7 +140,7 @@ def _digests(index: pa.Table) -> tuple[U64, U64]:
     parts = [tag_hashes(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]
     for row in range(len(index)):
         fixed, flex = (values[starts[row] : starts[row + 1]].tobytes() for starts, values in parts)
-        caption[row] = _short_hash(fixed + b"|||" + flex)
+        caption[row] = _short_hash(fixed + SEPARATOR.encode() + flex)
     return image, caption
 
 

@@ -19,11 +19,12 @@ from PIL import Image
 
 from train.exits import ExitCode, Halt
 from train.prepare import units
+from train.prepare.captiontext import bad_in_tag
 from train.prepare.judge import judge
 from train.prepare.peers import Peers
 from train.prepare.records import TAG_GROUPS, TAGS
 from train.prepare.score import read_column, run_model
-from train.prepare.settings import DatasetConfig, TagConfig, dataset_dir
+from train.prepare.settings import DatasetConfig, dataset_dir
 
 TAG_VERSION = 1
 FLOOR = 0.1  # lowest probability worth keeping; thresholds below it are refused
@@ -40,7 +41,7 @@ def run(settings: DatasetConfig) -> None:
         raise Halt(ExitCode.USAGE, f"tag: thresholds below {FLOOR} are refused, the table keeps nothing under it")
     wanted = untagged(dataset) if config.use == "missing" else None
     if config.source == "column":
-        _from_column(config, dataset, wanted)
+        _from_column(settings, dataset, wanted)
     else:
         _from_wd(settings, dataset, wanted)
     units.merge_quarantine(dataset)
@@ -59,8 +60,9 @@ def untagged(dataset: Path) -> pa.Array:
     return pa.concat_arrays(found) if found else pa.array([], pa.string())
 
 
-def _from_column(config: TagConfig, dataset: Path, wanted: pa.Array | None) -> None:
+def _from_column(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) -> None:
     """Precomputed tags: a list, or a text joined by `, `; all general, of probability 1."""
+    config, separators = settings.tag, bad_in_tag(settings.separator)
     table = read_column(Path(config.path or ""), config.column, "tag")
     known = wanted if wanted is not None else units.read_table(dataset, "records", ["key"])["key"].combine_chunks()
     table = table.filter(pc.is_in(table["key"], value_set=known)).sort_by("key")
@@ -68,7 +70,7 @@ def _from_column(config: TagConfig, dataset: Path, wanted: pa.Array | None) -> N
     for key, value in zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True):
         tags = value.split(",") if isinstance(value, str) else value or []
         tags = [tag.strip() for tag in tags if isinstance(tag, str) and tag.strip()]
-        bad = next((tag for tag in tags if "," in tag or "|||" in tag or "\n" in tag or "\0" in tag), None)
+        bad = next((tag for tag in tags if separators.search(tag)), None)
         if bad is not None:
             raise Halt(ExitCode.USAGE, f"tag.path {config.path}: {key} has the tag {bad!r}")
         found = [{"tag": tag, "category": 0, "prob": 1.0} for tag in tags]
