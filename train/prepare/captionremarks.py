@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from train.captions import SEPARATOR
@@ -36,16 +36,16 @@ class CaptionTally:
         if beside is not None:
             (self.without if taken_without else self.beside)[beside] += 1
 
-    def add(self, text: str, *, several: bool, separated: bool, single: bool) -> None:
-        """One caption as it is used; `single`: none of its parts has more than one tag."""
-        if not text:
+    def add(self, parts: Sequence[str], *, several: bool, single: bool) -> None:
+        """One caption, parted at its separators; `single`: none of the parts has more than one tag."""
+        if not any(parts):
             return
         self.captions += 1
         self.several_lines += several
-        self.separated += separated
-        if not separated:
-            self.marks.update({found[1] for found in _MARK.finditer(text)})
-        if single and (likely := likely_separator(text)) is not None:
+        self.separated += len(parts) > 1
+        if len(parts) == 1:
+            self.marks.update({found[1] for found in _MARK.finditer(parts[0])})
+        if single and (likely := next(filter(None, map(likely_separator, parts)), None)) is not None:
             self.likely[likely] += 1
 
 

@@ -89,7 +89,7 @@ def read_caption(text: str | Sequence[str], rules: CaptionRules, tally: CaptionT
     if sum(map(len, tags)) > MAX_TAGS or checked.count(",") >= MAX_TAGS:
         raise BadCaption(f"caption has more than {MAX_TAGS} tags")
     several = max(map(len, lines), default=0) > 1
-    tally.add(checked, several=several, separated=len(pieces) > 1, single=all(len(some) <= 1 for some in tags))
+    tally.add(pieces, several=several, single=all(len(some) <= 1 for some in tags))
     plain = plain and not (rules.keep_tokens and len(pieces) == 1) and not _holds_mark(checked, pieces, rules)
     if plain and len(pieces) <= 2:
         caption = _unescaped(SEPARATOR.join(pieces), rules)
