@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -90,24 +88,3 @@ def test_texts_apart_from_the_pictures(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "texts" / "b").mkdir(parents=True)
     (tmp_path / "texts" / "b" / "a.txt").write_text("1girl")
     assert found(tmp_path / "texts", images=str(folder)) == {"b/a.png": "1girl"}
-
-
-def _tar(path: Path, members: dict[str, bytes]) -> None:
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-
-
-def test_webdataset_takes_the_named_ending(tmp_path: Path) -> None:
-    _tar(tmp_path / "0.tar", {"1.png": b"x", "1.caption": b"1girl"})
-    (refused,) = read_source(SourceConfig("s", "webdataset", str(tmp_path)))
-    assert "set caption_ext: .caption" in refused.message  # type: ignore[union-attr]
-    (post,) = read_source(SourceConfig("s", "webdataset", str(tmp_path), caption_ext="caption"))
-    assert isinstance(post, RawPost)
-    assert post.caption == "1girl"
-    _tar(tmp_path / "0.tar", {"1.png": b"x", "1.TXT": b"1girl"})
-    (post,) = read_source(SourceConfig("s", "webdataset", str(tmp_path)))
-    assert isinstance(post, RawPost)
-    assert post.caption == "1girl"

@@ -21,6 +21,7 @@ from train.labels import RATING_WORDS, parse_date
 from train.prepare.captionremarks import CaptionTally
 from train.prepare.captiontext import (
     ESCAPED,
+    MAX_CAPTION_BYTES,  # noqa: F401 - adapters cap what they read at it
     MAX_TAGS,
     SURROGATE,
     BadCaption,

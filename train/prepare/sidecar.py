@@ -31,7 +31,8 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     root, texts_root = source_root(source), path if path.is_dir() else path.parent
     folder: str | None = None
     texts: Texts = {}
-    for found in walk(source, root):
+    # A path that is one picture means that one.
+    for found in walk(source, root) if path.is_dir() else [path.name]:
         if isinstance(found, Quarantine):
             yield found
         elif is_image(found):

@@ -1,7 +1,7 @@
 """WebDataset tars: members that share the name up to the FIRST dot of their base name are one sample.
 
 Tars are streamed, regular members only, nothing is unpacked. A `.json` that is a Danbooru post is read as one, another
-one through `columns`; a `.txt`, or what `caption_ext` names, is the caption.
+one through `columns`; a `.txt` is the caption.
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from train.prepare.captiontext import MAX_CAPTION_BYTES, TEXT_ENDINGS, caption_ending
 from train.prepare.danbooru import danbooru_post
 from train.prepare.files import UnsafePath, check_relative, is_image, is_plain, require_source, source_root, walk
 from train.prepare.jsonstream import MAX_VALUE_BYTES, Malformed, parse
 from train.prepare.mapped import mapped_post
-from train.prepare.normalise import REFUSALS, BadRecord, RawPost, printable
+from train.prepare.normalise import MAX_CAPTION_BYTES, REFUSALS, BadRecord, RawPost, printable
 from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
-Sample = dict[str, Any]  # images: member names; json and txt: bytes; about: the member that held one; beside: ending of another text
+Sample = dict[str, Any]  # images: member names, json and txt: bytes, about: the member that held one of them
 
 
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
@@ -53,7 +52,7 @@ def _tar(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[Ra
                 if key != current:
                     yield from _posts(source, root, name, sample)
                     current, sample = key, Sample(images=[])
-                _add(sample, archive, info, caption_ending(source))
+                _add(sample, archive, info)
     except (tarfile.TarError, OSError, EOFError) as error:
         yield _quarantine(source, name, "bad_record", f"{name}: {error}; {REST_UNREAD}", error)
     yield from _posts(source, root, name, sample)
@@ -78,18 +77,15 @@ def _refused_member(source: SourceConfig, name: str, info: tarfile.TarInfo) -> Q
     return _quarantine(source, place, reason, str(problem), problem)
 
 
-def _add(sample: Sample, archive: tarfile.TarFile, info: tarfile.TarInfo, ending: str) -> None:
+def _add(sample: Sample, archive: tarfile.TarFile, info: tarfile.TarInfo) -> None:
     suffix = PurePosixPath(info.name).suffix.lower()
-    is_caption = info.name.lower().endswith(ending)
     if is_image(info.name):
         sample["images"].append(info.name)
-    elif is_caption or suffix == ".json":
+    elif suffix in (".json", ".txt"):
+        limit = MAX_VALUE_BYTES if suffix == ".json" else MAX_CAPTION_BYTES
         data = archive.extractfile(info)
         sample["about"] = info.name
-        kind, limit = ("txt", MAX_CAPTION_BYTES) if is_caption else ("json", MAX_VALUE_BYTES)
-        sample[kind] = data.read(limit + 4) if data else b""
-    elif suffix in TEXT_ENDINGS:
-        sample["beside"] = suffix
+        sample[suffix[1:]] = data.read(limit + 4) if data else b""
 
 
 def _posts(source: SourceConfig, root: Path, name: str, sample: Sample) -> Iterator[RawPost | Quarantine]:
@@ -111,10 +107,9 @@ def _post(source: SourceConfig, root: Path, name: str, member: str, place: str, 
     caption = sample["txt"].decode("utf-8-sig") if "txt" in sample else None
     if "json" not in sample:
         if caption is None and source.on_missing_caption == "error":
-            beside = f", but a {sample['beside']}: set caption_ext: {sample['beside']}" if "beside" in sample else ""
-            error = BadRecord(f"{place} has neither .json nor {caption_ending(source)}{beside}")
+            error = BadRecord(f"{place} has neither .json nor .txt")
             return _quarantine(source, place, "missing_caption", str(error), error)
-        return RawPost(id=place, place=place, uri=name, member=member, caption=caption, beside=sample.get("beside"))
+        return RawPost(id=place, place=place, uri=name, member=member, caption=caption)
     value = parse(sample["json"])
     if isinstance(value, Malformed) or not isinstance(value, dict):
         raise BadRecord(value.message if isinstance(value, Malformed) else "the .json is no object")
@@ -123,7 +118,6 @@ def _post(source: SourceConfig, root: Path, name: str, member: str, place: str, 
     else:
         post = danbooru_post(source, place, value, name, member)
     post.caption = caption if post.caption is None else post.caption
-    post.beside = sample.get("beside")
     return post
 
 
