@@ -381,7 +381,7 @@ def test_sidecar_and_sd_scripts_agree(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
         texts[name] = f"{number}girls, hero ||| smile, tag {number}"
         stem = name.rpartition(".")[0]
-        (tmp_path / f"{stem}.txt").write_bytes(b"\xef\xbb\xbf" + texts[name].encode() + b"\r\nsecond line\r\n")
+        (tmp_path / f"{stem}.txt").write_bytes(b"\xef\xbb\xbf" + texts[name].encode() + b"\r\n\r\n")
     sidecars = records(source(tmp_path, "sidecar"))
     assert {row["key"]: row["caption"] for row in sidecars} == {f"s:{name}": text for name, text in texts.items()}
     metadata = {

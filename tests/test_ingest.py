@@ -207,7 +207,7 @@ def test_captions(tmp_path: Path) -> None:
     (source / "a.txt").write_bytes(b"\xef\xbb\xbf1girl, ||| smile\r\nmore")
     records, quarantine = run(config(tmp_path, source, "sidecar", assume_rating="g"))
     assert {key: row["caption"] for key, row in records.items()} == {
-        "s:a.jpg": "1girl, ||| smile", "s:a.png": "1girl, ||| smile", "s:empty.png": "",
+        "s:a.jpg": "1girl, ||| smile, more", "s:a.png": "1girl, ||| smile, more", "s:empty.png": "",
     }  # fmt: skip
     reasons = {entry["key"]: entry["reason"] for entry in quarantine}
     assert reasons == {f"s:{name}.png": "bad_caption" for name in BAD_CAPTIONS} | {"s:none.png": "missing_caption"}

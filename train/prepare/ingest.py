@@ -22,6 +22,8 @@ import pyarrow.parquet as pq
 
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
+from train.prepare.captionremarks import CaptionTally, remarks
+from train.prepare.captiontext import caption_rules
 from train.prepare.judge import Complaint
 from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
@@ -48,17 +50,18 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     config = config_id(code=INGEST_VERSION, schema=SCHEMA_VERSION, exclusions=EXCLUSIONS_VERSION)
     step = Step(dataset, "records", RECORDS, config)
-    mark, sizes = sources_mark(settings.sources, config)  # taken first: what changes meanwhile is met by the next run
+    mark, sizes = sources_mark(settings.sources, f"{config} {settings.separator}")  # taken first: what changes meanwhile is met by the next run
     spill = _spill_folder(dataset)
     before = _finished(step, mark)
     if before is not None:
         print("ingest: the sources are as they were, nothing to do")
+        _say(json.loads((dataset / "dataset.json").read_text()).get("remarks", []))
         report_and_judge(settings, "ingest", *before)
         return
     # Every process does the whole, with equal results: none waits for another that may never come.
     spill.mkdir(parents=True)
     try:
-        batches, refused = _parse(settings, sizes, spill)
+        batches, refused, said = _parse(settings, sizes, spill)
     finally:
         shutil.rmtree(spill, ignore_errors=True)  # what is mapped stays readable without a name
     order, doubles, repeated = _sorted_rows(batches)
@@ -67,7 +70,7 @@ def run(settings: DatasetConfig) -> None:
     write_parquet(dataset / "quarantine" / "records" / names[0], quarantine_table(refused))
     finalize(step, names)
     merge_quarantine(dataset)
-    _write_facts(dataset, settings, len(order), repeated, refused)
+    _write_facts(dataset, settings, len(order), repeated, refused, said)
     write_text(step.folder / _MARK, json.dumps({"mark": mark, "units": names}, indent=1) + "\n")
     report_and_judge(settings, "ingest", len(order), refused)
 
@@ -130,18 +133,23 @@ def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     yield from adapter.read(source)
 
 
-def _parse(settings: DatasetConfig, sizes: Sequence[int], spill: Path) -> tuple[list[pa.RecordBatch], list[Quarantine]]:
-    """Spilled batches, memory-mapped, and what was refused."""
+def _parse(
+    settings: DatasetConfig, sizes: Sequence[int], spill: Path
+) -> tuple[list[pa.RecordBatch], list[Quarantine], list[str]]:
+    """Spilled batches, memory-mapped, what was refused, and what is to be said of the sources."""
+    said: list[str] = []
     refused: list[Quarantine] = []
     waiting: list[dict[str, Any]] = []
     files: list[Path] = []
     for source, size in zip(settings.sources, sizes, strict=True):
+        rules, tally = caption_rules(source, settings.separator), CaptionTally()
         with reading(size, f"ingest {source.name}"):
             for found in read_source(source):
                 if isinstance(found, Quarantine):
                     refused.append(found)
                     continue
-                row = to_record(found, source)
+                tally.add_picture(found.beside, taken_without=found.caption is None)
+                row = to_record(found, source, rules, tally)
                 if isinstance(row, Quarantine):
                     refused.append(row)
                     continue
@@ -149,9 +157,16 @@ def _parse(settings: DatasetConfig, sizes: Sequence[int], spill: Path) -> tuple[
                 if len(waiting) == _SPILL_ROWS:
                     files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
                     waiting = []
+        said += [f"sources {source.name}: {remark}" for remark in remarks(tally, source, settings.separator)]
     if waiting:
         files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
-    return [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0) for path in files], refused
+    _say(said)
+    return [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0) for path in files], refused, said
+
+
+def _say(remarks_: Sequence[str]) -> None:
+    for remark in remarks_:
+        print(f"ingest: {remark}")
 
 
 def _spill(rows: list[dict[str, Any]], path: Path) -> Path:
@@ -239,7 +254,9 @@ def _excluded(batches: list[pa.RecordBatch], order: np.ndarray) -> list[Quaranti
     return rows
 
 
-def _write_facts(dataset: Path, settings: DatasetConfig, kept: int, repeated: int, refused: list[Quarantine]) -> None:
+def _write_facts(
+    dataset: Path, settings: DatasetConfig, kept: int, repeated: int, refused: list[Quarantine], said: list[str]
+) -> None:
     sources = [
         {
             "name": source.name, "adapter": source.adapter, "rating_scheme": source.rating_scheme,
@@ -252,7 +269,7 @@ def _write_facts(dataset: Path, settings: DatasetConfig, kept: int, repeated: in
     counts |= Counter({"records": kept, "repeated": repeated})
     facts = {
         "schema_version": SCHEMA_VERSION, "name": settings.name, "hard_exclusion_version": EXCLUSIONS_VERSION,
-        "sources": sources, "ingest": dict(sorted(counts.items())),
+        "sources": sources, "ingest": dict(sorted(counts.items())), "separator": settings.separator, "remarks": said,
     }  # fmt: skip
     update_dataset_json(dataset, facts)
 

@@ -58,7 +58,7 @@ def _post(root: Path, place: str, key: str, value: Any) -> RawPost:
     if not all(isinstance(text, str) for text in texts):
         raise BadRecord(f"caption and tags of {key!r} must be text")
     uri = find_stem(root, key)
-    return RawPost(id=uri, place=place, uri=uri, caption=", ".join(texts))
+    return RawPost(id=uri, place=place, uri=uri, caption=texts)
 
 
 def find_stem(root: Path, key: str) -> str:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from train.exits import ExitCode, Halt
 from train.prepare import units
+from train.prepare.captiontext import bad_in_tag
 from train.prepare.cells import collection, tags_with_values, texts_of
 from train.prepare.judge import judge
 from train.prepare.keyfile import of_records, read_column
@@ -26,7 +27,7 @@ from train.prepare.normalise import BadRecord
 from train.prepare.peers import Peers
 from train.prepare.records import TAG_GROUPS, TAGS
 from train.prepare.score import run_model
-from train.prepare.settings import DatasetConfig, TagConfig, dataset_dir
+from train.prepare.settings import DatasetConfig, dataset_dir
 
 TAG_VERSION = 1
 FLOOR = 0.1  # lowest probability worth keeping; thresholds below it are refused
@@ -43,7 +44,7 @@ def run(settings: DatasetConfig) -> None:
         raise Halt(ExitCode.USAGE, f"tag: thresholds below {FLOOR} are refused, the table keeps nothing under it")
     wanted = untagged(dataset) if config.use == "missing" else None
     if config.source == "column":
-        _from_column(config, dataset, wanted)
+        _from_column(settings, dataset, wanted)
     else:
         _from_wd(settings, dataset, wanted)
     units.merge_quarantine(dataset)
@@ -62,11 +63,12 @@ def untagged(dataset: Path) -> pa.Array:
     return pa.concat_arrays(found) if found else pa.array([], pa.string())
 
 
-def _from_column(config: TagConfig, dataset: Path, wanted: pa.Array | None) -> None:
+def _from_column(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) -> None:
     """Precomputed tags: a list, a text joined by commas, or a map of tags to probabilities, which the thresholds judge.
 
     A tag without category is general, one without probability certain.
     """
+    config, bad_marks = settings.tag, bad_in_tag(settings.separator)
     where = f"tag.path {config.path}"
     known = units.read_table(dataset, "records", ["key"])["key"].combine_chunks()
     table = of_records(read_column(Path(config.path or ""), config.column, "tag"), known, where)
@@ -84,7 +86,7 @@ def _from_column(config: TagConfig, dataset: Path, wanted: pa.Array | None) -> N
         except BadRecord as error:
             raise Halt(ExitCode.USAGE, f"{where}: {key}: {error}") from error
         tags, certain = [one["tag"] for one in found], all(one["prob"] == 1 for one in found)
-        bad = next((tag for tag in tags if "," in tag or "|||" in tag or "\n" in tag or "\0" in tag), None)
+        bad = next((tag for tag in tags if bad_marks.search(tag)), None)
         if bad is not None:
             raise Halt(ExitCode.USAGE, f"{where}: {key} has the tag {bad!r}")
         rows.append({"key": key, "model": config.model or "column", "tags": found})

@@ -12,11 +12,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from train.prepare.captiontext import caption_ending
 from train.prepare.files import is_image
 from train.prepare.settings import SourceConfig
 
 _READ = {  # adapter: endings of what it reads in a folder; of the others everything but pictures
-    "sidecar": (".txt",), "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",),
+    "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",),
     "table": (".parquet", ".csv", ".tsv"), "danbooru2023": ("post.parquet", "posts.parquet"), "deepghs": (".parquet",), "simpletuner": (".parquet",),
 }  # fmt: skip
 _JSON = (".json", ".jsonl", ".ndjson")
@@ -27,7 +28,7 @@ def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[i
     digest = hashlib.sha256(version.encode())
     sizes = []
     for source in sources:
-        size, endings = 0, _READ.get(source.adapter, _JSON)
+        size, endings = 0, _READ.get(source.adapter, _JSON) if source.adapter != "sidecar" else (caption_ending(source),)
         digest.update(repr(dataclasses.astuple(source)).encode("utf-8", "backslashreplace"))
         for place in dict.fromkeys(filter(None, (source.path, source.images, source.dictionary))):
             for line, count in _listing(Path(place)):
