@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
+from train.prepare.census import Census, tell
 from train.prepare.judge import Complaint
 from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
@@ -131,12 +132,13 @@ def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
 
 
 def _parse(settings: DatasetConfig, sizes: Sequence[int], spill: Path) -> tuple[list[pa.RecordBatch], list[Quarantine]]:
-    """Spilled batches, memory-mapped, and what was refused."""
+    """Spilled batches, memory-mapped, and what was refused. Raises Halt(USAGE) where only the user can know a meaning."""
     refused: list[Quarantine] = []
     waiting: list[dict[str, Any]] = []
     files: list[Path] = []
+    questions = []
     for source, size in zip(settings.sources, sizes, strict=True):
-        with reading(size, f"ingest {source.name}"):
+        with reading(size, f"ingest {source.name}"), Census(source).open() as census:
             for found in read_source(source):
                 if isinstance(found, Quarantine):
                     refused.append(found)
@@ -145,10 +147,15 @@ def _parse(settings: DatasetConfig, sizes: Sequence[int], spill: Path) -> tuple[
                 if isinstance(row, Quarantine):
                     refused.append(row)
                     continue
+                census.see(found.fields, found.scheme, row)
                 waiting.append(row | {"place": printable(found.place)})
                 if len(waiting) == _SPILL_ROWS:
                     files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
                     waiting = []
+        tell(census)
+        questions.append(census.question())
+    if any(questions):
+        raise Halt(ExitCode.USAGE, "; ".join(filter(None, questions)))
     if waiting:
         files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
     return [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0) for path in files], refused

@@ -12,13 +12,13 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
 from train.captions import join
 from train.exclusions import excluded_by
-from train.labels import RATING_WORDS, parse_date
+from train.labels import RATING_WORDS
+from train.prepare.dates import read_date
 from train.prepare.files import UnsafePath, check_relative
 from train.prepare.records import TAG_GROUPS, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
@@ -235,9 +235,7 @@ def _date(value: Any) -> tuple[str | None, int | None]:
     """(ISO text in the date's own offset, its year); a date that cannot be read is kept as it is, without a year."""
     if is_missing(value):
         return None, None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = datetime.fromtimestamp(value, UTC)  # moebooru writes seconds since 1970
-    found = value if isinstance(value, date) else parse_date(value)
+    found = read_date(value)
     if found is None:
         return printable(str(value))[:200], None
     return found.isoformat(), found.year
