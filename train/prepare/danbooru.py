@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from train.prepare.files import is_image, require_source, source_root, walk
 from train.prepare.jsonstream import Malformed, iter_values
-from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal, words
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.taggroups import tag_groups
 
 MakePost = Callable[[SourceConfig, Path, str, str, Mapping[str, Any]], RawPost]
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-CATEGORIES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 5: "meta"}
 _FIELDS = {  # our column: names in the API, in gallery-dl, in old dumps
     "source_id": ("id",),
     "file_ext": ("file_ext", "extension"),
@@ -27,7 +28,7 @@ _FIELDS = {  # our column: names in the API, in gallery-dl, in old dumps
     "file_size": ("file_size",),
     "width": ("image_width", "width"),
     "height": ("image_height", "height"),
-    "created_at": ("created_at",),
+    "created_at": ("created_at", "date"),
     "rating": ("rating",),
     "score": ("score",),
     "up_score": ("up_score",),
@@ -130,49 +131,14 @@ def first_of(post: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def post_number(value: Any) -> int:
-    """A post's id. Raises BadRecord unless it is a whole number, or one written as text."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    """A post's id; 1.0 and "1.0", as tables make of whole numbers, are 1. Raises BadRecord for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise BadRecord(f"id is {value!r}, expected a whole number")
-    text = str(value)
-    if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise BadRecord(f"id is {text[:80]!r}, expected a whole number")
-    return int(text)
-
-
-def tag_groups(post: Mapping[str, Any]) -> dict[str, Any]:
-    """Tags by group, from whichever of the known forms the post has.
-
-    Raises BadRecord for a category that is not known, or when there are no tags at all.
-    """
-    listed = post.get("tags")
-    if isinstance(listed, list) and any(isinstance(tag, dict) for tag in listed):
-        return _categorised(listed)
-    groups: dict[str, Any] = {}
-    for group in CATEGORIES.values():
-        text, tags = post.get(f"tag_string_{group}"), post.get(f"tags_{group}")
-        if isinstance(text, str):
-            groups[group] = words(text)
-        elif tags is not None:
-            groups[group] = words(tags) if isinstance(tags, str) else tags
-    if groups:
-        return groups
-    flat = first_of(post, ("tag_string", "tags"))
-    if not isinstance(flat, str | list):
-        raise BadRecord("no tags: expected tag_string_general and its like, or tags as text or list")
-    return {"general": words(flat) if isinstance(flat, str) else flat}
-
-
-def _categorised(tags: list[Any]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for tag in tags:
-        if not isinstance(tag, dict) or not isinstance(tag.get("name"), str):
-            raise BadRecord(f"tag {tag!r} has no name")
-        category = str(tag.get("category"))
-        number = int(category) if category.isdigit() and category.isascii() else -1
-        if number not in CATEGORIES:
-            raise BadRecord(f"tag {tag['name']!r} has category {category!r}, expected one of {sorted(CATEGORIES)}")
-        groups.setdefault(CATEGORIES[number], []).append(tag["name"])
-    return groups
+    text = f"{value:f}" if isinstance(value, float) else str(value).strip()
+    whole = re.fullmatch(r"([0-9]{1,18})(\.0*)?", text)
+    if whole is None or (isinstance(value, float) and value >= 2**53):
+        raise BadRecord(f"id is {str(value)[:80]!r}, expected a whole number")
+    return int(whole[1])
 
 
 def find_image(root: Path, name: str, post_id: int, fields: Mapping[str, Any], post: Mapping[str, Any]) -> str:

@@ -73,7 +73,8 @@ def _plain_id(value: Any) -> str | None:
         if value != int(value):
             raise BadRecord(f"id is {value!r}, expected a whole number")
         value = int(value)
-    return str(value).strip()
+    text = str(value).strip()
+    return text.partition(".")[0] if re.fullmatch(r"[0-9]+\.0+", text) else text  # what floats leave in a CSV
 
 
 def _text(value: Any, name: str) -> str | None:
