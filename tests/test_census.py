@@ -24,7 +24,7 @@ OLD = [{"rating": "sqe"[n % 3], "created_at": "2015-05-05"} for n in range(30)]
 
 
 def test_a_dump_from_before_2022_is_asked_about_and_never_relabelled(tmp_path: Path) -> None:
-    with pytest.raises(Halt, match="rating_scheme: sqe.*or gsqe") as stopped:
+    with pytest.raises(Halt, match=r"rating_scheme: sqe .* or gsqe") as stopped:
         ingest.run(dataset(tmp_path, OLD))
     assert stopped.value.code == ExitCode.USAGE
     assert "10 e, 10 q, 10 s" in stopped.value.message

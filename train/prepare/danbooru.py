@@ -6,18 +6,19 @@ Reads today's API, gallery-dl's additions and old dumps (numbers as strings, `ta
 from __future__ import annotations
 
 import itertools
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.prepare.files import is_image, require_source, source_root, walk
+from train.prepare.files import require_source, source_root
 from train.prepare.jsonstream import Malformed, iter_values
+from train.prepare.layouts import find_image
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.taggroups import tag_groups
+from train.prepare.walking import walk
 
 MakePost = Callable[[SourceConfig, Path, str, str, Mapping[str, Any]], RawPost]
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
@@ -116,6 +117,7 @@ def danbooru_post(
         fields["media_at"] = asset.get("created_at")
         fields["pixel_hash_src"] = asset.get("pixel_hash")
     fields["source_id"] = post_number(fields["source_id"])
+    fields["file_ext"] = fields["file_ext"] or url_suffix(post)
     mapped = post.get(source.columns["uri"]) if "uri" in source.columns else None
     if mapped is not None and not isinstance(mapped, str):
         raise BadRecord(f"{source.columns['uri']} is {mapped!r}, expected a path")
@@ -130,6 +132,13 @@ def first_of(post: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((post[name] for name in names if post.get(name) is not None), None)
 
 
+def url_suffix(post: Mapping[str, Any]) -> str | None:
+    """The ending of the address that a post without `file_ext` gives of its file."""
+    url = first_of(post, ("file_url", "large_file_url"))
+    found = re.search(r"\.(\w{1,10})(?:[?#].*)?$", url) if isinstance(url, str) else None
+    return found[1].lower() if found else None
+
+
 def post_number(value: Any) -> int:
     """A post's id; 1.0 and "1.0", as tables make of whole numbers, are 1. Raises BadRecord for anything else."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
@@ -139,40 +148,3 @@ def post_number(value: Any) -> int:
     if whole is None or (isinstance(value, float) and value >= 2**53):
         raise BadRecord(f"id is {str(value)[:80]!r}, expected a whole number")
     return int(whole[1])
-
-
-def find_image(root: Path, name: str, post_id: int, fields: Mapping[str, Any], post: Mapping[str, Any]) -> str:
-    """Path of the post's image below `root`: the first candidate that is there, else the first candidate.
-
-    The probe reports the ones that are not there.
-    """
-    candidates = dict.fromkeys(_candidates(name, post_id, fields, post))
-    for candidate in candidates:
-        if ".." not in candidate and "\0" not in candidate and os.path.exists(f"{root}/{candidate}"):
-            return candidate
-    return next(iter(candidates))
-
-
-def _candidates(name: str, post_id: int, fields: Mapping[str, Any], post: Mapping[str, Any]) -> Iterator[str]:
-    listed = first_of(post, ("file_name", "file_path", "local_path"))
-    if isinstance(listed, str) and listed:
-        yield listed
-    without = name.rpartition(".")[0]
-    extension = str(fields.get("file_ext") or "").lower().lstrip(".")
-    extensions = dict.fromkeys([extension or "jpg", "jpg", "jpeg", "png", "webp", "gif", "bmp", "avif"])
-    if name.lower().endswith(".json"):
-        if is_image(without):
-            yield without  # gallery-dl: a.jpg.json
-        else:
-            yield from (f"{without}.{ext}" for ext in extensions)
-    folder = name.rpartition("/")[0]
-    stems = [str(post_id), f"danbooru_{post_id}_{fields.get('md5')}", f"{post_id % 1000:04d}/{post_id}"]
-    if isinstance(fields.get("md5"), str):
-        stems += [str(fields["md5"]), f"{str(fields['md5'])[:2]}/{fields['md5']}"]
-    if isinstance(post.get("filename"), str):
-        stems += [str(post["filename"]), f"danbooru_{post_id}_{post['filename']}"]
-    below = f"{folder}/" if folder else ""
-    for stem in stems:
-        yield f"{below}{stem}.{extension or 'jpg'}"
-        yield f"{stem}.{extension or 'jpg'}"
-    yield from (f"{below}{post_id}.{ext}" for ext in extensions)

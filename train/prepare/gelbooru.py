@@ -14,8 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train.exits import ExitCode, Halt
-from train.prepare.danbooru import find_image, first_of, json_posts, post_number
+from train.prepare.danbooru import first_of, json_posts, post_number, url_suffix
 from train.prepare.files import require_source
+from train.prepare.layouts import find_image
 from train.prepare.normalise import RawPost
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
@@ -49,6 +50,7 @@ def _post(
     image = post.get("image")
     if not fields["file_ext"] and isinstance(image, str):
         fields["file_ext"] = PurePosixPath(image).suffix.lstrip(".")
+    fields["file_ext"] = fields["file_ext"] or url_suffix(post)
     groups = tag_groups(post, categories, html.unescape)  # once: a tag may itself spell an escape
     listed = {**post, "filename": PurePosixPath(image).stem} if isinstance(image, str) and image else post
     uri = find_image(root, name, post_id, fields, listed)

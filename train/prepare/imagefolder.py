@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train.prepare.files import require_source, source_root, walk
+from train.prepare.files import require_source, source_root
 from train.prepare.jsonstream import Malformed, iter_values
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost
@@ -22,7 +22,9 @@ from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.table import Row, csv_rows, parquet_rows, refused
+from train.prepare.walking import walk
 
+_EMBEDDED = (".parquet", ".arrow")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -30,12 +32,15 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """Every image of the folder's metadata files, parquet files and Arrow files."""
     require_source(source)
     root = source_root(source)
-    for found in walk(source, root):
+    path = Path(source.path)
+    for found in walk(source, root) if path.is_dir() else [path.name]:
         if isinstance(found, Quarantine):
             yield found
-        elif PurePosixPath(found).name in _METADATA and not _embedded(root / found):
+        elif (path.is_file() and not found.lower().endswith(_EMBEDDED)) or (
+            PurePosixPath(found).name in _METADATA and not _embedded(root / found)
+        ):
             yield from _metadata(source, root, found)
-        elif found.lower().endswith((".parquet", ".arrow")) and not _left_by_datasets(root / found):
+        elif found.lower().endswith(_EMBEDDED) and not _left_by_datasets(root / found):
             yield from _embedded_rows(source, root, found)
 
 

@@ -26,6 +26,7 @@ from train.prepare.census import Census, tell
 from train.prepare.judge import Complaint
 from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
+from train.prepare.places import check_place
 from train.prepare.progress import bar, reading
 from train.prepare.records import RECORDS, REST_UNREAD, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
@@ -107,8 +108,10 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
     errors = [entry for entry in refused if entry.kind == "error"]
     total = kept + len(errors)
     if kept == 0:
-        first = f": {errors[0].key}: {errors[0].reason}: {errors[0].message}" if errors else ""
-        raise Halt(ExitCode.MISMATCH, f"{step}: no record, {len(errors)} in quarantine{first}: check sources")
+        seen = errors or refused
+        places = ", ".join(f"{source.name} is adapter {source.adapter} at {source.path}" for source in settings.sources)
+        first = f": {seen[0].key}: {seen[0].reason}: {seen[0].message}" if seen else ""
+        raise Halt(ExitCode.MISMATCH, f"{step}: no record, {len(refused)} in quarantine{first}: check sources ({places})")
     cut = [entry for entry in errors if REST_UNREAD in entry.message]
     if cut:  # one entry each, whatever is lost: no share can judge that
         raise Complaint(
@@ -127,6 +130,7 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
 def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """What the source's adapter finds."""
     check_columns(source)
+    check_place(source)
     adapter = importlib.import_module(f"train.prepare.{source.adapter}")
     yield from adapter.read(source)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from train.exits import ExitCode, Halt
-from train.prepare.danbooru import find_image, post_number
+from train.prepare.danbooru import post_number
+from train.prepare.layouts import find_image
+from train.prepare.names import on_disk
 from train.prepare.normalise import BadRecord, RawPost, is_missing, words
 from train.prepare.records import TAG_GROUPS
 from train.prepare.settings import SourceConfig
@@ -49,6 +51,8 @@ def mapped_post(
     if number is not None and number.isascii() and number.isdigit() and len(number) < 19:
         fields.setdefault("source_id", int(number))
     uri = uri or _text(values.get("uri"), "uri")
+    if uri is not None and member is None:
+        uri = on_disk(root, uri)
     if uri is None:
         if "source_id" not in fields:
             raise BadRecord("neither a path (columns.uri) nor a whole number as id (columns.id)")

@@ -19,6 +19,7 @@ from train.captions import join
 from train.exclusions import excluded_by
 from train.labels import RATING_WORDS
 from train.prepare.dates import read_date
+from train.prepare.filekinds import media_kind
 from train.prepare.files import UnsafePath, check_relative
 from train.prepare.records import TAG_GROUPS, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
@@ -94,8 +95,10 @@ def printable(text: str) -> str:
     return "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in text)
 
 
-def _record(key: str, post: RawPost, source: SourceConfig) -> dict[str, Any]:
+def _record(key: str, post: RawPost, source: SourceConfig) -> dict[str, Any] | Quarantine:
     check_relative(post.uri)
+    if (kind := media_kind(post.member or post.uri)) is not None:
+        return Quarantine(printable(key), "ingest", "not_a_picture", printable(f"{post.place}: {post.uri} is no picture: {kind}"))
     if not post.id or printable(key) != key or printable(post.member or "") != (post.member or ""):
         raise BadRecord(f"id {post.id!a} is empty or holds control characters")
     row: dict[str, Any] = {"key": key, "source": source.name, "uri": post.uri, "member": post.member}

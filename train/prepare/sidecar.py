@@ -7,32 +7,31 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.prepare.files import UnsafePath, is_image, require_source, resolve_inside, source_root, walk
+from train.prepare.files import UnsafePath, require_source, resolve_inside, source_root
+from train.prepare.names import same_name
 from train.prepare.normalise import MAX_CAPTION_BYTES, BadCaption, RawPost
 from train.prepare.progress import counted
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.walking import pictures
 
 
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """Every image below the source's folder, with its caption."""
     require_source(source)
     root = source_root(source)
-    for found in walk(source, root):
-        if isinstance(found, Quarantine):
-            yield found
-        elif is_image(found):
-            yield _image(source, root, found)
+    # A path that is one picture means that one.
+    path = Path(source.path)
+    for found in pictures(source, root) if path.is_dir() else [path.name]:
+        yield found if isinstance(found, Quarantine) else _image(source, root, found)
 
 
 def _image(source: SourceConfig, root: Path, uri: str) -> RawPost | Quarantine:
     # everything before the LAST dot: the sidecar of a.b.jpg is a.b.txt
     stem = os.path.splitext(uri)[0]
-    for name in (f"{stem}.txt", f"{stem}.TXT"):
-        if not os.path.lexists(root / name):
-            continue
+    if (name := same_name(root, f"{stem}.txt")) is not None:
         try:
-            file = resolve_inside(root, name)
+            file = resolve_inside(root, name, source.follow_links)
             if not file.is_file():  # a pipe would block the reader for ever
                 raise BadCaption("not a regular file")
             return RawPost(id=uri, place=name, uri=uri, caption=read_caption(file))

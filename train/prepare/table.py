@@ -13,12 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
-from train.prepare.files import require_source, source_root, walk
+from train.prepare.files import require_source, source_root
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.progress import counted, read_so_far
 from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.walking import walk
 
 _SUFFIXES = (".parquet", ".csv", ".tsv")
 _BATCH_ROWS = 1000  # embedded images are large

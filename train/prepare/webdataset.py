@@ -12,15 +12,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train.prepare.danbooru import danbooru_post
-from train.prepare.files import UnsafePath, check_relative, is_image, is_plain, require_source, source_root, walk
+from train.prepare.filekinds import is_image, is_litter, media_kind
+from train.prepare.files import UnsafePath, check_relative, is_plain, require_source, source_root
 from train.prepare.jsonstream import MAX_VALUE_BYTES, Malformed, parse
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import MAX_CAPTION_BYTES, REFUSALS, BadRecord, RawPost, printable
 from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.walking import not_a_picture, walk
 
-Sample = dict[str, Any]  # images: member names, json and txt: bytes, about: the member that held one of them
+Sample = dict[str, Any]  # images: member names, json and txt: bytes, about: the member that held one of them, other: a video or the like
 
 
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
@@ -46,7 +48,7 @@ def _tar(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[Ra
                 problem = _refused_member(source, name, info)
                 if problem is not None:
                     yield problem
-                if problem is not None or not is_plain(info):
+                if problem is not None or not is_plain(info) or is_litter(PurePosixPath(info.name).name):
                     continue
                 key = sample_key(info.name)
                 if key != current:
@@ -81,6 +83,8 @@ def _add(sample: Sample, archive: tarfile.TarFile, info: tarfile.TarInfo) -> Non
     suffix = PurePosixPath(info.name).suffix.lower()
     if is_image(info.name):
         sample["images"].append(info.name)
+    elif (kind := media_kind(info.name)) is not None:
+        sample["other"] = (info.name, kind)
     elif suffix in (".json", ".txt"):
         limit = MAX_VALUE_BYTES if suffix == ".json" else MAX_CAPTION_BYTES
         data = archive.extractfile(info)
@@ -89,7 +93,10 @@ def _add(sample: Sample, archive: tarfile.TarFile, info: tarfile.TarInfo) -> Non
 
 
 def _posts(source: SourceConfig, root: Path, name: str, sample: Sample) -> Iterator[RawPost | Quarantine]:
-    if not sample["images"] and "about" in sample:
+    if not sample["images"] and "other" in sample:
+        member, kind = sample["other"]
+        yield not_a_picture(source, f"{name}/{member}", kind)
+    elif not sample["images"] and "about" in sample:
         place = f"{name}/{sample['about']}"
         error = BadRecord(f"{place} belongs to no picture in the tar")
         yield _quarantine(source, place, "missing_file", str(error), error)
