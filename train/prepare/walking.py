@@ -70,7 +70,7 @@ def _below(source: SourceConfig, root: Path, top: str, met: set[str], links: lis
             continue
         for entry in ordered:
             uri = f"{folder}/{entry.name}" if folder else entry.name
-            if is_litter(entry.name) or (entry.name.startswith(".") and entry.is_dir(follow_symlinks=False)):
+            if is_litter(entry.name) or (entry.name.startswith(".") and os.path.isdir(entry.path)):
                 note("litter", printable(uri))
             elif entry.is_dir(follow_symlinks=False):
                 if (refused := _bad_name(source, uri)) is None:
