@@ -247,7 +247,7 @@ def test_nothing_outside_the_root(tmp_path: Path) -> None:
     records, quarantine = run(config(tmp_path, source, "sidecar", assume_rating="g"))
     assert set(records) == {"s:ok.png", "s:inside.png"}
     assert {entry["key"]: entry["reason"] for entry in quarantine} == {
-        "s:link.png": "outside_root", "s:folder": "outside_root", "s:text.txt": "outside_root",
+        "s:link.png": "outside_root", "s:folder/x.png": "outside_root", "s:text.txt": "outside_root",
         "s:text.png": "outside_root", "s:line\\nbreak.png": "bad_record", "s:\\udcff.png": "bad_record",
     }  # fmt: skip
     assert b"the secret" not in b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())

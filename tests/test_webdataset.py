@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from train.exits import ExitCode, Halt
+from train.prepare.census import Census
 from train.prepare.ingest import read_source
 from train.prepare.normalise import RawPost
 from train.prepare.records import Quarantine
@@ -93,12 +94,13 @@ def test_a_text_of_the_sample_goes_to_its_only_picture(tmp_path: Path) -> None:
 
 def test_parts_of_a_sample_beside_its_picture_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parts = [("a.seg.png", PNG), ("a.cls", b"5"), ("a.tags.txt", b"x"), ("._a.png", PNG), ("__MACOSX/a.png", PNG)]
-    taken, refused = read(tmp_path, [*pairs(a="hat"), *parts])
+    with Census(SourceConfig("s", "webdataset", str(tmp_path))).open() as census:
+        taken, refused = read(tmp_path, [*pairs(a="hat"), *parts])
+    assert census.counts["litter"] == 2
     assert taken == {"a.png": "hat"}
     assert not refused
     out = capsys.readouterr().out
     assert "1 pictures beside that of their sample, without a text, are passed over, such as 0.tar/a.seg.png" in out
-    assert "2 hidden members" in out
     assert "1 texts in tars have the name of no picture" in out
     taken, _ = read(tmp_path, [*pairs(a="hat"), *parts], on_missing_caption="take")
     assert taken == {"a.png": "hat", "a.seg.png": None}
@@ -132,6 +134,12 @@ def test_json_that_is_no_post_is_mapped_or_asked_about(tmp_path: Path, capsys: p
     with pytest.raises(Halt, match=r"columns\.caption is 'captoin': no such column in any \.json.* did you mean caption\?") as stopped:
         read(tmp_path, [("a.jpg", PNG), ("a.json", about)], columns={"caption": "captoin"})
     assert stopped.value.code == ExitCode.USAGE
+
+
+def test_a_sample_that_is_a_video_is_no_picture(tmp_path: Path) -> None:
+    taken, refused = read(tmp_path, [*pairs(a="hat"), ("v.mp4", b"x"), ("v.txt", b"moves"), ("v.json", b"{}")])
+    assert taken == {"a.png": "hat"}
+    assert {name: entry.reason for name, entry in refused.items()} == {"v.mp4": "not_a_picture"}
 
 
 def test_compressed_tars_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 from train.exits import ExitCode, Halt
 from train.prepare.columns import LOOK_ROWS, Columns, check_caption, check_header, check_mapped, wants_caption
 from train.prepare.csvfile import csv_form, require_text
-from train.prepare.files import is_image, require_source, source_root, walk
+from train.prepare.filekinds import is_image
+from train.prepare.files import require_source, source_root
 from train.prepare.jsonstream import Malformed, iter_values
 from train.prepare.mapped import below, mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost
@@ -28,7 +29,9 @@ from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.table import Row, captionless, check_pictures, csv_rows, parquet_rows, refused
+from train.prepare.walking import walk
 
+_EMBEDDED = (".parquet", ".arrow")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -37,16 +40,19 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     require_source(source)
     root = source_root(source)
     seen, pictures, named, files = Columns(), array("q"), array("q"), 0
-    for found in walk(source, root):
+    path = Path(source.path)
+    for found in walk(source, root) if path.is_dir() else [path.name]:
         if isinstance(found, Quarantine):
             yield found
-        elif PurePosixPath(found).name in _METADATA and not _embedded(root / found):
+        elif (path.is_file() and not found.lower().endswith(_EMBEDDED)) or (
+            PurePosixPath(found).name in _METADATA and not _embedded(root / found)
+        ):
             files += 1
             for post in _metadata(source, root, found, seen):
                 if isinstance(post, RawPost):
                     named.append(_mark(post.uri))
                 yield post
-        elif found.lower().endswith((".parquet", ".arrow")) and not _left_by_datasets(root / found):
+        elif found.lower().endswith(_EMBEDDED) and not _left_by_datasets(root / found):
             files += 1
             yield from _embedded_rows(source, root, found)
         elif is_image(found):

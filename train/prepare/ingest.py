@@ -24,9 +24,11 @@ from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
 from train.prepare.captionremarks import CaptionTally, remarks
 from train.prepare.captiontext import caption_rules
+from train.prepare.census import Census, tell
 from train.prepare.judge import Complaint
 from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
+from train.prepare.places import check_place
 from train.prepare.progress import bar, reading
 from train.prepare.records import RECORDS, REST_UNREAD, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
@@ -109,8 +111,10 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
     errors = [entry for entry in refused if entry.kind == "error"]
     total = kept + len(errors)
     if kept == 0:
-        first = f": {errors[0].key}: {errors[0].reason}: {errors[0].message}" if errors else ""
-        raise Halt(ExitCode.MISMATCH, f"{step}: no record, {len(errors)} in quarantine{first}: check sources")
+        seen = errors or refused
+        places = ", ".join(f"{source.name} is adapter {source.adapter} at {source.path}" for source in settings.sources)
+        first = f": {seen[0].key}: {seen[0].reason}: {seen[0].message}" if seen else ""
+        raise Halt(ExitCode.MISMATCH, f"{step}: no record, {len(refused)} in quarantine{first}: check sources ({places})")
     cut = [entry for entry in errors if REST_UNREAD in entry.message]
     if cut:  # one entry each, whatever is lost: no share can judge that
         raise Complaint(
@@ -129,6 +133,7 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
 def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """What the source's adapter finds."""
     check_columns(source)
+    check_place(source)
     adapter = importlib.import_module(f"train.prepare.{source.adapter}")
     yield from adapter.read(source)
 
@@ -136,14 +141,18 @@ def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
 def _parse(
     settings: DatasetConfig, sizes: Sequence[int], spill: Path
 ) -> tuple[list[pa.RecordBatch], list[Quarantine], list[str]]:
-    """Spilled batches, memory-mapped, what was refused, and what is to be said of the sources."""
+    """Spilled batches, memory-mapped, what was refused, and what is to be said of the sources.
+
+    Raises Halt(USAGE) where only the user can know a meaning.
+    """
     said: list[str] = []
     refused: list[Quarantine] = []
     waiting: list[dict[str, Any]] = []
     files: list[Path] = []
+    questions = []
     for source, size in zip(settings.sources, sizes, strict=True):
         rules, tally = caption_rules(source, settings.separator), CaptionTally()
-        with reading(size, f"ingest {source.name}"):
+        with reading(size, f"ingest {source.name}"), Census(source).open() as census:
             for found in read_source(source):
                 if isinstance(found, Quarantine):
                     refused.append(found)
@@ -153,11 +162,16 @@ def _parse(
                 if isinstance(row, Quarantine):
                     refused.append(row)
                     continue
+                census.see(found.fields, found.scheme, row)
                 waiting.append(row | {"place": printable(found.place)})
                 if len(waiting) == _SPILL_ROWS:
                     files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
                     waiting = []
         said += [f"sources {source.name}: {remark}" for remark in remarks(tally, source, settings.separator)]
+        tell(census)
+        questions.append(census.question())
+    if any(questions):
+        raise Halt(ExitCode.USAGE, "; ".join(filter(None, questions)))
     if waiting:
         files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
     _say(said)

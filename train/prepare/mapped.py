@@ -12,8 +12,10 @@ from typing import Any
 from train.exits import ExitCode, Halt
 from train.prepare.cells import lines_in, tags_in
 from train.prepare.columns import TAG_COLUMNS
-from train.prepare.danbooru import find_image, post_number
+from train.prepare.danbooru import post_number
 from train.prepare.files import UnsafePath
+from train.prepare.layouts import find_image
+from train.prepare.names import on_disk
 from train.prepare.normalise import BadRecord, RawPost, is_missing, words
 from train.prepare.settings import SourceConfig
 
@@ -54,6 +56,8 @@ def mapped_post(
         fields.setdefault("source_id", int(number))
     if uri is None and (named := _text(values.get("uri"), "uri")) is not None:
         uri = below(root, named)
+    if uri is not None and member is None:
+        uri = on_disk(root, uri)
     if uri is None:
         if "source_id" not in fields:
             raise BadRecord("neither a path (columns.uri) nor a whole number as id (columns.id)")
@@ -97,7 +101,8 @@ def _plain_id(value: Any) -> str | None:
         if value != int(value):
             raise BadRecord(f"id is {value!r}, expected a whole number")
         value = int(value)
-    return str(value).strip()
+    text = str(value).strip()
+    return text.partition(".")[0] if re.fullmatch(r"[0-9]+\.0+", text) else text  # what floats leave in a CSV
 
 
 def _text(value: Any, name: str) -> str | None:

@@ -12,12 +12,11 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
 from train.exclusions import excluded_by
-from train.labels import RATING_WORDS, parse_date
+from train.labels import RATING_WORDS
 from train.prepare.captionremarks import CaptionTally
 from train.prepare.captiontext import (
     ESCAPED,
@@ -30,6 +29,8 @@ from train.prepare.captiontext import (
     mended,
     read_caption,
 )
+from train.prepare.dates import read_date
+from train.prepare.filekinds import media_kind
 from train.prepare.files import UnsafePath, check_relative
 from train.prepare.records import TAG_GROUPS, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
@@ -100,8 +101,10 @@ def printable(text: str) -> str:
 
 def _record(
     key: str, post: RawPost, source: SourceConfig, rules: CaptionRules, tally: CaptionTally
-) -> dict[str, Any]:
+) -> dict[str, Any] | Quarantine:
     check_relative(post.uri)
+    if (kind := media_kind(post.member or post.uri)) is not None:
+        return Quarantine(printable(key), "ingest", "not_a_picture", printable(f"{post.place}: {post.uri} is no picture: {kind}"))
     if not post.id or printable(key) != key or printable(post.member or "") != (post.member or ""):
         raise BadRecord(f"id {post.id!a} is empty or holds control characters")
     row: dict[str, Any] = {"key": key, "source": source.name, "uri": post.uri, "member": post.member}
@@ -211,9 +214,7 @@ def _date(value: Any) -> tuple[str | None, int | None]:
     """(ISO text in the date's own offset, its year); a date that cannot be read is kept as it is, without a year."""
     if is_missing(value):
         return None, None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = datetime.fromtimestamp(value, UTC)  # moebooru writes seconds since 1970
-    found = value if isinstance(value, date) else parse_date(value)
+    found = read_date(value)
     if found is None:
         return printable(str(value))[:200], None
     return found.isoformat(), found.year

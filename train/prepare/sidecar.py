@@ -15,11 +15,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from train.prepare.captiontext import MAX_CAPTION_BYTES, TEXT_ENDINGS, BadCaption, caption_ending
-from train.prepare.files import UnsafePath, is_image, require_source, resolve_inside, source_root, walk
+from train.prepare.filekinds import is_image
+from train.prepare.files import UnsafePath, require_source, resolve_inside, source_root
 from train.prepare.normalise import RawPost
 from train.prepare.progress import counted
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.walking import pictures
 
 # Texts of a folder: what their names begin with, up to each dot: [(ending, name)].
 Texts = Mapping[str, list[tuple[str, str]]]
@@ -32,13 +34,13 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     folder: str | None = None
     texts: Texts = {}
     # A path that is one picture means that one.
-    for found in walk(source, root) if path.is_dir() else [path.name]:
+    for found in pictures(source, root) if path.is_dir() else [path.name]:
         if isinstance(found, Quarantine):
             yield found
-        elif is_image(found):
-            if (parent := os.path.dirname(found)) != folder:  # files of one folder come one after another
-                folder, texts = parent, _texts(texts_root, parent)
-            yield _image(source, texts_root, found, texts)
+            continue
+        if (parent := os.path.dirname(found)) != folder:  # files of one folder come one after another
+            folder, texts = parent, _texts(texts_root, parent)
+        yield _image(source, texts_root, found, texts)
 
 
 def _texts(root: Path, folder: str) -> Texts:
@@ -66,7 +68,7 @@ def _image(source: SourceConfig, root: Path, uri: str, texts: Texts) -> RawPost 
     other = next((found for found, name in beside if name not in names), None)
     key = f"{source.name}:{uri}"
     try:
-        captions = {name: _caption(root, name) for name in names}
+        captions = {name: _caption(root, name, source.follow_links) for name in names}
     except UnsafePath as error:
         return Quarantine(key, "ingest", "outside_root", str(error), "UnsafePath")
     except (BadCaption, OSError) as error:
@@ -91,8 +93,8 @@ def _composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _caption(root: Path, name: str) -> str:
-    file = resolve_inside(root, name)
+def _caption(root: Path, name: str, follow_links: bool) -> str:
+    file = resolve_inside(root, name, follow_links)
     if not file.is_file():  # a pipe would block the reader for ever
         raise BadCaption("not a regular file")
     return read_text(file)

@@ -22,13 +22,13 @@ READS: dict[str, frozenset[str]] = {  # adapter: the keys of a source that it re
     "table": frozenset((*_EVERY, *_CAPTIONS, "columns", "rating_scheme", "npz_vae")),
     "sidecar": frozenset((*_EVERY, *_CAPTIONS, *_FILES, "npz_vae")),
     "sd_scripts": frozenset((*_EVERY, *_CAPTIONS, "npz_vae")),
-    "imagefolder": frozenset((*_EVERY, *_CAPTIONS, "columns", "rating_scheme", "npz_vae")),
+    "imagefolder": frozenset((*_EVERY, *_CAPTIONS, "on_missing_caption", "columns", "rating_scheme", "npz_vae")),
     "webdataset": frozenset((*_EVERY, *_CAPTIONS, *_FILES, "columns", "rating_scheme")),
     "danbooru2023": frozenset((*_EVERY, "rating_scheme", "npz_vae")),
     "e621": frozenset((*_EVERY, "rating_scheme", "npz_vae")),
     "gelbooru": frozenset((*_EVERY, "dictionary", "rating_scheme", "npz_vae")),
     "deepghs": frozenset((*_EVERY, "columns", "rating_scheme", "npz_vae")),
-    "simpletuner": frozenset((*_EVERY, *_CAPTIONS, "columns", "rating_scheme", "npz_vae")),
+    "simpletuner": frozenset((*_EVERY, *_CAPTIONS, "on_missing_caption", "columns", "rating_scheme", "npz_vae")),
 }
 
 

@@ -13,12 +13,13 @@ import pyarrow.parquet as pq
 from train.exits import ExitCode, Halt
 from train.prepare.columns import WORDS, check_header
 from train.prepare.csvfile import cells, csv_form
-from train.prepare.files import require_source, source_root, walk
+from train.prepare.files import require_source, source_root
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.walking import walk
 
 _SUFFIXES = (".parquet", ".csv", ".tsv")
 _BATCH_ROWS = 1000  # embedded images are large
@@ -39,8 +40,6 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
 def table_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, Path | Quarantine]]:
     """(name relative to the source, file) of the tables of a file or folder."""
     if path.is_file():
-        if path.suffix.lower() not in (*_SUFFIXES, ".txt"):
-            raise Halt(ExitCode.USAGE, f"sources {source.name}: path {path} is no table: expected {', '.join(_SUFFIXES)}")
         yield path.name, path
         return
     for found in walk(source, path):

@@ -15,15 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+from train.prepare.captiontext import MAX_CAPTION_BYTES, caption_ending
+from train.prepare.census import note
 from train.prepare.columns import Columns, check_mapped, wants_caption
 from train.prepare.danbooru import danbooru_post
-from train.prepare.files import UnsafePath, check_relative, is_image, is_plain, require_source, source_root, walk
+from train.prepare.filekinds import is_image, is_litter, media_kind
+from train.prepare.files import UnsafePath, check_relative, is_plain, require_source, source_root
 from train.prepare.jsonstream import MAX_VALUE_BYTES, Malformed, parse
 from train.prepare.mapped import mapped_post
-from train.prepare.normalise import MAX_CAPTION_BYTES, REFUSALS, BadRecord, RawPost, printable
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost, printable
 from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.walking import not_a_picture, walk
 
 _COMPRESSED = (".tgz", ".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2")
 
@@ -100,7 +104,7 @@ def _tar(source: SourceConfig, root: Path, name: str, file: Path, told: _Told) -
                 if problem is not None:
                     yield problem
                 elif is_plain(info):
-                    _add(source, samples, tar, info, told)
+                    _add(source, samples, tar, info)
     except (tarfile.TarError, OSError, EOFError) as error:
         yield _quarantine(source, name, "bad_record", f"{name}: {error}; {REST_UNREAD}", error)
     if samples:  # only now is it known what belongs to what: members of a sample may lie far apart
@@ -128,14 +132,10 @@ def _refused_member(source: SourceConfig, name: str, info: tarfile.TarInfo) -> Q
     return _quarantine(source, place, reason, str(problem), problem)
 
 
-def _ending(source: SourceConfig) -> str:
-    return "." + (source.caption_ext or ".txt").lower().lstrip(".")
-
-
-def _add(source: SourceConfig, samples: dict[str, _Sample], tar: _Tar, info: tarfile.TarInfo, told: _Told) -> None:
+def _add(source: SourceConfig, samples: dict[str, _Sample], tar: _Tar, info: tarfile.TarInfo) -> None:
     base, name = PurePosixPath(info.name).name, info.name
-    if base.startswith(".") or "__MACOSX" in PurePosixPath(name).parts:
-        told.passed_over("hidden members of the tars are passed over", f"{tar.name}/{name}")
+    if base.startswith(".") or any(map(is_litter, PurePosixPath(name).parts)):
+        note("litter", f"{tar.name}/{name}")
         return
     if name in tar.places:
         tar.twice.add(name)
@@ -144,7 +144,7 @@ def _add(source: SourceConfig, samples: dict[str, _Sample], tar: _Tar, info: tar
     sample = samples[sample_key(name)]
     if is_image(name):
         sample.pictures.append(name)
-    elif base.lower().endswith(_ending(source)):
+    elif base.lower().endswith(caption_ending(source)):
         sample.captions.append(name)
     elif base.lower().endswith(".json"):
         sample.posts.append(name)
@@ -182,12 +182,17 @@ def _paired(sample: _Sample, key: str, texts: list[str], ending: str) -> tuple[d
 def _posts(
     source: SourceConfig, root: Path, tar: _Tar, data: IO[bytes], key: str, sample: _Sample, told: _Told
 ) -> Iterator[RawPost | Quarantine]:
+    media = [(member, kind) for member in sample.others if (kind := media_kind(member)) is not None]
+    if not sample.pictures and media:
+        for member, kind in media:
+            yield not_a_picture(source, f"{tar.name}/{member}", kind)
+        return
     if not sample.pictures and (sample.captions or sample.posts):
         place = f"{tar.name}/{(sample.captions + sample.posts)[-1]}"
         error = BadRecord(f"{place} belongs to no picture in the tar")
         yield _quarantine(source, place, "missing_file", str(error), error)
         return
-    captions, no_caption = _paired(sample, key, sample.captions, _ending(source))
+    captions, no_caption = _paired(sample, key, sample.captions, caption_ending(source))
     posts, no_post = _paired(sample, key, sample.posts, ".json")
     refused, used = no_caption | no_post, {*captions.values(), *posts.values()}
     main = any(_stem(picture) == key and (picture in captions or picture in posts) for picture in sample.pictures)
@@ -222,7 +227,7 @@ def _missing(source: SourceConfig, sample: _Sample, member: str, place: str) -> 
     stem = _stem(member)
     beside = [name for name in (*sample.captions, *sample.posts, *sample.others) if str(PurePosixPath(name)).startswith(f"{stem}.")]
     ending = f", but {beside[0]} does: set caption_ext: {str(PurePosixPath(beside[0]))[len(stem) :]}" if beside else ""
-    error = BadRecord(f"{place}: neither .json nor {_ending(source)} has its name{ending or ': see on_missing_caption'}")
+    error = BadRecord(f"{place}: neither .json nor {caption_ending(source)} has its name{ending or ': see on_missing_caption'}")
     return _quarantine(source, place, "missing_caption", str(error), error)
 
 
