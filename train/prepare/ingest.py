@@ -27,6 +27,7 @@ from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
 from train.prepare.progress import bar, reading
 from train.prepare.records import RECORDS, REST_UNREAD, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
+from train.prepare.repeats import tell_unread_folders
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.unchanged import sources_mark
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_manifest, write_parquet, write_text
@@ -53,6 +54,7 @@ def run(settings: DatasetConfig) -> None:
     before = _finished(step, mark)
     if before is not None:
         print("ingest: the sources are as they were, nothing to do")
+        tell_unread_folders(settings)
         report_and_judge(settings, "ingest", *before)
         return
     # Every process does the whole, with equal results: none waits for another that may never come.
@@ -69,6 +71,7 @@ def run(settings: DatasetConfig) -> None:
     merge_quarantine(dataset)
     _write_facts(dataset, settings, len(order), repeated, refused)
     write_text(step.folder / _MARK, json.dumps({"mark": mark, "units": names}, indent=1) + "\n")
+    tell_unread_folders(settings)
     report_and_judge(settings, "ingest", len(order), refused)
 
 

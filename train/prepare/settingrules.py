@@ -45,6 +45,8 @@ def settings_problems(settings: DatasetConfig) -> list[str]:
             found.append(f"sources[{number}].columns is needed by adapter table: our column: theirs")
         if source.npz_vae is not None and settings.latents.content != "sample":
             found.append(f"sources[{number}].npz_vae: .npz hold one draw, which needs latents.content: sample")
+        if source.repeats != "kohya" and not 1 <= source.repeats <= MAX_REPEATS:
+            found.append(f"sources[{number}].repeats must be in 1..{MAX_REPEATS}, or kohya")
     for stage, select in settings.select.items():
         if not 1 <= select.repeats <= MAX_REPEATS or select.min_bucket < 1:
             found.append(f"select.{stage}: repeats must be in 1..{MAX_REPEATS}, min_bucket at least 1")
