@@ -106,12 +106,12 @@ class Candidates:
                 mine = value if isinstance(value, list) else [] if value is None else [value]
                 yield list(dict.fromkeys(map(plain_tag, filter(None, mine)))) if name in TAG_COLUMNS else mine
 
-    def _tag_lists(self, name: str, lists_of: Callable[[pa.Table, str, str], pa.Array]) -> Iterator[pa.Array]:
+    def _tag_lists(self, name: str, lists_of: Callable[[pa.Table, str], pa.Array]) -> Iterator[pa.Array]:
         """list<string> of the candidates of each unit. What a tagger found stands in the labels, beside the rest."""
         tagger = self.settings.tag.source != "none" and lists_of is searched_lists
         labels = stream_table(self.dataset, "labels", ["key", "fixed_tags", "flex_tags"]) if tagger else None
         for part in stream_table(self.dataset, "records", ["key", *columns_of(name)]):
-            lists = [lists_of(self._of_unit(part), name, self.settings.separator)]
+            lists = [lists_of(self._of_unit(part), name)]
             if labels is not None:
                 words = self._of_unit(next(labels))
                 lists += [words.column(column).combine_chunks() for column in ("fixed_tags", "flex_tags")]

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
-from train.prepare.judge import Complaint
+from train.prepare.judge import Complaint, set_aside, too_many
 from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
 from train.prepare.progress import bar, reading
@@ -117,13 +117,15 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
             ExitCode.MISMATCH,
             f"{step}: {len(cut)} of the files could not be read to the end: mend or remove; the first: {cut[0].message}",
         )
-    if errors and len(errors) > settings.max_quarantine_fraction * total:
+    if too_many(len(errors), total, settings.max_quarantine_fraction):
         first = "; ".join(f"{entry.key}: {entry.reason}: {entry.message}" for entry in errors[:3])
         raise Complaint(
             ExitCode.MISMATCH,
             f"{step}: {len(errors)} of {total} records are in quarantine, more than max_quarantine_fraction "
             f"{settings.max_quarantine_fraction}: see quarantine.parquet; the first: {first}",
         )
+    if errors:
+        print(f"{step}: {set_aside(errors, dataset_dir(settings))}")
 
 
 def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:

@@ -70,7 +70,7 @@ def _wanted(settings: DatasetConfig) -> pa.Table:
         kept = table.filter(pc.is_null(table.column("hard_exclusion"))).combine_chunks()
         reasons = pa.nulls(len(kept), pa.string())
         if unwanted:
-            lists = record_lists(kept, "tags", settings.separator)
+            lists = record_lists(kept, "tags")
             hits = tagged(lists, unwanted)
             reasons = pa.array([f"excluded_tag:{tag}" for tag in unwanted]).take(pa.array(hits, mask=hits < 0))
             met |= occurring(lists, unwanted)

@@ -24,6 +24,7 @@ Mask = npt.NDArray[np.bool_]
 GROUP_COLUMNS = tuple(f"tags_{group}" for group in TAG_GROUPS)
 TAG_COLUMNS = ("tags", *GROUP_COLUMNS)  # that a caption's tags belong to
 _WEIGHT = re.compile(r":\s*[+-]?\d*\.?\d+(?=\s*[)\]}])")
+_SEPARATOR = "|||"  # of captions as our tables hold them, whatever the source's is
 _CLOSING = {")": "(", "]": "[", "}": "{"}
 
 
@@ -57,24 +58,24 @@ def _closed_at(text: str) -> int | None:
     return None
 
 
-def caption_lists(captions: pa.Array, separator: str) -> pa.Array:
+def caption_lists(captions: pa.Array) -> pa.Array:
     """list<string>[N]: the tags of each caption, fixed and flexible ones; null where there is no caption."""
-    return pc.split_pattern(pc.replace_substring(captions, separator, ","), ",")
+    return pc.split_pattern(pc.replace_substring(captions, _SEPARATOR, ","), ",")
 
 
-def record_lists(records: pa.Table, name: str, separator: str) -> pa.Array:
+def record_lists(records: pa.Table, name: str) -> pa.Array:
     """list<string>[N]: the values of one of TAG_COLUMNS; a caption's tags are general ones."""
     groups = GROUP_COLUMNS if name == "tags" else (name,)
     parts = [records.column(group).combine_chunks() for group in groups]
     if name in ("tags", "tags_general"):
-        parts.append(caption_lists(records.column("caption").combine_chunks(), separator))
+        parts.append(caption_lists(records.column("caption").combine_chunks()))
     return joined_lists(parts)
 
 
-def searched_lists(records: pa.Table, name: str, separator: str) -> pa.Array:
+def searched_lists(records: pa.Table, name: str) -> pa.Array:
     """list<string>[N]: where a tag that a filter on one of TAG_COLUMNS names is looked for."""
-    own = record_lists(records, name, separator)
-    return own if name in ("tags", "tags_general") else joined_lists([own, record_lists(records, "tags_general", separator)])
+    own = record_lists(records, name)
+    return own if name in ("tags", "tags_general") else joined_lists([own, record_lists(records, "tags_general")])
 
 
 def columns_of(name: str) -> list[str]:
