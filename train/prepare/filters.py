@@ -31,14 +31,14 @@ _SOURCE_OF = {  # where a column's values come from: what somebody who misses th
 
 
 def where(
-    candidates: Candidates, stage: str, config: SelectConfig, kept: Mask, allowed: Mask
+    candidates: Candidates, config: SelectConfig, kept: Mask, allowed: Mask
 ) -> tuple[Mask, list[tuple[str, int]], list[str]]:
     """(rows left, (predicate, rows after it) in order, what is to be said of predicates that do nothing)."""
     counts, notes = [], []
     for text in config.where:
         predicate = parse(text)
         outcome = evaluate(predicate, candidates.parts(predicate.column))
-        notes += [f"select.{stage}.where: `{predicate.text}`: {note}" for note in _notes(predicate, outcome)]
+        notes += [f"where `{predicate.text}`: {note}" for note in _notes(predicate, outcome)]
         if outcome.known or not predicate.if_known:
             kept = kept & (outcome.holds | allowed)
         counts.append((predicate.text, int(kept.sum())))
@@ -61,7 +61,7 @@ def _notes(predicate: Predicate, outcome: Outcome) -> Iterable[str]:
         yield "no picture that may be selected has " + " or ".join(repr(str(word)) for word in outcome.absent)
 
 
-def capped(candidates: Candidates, stage: str, name: str, order: Rows, limit: int) -> tuple[Rows, list[str]]:
+def capped(candidates: Candidates, name: str, order: Rows, limit: int) -> tuple[Rows, list[str]]:
     """(those whose every value has been taken fewer than `limit` times before, a note when there are no values)."""
     taken: Counter[Any] = Counter()
     kept = []
@@ -72,11 +72,11 @@ def capped(candidates: Candidates, stage: str, name: str, order: Rows, limit: in
     notes = []
     if len(order) and not taken:
         why = " (a caption does not say which of its tags are one)" if name in TAG_GROUPS else ""
-        notes.append(f"select.{stage}.caps.{name}: limits nothing: no picture has any {name}{why}")
+        notes.append(f"caps.{name}: limits nothing: no picture has any {name}{why}")
     return np.array(kept, np.int64), notes
 
 
-def by_quota(candidates: Candidates, stage: str, order: Rows, quota: QuotaConfig) -> tuple[Rows, list[str]]:
+def by_quota(candidates: Candidates, order: Rows, quota: QuotaConfig) -> tuple[Rows, list[str]]:
     """(the first of each value up to its share of `total`, rounded down, a note of shares that no picture can fill)."""
     left = {value: int(share * quota.total + 1e-9) for value, share in quota.shares.items()}
     kept, seen = [], set[str]()
@@ -87,5 +87,5 @@ def by_quota(candidates: Candidates, stage: str, order: Rows, quota: QuotaConfig
             left[value] -= 1
             kept.append(row)
     nobody = [value for value, share in quota.shares.items() if share > 0 and value not in seen]
-    notes = [f"select.{stage}.quota: no picture has {quota.by} {' or '.join(nobody)}"] if nobody and len(order) else []
+    notes = [f"quota: no picture has {quota.by} {' or '.join(nobody)}"] if nobody and len(order) else []
     return np.array(kept, np.int64), notes

@@ -42,13 +42,13 @@ def visits_of(sources: Sequence[SourceConfig], records: pa.Table) -> npt.NDArray
 
 
 def _numbers(source: SourceConfig, records: pa.Table) -> npt.NDArray[np.int64]:
-    found = _folders(source, records)
-    numbers = found.field("number").dictionary_encode()
+    folders, texts = _folders(source, records)
+    numbers = texts.dictionary_encode()
     values = [1 if text is None else min(int(text), MAX_REPEATS + 1) for text in numbers.dictionary.to_pylist()]
     codes = numbers.indices.fill_null(len(values)).to_numpy(zero_copy_only=False)
     visits = np.array([*values, 1], np.int64)[codes]
     if (visits > MAX_REPEATS).any():
-        folder = found.field("folder")[int(np.argmax(visits))].as_py()
+        folder = folders[int(np.argmax(visits))].as_py()
         raise Halt(
             ExitCode.MISMATCH,
             f"sources {source.name}: repeats: kohya: folder {folder} asks for more than {MAX_REPEATS} visits: rename it, or "
@@ -57,13 +57,14 @@ def _numbers(source: SourceConfig, records: pa.Table) -> npt.NDArray[np.int64]:
     return visits
 
 
-def _folders(source: SourceConfig, records: pa.Table) -> pa.StructArray:
-    """(folder, number) of each record's nearest folder that begins with a number; null where there is none."""
+def _folders(source: SourceConfig, records: pa.Table) -> tuple[pa.Array, pa.Array]:
+    """(name, number as text) of each record's nearest folder that begins with a number; null where there is none."""
     inside, within = (pc.replace_substring_regex(records.column(name), "[^/]*$", "") for name in ("uri", "member"))
     own = Path(os.path.abspath(source_root(source))).name + "/"
     folders = pc.binary_join_element_wise(own, inside, pc.fill_null(within, ""), "")
     found = pc.extract_regex(folders, _FOLDER)
-    return found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
+    folder, number = (pc.struct_field(found, name).combine_chunks() for name in ("folder", "number"))
+    return folder, number
 
 
 def tell_unread_folders(settings: DatasetConfig) -> None:
@@ -73,7 +74,7 @@ def tell_unread_folders(settings: DatasetConfig) -> None:
     for part in stream_table(dataset_dir(settings), "records", COLUMNS):
         for name, source in waiting.items():
             mine = part.filter(pc.equal(part.column("source"), name))
-            for entry in pc.value_counts(_folders(source, mine).field("folder").drop_null()).to_pylist():
+            for entry in pc.value_counts(_folders(source, mine)[0].drop_null()).to_pylist():
                 counts[name][entry["values"]] += entry["counts"]
     for name, folders in counts.items():
         if folders:

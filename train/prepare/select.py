@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,15 +72,14 @@ def run(settings: DatasetConfig) -> None:
     }
     for stage, counts in told.items():
         print(f"select {stage}: {counts}; {selection_visits(dataset, stage)} visits an epoch")
-    for note in dict.fromkeys(note for stage in told for note in selection_notes(dataset, stage)):
+    for note in all_notes(dataset, told):
         print(note)
     merge_quarantine(dataset)
     judge(settings, "select")
     empty = [stage for stage in told if pq.read_metadata(selection_path(dataset, stage)).num_rows == 0]
     if empty:  # the other stages can be trained all the same
-        why = [*(f"select.{stage} leaves no image: {told[stage]}" for stage in empty),
-               *(note for stage in empty for note in selection_notes(dataset, stage))]  # fmt: skip
-        raise Complaint(ExitCode.MISMATCH, "; ".join(why))
+        why = [f"select.{stage} leaves no image: {told[stage]}" for stage in empty]
+        raise Complaint(ExitCode.MISMATCH, "; ".join([*why, *all_notes(dataset, empty)]))
 
 
 def selection_path(dataset: Path, stage: str) -> Path:
@@ -100,10 +99,14 @@ def selection_merges(dataset: Path, stage: str) -> dict[str, str]:
     return dict(json.loads(metadata[b"merged"]))
 
 
-def selection_notes(dataset: Path, stage: str) -> list[str]:
-    """What was to be said of filters that do nothing."""
-    metadata = pq.read_metadata(selection_path(dataset, stage)).metadata
-    return list(json.loads(metadata.get(b"notes", b"[]")))
+def all_notes(dataset: Path, stages: Iterable[str]) -> list[str]:
+    """What was to be said of filters that do nothing, once for all stages that it holds for."""
+    found: dict[str, list[str]] = {}
+    for stage in stages:
+        stored = pq.read_metadata(selection_path(dataset, stage)).metadata.get(b"notes", b"[]")
+        for note in json.loads(stored):
+            found.setdefault(note, []).append(stage)
+    return [f"select.{', '.join(names)}: {note}" for note, names in found.items()]
 
 
 def selection_visits(dataset: Path, stage: str) -> int:
@@ -162,17 +165,17 @@ def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: s
     kept &= visits > 0
     if not visits.all():
         counts.append(("folders of 0 repeats", int(kept.sum())))
-    kept, filtered, notes = where(candidates, stage, config, kept, allowed)
+    kept, filtered, notes = where(candidates, config, kept, allowed)
     counts += filtered
     seed = settings.seed if config.seed is None else config.seed
     order = np.flatnonzero(kept)
     hashes = np.fromiter((row_hash(seed, key) for key in _texts(keys, order)), np.uint64, len(order))
     order = order[np.argsort(hashes, kind="stable")]  # equal hashes stay in the order of their keys
     for name, limit in config.caps.items():
-        order, found = capped(candidates, stage, name, order, limit)
+        order, found = capped(candidates, name, order, limit)
         counts, notes = [*counts, (f"caps.{name}", len(order))], notes + found
     if config.quota is not None:
-        order, found = by_quota(candidates, stage, order, config.quota)
+        order, found = by_quota(candidates, order, config.quota)
         counts, notes = [*counts, ("quota", len(order))], notes + found
     rows = np.sort(order)
     _check_visits(stage, candidates, rows, visits[rows])
