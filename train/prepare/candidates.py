@@ -94,6 +94,8 @@ class Candidates:
 
     def visits(self) -> npt.NDArray[np.int64]:
         """int64[N]: how often its source wants each candidate visited."""
+        if all(source.repeats == 1 for source in self.settings.sources):
+            return np.ones(len(self.keys), np.int64)
         parts = stream_table(self.dataset, "records", REPEAT_COLUMNS)
         return np.concatenate([visits_of(self.settings.sources, self._of_unit(part)) for part in parts])
 
