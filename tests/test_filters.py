@@ -151,6 +151,7 @@ def test_values_that_do_not_occur() -> None:
     assert (outcome.holds.tolist(), outcome.known, outcome.absent) == ([True, False, False, True], 3, ("e",))
     nothing = evaluate(parse("rating == g"), [pa.nulls(2, pa.string())])
     assert (nothing.holds.tolist(), nothing.known) == ([False, False], 0)
+    assert evaluate(parse("rating in [x]"), parts).absent == ("x",)
     lists = [pa.array([["a"], [], None], pa.list_(pa.string()))]
     assert evaluate(parse("x has_none [A, b]"), lists).absent == ("b",)
     assert evaluate(parse("x has_none [A, b]"), lists).known == 1

@@ -90,7 +90,7 @@ class Candidates:
             if name in schema.names:
                 return self._joined(table, name, schema.field(name).type)
         known = sorted({*RECORDS.names, *PROBE.names, *LABELS.names, *_DERIVED})
-        raise Halt(ExitCode.USAGE, f"select.where: there is no column {name!r}; there are {', '.join(known)}")
+        raise Halt(ExitCode.USAGE, f"select: there is no column {name!r}; there are {', '.join(known)}")
 
     def visits(self) -> npt.NDArray[np.int64]:
         """int64[N]: how often its source wants each candidate visited."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from train.prepare.candidates import Candidates
-from train.prepare.predicates import Outcome, Predicate, evaluate, parse
+from train.prepare.predicates import Outcome, Predicate, evaluate, parse, word_of
 from train.prepare.records import TAG_GROUPS
 from train.prepare.settings import QuotaConfig, SelectConfig
 
@@ -58,7 +58,9 @@ def _notes(predicate: Predicate, outcome: Outcome) -> Iterable[str]:
         else:
             yield f"can never hold: {empty}. Give the set these values, remove it, or end it with ` if known` to pass it over"
     elif outcome.absent and (predicate.op.startswith("has") or len(outcome.absent) == len(predicate.values)):
-        yield "no picture that may be selected has " + " or ".join(repr(str(word)) for word in outcome.absent)
+        words = [word_of(word) for word in outcome.absent]
+        named = " or ".join(map(repr, words)) if predicate.op.startswith("has") else f"{predicate.column} {' or '.join(words)}"
+        yield f"no picture that may be selected has {named}"
 
 
 def capped(candidates: Candidates, name: str, order: Rows, limit: int) -> tuple[Rows, list[str]]:

@@ -78,7 +78,7 @@ def evaluate(predicate: Predicate, parts: Iterable[pa.Array]) -> Outcome:
     """The predicate over a column that comes in parts. Raises Halt(USAGE) when the types do not fit."""
     masks, known, present = [np.zeros(0, bool)], 0, set[Value]()
     words = predicate.values if predicate.op.startswith("has") or predicate.op in ("in", "not_in", "==") else ()
-    named = {_word(word): word for word in words}
+    named = {word_of(word): word for word in words}
     for part in parts:
         masks.append(holds(predicate, part))
         filled = pc.list_value_length(part) if pa.types.is_list(part.type) else part
@@ -114,7 +114,7 @@ def holds(predicate: Predicate, column: pa.Array | pa.ChunkedArray) -> npt.NDArr
 
 def _has(predicate: Predicate, column: pa.Array | pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-    wanted = [_word(value) for value in predicate.values]
+    wanted = [word_of(value) for value in predicate.values]
     hits = np.concatenate([np.zeros(0, bool), *(tagged(chunk, wanted) >= 0 for chunk in chunks)])
     return hits ^ (predicate.op == "has_none")
 
@@ -130,11 +130,12 @@ def _typed(values: tuple[Value, ...], kind: pa.DataType) -> pa.Array:
         # 0.5 must compare as it is written, so integers compare with numbers of either kind.
         return pa.array(values, pa.int64() if all(isinstance(v, int) for v in values) else pa.float64())
     if pa.types.is_string(kind):
-        return pa.array([_word(value) for value in values], kind)
+        return pa.array([word_of(value) for value in values], kind)
     return pa.array(values, kind)
 
 
-def _word(value: Value) -> str:
+def word_of(value: Value) -> str:
+    """A value as a text column holds it."""
     return value if isinstance(value, str) else str(value).lower()
 
 

@@ -79,9 +79,12 @@ def _wanted(settings: DatasetConfig) -> pa.Table:
             if wanted:
                 reasons = pc.if_else(kept.column(column), reason, reasons)
         parts.append(kept.select(_COLUMNS).append_column("left_out", reasons))
+    later = ""
+    if settings.tag.source != "none":
+        later = "; what the step tag finds comes later: name it in select.<stage>.where, `tags has_none [...]`"
     for tag in unwanted:
         if tag not in met:
-            print(f"probe: exclude.tags: no picture has {tag!r}")
+            print(f"probe: exclude.tags: no picture has {tag!r}{later}")
     return pa.concat_tables(parts)
 
 

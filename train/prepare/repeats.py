@@ -77,7 +77,7 @@ def tell_unread_folders(settings: DatasetConfig) -> None:
             for entry in pc.value_counts(_folders(source, mine)[0].drop_null()).to_pylist():
                 counts[name][entry["values"]] += entry["counts"]
     for name, folders in counts.items():
-        if folders:
+        if any(int(folder.partition("_")[0]) != 1 for folder in folders):
             shown = ", ".join(folder for folder, _ in folders.most_common(_EXAMPLES)) + (" ..." if len(folders) > _EXAMPLES else "")
             print(
                 f"ingest {name}: {folders.total()} pictures lie in folders that begin with a number ({shown}): it is not read. "

@@ -68,11 +68,15 @@ def checks(settings: DatasetConfig, facts: Facts) -> list[Facts]:
         ("masterpiece", *_masterpiece(settings, facts), "largest share of masterpiece within a rating"),
         ("unreadable_latents", facts["latents"]["unreadable"], None, "index rows without readable latent"),
     ]
-    return [
-        {"name": name, "value": round(count / max(total or 1, 1), 6), "limit": getattr(limits, name), "what": what,
-         "ok": count <= getattr(limits, name) if total is None else not too_many(count, total, getattr(limits, name))}
-        for name, count, total, what in found
-    ]  # fmt: skip
+    return [_check(name, count, total, getattr(limits, name), what) for name, count, total, what in found]
+
+
+def _check(name: str, count: float, total: int | None, limit: float, what: str) -> Facts:
+    value = round(count / max(total or 1, 1), 6)
+    ok = count <= limit if total is None else not too_many(count, total, limit)
+    if ok and value > limit:
+        what += f", {number(count)} of {total} here: too few to judge by"
+    return {"name": name, "value": value, "limit": limit, "what": what, "ok": ok}
 
 
 def _missing_rating(settings: DatasetConfig) -> tuple[int, int]:

@@ -25,6 +25,7 @@ def settings_problems(settings: DatasetConfig) -> list[str]:
         (not all(map(_is_name, stages)), f"select: {stages}: letters, digits, . - and _ only, they name files"),
         (not 0 < buckets.min_px <= buckets.max_px, "buckets.min_px must be above 0 and at most buckets.max_px"),
         (buckets.step_px <= 0 or buckets.step_px % 8 != 0, "buckets.step_px must be a multiple of 8"),
+        (not all(map(str.strip, settings.exclude.tags)), "exclude.tags holds an empty tag"),
         (not 0 <= settings.max_quarantine_fraction <= 1, "max_quarantine_fraction must be in [0, 1]"),
         (settings.workers < 0, "workers must be at least 0"),
         (not 0 <= settings.dedupe.phash_distance <= 4, "dedupe.phash_distance must be in 0..4"),

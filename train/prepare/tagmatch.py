@@ -85,7 +85,7 @@ def columns_of(name: str) -> list[str]:
 
 def tagged(lists: pa.Array, wanted: Sequence[str]) -> npt.NDArray[np.int64]:
     """int64[N]: the number in `wanted` of a tag that each row has, the least one, -1 for none."""
-    numbers = {plain_tag(tag): place for place, tag in reversed([*enumerate(wanted)])}
+    numbers = {form: place for place, tag in reversed([*enumerate(wanted)]) if (form := plain_tag(tag))}
     flat = pc.list_flatten(lists).dictionary_encode()
     place = np.array([numbers.get(plain_tag(text or ""), len(wanted)) for text in flat.dictionary.to_pylist()], np.int64)
     of_each = place[flat.indices.to_numpy(zero_copy_only=False)]
@@ -97,7 +97,7 @@ def tagged(lists: pa.Array, wanted: Sequence[str]) -> npt.NDArray[np.int64]:
 
 def occurring(lists: pa.Array, wanted: Iterable[str]) -> set[str]:
     """Those of `wanted` that some row has."""
-    present = {plain_tag(text or "") for text in pc.unique(pc.list_flatten(lists)).to_pylist()}
+    present = {plain_tag(text) for text in pc.unique(pc.list_flatten(lists)).to_pylist() if text} - {""}
     return {tag for tag in wanted if plain_tag(tag) in present}
 
 
