@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,58 @@ def test_filters_see_captions(half_comic: Path, filters: list[str]) -> None:
     kept = set(selected(half_comic))
     assert len(kept) == 5
     assert "caps" in filters[0] or kept == {f"{n}.png" for n in range(5, 10)}
+
+
+def with_metadata(folder: Path, adapter: str, captions: dict[str, str]) -> None:
+    """The pictures of `folder`, captioned as the adapter's users have it."""
+    rows = [{"file_name": f"{name}.png", "filename": name, "text": text, "caption": text} for name, text in captions.items()]
+    if adapter == "imagefolder":
+        (folder / "metadata.jsonl").write_text("".join(json.dumps({k: row[k] for k in ("file_name", "text")}) + "\n" for row in rows))
+    elif adapter == "sd_scripts":
+        (folder / "meta.json").write_text(json.dumps({row["filename"]: {"tags": row["text"]} for row in rows}))
+    elif adapter == "simpletuner":
+        pq.write_table(pa.Table.from_pylist(rows).select(["filename", "caption"]), folder / "meta.parquet")
+    else:
+        with tarfile.open(folder / "0.tar", "w") as tar:
+            for name in [f"{row['filename']}.{ending}" for row in rows for ending in ("png", "txt")]:
+                tar.add(folder / name, name)
+        for file in folder.glob("*.png"):
+            file.unlink()
+
+
+@pytest.mark.parametrize("adapter", ["imagefolder", "sd_scripts", "simpletuner", "webdataset"])
+def test_filters_see_captions_of_every_layout(tmp_path: Path, adapter: str) -> None:
+    captions = {f"{n}": COMIC if n < 2 else f"1girl, smile {n}" for n in range(4)}
+    with_metadata(pictures(tmp_path / "in", dict(captions)), adapter, captions)
+    path = {"sd_scripts": "in/meta.json", "simpletuner": "in/meta.parquet"}.get(adapter, "in")
+    prepare(settings(tmp_path, "exclude.tags=[long_hair]", adapter=adapter, path=str(tmp_path / path)), *STEPS)
+    assert len(selected(tmp_path)) == 2
+    assert report(tmp_path / "set", reason="excluded_tag")["set_aside"] == 2
+
+
+def test_filters_see_what_a_tagger_found(half_comic: Path) -> None:
+    rows = "".join(f's:{n}.png,"{"manga, 1girl" if n % 2 else "1girl"}"\n' for n in range(10))
+    (half_comic / "tags.csv").write_text("key,tags\n" + rows)
+    tagger = ["tag.source=column", f"tag.path={half_comic / 'tags.csv'}", "tag.use=all"]
+    prepare(settings(half_comic, *tagger, "select.pretrain.where=['tags_general has_none [manga, comic]']"), *STEPS)
+    assert set(selected(half_comic)) == {"6.png", "8.png"}
+
+
+def test_a_set_of_posts_and_of_captions(half_comic: Path) -> None:
+    """One filter, both forms of a tag; a cap counts them as one."""
+    for number in (1, 2, 3):
+        post = {"id": number, "tag_string_general": "long_hair" if number < 3 else "hat", "tag_string_artist": "some_artist",
+                "rating": "g", "score": 1, "file_ext": "png"}  # fmt: skip
+        (half_comic / "posts").mkdir(exist_ok=True)
+        (half_comic / "posts" / f"{number}.json").write_text(json.dumps(post))
+        (half_comic / "posts" / f"{number}.png").write_bytes(encoded(drawn(50, 50, seed=100 + number), "PNG"))
+    settings(half_comic)
+    more = f"sources=[{{name: s, adapter: sidecar, path: {half_comic / 'in'}}}, {{name: p, adapter: danbooru, path: {half_comic / 'posts'}}}]"
+    for where, kept in (("tags has long_hair", 7), ("tags_general has 'long hair'", 7), ("tags_artist has 'some artist'", 8), ("rating == g", 3)):
+        prepare(load_settings([half_comic / "d.yaml"], [more, f'select.pretrain.where=["{where}"]']), *STEPS)
+        assert len(selected(half_comic)) == kept, where
+    prepare(load_settings([half_comic / "d.yaml"], [more, "select.pretrain.caps={general: 1}"]), "select")
+    assert len(selected(half_comic).keys() & {*(f"{n}.png" for n in range(5)), "p:1", "p:2"}) == 1, "long hair is long_hair"
 
 
 def test_filters_that_do_nothing_are_named_once(half_comic: Path, capsys: pytest.CaptureFixture[str]) -> None:
