@@ -11,9 +11,10 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import argparse
 import importlib
 import time
+from collections.abc import Sequence
 
 from train import signals
-from train.exits import run_cli
+from train.exits import ExitCode, Halt, run_cli
 from train.prepare.judge import Complaint
 from train.prepare.settings import STEPS, check_paths, dataset_dir, load_settings
 
@@ -28,23 +29,30 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run the steps in order; each prints one line with its counts."""
+    """Run the steps in order, up to the first that fails; each prints one line with its counts."""
     arguments = parse()
     settings = load_settings(arguments.config, arguments.overrides)
     if arguments.step == "all":
         check_paths(settings)
     started = time.monotonic()
-    complaints = []
     signals.install(orphan=True)
-    for step in STEPS if arguments.step == "all" else [arguments.step]:
+    steps = STEPS if arguments.step == "all" else (arguments.step,)
+    for number, step in enumerate(steps):
         try:
             signals.raise_if_asked(step)
             importlib.import_module(f"train.prepare.{step}").run(settings)
-        except Complaint as complaint:  # the step is finished; what it found shows in the report
-            print(f"error: {complaint.message}", file=sys.stderr)
-            complaints.append(complaint.code)
+        except Halt as halt:
+            raise Halt(halt.code, halt.message + _not_run(step, steps[number + 1 :], halt)) from halt
     print(f"{arguments.step}: finished in {time.monotonic() - started:.1f} s: {dataset_dir(settings)}")
-    return int(complaints[0]) if complaints else 0
+    return 0
+
+
+def _not_run(step: str, later: Sequence[str], halt: Halt) -> str:
+    """What stopping at a step means for those after it."""
+    if not later or halt.code == ExitCode.STOPPED:
+        return ""
+    by_hand = f" Its table is written: to go on all the same, run {later[0]} and the others one by one." if isinstance(halt, Complaint) else ""
+    return f"\nall: stopped at {step}; not run: {', '.join(later)}. What is finished is not done twice when run again.{by_hand}"
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look inside: a caption, an image's bucket, a dataset, a checkpoint, a model, one update of a run."""
+"""Look inside: a caption, an image's bucket, a dataset and what it set aside, a checkpoint, a model, one update of a run."""
 
 import sys
 from pathlib import Path
@@ -51,6 +51,10 @@ def parse() -> argparse.Namespace:
         ("model", "any model"),
     ):
         kinds.add_parser(name, parents=[common], help=what).add_argument("path", type=Path)
+    aside = kinds.add_parser("quarantine", parents=[common], help="what preparing set aside, and why")
+    aside.add_argument("path", type=Path, metavar="DATASET")
+    aside.add_argument("--step", help="only what this step of prepare.py set aside")
+    aside.add_argument("--reason", help="only for this reason")
     step = kinds.add_parser("step", parents=[common], help="tiles, images, timesteps and losses of one update")
     step.add_argument("path", type=Path, metavar="RUN")
     step.add_argument("--update", type=int, required=True)

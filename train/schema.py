@@ -57,7 +57,10 @@ def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> Dict
     layers += [_load_override(override) for override in overrides]
     _refuse_references([OmegaConf.to_container(layer, resolve=False) for layer in layers])
     try:
-        merged = OmegaConf.merge(*layers)
+        merged = OmegaConf.merge(*layers[: len(paths)])
+        for layer in layers[len(paths) :]:  # one by one: an item of a list is that of all layers before
+            below, over = (OmegaConf.to_container(one, resolve=False) for one in (merged, layer))
+            merged = OmegaConf.merge(merged, OmegaConf.create(typing.cast(dict[str, Any], _items_placed(below, over, ""))))
         # OmegaConf's word for a missing value: in a merge it quietly leaves what was there
         if empty := sorted({key for layer in layers for key in OmegaConf.missing_keys(layer)}):
             raise Halt(ExitCode.USAGE, f"{', '.join(empty)}: ??? is no value; give one, or leave the key out")
@@ -90,6 +93,32 @@ def _load_override(override: str) -> DictConfig:
     except Exception as error:  # the YAML scanner raises its own family here
         hint = f" ({_REFERENCE_RULE}; with brackets around it, in quotes)" if "${" in override else ""
         raise Halt(ExitCode.USAGE, f"override {override!r} cannot be read: {error}{hint}") from error
+
+
+def _items_placed(below: Any, over: Any, key: str) -> Any:
+    """`over` with every `{"0": ...}` that stands where `below` has a list made into that list with its item changed.
+
+    So `sources.0.adapter=x` means the first source. Raises Halt(USAGE) naming how many items there are.
+    """
+    if not isinstance(over, dict):
+        return over
+    if isinstance(below, dict):
+        return {name: _items_placed(below.get(name), inner, f"{key}.{name}" if key else str(name)) for name, inner in over.items()}
+    if not isinstance(below, list):
+        return over
+    items = list(below)
+    for name, inner in over.items():
+        if not re.fullmatch("[0-9]+", str(name)) or int(name) >= len(items):
+            called = f"{key}.0 to {key}.{len(items) - 1}" if len(items) > 1 else f"{key}.0" if items else f"nothing: write {key}=[...]"
+            raise Halt(ExitCode.USAGE, f"{key}.{name}: {key} is a list of {len(items)}, whose items are called {called}")
+        inner = _items_placed(items[int(name)], inner, f"{key}.{name}")
+        both = isinstance(items[int(name)], dict) and isinstance(inner, dict)
+        items[int(name)] = _merged(items[int(name)], inner) if both else inner
+    return items
+
+
+def _merged(below: dict[Any, Any], over: dict[Any, Any]) -> Any:
+    return OmegaConf.to_container(OmegaConf.merge(below, over), resolve=False)
 
 
 _REFERENCE_RULE = f"only ${{oc.env:NAME}} or ${{oc.env:NAME,default}} is taken, NAME one of {', '.join(ENVIRONMENT)}"
@@ -168,7 +197,8 @@ def _problems(hint: Any, value: Any, key: str, known: Sequence[str]) -> Iterator
             yield from _problems(arguments[1], inner, f"{key}.{name}", known)
     elif origin in (list, tuple):
         if not isinstance(value, list | tuple):
-            yield f"{key} is {value!r}, must be a list"
+            hint = f": no file has one, so write it whole, {key}=[...]" if isinstance(value, dict) else ""
+            yield f"{key} is {value!r}, must be a list{hint}"
         elif origin is tuple and arguments[-1] is not Ellipsis and len(value) != len(arguments):
             yield f"{key} is {value!r}, must hold {len(arguments)} values"
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from train.prepare.facts import between
 from train.prepare.probe import ok_files
 from train.prepare.progress import bar
 from train.prepare.records import LABELS, PROBE, RECORDS, TAG_GROUPS
+from train.prepare.repeats import COLUMNS as REPEAT_COLUMNS
+from train.prepare.repeats import visits_of
 from train.prepare.settings import DatasetConfig, dataset_dir
+from train.prepare.tagmatch import TAG_COLUMNS, columns_of, joined_lists, plain_tag, record_lists, searched_lists
 from train.prepare.units import has_table, read_table, require_table, stream_table
 
 _CHUNK_ROWS = 50_000
@@ -65,8 +68,12 @@ class Candidates:
             for key in part.column("key").filter(pc.is_in(part.column("key"), value_set=wanted)).to_pylist()
         }  # fmt: skip
 
+    def parts(self, name: str) -> Iterator[pa.Array]:
+        """A column for predicates in parts, one value per candidate: where a tag is looked for, in one unit at a time."""
+        yield from self._tag_lists(name, searched_lists) if name in TAG_COLUMNS else self.column(name).chunks
+
     def column(self, name: str) -> pa.ChunkedArray:
-        """A column for predicates, one value per candidate. Raises Halt(USAGE) for an unknown one."""
+        """A column, one value per candidate. Raises Halt(USAGE) for an unknown one."""
         if name == "area":
             return pa.chunked_array([pa.array(self.widths * self.heights)])
         if name == "aspect":
@@ -77,21 +84,45 @@ class Candidates:
         if name == "near_duplicate":
             dupes = read_table(self.dataset, "dupes", ["key", "method", "group_id"])
             return pa.chunked_array([pc.is_in(self.keys, value_set=_near_duplicates(dupes, self))])
-        if name == "tags":
-            parts = [self._joined("records", f"tags_{group}", pa.list_(pa.string())) for group in TAG_GROUPS]
-            return _joined_lists(parts)
+        if name in TAG_COLUMNS:
+            return pa.chunked_array(list(self._tag_lists(name, record_lists)), pa.list_(pa.string()))
         for table, schema in (("probe", PROBE), ("records", RECORDS), ("labels", LABELS)):
             if name in schema.names:
                 return self._joined(table, name, schema.field(name).type)
         known = sorted({*RECORDS.names, *PROBE.names, *LABELS.names, *_DERIVED})
-        raise Halt(ExitCode.USAGE, f"select.where: there is no column {name!r}; there are {', '.join(known)}")
+        raise Halt(ExitCode.USAGE, f"select: there is no column {name!r}; there are {', '.join(known)}")
+
+    def visits(self) -> npt.NDArray[np.int64]:
+        """int64[N]: how often its source wants each candidate visited."""
+        if all(source.repeats == 1 for source in self.settings.sources):
+            return np.ones(len(self.keys), np.int64)
+        parts = stream_table(self.dataset, "records", REPEAT_COLUMNS)
+        return np.concatenate([visits_of(self.settings.sources, self._of_unit(part)) for part in parts])
 
     def values(self, name: str, rows: npt.NDArray[np.int64]) -> Iterator[list[Any]]:
-        """Values of `name`, or of `tags_<name>`, of each of the rows: for caps and quotas."""
-        column = self.column(f"tags_{name}" if name in TAG_GROUPS else name)
+        """Values of `name`, or of `tags_<name>`, of each of the rows: for caps and quotas. Tags in their plain form."""
+        name = f"tags_{name}" if name in TAG_GROUPS else name
+        column = self.column(name)
         for start in range(0, len(rows), _CHUNK_ROWS):
             for value in column.take(pa.array(rows[start : start + _CHUNK_ROWS])).to_pylist():
-                yield value if isinstance(value, list) else [] if value is None else [value]
+                mine = value if isinstance(value, list) else [] if value is None else [value]
+                yield list(dict.fromkeys(map(plain_tag, filter(None, mine)))) if name in TAG_COLUMNS else mine
+
+    def _tag_lists(self, name: str, lists_of: Callable[[pa.Table, str], pa.Array]) -> Iterator[pa.Array]:
+        """list<string> of the candidates of each unit. What a tagger found stands in the labels, beside the rest."""
+        tagger = self.settings.tag.source != "none" and lists_of is searched_lists
+        labels = stream_table(self.dataset, "labels", ["key", "fixed_tags", "flex_tags"]) if tagger else None
+        for part in stream_table(self.dataset, "records", ["key", *columns_of(name)]):
+            lists = [lists_of(self._of_unit(part), name)]
+            if labels is not None:
+                words = self._of_unit(next(labels))
+                lists += [words.column(column).combine_chunks() for column in ("fixed_tags", "flex_tags")]
+            yield joined_lists(lists)
+
+    def _of_unit(self, part: pa.Table) -> pa.Table:
+        """The rows of candidates."""
+        keys = part.column("key")
+        return part.filter(pc.is_in(keys, value_set=between(self.keys, keys))).combine_chunks()
 
     def _joined(self, table: str, name: str, kind: pa.DataType) -> pa.ChunkedArray:
         """The column of another table, null where it has no row of the key."""
@@ -171,14 +202,3 @@ def _near_duplicates(dupes: pa.Table, candidates: Candidates) -> pa.Array:
     later = [key for group in groups.values() for key in sorted(group, key=lambda k: (-area[k], k))[1:]]
     return pa.array(sorted(later), pa.string())
 
-
-def _joined_lists(parts: list[pa.ChunkedArray]) -> pa.ChunkedArray:
-    """Row by row, the lists of all parts one after the other."""
-    arrays = [part.combine_chunks() for part in parts]
-    arrays = [array.chunk(0) if isinstance(array, pa.ChunkedArray) else array for array in arrays]
-    rows = np.concatenate([pc.list_parent_indices(array).to_numpy() for array in arrays])
-    values = pa.concat_arrays([pc.list_flatten(array) for array in arrays])
-    order = np.argsort(rows, kind="stable")
-    lengths = np.bincount(rows, minlength=len(arrays[0]))
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return pa.chunked_array([pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), values.take(pa.array(order)))])

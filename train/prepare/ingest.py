@@ -25,12 +25,13 @@ from train.exits import ExitCode, Halt
 from train.prepare.captionremarks import CaptionTally, remarks
 from train.prepare.captiontext import caption_rules
 from train.prepare.census import Census, tell
-from train.prepare.judge import Complaint
+from train.prepare.judge import Complaint, set_aside, too_many
 from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
 from train.prepare.places import check_place
 from train.prepare.progress import bar, reading
 from train.prepare.records import RECORDS, REST_UNREAD, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
+from train.prepare.repeats import tell_unread_folders
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.unchanged import sources_mark
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_manifest, write_parquet, write_text
@@ -58,6 +59,7 @@ def run(settings: DatasetConfig) -> None:
     if before is not None:
         print("ingest: the sources are as they were, nothing to do")
         _say(json.loads((dataset / "dataset.json").read_text()).get("remarks", []))
+        tell_unread_folders(settings)
         report_and_judge(settings, "ingest", *before)
         return
     # Every process does the whole, with equal results: none waits for another that may never come.
@@ -74,6 +76,7 @@ def run(settings: DatasetConfig) -> None:
     merge_quarantine(dataset)
     _write_facts(dataset, settings, len(order), repeated, refused, said)
     write_text(step.folder / _MARK, json.dumps({"mark": mark, "units": names}, indent=1) + "\n")
+    tell_unread_folders(settings)
     report_and_judge(settings, "ingest", len(order), refused)
 
 
@@ -121,13 +124,15 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
             ExitCode.MISMATCH,
             f"{step}: {len(cut)} of the files could not be read to the end: mend or remove; the first: {cut[0].message}",
         )
-    if errors and len(errors) > settings.max_quarantine_fraction * total:
+    if too_many(len(errors), total, settings.max_quarantine_fraction):
         first = "; ".join(f"{entry.key}: {entry.reason}: {entry.message}" for entry in errors[:3])
         raise Complaint(
             ExitCode.MISMATCH,
             f"{step}: {len(errors)} of {total} records are in quarantine, more than max_quarantine_fraction "
             f"{settings.max_quarantine_fraction}: see quarantine.parquet; the first: {first}",
         )
+    if errors:
+        print(f"{step}: {set_aside(errors, dataset_dir(settings))}")
 
 
 def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:

@@ -21,7 +21,8 @@ from train.prepare.pictures import Look, file_stamp, probe_one
 from train.prepare.pool import Lost, Pool
 from train.prepare.progress import bar
 from train.prepare.records import PROBE, Quarantine
-from train.prepare.settings import DatasetConfig, ExcludeConfig, SourceConfig, dataset_dir
+from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
+from train.prepare.tagmatch import GROUP_COLUMNS, occurring, record_lists, tagged
 from train.prepare.units import Step, config_id, cut, merge_quarantine, read_table, row_hash, run_units, stream_table
 
 PROBE_VERSION = 1
@@ -30,7 +31,6 @@ _COLUMNS = [
     "key", "source", "source_id", "uri", "member", "file_ext", "md5", "width", "height", "is_deleted", "is_banned",
     "hard_exclusion", "raw_hash",
 ]  # fmt: skip
-_TAG_COLUMNS = ["tags_general", "tags_character", "tags_copyright", "tags_artist", "tags_meta", "tags_species"]
 Row = dict[str, Any]
 
 
@@ -65,29 +65,34 @@ def ok_files(settings: DatasetConfig, columns: Sequence[str]) -> pa.Table:
 
 def _wanted(settings: DatasetConfig) -> pa.Table:
     """Records that are not hard-excluded, with the reason of `exclude` that leaves a record out."""
-    columns = _COLUMNS + (_TAG_COLUMNS if settings.exclude.tags else [])
-    parts = []
+    unwanted = settings.exclude.tags
+    columns = _COLUMNS + ([*GROUP_COLUMNS, "caption"] if unwanted else [])
+    parts, met = [], set[str]()
     for table in stream_table(dataset_dir(settings), "records", columns):
-        kept = table.filter(pc.is_null(table.column("hard_exclusion")))
-        reasons = [_left_out(row, settings.exclude) for row in _columns(kept, *columns)]
-        kept = kept.select(_COLUMNS).append_column("left_out", pa.array(reasons, pa.string()))
-        parts.append(kept)
+        kept = table.filter(pc.is_null(table.column("hard_exclusion"))).combine_chunks()
+        reasons = pa.nulls(len(kept), pa.string())
+        if unwanted:
+            lists = record_lists(kept, "tags")
+            hits = tagged(lists, unwanted)
+            reasons = pa.array([f"excluded_tag:{tag}" for tag in unwanted]).take(pa.array(hits, mask=hits < 0))
+            met |= occurring(lists, unwanted)
+        for column, wanted, reason in (("is_banned", settings.exclude.banned, "banned_post"),
+                                       ("is_deleted", settings.exclude.deleted, "deleted_post")):  # fmt: skip
+            if wanted:
+                reasons = pc.if_else(kept.column(column), reason, reasons)
+        parts.append(kept.select(_COLUMNS).append_column("left_out", reasons))
+    later = ""
+    if settings.tag.source != "none":
+        later = "; what the step tag finds comes later: name it in select.<stage>.where, `tags has_none [...]`"
+    for tag in unwanted:
+        if tag not in met:
+            print(f"probe: exclude.tags: no picture has {tag!r}{later}")
     return pa.concat_tables(parts)
 
 
 def _columns(table: pa.Table, *names: str) -> Iterator[Row]:
     for values in zip(*(table.column(name).to_pylist() for name in names), strict=True):
         yield dict(zip(names, values, strict=True))
-
-
-def _left_out(record: Row, exclude: ExcludeConfig) -> str | None:
-    if record["is_deleted"] and exclude.deleted:
-        return "deleted_post"
-    if record["is_banned"] and exclude.banned:
-        return "banned_post"
-    unwanted = set(exclude.tags)
-    hit = next((tag for name in _TAG_COLUMNS if unwanted for tag in record[name] if tag in unwanted), None)
-    return f"excluded_tag:{hit}" if hit is not None else None
 
 
 def _probe(

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from train.captions import DrawOptions, draw, render
 from train.exits import ExitCode
 from train.prepare.facts import between
-from train.prepare.judge import Complaint
+from train.prepare.judge import Complaint, too_many
 from train.prepare.peers import Peers
 from train.prepare.pictures import Look, Thumb, thumbnail
 from train.prepare.pool import Pool
@@ -58,39 +58,43 @@ def checks(settings: DatasetConfig, facts: Facts) -> list[Facts]:
     """Every limit with the value found."""
     limits = settings.report.fail_if
     captions, records = facts["captions"], max(facts["counts"]["records"], 1)
-    tokens = captions["tokens"]
-    over_225 = tokens["over_225"] / tokens["rows"] if tokens else 0.0
-    found = [
-        ("hard_excluded", captions["hard_excluded"], "hard-excluded rows in a selection"),
-        ("quarantine_errors", facts["quarantine"]["errors"] / records, "share of records that are broken"),
-        ("missing_rating", _missing_rating(settings), "share without rating, in sources that carry ratings"),
-        ("over_225_tokens", over_225, "share of captions over 225 tokens"),
-        ("empty_captions", captions["empty"] / max(captions["rows"], 1), "share of empty captions"),
-        ("masterpiece", _masterpiece(settings, facts), "largest share of masterpiece within a rating"),
-        ("unreadable_latents", facts["latents"]["unreadable"], "index rows without readable latent"),
+    tokens = captions["tokens"] or {"over_225": 0, "rows": 0}
+    found: list[tuple[str, float, int | None, str]] = [  # name, count, of how many (None: no share), what it is
+        ("hard_excluded", captions["hard_excluded"], None, "hard-excluded rows in a selection"),
+        ("quarantine_errors", facts["quarantine"]["errors"], records, "share of records that are broken"),
+        ("missing_rating", *_missing_rating(settings), "share without rating, in sources that carry ratings"),
+        ("over_225_tokens", tokens["over_225"], tokens["rows"], "share of captions over 225 tokens"),
+        ("empty_captions", captions["empty"], captions["rows"], "share of empty captions"),
+        ("masterpiece", *_masterpiece(settings, facts), "largest share of masterpiece within a rating"),
+        ("unreadable_latents", facts["latents"]["unreadable"], None, "index rows without readable latent"),
     ]
-    return [
-        {"name": name, "value": round(value, 6), "limit": getattr(limits, name), "what": what,
-         "ok": value <= getattr(limits, name)}
-        for name, value, what in found
-    ]  # fmt: skip
+    return [_check(name, count, total, getattr(limits, name), what) for name, count, total, what in found]
 
 
-def _missing_rating(settings: DatasetConfig) -> float:
+def _check(name: str, count: float, total: int | None, limit: float, what: str) -> Facts:
+    value = round(count / max(total or 1, 1), 6)
+    ok = count <= limit if total is None else not too_many(count, total, limit)
+    if ok and value > limit:
+        what += f", {number(count)} of {total} here: too few to judge by"
+    return {"name": name, "value": value, "limit": limit, "what": what, "ok": ok}
+
+
+def _missing_rating(settings: DatasetConfig) -> tuple[int, int]:
+    """(records without rating, all records) of the sources that carry ratings."""
     records = read_table(dataset_dir(settings), "records", ["source", "rating"])
     rated = pc.is_valid(records.column("rating"))
     carrying = pc.unique(records.column("source").filter(rated))
-    rows = pc.is_in(records.column("source"), value_set=carrying)
-    total = pc.sum(rows).as_py() or 0
-    return 1 - (pc.sum(rated).as_py() or 0) / total if total else 0.0
+    rows = pc.sum(pc.is_in(records.column("source"), value_set=carrying)).as_py() or 0
+    return rows - (pc.sum(rated).as_py() or 0), rows
 
 
-def _masterpiece(settings: DatasetConfig, facts: Facts) -> float:
+def _masterpiece(settings: DatasetConfig, facts: Facts) -> tuple[int, int]:
+    """(masterpieces, all) of the rating with the largest share of them."""
     crossed = facts["balance"]["all sound files"]["quality_by_rating"]
     sums = {rating: sum(words.values()) for rating, words in crossed.items()}
     least = settings.policy.quality.min_group
-    shares = [words["masterpiece"] / sums[rating] for rating, words in crossed.items() if sums[rating] >= least]
-    return max(shares, default=0.0)
+    counts = [(words["masterpiece"], sums[rating]) for rating, words in crossed.items() if sums[rating] >= least]
+    return max(counts, key=lambda pair: pair[0] / max(pair[1], 1), default=(0, 1))
 
 
 def _samples(settings: DatasetConfig) -> list[Facts]:

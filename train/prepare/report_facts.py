@@ -25,7 +25,7 @@ from train.prepare.probe import ok_files
 from train.prepare.progress import bar
 from train.prepare.records import INDEX
 from train.prepare.report_captions import caption_facts
-from train.prepare.select import selection_counts, selection_merges, selection_path
+from train.prepare.select import all_notes, selection_counts, selection_merges, selection_path, selection_visits
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.units import has_table, read_table, stream_table
 
@@ -93,6 +93,8 @@ def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
         "by_source": dict(sorted(found.items())),
         "assume_rating": {source.name: source.assume_rating for source in settings.sources if source.assume_rating},
         "select": {stage: selection_counts(dataset, stage) for stage in settings.select},
+        "visits": {stage: selection_visits(dataset, stage) for stage in settings.select},
+        "notes": all_notes(dataset, settings.select),
         "index_rows": len(index),
         "index_images": len(pc.unique(index.column("key"))),
     }

@@ -164,6 +164,8 @@ def _counts(facts: Facts) -> str:
         rows = [(name, count, count - previous) for (name, count), previous in zip(steps, before, strict=False)]
         parts.append(f"<h3>{escape(stage)}: images left after each filter</h3>")
         parts.append(table(["filter", "left", "change"], rows))
+        parts.append(f"<p>{counted(counts['visits'][stage], 'visit', 'visits')} an epoch, with repeats.</p>")
+    parts += [f'<p class="bad">{escape(note)}</p>' for note in counts["notes"]]
     parts.append("<h3>Hard exclusions</h3>")
     rows = [(rule, word, n) for rule, words in facts["hard_exclusions"].items() for word, n in words.items()]
     parts.append(table(["rule", "word", "records"], rows))

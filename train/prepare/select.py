@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,12 +24,14 @@ from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
 from train.plan import merge_small_buckets
 from train.prepare.candidates import Candidates
+from train.prepare.filters import by_quota, capped, where
 from train.prepare.judge import Complaint, judge
 from train.prepare.peers import Peers
-from train.prepare.predicates import holds, parse
+from train.prepare.predicates import parse
 from train.prepare.progress import bar
 from train.prepare.records import SELECT, Quarantine, quarantine_table
-from train.prepare.settings import DatasetConfig, QuotaConfig, SelectConfig, dataset_dir
+from train.prepare.settingrules import MAX_REPEATS
+from train.prepare.settings import DatasetConfig, SelectConfig, dataset_dir
 from train.prepare.units import (
     Step,
     config_id,
@@ -70,14 +71,15 @@ def run(settings: DatasetConfig) -> None:
         for stage in settings.select
     }
     for stage, counts in told.items():
-        print(f"select {stage}: {counts}")
+        print(f"select {stage}: {counts}; {selection_visits(dataset, stage)} visits an epoch")
+    for note in all_notes(dataset, told):
+        print(note)
     merge_quarantine(dataset)
     judge(settings, "select")
     empty = [stage for stage in told if pq.read_metadata(selection_path(dataset, stage)).num_rows == 0]
     if empty:  # the other stages can be trained all the same
-        raise Complaint(
-            ExitCode.MISMATCH, "; ".join(f"select.{stage} leaves no image: {told[stage]}" for stage in empty)
-        )
+        why = [f"select.{stage} leaves no image: {told[stage]}" for stage in empty]
+        raise Complaint(ExitCode.MISMATCH, "; ".join([*why, *all_notes(dataset, empty)]))
 
 
 def selection_path(dataset: Path, stage: str) -> Path:
@@ -97,15 +99,34 @@ def selection_merges(dataset: Path, stage: str) -> dict[str, str]:
     return dict(json.loads(metadata[b"merged"]))
 
 
+def all_notes(dataset: Path, stages: Iterable[str]) -> list[str]:
+    """What was to be said of filters that do nothing, once for all stages that it holds for."""
+    found: dict[str, list[str]] = {}
+    for stage in stages:
+        stored = pq.read_metadata(selection_path(dataset, stage)).metadata.get(b"notes", b"[]")
+        for note in json.loads(stored):
+            found.setdefault(note, []).append(stage)
+    return [f"select.{', '.join(names)}: {note}" for note, names in found.items()]
+
+
+def selection_visits(dataset: Path, stage: str) -> int:
+    """How many pictures an epoch shows, each as often as it is repeated."""
+    column = pq.read_table(selection_path(dataset, stage), columns=["repeats"]).column("repeats")
+    return int(pc.sum(column.cast("int64")).as_py() or 0)
+
+
 def selection_mark(settings: DatasetConfig, stage: str) -> str:
     """Changes when anything does that decides the selection."""
     dataset = dataset_dir(settings)
     config = settings.select[stage]
     lists = [_keys(config.allow, f"select.{stage}.allow"), _keys(config.deny, f"select.{stage}.deny")]
+    # Only where a source says so: what was selected before there was such a key stays what it is.
+    repeats = {source.name: source.repeats for source in settings.sources if source.repeats != 1}
     return config_id(
         inputs=[table_fingerprint(dataset, table) for table in INPUTS], select=asdict(config), lists=lists,
         buckets=asdict(settings.buckets), seed=settings.seed, code=[SELECT_VERSION, EXCLUSIONS_VERSION],
         assume={source.name: source.assume_rating for source in settings.sources},
+        **({"repeats": repeats} if repeats else {}),
     )  # fmt: skip
 
 
@@ -140,36 +161,54 @@ def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: s
     kept = ~denied
     if config.deny:
         counts.append(("deny", int(kept.sum())))
-    for text in config.where:
-        predicate = parse(text)
-        kept &= holds(predicate, candidates.column(predicate.column)) | allowed
-        counts.append((predicate.text, int(kept.sum())))
+    visits = candidates.visits() * config.repeats
+    kept &= visits > 0
+    if not visits.all():
+        counts.append(("folders of 0 repeats", int(kept.sum())))
+    kept, filtered, notes = where(candidates, config, kept, allowed)
+    counts += filtered
     seed = settings.seed if config.seed is None else config.seed
     order = np.flatnonzero(kept)
     hashes = np.fromiter((row_hash(seed, key) for key in _texts(keys, order)), np.uint64, len(order))
     order = order[np.argsort(hashes, kind="stable")]  # equal hashes stay in the order of their keys
     for name, limit in config.caps.items():
-        order = _capped(order, candidates.values(name, order), limit)
-        counts.append((f"caps.{name}", len(order)))
+        order, found = capped(candidates, name, order, limit)
+        counts, notes = [*counts, (f"caps.{name}", len(order))], notes + found
     if config.quota is not None:
-        order = _by_quota(order, candidates.values(config.quota.by, order), config.quota)
-        counts.append(("quota", len(order)))
-    _write(settings, stage, candidates, np.sort(order), allowed, counts, mark)
+        order, found = by_quota(candidates, order, config.quota)
+        counts, notes = [*counts, ("quota", len(order))], notes + found
+    rows = np.sort(order)
+    _check_visits(stage, candidates, rows, visits[rows])
+    _write(settings, stage, candidates, rows, allowed, counts, mark, visits[rows], notes)
+
+
+def _check_visits(stage: str, candidates: Candidates, rows: Rows, visits: Rows) -> None:
+    """Halt(MISMATCH) naming a picture that would be visited more often than the table can say."""
+    if (visits > MAX_REPEATS).any():
+        first = int(np.argmax(visits))
+        key = candidates.keys[int(rows[first])].as_py()
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"select.{stage}.repeats x the source's repeats make {visits[first]} visits of {key}, {MAX_REPEATS} at most: "
+            "set one of them lower",
+        )
 
 
 def _write(
     settings: DatasetConfig, stage: str, candidates: Candidates, rows: Rows, allowed: Mask,
-    counts: list[tuple[str, int]], mark: str,
+    counts: list[tuple[str, int]], mark: str, repeats: Rows, notes: list[str],
 ) -> None:  # fmt: skip
     config = settings.select[stage]
     sizes = make_buckets(**asdict(settings.buckets))
     first = [sizes[i] for i in assign_many(candidates.widths[rows].tolist(), candidates.heights[rows].tolist(), sizes)]
-    visits = {size: number * config.repeats for size, number in Counter(first).items()}
+    visits = Counter[tuple[int, int]]()
+    for size, number in zip(first, repeats.tolist(), strict=True):
+        visits[size] += number
     final = merge_small_buckets(visits, config.min_bucket)
     table = pa.table(
         {
             "key": candidates.keys.take(pa.array(rows)),
-            "repeats": [config.repeats] * len(rows),
+            "repeats": repeats,
             "bucket_w": [final[size][0] for size in first],
             "bucket_h": [final[size][1] for size in first],
             "why": np.where(allowed[rows], "allow", "where" if config.where else "all"),
@@ -177,7 +216,7 @@ def _write(
         schema=SELECT,
     )
     merged = {f"{a[0]}x{a[1]}": f"{b[0]}x{b[1]}" for a, b in sorted(final.items()) if a != b}
-    metadata = {"mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged)}
+    metadata = {"mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged), "notes": json.dumps(notes)}
     write_parquet(selection_path(dataset_dir(settings), stage), table, metadata)
 
 
@@ -209,29 +248,6 @@ def _marked(wanted: list[str], candidates: Candidates, name: str) -> Mask:
     marked = np.zeros(len(candidates.keys), dtype=bool)
     marked[[row for row in at if row is not None]] = True
     return marked
-
-
-def _capped(order: Rows, values: Iterable[list[Any]], limit: int) -> Rows:
-    """Those whose every value has been taken fewer than `limit` times before."""
-    taken: Counter[Any] = Counter()
-    kept = []
-    for row, mine in zip(order.tolist(), values, strict=True):
-        if all(taken[value] < limit for value in mine):
-            taken.update(mine)
-            kept.append(row)
-    return np.array(kept, np.int64)
-
-
-def _by_quota(order: Rows, values: Iterable[list[Any]], quota: QuotaConfig) -> Rows:
-    """The first of each value up to its share of `total`, rounded down."""
-    left = {value: int(share * quota.total + 1e-9) for value, share in quota.shares.items()}
-    kept = []
-    for row, mine in zip(order.tolist(), values, strict=True):
-        value = str(mine[0]) if mine else ""
-        if left.get(value, 0) > 0:
-            left[value] -= 1
-            kept.append(row)
-    return np.array(kept, np.int64)
 
 
 def selects_of(config: SelectConfig) -> str:

@@ -27,6 +27,7 @@ def settings_problems(settings: DatasetConfig) -> list[str]:
         (not all(map(_is_name, stages)), f"select: {stages}: letters, digits, . - and _ only, they name files"),
         (not 0 < buckets.min_px <= buckets.max_px, "buckets.min_px must be above 0 and at most buckets.max_px"),
         (buckets.step_px <= 0 or buckets.step_px % 8 != 0, "buckets.step_px must be a multiple of 8"),
+        (not all(map(str.strip, settings.exclude.tags)), "exclude.tags holds an empty tag"),
         (not 0 <= settings.max_quarantine_fraction <= 1, "max_quarantine_fraction must be in [0, 1]"),
         (settings.workers < 0, "workers must be at least 0"),
         (not 0 <= settings.dedupe.phash_distance <= 4, "dedupe.phash_distance must be in 0..4"),
@@ -47,6 +48,8 @@ def settings_problems(settings: DatasetConfig) -> list[str]:
             found.append(f"sources[{number}].columns is needed by adapter table: our column: theirs")
         if source.npz_vae is not None and settings.latents.content != "sample":
             found.append(f"sources[{number}].npz_vae: .npz hold one draw, which needs latents.content: sample")
+        if source.repeats != "kohya" and not 1 <= source.repeats <= MAX_REPEATS:
+            found.append(f"sources[{number}].repeats must be in 1..{MAX_REPEATS}, or kohya")
     for stage, select in settings.select.items():
         if not 1 <= select.repeats <= MAX_REPEATS or select.min_bucket < 1:
             found.append(f"select.{stage}: repeats must be in 1..{MAX_REPEATS}, min_bucket at least 1")

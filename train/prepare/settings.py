@@ -139,7 +139,7 @@ class ExcludeConfig:
 
     deleted: bool = True
     banned: bool = True
-    tags: list[str] = field(default_factory=list)  # as in the source, underscored
+    tags: list[str] = field(default_factory=list)  # of posts and of captions; spaces and underscores are one
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ class LatentsConfig:
 
 @dataclass(frozen=True)
 class FailIfConfig:
-    """A larger share than this makes the report exit 7."""
+    """A larger share than this makes the report exit 7; `judge.too_many` says what that is in a small set."""
 
     hard_excluded: float = 0.0  # in any selection
     quarantine_errors: float = 0.02

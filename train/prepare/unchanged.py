@@ -30,7 +30,8 @@ def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[i
     sizes = []
     for source in sources:
         size, endings = 0, _READ.get(source.adapter, _JSON) if source.adapter != "sidecar" else (caption_ending(source),)
-        digest.update(repr(dataclasses.astuple(source)).encode("utf-8", "backslashreplace"))
+        read = dataclasses.replace(source, repeats=1)  # which only `select` looks at
+        digest.update(repr(dataclasses.astuple(read)).encode("utf-8", "backslashreplace"))
         for place in dict.fromkeys(filter(None, (source.path, source.images, source.dictionary))):
             for line, count in _listing(Path(place), source.follow_links):
                 digest.update(line.encode("utf-8", "surrogateescape"))

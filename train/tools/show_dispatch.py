@@ -30,6 +30,10 @@ def report_of(a: argparse.Namespace) -> dict[str, Any]:
             from train.tools import show_dataset
 
             return show_dataset.report(a.path)
+        case "quarantine":
+            from train.tools import show_quarantine
+
+            return show_quarantine.report(a.path, a.step, a.reason)
         case "checkpoint":
             from train.tools import show_run
 
