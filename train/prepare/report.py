@@ -67,6 +67,8 @@ def checks(settings: DatasetConfig, facts: Facts) -> list[Facts]:
         ("over_225_tokens", over_225, "share of captions over 225 tokens"),
         ("empty_captions", captions["empty"] / max(captions["rows"], 1), "share of empty captions"),
         ("masterpiece", _masterpiece(settings, facts), "largest share of masterpiece within a rating"),
+        ("crop_loss", max((stage["crop_loss"]["mean"] for stage in facts["buckets"].values()), default=0.0),
+         "largest mean share of a selection's area that the crop cuts away"),
         ("unreadable_latents", facts["latents"]["unreadable"], "index rows without readable latent"),
     ]
     return [

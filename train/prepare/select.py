@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.buckets import assign_many, make_buckets
+from train.buckets import make_buckets
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
-from train.plan import merge_small_buckets
 from train.prepare.candidates import Candidates
 from train.prepare.judge import Complaint, judge
+from train.prepare.merging import Cost, merge, told
 from train.prepare.peers import Peers
 from train.prepare.predicates import holds, parse
 from train.prepare.progress import bar
@@ -41,7 +41,7 @@ from train.prepare.units import (
     write_parquet,
 )
 
-SELECT_VERSION = 1
+SELECT_VERSION = 2
 INPUTS = ("records", "probe", "dupes", "labels", "aesthetic")
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
@@ -65,18 +65,21 @@ def run(settings: DatasetConfig) -> None:
                         candidates = candidates or _candidates(settings)
                         _select(settings, stage, candidates, mark)
                     shown.update()
-    told = {
+    filters = {
         stage: ", ".join(f"{name} {count}" for name, count in selection_counts(dataset, stage))
         for stage in settings.select
     }
-    for stage, counts in told.items():
+    for stage, counts in filters.items():
         print(f"select {stage}: {counts}")
+        config, cost = settings.select[stage], selection_cost(dataset, stage)
+        if cost is not None and (line := told(cost, config.min_bucket, config.merge_crop)):
+            print(f"select {stage}: {line}")
     merge_quarantine(dataset)
     judge(settings, "select")
-    empty = [stage for stage in told if pq.read_metadata(selection_path(dataset, stage)).num_rows == 0]
+    empty = [stage for stage in filters if pq.read_metadata(selection_path(dataset, stage)).num_rows == 0]
     if empty:  # the other stages can be trained all the same
         raise Complaint(
-            ExitCode.MISMATCH, "; ".join(f"select.{stage} leaves no image: {told[stage]}" for stage in empty)
+            ExitCode.MISMATCH, "; ".join(f"select.{stage} leaves no image: {filters[stage]}" for stage in empty)
         )
 
 
@@ -95,6 +98,12 @@ def selection_merges(dataset: Path, stage: str) -> dict[str, str]:
     """Buckets of a stage that were too small, and what they were merged into."""
     metadata = pq.read_metadata(selection_path(dataset, stage)).metadata
     return dict(json.loads(metadata[b"merged"]))
+
+
+def selection_cost(dataset: Path, stage: str) -> Cost | None:
+    """What merging cost the pictures of a stage; None where it is not written down, in older tables."""
+    stored = pq.read_metadata(selection_path(dataset, stage)).metadata.get(b"merging")
+    return Cost(**json.loads(stored)) if stored else None
 
 
 def selection_mark(settings: DatasetConfig, stage: str) -> str:
@@ -162,22 +171,23 @@ def _write(
     counts: list[tuple[str, int]], mark: str,
 ) -> None:  # fmt: skip
     config = settings.select[stage]
-    sizes = make_buckets(**asdict(settings.buckets))
-    first = [sizes[i] for i in assign_many(candidates.widths[rows].tolist(), candidates.heights[rows].tolist(), sizes)]
-    visits = {size: number * config.repeats for size, number in Counter(first).items()}
-    final = merge_small_buckets(visits, config.min_bucket)
+    repeats = [config.repeats] * len(rows)
+    buckets, into, cost = merge(
+        candidates.widths[rows].tolist(), candidates.heights[rows].tolist(), repeats,
+        make_buckets(**asdict(settings.buckets)), least=config.min_bucket, crop=config.merge_crop,
+    )  # fmt: skip
     table = pa.table(
         {
             "key": candidates.keys.take(pa.array(rows)),
-            "repeats": [config.repeats] * len(rows),
-            "bucket_w": [final[size][0] for size in first],
-            "bucket_h": [final[size][1] for size in first],
+            "repeats": repeats,
+            "bucket_w": [width for width, _ in buckets],
+            "bucket_h": [height for _, height in buckets],
             "why": np.where(allowed[rows], "allow", "where" if config.where else "all"),
         },
         schema=SELECT,
     )
-    merged = {f"{a[0]}x{a[1]}": f"{b[0]}x{b[1]}" for a, b in sorted(final.items()) if a != b}
-    metadata = {"mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged)}
+    merged = {f"{a[0]}x{a[1]}": f"{b[0]}x{b[1]}" for a, b in into.items()}
+    metadata = {"mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged), "merging": json.dumps(asdict(cost))}
     write_parquet(selection_path(dataset_dir(settings), stage), table, metadata)
 
 
