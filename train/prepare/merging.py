@@ -82,7 +82,7 @@ def told(cost: Cost, least: int, crop: float) -> str:
     parts = []
     if cost.moved:
         parts.append(
-            f"{cost.moved} of {cost.pictures} pictures moved from buckets of fewer than {least} (min_bucket) into one of like "
+            f"{cost.moved} of {cost.pictures} pictures moved from buckets of fewer than {least} (min_bucket) into the one of nearest "
             f"shape, which cuts {100 * cost.mean:.1f} % more of their area on average, {100 * cost.worst:.1f} % at most "
             f"(merge_crop {crop:g})"
         )

@@ -239,7 +239,7 @@ class FailIfConfig:
     empty_captions: float = 0.01
     masterpiece: float = 0.25  # within a rating of at least quality.min_group rows
     unreadable_latents: float = 0.0
-    crop_loss: float = 0.15  # mean share of the area lost to the crop, in any selection
+    crop_loss: float = 0.15  # mean share of a selection's area that the crop takes: 0.028 in the recipe's buckets + merge_crop
 
 
 @dataclass(frozen=True)
