@@ -92,25 +92,29 @@ def make_plan(index: Index, config: StageConfig) -> Plan:
 
 
 def short_tiles_note(config: StageConfig, plan: Plan) -> str | None:
-    """What the start and the planner say of buckets smaller than a tile; None where there is none.
+    """What the start and the planner say of buckets smaller than a tile; None where there is nothing to say.
 
     loss.average: images weighs every image of an update alike, so their size shows only where an update is one tile.
     """
+    micro, largest = config.batch.micro, max(plan.largest_tiles.values())
+    small = {size: count for size, count in plan.largest_tiles.items() if count < micro}
+    names = ", ".join(f"{w}x{h}: {count}" for (w, h), count in small.items())
+    if small and config.batch.remainder == "drop":
+        return f"batch.remainder: drop never trains the {sum(small.values())} images of buckets smaller than batch.micro ({names})"
     if not (short := plan.short_buckets):
         return None
-    micro = config.batch.micro
-    names = ", ".join(f"{w}x{h}: {count}" for (w, h), count in short.items())
     note = (
         f"{len(short)} of {len(plan.buckets)} buckets hold fewer images than a tile, {micro} (batch.micro), and make one "
         f"short tile an epoch ({names})"
     )
     alone = config.tiles_per_update == 1
-    if not alone and config.loss.average == "images":
+    weights = sorted({largest / count for count in short.values() if count < largest})
+    if not weights or (not alone and config.loss.average == "images"):
         return note
-    least, most = (micro / count for count in (max(short.values()), min(short.values())))
-    times = f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
+    times = " to ".join(f"{weight:.3g}" for weight in dict.fromkeys((weights[0], weights[-1])))
     why = "an update is one tile and averages over its images" if alone else "loss.average: micro_batches"
-    return f"{note}: {why}, so a picture in them weighs {times} times as much as one in a full tile"
+    than = "a full tile" if largest == micro else f"the largest, of {largest}"
+    return f"{note}: {why}, so a picture in a smaller one weighs {times} times as much as one in {than}"
 
 
 def refuse_missing_shards(folder: str, shards: Iterable[str]) -> None:

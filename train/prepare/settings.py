@@ -210,8 +210,8 @@ class SelectConfig:
     quota: QuotaConfig | None = None
     repeats: int = 1
     seed: int | None = None  # null = the dataset's
-    min_bucket: int = 16  # smaller buckets are merged into one of like shape; the stage's micro-batch
-    merge_crop: float = 0.125  # most of its area that a picture may lose by that
+    min_bucket: int = 16  # smaller buckets are merged into one of like shape, or stay; the stage's micro-batch
+    merge_crop: float = 0.125  # most of its area that a picture may lose by that; 0 = nothing, 1 = always the nearest shape
 
 
 @dataclass(frozen=True)
