@@ -59,6 +59,7 @@ def checks(settings: DatasetConfig, facts: Facts) -> list[Facts]:
     limits = settings.report.fail_if
     captions, records = facts["captions"], max(facts["counts"]["records"], 1)
     tokens = captions["tokens"] or {"over_225": 0, "rows": 0}
+    crop = max((stage["crop_loss"]["mean"] for stage in facts["buckets"].values()), default=0.0)
     found: list[tuple[str, float, int | None, str]] = [  # name, count, of how many (None: no share), what it is
         ("hard_excluded", captions["hard_excluded"], None, "hard-excluded rows in a selection"),
         ("quarantine_errors", facts["quarantine"]["errors"], records, "share of records that are broken"),
@@ -66,6 +67,7 @@ def checks(settings: DatasetConfig, facts: Facts) -> list[Facts]:
         ("over_225_tokens", tokens["over_225"], tokens["rows"], "share of captions over 225 tokens"),
         ("empty_captions", captions["empty"], captions["rows"], "share of empty captions"),
         ("masterpiece", *_masterpiece(settings, facts), "largest share of masterpiece within a rating"),
+        ("crop_loss", crop, None, "largest mean share of a selection's area that the crop cuts away"),
         ("unreadable_latents", facts["latents"]["unreadable"], None, "index rows without readable latent"),
     ]
     return [_check(name, count, total, getattr(limits, name), what) for name, count, total, what in found]
