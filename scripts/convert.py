@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Diffusers folder <-> single file, bit for bit; sd-scripts TOML -> stage YAML. IN decides the direction."""
+"""Diffusers folder <-> single file, bit for bit; sd-scripts TOML -> stage YAML, dataset YAML. IN decides which."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from train.exits import ExitCode, Halt, run_cli
 def main() -> int:
     """Parse, convert, say what was written."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", metavar="IN", type=Path, help="diffusers folder, .safetensors file, or .toml")
+    parser.add_argument("source", metavar="IN", type=Path, help="diffusers folder, .safetensors file, .toml or .json")
     parser.add_argument("out", metavar="OUT", type=Path, help="what to write; nothing is written over")
     parser.add_argument(
         "--tokenizers",
@@ -27,10 +27,10 @@ def main() -> int:
     arguments = parser.parse_args()
     source, out = arguments.source, arguments.out
 
-    if source.suffix == ".toml":
+    if source.suffix.lower() in (".toml", ".json"):
         from train.tools.convert_toml import convert_file
 
-        refuse_options(arguments, "a TOML", "processes")
+        refuse_options(arguments, "a config", "processes")
         for line in convert_file(source, out, 1 if arguments.processes is None else arguments.processes):
             print(line)
     elif source.is_dir():

@@ -9,21 +9,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import synthetic
 import tinysdxl
 import torch
 from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from train import checkpoint, export, handoff, hub, inference, modelfolder, rundir, sdxl, singlefile
+from train import checkpoint, export, hub, inference, modelfolder, rundir, sdxl, singlefile
 from train.checkpoint import Progress
-from train.config import CheckpointConfig, ExportConfig, ModelConfig, load_stage
+from train.config import CheckpointConfig, ExportConfig, ModelConfig
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel
 from train.resume import Expectations
@@ -401,27 +399,6 @@ def test_a_licence_in_prose_is_not_a_declaration(base: Path, tmp_path: Path) -> 
     for text, license in (("# a model\nlicense: as I said\n", None), ("---\r\nlicense: mit\r\n---\r\n", "mit")):
         (model / "README.md").write_text(text)
         assert hub.resolve(ModelConfig(init_from=str(model))).license == license
-
-
-def test_v_prediction_is_told_to_every_reader(base: Path, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    source = hub.resolve(ModelConfig(init_from=str(base)))
-    with_v = export._with_prediction(source, "v", True)["scheduler"]
-    assert (with_v["prediction_type"], with_v["rescale_betas_zero_snr"]) == ("v_prediction", True)
-    record = {"stage": "x", "date": "2026-01-01", "license": "CC0"}
-    told = export.metadata_of(record, ExportConfig(), "v", (200, 900))
-    assert (told["modelspec.prediction_type"], told["modelspec.timestep_range"]) == ("v", "200,900")
-    configs = {**source.configs, "scheduler": with_v}
-    assert "rescale_betas_zero_snr" not in export._with_prediction(replace(source, configs=configs), "v", False)["scheduler"]
-
-
-def test_another_prediction_than_the_parents_is_warned_of(
-    base: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    for prediction, words in (("v", "predicts epsilon, loss.prediction is v"), ("epsilon", "")):
-        yaml = synthetic.stage_yaml(tmp_path / "s.yaml", data=dataset, model=base, output=tmp_path / "run")
-        handoff.open_source(load_stage([yaml], [f"loss.prediction={prediction}"]), with_vae=False)
-        assert words in caplog.text and bool(caplog.records) == bool(words)
-        caplog.clear()
 
 
 def test_tokenizers_must_be_there(base: Path, tmp_path: Path) -> None:

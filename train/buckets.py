@@ -118,6 +118,17 @@ def crop_condition(
     return int((bucket_h - inside_h) // 2), int((bucket_w - inside_w) // 2)
 
 
+def square_of(buckets: Sequence[Size]) -> int:
+    """Side in px of the square that stands for what was trained: its largest square, else one of its largest area.
+
+    SDXL's table gives 1024, whichever of its buckets hold images; sides in between are rounded to the table's step.
+    """
+    area_px = max(w * h for w, h in buckets)
+    squares = [w for w, h in buckets if w == h and w * h > area_px / 2]  # a smaller one is of another resolution
+    step_px = math.gcd(64, *(side for bucket in buckets for side in bucket))
+    return max(squares, default=max(round(math.sqrt(area_px) / step_px), 1) * step_px)
+
+
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise ValueError(f"image size {width}x{height} is not positive")

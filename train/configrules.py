@@ -76,6 +76,9 @@ def _cross_problems(config: StageConfig) -> list[str]:
         (not 0 <= low < high <= 1000, f"noise.timesteps is [{low}, {high}], must satisfy 0 <= low < high <= 1000"),
         (config.noise.zero_terminal_snr and config.loss.prediction != "v",
          "noise.zero_terminal_snr needs loss.prediction: v (epsilon carries no signal at snr 0)"),
+        (config.loss.min_snr_gamma is not None and config.noise.zero_terminal_snr,
+         "loss.min_snr_gamma gives the terminal step weight 0 with noise.zero_terminal_snr, so that it is never learnt: "
+         "remove one"),
         (config.loss.min_snr_gamma is not None and config.loss.debiased,
          "loss.min_snr_gamma and loss.debiased are two weightings: choose one"),
         (optimizer.relative_step, "optimizer.relative_step: true discards the learning rate; leave it false"),

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from train import faults, modelfolder, singlefile, weightfile
+from train import faults, modelfolder, sdxl, singlefile, weightfile
 from train.config import ExportConfig
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel, file_sha256, model_sha256
@@ -81,7 +81,11 @@ def code_revision() -> str:
 
 
 def metadata_of(
-    record: Mapping[str, Any], settings: ExportConfig, prediction: str, timesteps: tuple[int, int]
+    record: Mapping[str, Any],
+    settings: ExportConfig,
+    prediction: str,
+    timesteps: tuple[int, int],
+    side_px: int = 1024,
 ) -> dict[str, str]:
     """`__metadata__` of the single file: the modelspec fields and our training record."""
     fields = {
@@ -89,7 +93,7 @@ def metadata_of(
         "modelspec.architecture": "stable-diffusion-xl-v1-base",
         "modelspec.implementation": _SPEC,
         "modelspec.title": mask_settings(settings.title or str(record["stage"])),
-        "modelspec.resolution": "1024x1024",
+        "modelspec.resolution": f"{side_px}x{side_px}",
         "modelspec.date": str(record["date"]),
         "modelspec.prediction_type": "v" if prediction == "v" else "epsilon",
         "modelspec.timestep_range": f"{timesteps[0]},{timesteps[1]}",
@@ -125,10 +129,11 @@ def lineage_record(
     weights_sha256: str,
     conditioning: Mapping[str, Any],
     accepted: Sequence[str] = (),
+    conversion: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Who made these weights from what. `ancestors` carries the records of the stages before; `conditioning` is what
     inference must share with the training, because a file that was moved has no config beside it; `accepted` is what
-    `resume.accept` let change under way."""
+    `resume.accept` let change under way, `conversion` what was taught anew."""
     parent = source.lineage or {}
     stated = {key: value for key, value in parent.items() if key != "ancestors"}
     older = parent.get("ancestors")  # from a file that anybody may have written
@@ -150,6 +155,7 @@ def lineage_record(
         "weights_sha256": weights_sha256,
         **({"vae_sha256": source.vae_sha256} if source.vae_sha256 else {}),
         "conditioning": dict(conditioning),
+        **({"conversion": dict(conversion)} if conversion else {}),
         **({"accepted": [_without_home(mask_settings(text)) for text in accepted]} if accepted else {}),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ancestors": [*(older if isinstance(older, list) else []), stated] if stated else [],
@@ -166,19 +172,29 @@ def export_stage(
     prediction: str = "epsilon",
     zero_terminal_snr: bool = False,
     timesteps: tuple[int, int] = (0, 1000),
+    side_px: int | None = None,
     average: Path | None = None,
     poll: Callable[[], None] = lambda: None,
 ) -> None:
     """Write `model/`, `<stage>.safetensors`, `lineage.json`, and with EMA `<stage>-ema.safetensors`.
 
-    `trained` is the final checkpoint's model.safetensors, `average` its ema.safetensors. Repeatable: what an
+    `trained` is the final checkpoint's model.safetensors, `average` its ema.safetensors; `side_px` is the side of the
+    square that was trained (null = as the parent says), which diffusers draws where a call names no size. Repeatable: what an
     interrupted export left is replaced. `poll` is called between pieces of tensors and may raise. Raises Halt(CANNOT_WRITE), or Halt(MISMATCH) when a file reads back wrong.
     """
     faults.at("export")
     dtype, stage = DTYPES[settings.dtype], str(record["stage"])
-    metadata = metadata_of(record, settings, prediction, timesteps)
+    factor = sdxl.vae_factor(source.configs["vae"])
+    side_px = side_px or int(source.configs["unet"].get("sample_size") or 1024 // factor) * factor
+    metadata = metadata_of(record, settings, prediction, timesteps, side_px)
     weights = _polled({**source.weights, **weightfile.open_file(trained).blobs}, poll)
-    configs = _with_prediction(source, prediction, zero_terminal_snr)
+    configs = {
+        **source.configs,
+        "unet": sdxl.drawn_at(source.configs["unet"], side_px, factor),
+        "scheduler": sdxl.told_scheduler(
+            source.configs["scheduler"], v=prediction == "v", zero_terminal_snr=zero_terminal_snr
+        ),
+    }
     folder = run_path / "model"
     if folder.exists():
         shutil.rmtree(folder)
@@ -221,16 +237,6 @@ def _without_home(text: str) -> str:
     """No user's name in what is passed on."""
     home = str(Path.home())
     return text.replace(home, "~") if len(home) > 1 else text
-
-
-def _with_prediction(source: LocalModel, prediction: str, zero_terminal_snr: bool) -> dict[str, Mapping[str, Any]]:
-    """The configs with the scheduler told what the network predicts."""
-    scheduler = dict(source.configs["scheduler"])
-    scheduler["prediction_type"] = "v_prediction" if prediction == "v" else "epsilon"
-    scheduler.pop("rescale_betas_zero_snr", None)  # the parent's schedule need not be the one trained with
-    if zero_terminal_snr:
-        scheduler["rescale_betas_zero_snr"] = True
-    return {**source.configs, "scheduler": scheduler}
 
 
 def _write_single(

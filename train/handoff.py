@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 
-from train import checkpoint, export, faults, hub, models
+from train import buckets, checkpoint, export, faults, hub, models, objective
 from train.config import StageConfig, config_hash
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel
@@ -20,14 +21,10 @@ def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Com
     faults.at("handoff")
     source = hub.resolve(config.model)
     refuse_source(config, source)
-    predicts = str(source.configs["scheduler"].get("prediction_type", "epsilon"))
-    if predicts.startswith("v") != (config.loss.prediction == "v"):
-        log.warning(
-            "%s predicts %s, loss.prediction is %s: it will be taught anew",
-            source.path,
-            predicts,
-            config.loss.prediction,
-        )
+    objective.conversion(config, source)
+    note = objective.unstated(config, source)
+    if note and os.environ.get("RANK", "0") == "0":
+        log.info("%s", note)
     export.license_of(config.export, source)
     return source, models.build(source, with_vae=with_vae)
 
@@ -63,6 +60,7 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
             "pooled_projection": config.model.pooled_projection,
         },
         accepted=session.state(session)["accepted"],
+        conversion=objective.conversion(config, source),
     )
     export.export_stage(
         run.path,
@@ -73,6 +71,7 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
         prediction=config.loss.prediction,
         zero_terminal_snr=config.noise.zero_terminal_snr,
         timesteps=config.noise.timesteps,
+        side_px=buckets.square_of(session.plan.buckets),
         average=final.path / "ema.safetensors" if "ema" in final.groups else None,
         poll=poll,
     )

@@ -177,15 +177,18 @@ def denoise(
 
 
 def noise_levels(steps: int, *, zero_terminal_snr: bool = False) -> tuple[list[float], list[float]]:
-    """(steps + 1 noise levels, falling, the last 0; steps timesteps from 999 to 0).
+    """(steps + 1 noise levels, falling, the last 0; steps timesteps from 999 on).
 
-    sigma = sqrt((1 - a) / a) at timesteps spread evenly over the trained range, as A1111's Euler a does. (The
-    "leading" spacing in SDXL's folders starts at 946 with 28 steps and never shows the network pure noise.)
+    sigma = sqrt((1 - a) / a) at timesteps spread evenly over the trained range down to 0, as A1111's Euler a does. (The
+    "leading" spacing in SDXL's folders starts at 946 with 28 steps and never shows the network pure noise.) With zero
+    terminal snr they are those of the "trailing" spacing that our exports name: 999, then every 1000/steps.
     """
     alphas = alphas_cumprod(zero_terminal_snr).numpy()
     if zero_terminal_snr:
         alphas[-1] = 2.0**-24  # an infinite noise level has no next one; as in diffusers
     timesteps = np.linspace(TIMESTEPS - 1, 0, steps)
+    if zero_terminal_snr:
+        timesteps = np.round(TIMESTEPS - np.arange(steps) * (TIMESTEPS / steps)) - 1
     sigmas = np.interp(timesteps, np.arange(TIMESTEPS), np.sqrt((1 - alphas) / alphas))
     return [*sigmas.tolist(), 0.0], timesteps.tolist()
 

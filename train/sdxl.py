@@ -72,6 +72,31 @@ STANDARD: Configs = {  # stabilityai/stable-diffusion-xl-base-1.0
 }  # fmt: skip
 
 
+def told_scheduler(scheduler: Mapping[str, Any], *, v: bool, zero_terminal_snr: bool) -> dict[str, Any]:
+    """A scheduler config that says what the network predicts, whatever it said before.
+
+    With zero terminal SNR it starts where the training did, at t = 999: under SDXL's own "leading" spacing the network
+    would first be asked at t = 946 (28 steps), and never see the pure noise that it was taught to begin with.
+    """
+    told = {**scheduler, "prediction_type": "v_prediction" if v else "epsilon"}
+    before = told.pop("rescale_betas_zero_snr", False)  # the parent's schedule need not be the one trained with
+    if zero_terminal_snr:
+        told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    elif before:
+        told |= {key: STANDARD["scheduler"][key] for key in ("timestep_spacing", "steps_offset")}
+    return told
+
+
+def vae_factor(vae: Mapping[str, Any]) -> int:
+    """Pixels per latent along a side (SDXL: 8)."""
+    return int(2 ** (len(vae["block_out_channels"]) - 1))
+
+
+def drawn_at(unet: Mapping[str, Any], side_px: int, factor: int = 8) -> dict[str, Any]:
+    """A U-Net config by which diffusers draws squares of that side where a call names no size; decides nothing else."""
+    return {**unet, "sample_size": max(side_px // factor, 1)}
+
+
 @dataclass(frozen=True)
 class Link:
     """One tensor of the single file and the tensor, or for "join" the three, of the folder that it holds."""

@@ -176,12 +176,11 @@ def configs_in(source: weightfile.Tensors) -> sdxl.Configs:
     """The configs that a single file carries in its metadata, else SDXL's own."""
     text = source.metadata.get(CONFIGS_KEY)
     if not text:
-        scheduler = dict(sdxl.STANDARD["scheduler"])
-        if sdxl.V_MARK in source.blobs or source.metadata.get("modelspec.prediction_type", "").startswith("v"):
-            scheduler["prediction_type"] = "v_prediction"
-        if sdxl.ZERO_SNR_MARK in source.blobs:
-            scheduler["rescale_betas_zero_snr"] = True
-        return {**sdxl.STANDARD, "scheduler": scheduler}
+        v = sdxl.V_MARK in source.blobs or source.metadata.get("modelspec.prediction_type", "").startswith("v")
+        scheduler = sdxl.told_scheduler(
+            sdxl.STANDARD["scheduler"], v=v, zero_terminal_snr=v and sdxl.ZERO_SNR_MARK in source.blobs
+        )
+        return {**sdxl.STANDARD, "unet": sdxl.drawn_at(sdxl.STANDARD["unet"], _side_px(source)), "scheduler": scheduler}
     try:
         stored = json.loads(text)
         configs = {name: dict(stored[name]) for name in (*sdxl.NETWORKS, "scheduler")}
@@ -189,6 +188,12 @@ def configs_in(source: weightfile.Tensors) -> sdxl.Configs:
         raise Halt(ExitCode.MISMATCH, f"{source.path}: its metadata entry {CONFIGS_KEY} is damaged") from None
     sdxl.folder_shapes(configs, str(source.path))  # refused here, where the file's name is known
     return configs
+
+
+def _side_px(source: weightfile.Tensors) -> int:
+    """Side of the square that the file names as its resolution, SDXL's own where it names none."""
+    named = re.fullmatch(r"(\d{2,4})x(\d{2,4})", source.metadata.get("modelspec.resolution", ""))
+    return int(named[1]) if named and named[1] == named[2] and int(named[1]) >= 64 else 1024
 
 
 def record_in(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from train import diskspace, hub, resume, schedule
+from train import diskspace, hub, objective, resume, schedule
 from train.config import StageConfig
 from train.exits import ExitCode, Halt
 from train.export import stated_license
@@ -70,6 +70,7 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
     source = tried(lambda: hub.resolve(config.model, hashed=False))
     if source is not None and selection is not None:
         tried(lambda: refuse_source(config, source))
+        tried(lambda: objective.conversion(config, source))
         tried(lambda: refuse_other_vae(config, selection.index, source))
         if run.rank == 0 and (problem := _lacking(config, run, source)):
             found.append(Halt(ExitCode.MISMATCH, problem))

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import ast
 import math
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from train import schema
 from train.config import StageConfig, load_stage
 from train.exits import ExitCode, Halt
 from train.hub import HUB_NAME
 from train.modelfolder import refuse_existing
+from train.prepare.settings import load_settings
 from train.rundir import replace_file
+from train.tools import convert_dataset, convert_kinds
 from train.tools.show_dispatch import plain
 from train.tools.toml_keys import (
     ARGUMENTS,
@@ -32,6 +34,7 @@ from train.tools.toml_keys import (
     NO_COUNTERPART,
     OPTIMIZERS,
 )
+from train.tools.toml_values import number, switch, whole
 
 
 @dataclass
@@ -43,24 +46,55 @@ class Result:
 
 
 def convert_file(source: Path, out: Path, processes: int = 1) -> list[str]:
-    """Write `out`, a stage YAML with the notes at its top; the lines to show. Raises Halt(USAGE)."""
+    """Write `out` with the notes at its top; the lines to show. Raises Halt(USAGE).
+
+    A training TOML becomes a stage YAML and, where it names its pictures, `<out>_dataset.yaml` beside it; a dataset TOML
+    becomes a dataset YAML.
+    """
     refuse_existing(out)
-    try:
-        table = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise Halt(ExitCode.USAGE, f"{source} is no TOML: {error}") from None
     if processes < 1:
         raise Halt(ExitCode.USAGE, f"--processes is {processes}, must be at least 1")
-    result = convert(table, processes)
-    notes = [plain(f"{key}: {reason}") for key, reason in result.notes.items()]  # a line break would end the comment
+    stage, dataset = convert_kinds.parts(source, convert_kinds.read_table(source))
+    if stage is None:
+        made = convert_dataset.convert(dataset or {}, {}, name_of(out))
+        return write(out, source, made.config, made.notes, load_settings)
+    lines, beside = [], out.with_name(f"{out.stem}_dataset.yaml")
+    if dataset is not None:
+        refuse_existing(beside)
+        made = convert_dataset.convert(dataset, _flat(stage, Result()), name_of(beside))
+        stage = {**stage, " of the pictures": made.stage}  # the last section wins
+        lines = write(beside, source, made.config, made.notes, load_settings)
+    result = convert(stage, processes)
+    if dataset is not None:
+        result.config |= {"data.path": f"data/{made.config['name']}", "data.select": convert_dataset.SELECTION}
+        result.notes.pop("(ours) data.path", None)
+        result.notes = {key: told for key, told in result.notes.items() if key not in made.read}
+    return [*write(out, source, _nested(result.config), result.notes, load_stage), *lines]
+
+
+def name_of(out: Path) -> str:
+    """A file's name as the name of what it describes."""
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in out.stem).lstrip("-_")
+    return name or "converted"
+
+
+def write(
+    out: Path, source: Path, config: dict[str, Any], notes: Mapping[str, str], load: Callable[[list[str | Path]], Any]
+) -> list[str]:
+    """One YAML, its notes as comments at the top, and what to tell: also what keeps it from loading."""
+    told = [plain(f"{key}: {reason}") for key, reason in notes.items()]  # a line break would end the comment
     head = [
         f"# From {plain(source.name)} by scripts/convert.py. Keys without a counterpart, and what to know:",
-        *(f"#   {n}" for n in notes),
+        *(f"#   {note}" for note in told),
     ]
-    replace_file(out, "\n".join(head) + "\n" + OmegaConf.to_yaml(OmegaConf.create(_nested(result.config))))
-    lines = [f"{out}: {len(result.config)} keys", *(f"note: {note}" for note in notes)]
     try:
-        load_stage([out])
+        body = OmegaConf.to_yaml(OmegaConf.create(config))
+    except OmegaConfBaseException as error:  # "${" in a path
+        raise Halt(ExitCode.USAGE, f"{source} holds what a config would take for a reference: {error}") from None
+    replace_file(out, "\n".join(head) + "\n" + body)
+    lines = [f"{out}: {sum(len(v) if isinstance(v, dict) else 1 for v in config.values())} keys", *(f"note: {note}" for note in told)]
+    try:
+        load([out])
     except Halt as halt:  # what the TOML left open, or what we refuse: told now, not at the start of a run
         lines.append(f"to do before it loads: {halt.message}")
     return lines
@@ -124,39 +158,14 @@ def _of_a_dataset(name: str) -> str:
 
 def _plain_values(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers and booleans written as text, "225" or "true", as what they mean, where our key holds no text."""
-    hints, words = schema.leaves(StageConfig), {"true": True, "false": False}
+    hints = schema.leaves(StageConfig)
     values: dict[str, Any] = {}
     for key, value in theirs.items():
         if isinstance(value, str) and not (key in DIRECT and schema.fits(hints[DIRECT[key]], value)):
-            number = None if key == "lr_warmup_steps" else _number(value)
-            value = words.get(value.strip().lower(), value if number is None else number)
+            found = None if key == "lr_warmup_steps" else number(value)
+            value = switch(value) if found is None else found
         values[key] = value
     return values
-
-
-def _number(value: Any) -> int | float | None:
-    """A finite number from TOML or from text; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    if not math.isfinite(number):
-        return None
-    exact = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit())
-    return int(value) if exact else number
-
-
-def _whole(theirs: Mapping[str, Any], key: str, least: int, default: int) -> int:
-    """A whole number of the TOML. Raises Halt(USAGE) naming the key."""
-    value = theirs.get(key)
-    if value is None or value == "":
-        return default
-    number = _number(value)
-    if number is None or number != int(number) or number < least:
-        raise Halt(ExitCode.USAGE, f"{key} is {value!r}, must be a whole number of at least {least}")
-    return int(number)
 
 
 def _fit_types(result: Result) -> None:
@@ -202,8 +211,8 @@ def _arguments(theirs: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _batch(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
-    micro = _whole(theirs, "train_batch_size", 1, 1)
-    accumulation = _whole(theirs, "gradient_accumulation_steps", 1, 1)
+    micro = whole(theirs, "train_batch_size", 1, 1)
+    accumulation = whole(theirs, "gradient_accumulation_steps", 1, 1)
     result.config["batch.micro"] = micro
     result.config["batch.effective"] = micro * accumulation * processes
     result.notes["gradient_accumulation_steps"] = (
@@ -257,7 +266,7 @@ def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> set[str
         return SCHEDULE_KEYS
     name = str(theirs.get("lr_scheduler") or "constant")
     # epochs win over steps there, and then nothing tells how many steps there were
-    steps = 0 if theirs.get("max_train_epochs") else _whole(theirs, "max_train_steps", 0, 1600)
+    steps = 0 if theirs.get("max_train_epochs") else whole(theirs, "max_train_steps", 0, 1600)
     warmup = _warmup(theirs, steps, result)
     if name in ("constant", "constant_with_warmup"):
         config["schedule.name"] = name
@@ -271,7 +280,7 @@ def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> set[str
         elif warmup:
             notes["lr_warmup_steps"] = "ignored by the original: lr_scheduler is constant"
     elif name in ("cosine", "cosine_with_restarts"):
-        cycles = _whole(theirs, "lr_scheduler_num_cycles", 1, 1) if name != "cosine" else 1
+        cycles = whole(theirs, "lr_scheduler_num_cycles", 1, 1) if name != "cosine" else 1
         config |= {"schedule.name": "cosine_restarts", "schedule.cycles": cycles, "schedule.first_step_at_min": False}
         if steps:
             config["schedule.cycle_steps"] = math.ceil(steps / cycles)
@@ -291,12 +300,12 @@ def _warmup(theirs: Mapping[str, Any], steps: int, result: Result) -> int:
     """lr_warmup_steps in updates; below 1 or in percent it is a share of max_train_steps."""
     value = theirs.get("lr_warmup_steps") or 0
     percent = isinstance(value, str) and value.strip().endswith("%")
-    number = _number(value.strip().removesuffix("%") if isinstance(value, str) else value)
-    if number is None or number < 0:
+    given = number(value.strip().removesuffix("%") if isinstance(value, str) else value)
+    if given is None or given < 0:
         raise Halt(ExitCode.USAGE, f"lr_warmup_steps is {value!r}, must be a number of steps or a share")
-    share = number / 100 if percent else number
+    share = given / 100 if percent else given
     if not percent and (share >= 1 or share == 0):
-        return int(number)
+        return int(given)
     if not steps:
         result.notes["lr_warmup_steps"] = f"{value} of max_train_steps, which is not given: set schedule.warmup_steps"
     return int(share * steps)
@@ -325,7 +334,7 @@ def _rest(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
     low, high = theirs.get("min_timestep"), theirs.get("max_timestep")
     if low is not None or high is not None:
         result.config["noise.timesteps"] = [
-            _whole(theirs, "min_timestep", 0, 0), _whole(theirs, "max_timestep", 1, 1000)
+            whole(theirs, "min_timestep", 0, 0), whole(theirs, "max_timestep", 1, 1000)
         ]  # fmt: skip
     used = {"min_timestep", "max_timestep", "log_with"}
     if theirs.get("max_train_epochs") and theirs.get("max_train_steps"):

@@ -29,7 +29,7 @@ _WIDTH_1, _WIDTH_2 = 32, 64  # of the text encoders; SDXL 768 and 1280
 _TIME_WIDTH = 32  # per number of the size embedding; SDXL 256
 _EMBEDDING_STD = 4.0  # CLIP's 0.02 belongs to trained encoders; attention finds a word sooner among loud ones
 UNET = {
-    "sample_size": 16,
+    "sample_size": 8,  # 64 px, the square of configs/tiny/dataset.yaml: what diffusers draws where no size is given
     "in_channels": 4,
     "out_channels": 4,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

@@ -64,16 +64,16 @@ ARGUMENTS = ("weight_decay", "betas", "eps", "scale_parameter", "relative_step",
 DATASET = {  # keys of the original's dataset part; ours are in dataset.yaml
     "resolution": "buckets.area_px", "min_bucket_reso": "buckets.min_px", "max_bucket_reso": "buckets.max_px",
     "bucket_reso_steps": "buckets.step_px", "train_data_dir": "sources", "in_json": "sources",
-    "dataset_config": "sources", "caption_extension": "sources", "cache_latents": "latents (always)",
+    "dataset_config": "sources", "caption_extension": "sources.caption_ext", "caption_extention": "sources.caption_ext",
+    "keep_tokens": "sources.keep_tokens", "caption_separator": "sources.tag_separator", "cache_latents": "latents (always)",
     "cache_latents_to_disk": "latents (always)",
-    "vae_batch_size": "latents", "no_half_vae": "latents.dtype", "dataset_repeats": "select",
+    "vae_batch_size": "latents", "no_half_vae": "latents.dtype", "dataset_repeats": "sources.repeats",
     "enable_bucket": "buckets",
 }  # fmt: skip
 NO_COUNTERPART = {
     "bucket_no_upscale": "small images are enlarged, or excluded at probe",
     "flip_aug": "no flips: the recipe has none", "color_aug": "latents are prepared once",
-    "random_crop": "the crop is the centre's and told to the network", "keep_tokens": "use the separator in captions",
-    "caption_separator": "captions are split at commas",
+    "random_crop": "the crop is the centre's and told to the network",
     "cache_text_encoder_outputs": "would freeze the shuffled captions",
     "cache_text_encoder_outputs_to_disk": "would freeze the shuffled captions",
     "save_every_n_epochs": "checkpoint.permanent_every_steps keeps one per epoch by default",
@@ -108,7 +108,7 @@ NO_COUNTERPART = {
                     "nothing is uploaded or fetched while training"),
     "reg_data_dir": "no regularisation images", "fp8_base": "see model.float8", "v2": "SDXL only",
     "tokenizer_cache_dir": "see model.tokenizers", "use_safetensors": "always .safetensors",
-    "diffusers_xformers": "model.attention chooses", "ckpt": "see model.init_from", "caption_extention": "see sources",
+    "diffusers_xformers": "model.attention chooses", "ckpt": "see model.init_from",
     "dataset_class": "see sources", "text_encoder_batch_size": "no such cache", "cache_info": "not needed",
     "resize_interpolation": "see latents.resize in dataset.yaml", "disable_mmap_load_safetensors": "not needed",
     "fused_optimizer_groups": "not needed", "blocks_to_swap": "see configs/memory", "console_log_simple": "not needed",
@@ -117,4 +117,28 @@ NO_COUNTERPART = {
     "metadata_thumbnail": "no picture in the file", "lr_scheduler_min_lr_ratio": "see schedule.min_lr",
     "lr_scheduler_timescale": "no such schedule",
     "skip_cache_check": "latents are checked once, when they are prepared", "dynamo_backend": "see model.compile",
+}  # fmt: skip
+SPECIAL = (  # of a training TOML, each with a rule of its own in convert_toml.py
+    "gradient_accumulation_steps", "optimizer_type", "optimizer_args", "use_8bit_adam", "use_lion_optimizer",
+    "learning_rate_te1", "learning_rate_te2", "lr_scheduler", "lr_scheduler_type", "lr_scheduler_args",
+    "lr_scheduler_num_cycles", "lr_warmup_steps", "min_timestep", "max_timestep", "log_with",
+)  # fmt: skip
+NOT_CARRIED = {  # keys of a dataset config that have no counterpart
+    **{key: NO_COUNTERPART[key] for key in (
+        "bucket_no_upscale", "flip_aug", "color_aug", "random_crop", "face_crop_aug_range", "secondary_separator",
+        "enable_wildcard", "caption_prefix", "caption_suffix", "alpha_mask", "random_crop_padding_percent", "cache_info",
+        "skip_cache_check",
+    )},
+    "custom_attributes": "nothing reads them", "network_multiplier": "no LoRA is trained",
+    "skip_image_resolution": "small pictures are enlarged; see probe.min_area_px",
+    "validation_split": "see validation.share of the stage", "validation_seed": "held out by a hash of the key",
+    "vae_batch_size": "see latents.batch", "cache_latents": "latents are always prepared",
+    "cache_latents_to_disk": "latents are always prepared", "debug_dataset": NO_COUNTERPART["debug_dataset"],
+}  # fmt: skip
+DATASET_PART = {  # every key that a dataset config may hold
+    *NOT_CARRIED, "image_dir", "metadata_file", "num_repeats", "keep_tokens", "keep_tokens_separator", "caption_separator",
+    "caption_extension", "caption_extention", "class_tokens", "is_reg", "name", "resolution", "enable_bucket",
+    "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "batch_size", "shuffle_caption", "caption_dropout_rate",
+    "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "token_warmup_min", "token_warmup_step",
+    "resize_interpolation",
 }  # fmt: skip
