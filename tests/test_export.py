@@ -426,4 +426,4 @@ def test_another_prediction_than_the_parents_is_warned_of(
 
 def test_tokenizers_must_be_there(base: Path, tmp_path: Path) -> None:
     with pytest.raises(Halt, match=r"model\.tokenizers"):
-        modelfolder.copy_tokenizers(tmp_path, tmp_path)
+        modelfolder.write_tokenizers(tmp_path, tmp_path)

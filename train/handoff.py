@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 
-from train import checkpoint, export, faults, hub, models
+from train import checkpoint, export, faults, hub, models, singlefile
 from train.config import StageConfig, config_hash
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel
@@ -29,6 +30,8 @@ def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Com
             config.loss.prediction,
         )
     export.license_of(config.export, source)
+    if os.environ.get("RANK", "0") == "0":
+        singlefile.tell(source.path, source.notes)
     return source, models.build(source, with_vae=with_vae)
 
 
