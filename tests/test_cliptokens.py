@@ -139,6 +139,6 @@ def test_tokenizers_of_another_model_are_refused_by_name(base_model: Path, singl
     with pytest.raises(Halt, match=r"521 rows, CLIP's tokenizers 49408 tokens\. model\.tokenizers"):
         startcheck.refuse_source(config, hub.resolve(config.model))
     modelfolder.write_tokenizers(None, tmp_path)
-    with pytest.raises(Halt, match="tokenizer has 49408 tokens, text_encoder of .* 521 rows"):
+    with pytest.raises(Halt, match=r"tokenizer has 49408 tokens, text_encoder of .* 521 rows"):
         models.load_components(tiny, tokenizers=str(tmp_path))
     assert models.load_components(tiny, tokenizers=str(base_model)).unet is not None
