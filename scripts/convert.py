@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument(
         "--tokenizers",
         type=Path,
-        help="file to folder: folder with tokenizer/ and tokenizer_2/ (default: models/sdxl-tokenizers if it is there)",
+        help="file to folder: folder with tokenizer/ and tokenizer_2/ (default: CLIP's, which are shipped)",
     )
     parser.add_argument("--config", type=Path, help="file to folder: diffusers folder with the networks' configs")
     parser.add_argument("--vae", type=Path, help="VAE, a folder or a file, that replaces the model's own")
@@ -43,11 +43,8 @@ def main() -> int:
         from train import singlefile
 
         refuse_options(arguments, "file to folder", "tokenizers", "config", "vae")
-        usual = Path("models/sdxl-tokenizers")  # where the shipped stage configs look too
-        tokenizers = arguments.tokenizers or (usual if usual.is_dir() and not arguments.config else None)
-        singlefile.to_folder(source, out, tokenizers=tokenizers, config=arguments.config, vae=arguments.vae)
-        if not (out / "tokenizer").exists():
-            print("no tokenizers in the folder: a single file has none; --tokenizers adds them", file=sys.stderr)
+        given = {"tokenizers": arguments.tokenizers, "config": arguments.config, "vae": arguments.vae}
+        singlefile.to_folder(source, out, **given)
         print(f"{out}: diffusers folder")
     else:
         raise Halt(ExitCode.USAGE, f"{source} does not exist")

@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--tokenizers", help="folder with tokenizer/ and tokenizer_2/, for single files")
+    parser.add_argument("--tokenizers", help="folder with tokenizer/ and tokenizer_2/ (default: each model's; of single files CLIP's)")
     parser.add_argument("--out", help="folder for the pictures (default: a temporary one)")
     arguments = parser.parse_args()
 

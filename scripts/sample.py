@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--sampler", choices=["euler_a", "euler", "dpmpp_2m"])
     parser.add_argument("--negative", help="negative prompt (default: the card's)")
     parser.add_argument("--quality-prefix", help='put before every prompt (default: the card\'s; "" = nothing)')
-    parser.add_argument("--tokenizers", help="folder with tokenizer/ and tokenizer_2/, for a single file")
+    parser.add_argument("--tokenizers", help="folder with tokenizer/ and tokenizer_2/ (default: the model's; of a single file CLIP's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     return parser.parse_args()
 

@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="what", required=True)
 
     caption = kinds.add_parser("caption", parents=[common], help="tags, draws, ids per chunk, what is cut")
-    caption.add_argument("--tokenizers", type=Path, required=True, help="folder with tokenizer/ and tokenizer_2/")
+    caption.add_argument("--tokenizers", type=Path, help="folder with tokenizer/ and tokenizer_2/ (default: CLIP's)")
     caption.add_argument("--text", required=True)
     caption.add_argument("--draws", type=int, default=0)
     caption.add_argument("--separator", default=SEPARATOR)

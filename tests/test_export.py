@@ -403,4 +403,4 @@ def test_a_licence_in_prose_is_not_a_declaration(base: Path, tmp_path: Path) -> 
 
 def test_tokenizers_must_be_there(base: Path, tmp_path: Path) -> None:
     with pytest.raises(Halt, match=r"model\.tokenizers"):
-        modelfolder.copy_tokenizers(tmp_path, tmp_path)
+        modelfolder.write_tokenizers(tmp_path, tmp_path)

@@ -16,7 +16,7 @@ from preparedset import prepare, settings_of, write_posts, write_vae
 from train.exits import ExitCode, Halt
 from train.index import Index
 from train.latents import ShardReader
-from train.prepare.encoder import load_vae
+from train.prepare.encoder import find_vae, load_vae
 from train.prepare.filekinds import is_image
 from train.prepare.judge import Complaint
 from train.prepare.records import ErrorReason
@@ -81,7 +81,7 @@ def test_latents_are_what_the_vae_says(made: Path) -> None:
     from PIL import Image
 
     index = Index.open(made / "data/set", "pretrain")
-    reader, vae = ShardReader(made / "data/set"), load_vae(made / "vae/diffusion_pytorch_model.safetensors")
+    reader, vae = ShardReader(made / "data/set"), load_vae(find_vae(str(made / "vae/diffusion_pytorch_model.safetensors")))
     for i in (0, 7, 20):
         file = next((made / "pictures").glob(f"{index.key(i).split(':')[1]}.[pjw]*g*"))
         if file.suffix == ".json":

@@ -16,6 +16,8 @@ from diffusers import (
 from test_text import small_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from train import cliptokens
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "like SDXL": {
         "block_out_channels": (16, 32, 32), "layers_per_block": 2, "transformer_layers_per_block": (1, 1, 2),
@@ -35,9 +37,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def build(variant: str = "two levels", seed: int = 0) -> StableDiffusionXLPipeline:
-    """The stock pipeline over random weights."""
-    tokenizer, tokenizer_2 = small_tokenizer(), small_tokenizer("!")
+def build(variant: str = "two levels", seed: int = 0, *, clip: bool = False) -> StableDiffusionXLPipeline:
+    """The stock pipeline over random weights; with CLIP's whole vocabulary where `clip`."""
+    if clip:
+        tokenizer, tokenizer_2 = cliptokens.tokenizer("tokenizer"), cliptokens.tokenizer("tokenizer_2")
+    else:
+        tokenizer, tokenizer_2 = small_tokenizer(), small_tokenizer("!")
     tokenizer.model_max_length = tokenizer_2.model_max_length = 77
     ids = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     with torch.random.fork_rng(devices=[]):
@@ -70,7 +75,9 @@ def build(variant: str = "two levels", seed: int = 0) -> StableDiffusionXLPipeli
     )  # fmt: skip
 
 
-def write(folder: Path, variant: str = "two levels", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def write(
+    folder: Path, variant: str = "two levels", seed: int = 0, dtype: torch.dtype = torch.float32, *, clip: bool = False
+) -> Path:
     """`folder`, holding the model as the stock libraries save it."""
-    build(variant, seed).to(dtype).save_pretrained(folder)
+    build(variant, seed, clip=clip).to(dtype).save_pretrained(folder)
     return folder

@@ -28,7 +28,7 @@ class ModelConfig:
     init_sha256: str | None = None  # pin of the weights file; null = not checked
     vae: str | None = None  # folder or file that replaces the VAE of init_from, in the export too
     vae_sha256: str | None = None
-    tokenizers: str | None = None  # folder with tokenizer/ and tokenizer_2/; a single file has none
+    tokenizers: str | None = None  # folder with tokenizer/ and tokenizer_2/; a single file means CLIP's (cliptokens)
     train_text_encoders: bool = False
     pooled_projection: Literal["correct", "sd_scripts"] = "correct"  # sd_scripts = untransposed, as released
     context: Literal["stitched", "chunks"] = "stitched"  # 227 vectors | 77 per chunk as inference UIs feed

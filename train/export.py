@@ -200,8 +200,7 @@ def export_stage(
         shutil.rmtree(folder)
     with modelfolder.new_folder(folder) as new:
         hashes = modelfolder.write_networks(new, weights, configs, dtype=dtype)
-        if source.tokenizers is not None:
-            modelfolder.copy_tokenizers(source.tokenizers, new)
+        modelfolder.write_tokenizers(source.tokenizers, new)
         modelfolder.write_pipeline(new, configs["scheduler"])
         scale = source.logit_scale and weightfile.cast(source.logit_scale, dtype, "logit_scale")
         singlefile.write_sidecar(new, metadata, scale)  # as in the single file, so that converting gives that file

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from train import buckets, checkpoint, export, faults, hub, models, objective
+from train import buckets, checkpoint, export, faults, hub, models, objective, singlefile
 from train.config import StageConfig, config_hash
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel
@@ -26,6 +26,8 @@ def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Com
     if note and os.environ.get("RANK", "0") == "0":
         log.info("%s", note)
     export.license_of(config.export, source)
+    if os.environ.get("RANK", "0") == "0":
+        singlefile.tell(source.path, source.notes)
     return source, models.build(source, with_vae=with_vae)
 
 

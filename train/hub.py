@@ -8,13 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from train import manifest, modelfolder, sdxl, singlefile, weightfile
+from train import manifest, modelfolder, sdxl, singlefile, vaefile, weightfile
 from train.config import ModelConfig
 from train.exits import ExitCode, Halt
 from train.rundir import read_done, read_json
@@ -33,10 +33,11 @@ class LocalModel:
     sha256: str  # of the weights file read; of a folder: of its U-Net's and encoders' files together
     configs: sdxl.Configs
     weights: Mapping[str, Blob]  # canonical name to tensor; the configured VAE's in place of the model's own
-    tokenizers: Path | None  # folder with tokenizer/ and tokenizer_2/
+    tokenizers: Path | None  # folder with tokenizer/ and tokenizer_2/; None = the shipped CLIP ones (cliptokens)
     metadata: Mapping[str, str] = field(default_factory=dict)  # of the single file
     lineage: Mapping[str, Any] | None = None  # our record of the run that made it, where there is one
     logit_scale: Blob | None = None
+    notes: tuple[str, ...] = ()  # what was passed over or adapted in its files
     vae_sha256: str | None = None  # of the file of `model.vae`, else what the lineage says; None = the VAE it came with
 
     @property
@@ -55,19 +56,22 @@ def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
     foreign file, wrong sha256).
     """
     path = find(settings.init_from)
-    vae = _vae(settings, hashed or settings.vae_sha256 is not None)
     read_all = hashed or settings.init_sha256 is not None
+    networks = singlefile.networks_without(settings.vae)
     if (path / "DONE").exists() or (path / "run.json").exists() or (path / "config.yaml").exists():
-        model = _open_run(path, hashed)
+        model = _open_run(path, hashed, networks)
     else:
-        model = open_folder(path, read_all) if path.is_dir() else open_single_file(path, read_all)
+        opened = open_folder if path.is_dir() else open_single_file
+        model = opened(path, read_all, networks)
     if settings.tokenizers:
         model = replace(model, tokenizers=Path(settings.tokenizers))
     model = replace(model, vae_sha256=(model.lineage or {}).get("vae_sha256"))
-    if vae is not None:
-        config, weights, digest = vae
+    if settings.vae is not None:
+        vae, digest = _vae(settings, hashed or settings.vae_sha256 is not None, model.configs.get("vae"))
         kept = {name: blob for name, blob in model.weights.items() if not name.startswith("vae.")}
-        model = replace(model, configs={**model.configs, "vae": config}, weights={**kept, **weights}, vae_sha256=digest)
+        notes = (*model.notes, *(f"model.vae: {note}" for note in vae.notes))
+        configs, weights = {**model.configs, "vae": vae.config}, {**kept, **vae.weights}
+        model = replace(model, configs=configs, weights=weights, vae_sha256=digest, notes=notes)
     if settings.init_sha256 and settings.init_sha256 != model.sha256:
         raise Halt(
             ExitCode.MISMATCH,
@@ -91,11 +95,8 @@ def glance(settings: ModelConfig) -> None:
             raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
         digest = _final_of(path, hashed=False)[1].files["model.safetensors"].sha256
     elif path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise Halt(
-                ExitCode.MISMATCH, f"{path} is neither a finished run (DONE) nor a diffusers folder (model_index.json)"
-            )
-        for file in (file for network in sdxl.NETWORKS for file in modelfolder.weight_files(path / network)):
+        refuse_no_model(path)
+        for file in (file for network in singlefile.networks_without(settings.vae) for file in modelfolder.weight_files(path / network)):
             weightfile.open_file(file)
         digest = model_sha256(path) if settings.init_sha256 else None
     else:
@@ -108,8 +109,8 @@ def glance(settings: ModelConfig) -> None:
         )
 
 
-def find(init_from: str) -> Path:
-    """The local path of `init_from`; a hub name is looked up in, or fetched into, the library's cache."""
+def find(init_from: str, key: str = "model.init_from") -> Path:
+    """The local path of a model; a hub name is looked up in, or fetched into, the library's cache."""
     path = Path(init_from)
     if path.exists():
         weightfile.refuse_pickle(path)
@@ -117,17 +118,47 @@ def find(init_from: str) -> Path:
     hub = HUB_NAME.match(init_from)
     if hub is None:
         weightfile.refuse_pickle(path)  # says the more useful thing first
-        raise Halt(
-            ExitCode.USAGE,
-            f"model.init_from {init_from} does not exist: give a finished run's directory, a diffusers folder, "
-            "a .safetensors file, or owner/name@<40-digit commit>",
-        )
+        ways = "a finished run's directory, a diffusers folder, a .safetensors file, or owner/name@<40-digit commit>"
+        raise Halt(ExitCode.USAGE, f"{key} {init_from} does not exist{_pinned(init_from, key)}: give {ways}")
     if not re.fullmatch(r"[0-9a-f]{40}", hub.group(1)):
         raise Halt(
             ExitCode.USAGE,
-            f"model.init_from {init_from}: a hub model needs its full 40-digit commit, because a branch may change",
+            f"{key} {init_from}: a hub model needs its full 40-digit commit, because a branch may change"
+            + _pinned(init_from, key),
         )
     return _fetch(init_from)
+
+
+def _pinned(name: str, key: str) -> str:
+    """The line to paste for a hub name without its commit, as far as the library's cache knows the commit."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if match is None or match[1].startswith((".", "/")):
+        return ""
+    from huggingface_hub import constants
+
+    repository, branch = match[1], match[2] or "main"
+    ref = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / branch
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else ""
+    if re.fullmatch(r"[0-9a-f]{40}", commit):
+        return f" on this machine; the model of the hub as it lies in the cache is {key}={repository}@{commit}"
+    if match[2] is None:
+        return f" on this machine; a model of the hub is named with its commit ({key}={repository}@<40-digit commit>)"
+    return ""
+
+
+def refuse_no_model(folder: Path) -> None:
+    """Halt(MISMATCH) for a folder that is no diffusers folder, saying what it is and what to name."""
+    if (folder / "model_index.json").is_file():
+        return
+    said = f"{folder} is neither a finished run (DONE) nor a diffusers folder (model_index.json)"
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if (folder / "manifest.json").is_file():
+        said += f": it is a checkpoint of a run; name the run, {folder.parent.parent}"
+    elif (folder.parent / "model_index.json").is_file():
+        said += f": it is one network of a folder; name the folder, {folder.parent}"
+    elif files:
+        said += f": name the file in it, as {folder / files[0]}"
+    raise Halt(ExitCode.MISMATCH, said)
 
 
 def _fetch(name: str) -> Path:
@@ -170,46 +201,46 @@ def wanted_of_hub(file: str) -> bool:
     return name.endswith((".json", ".txt")) or (name.endswith(".safetensors") and ".fp16." not in name)
 
 
-def open_folder(path: Path, hashed: bool = True) -> LocalModel:
+def open_folder(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.NETWORKS) -> LocalModel:
     """A diffusers SDXL folder."""
-    if not (path / "model_index.json").is_file():
-        raise Halt(
-            ExitCode.MISMATCH, f"{path} is neither a finished run (DONE) nor a diffusers folder (model_index.json)"
-        )
+    refuse_no_model(path)
     metadata = _folder_metadata(path)
+    configs = modelfolder.read_configs(path, networks)
+    reading = modelfolder.read(path, configs, networks)
     return LocalModel(
         kind="folder",
         path=path,
         sha256=model_sha256(path) if hashed else "",
-        configs=modelfolder.read_configs(path),
-        weights=modelfolder.read_weights(path),
+        configs=configs,
+        weights=reading.weights,
         tokenizers=path if (path / "tokenizer").is_dir() else None,
         metadata=metadata,
         lineage=read_json(path / "lineage.json") or singlefile.record_in(metadata) or None,
         logit_scale=singlefile.stored_scale(path),
+        notes=reading.notes,
     )
 
 
-def open_single_file(path: Path, hashed: bool = True) -> LocalModel:
+def open_single_file(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.NETWORKS) -> LocalModel:
     """An original-layout SDXL checkpoint."""
     source = weightfile.open_file(path)
-    configs = singlefile.configs_in(source)
-    weights, logit_scale = singlefile.single_weights(source, configs)
+    configs = singlefile.configs_in(source, networks)
+    reading = singlefile.single_weights(source, configs, networks)
     lineage = singlefile.record_in(source.metadata) or None
     digest = _sha256_of_source(path) if hashed else ""
     return LocalModel(
-        "single_file", path, digest, configs, weights, None, source.metadata, lineage, logit_scale
+        "single_file", path, digest, configs, reading.weights, None, source.metadata, lineage, reading.scale, reading.notes
     )
 
 
-def _open_run(path: Path, hashed: bool) -> LocalModel:
+def _open_run(path: Path, hashed: bool, networks: Sequence[str]) -> LocalModel:
     """Trained weights in fp32 from the run's last checkpoint, the rest from its export."""
     if read_done(path) is None:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
     lineage = read_json(path / "lineage.json")
     if lineage is None:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: lineage.json is missing or damaged")
-    exported = open_folder(path / "model", hashed)
+    exported = open_folder(path / "model", hashed, networks)
     if hashed and lineage.get("model_sha256") not in (None, exported.sha256):
         raise Halt(
             ExitCode.MISMATCH,
@@ -260,42 +291,20 @@ def _final_of(path: Path, hashed: bool) -> tuple[Path, manifest.Manifest]:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: {steps[last]} is damaged: {damage}") from damage
 
 
-def _vae(settings: ModelConfig, hashed: bool) -> tuple[Mapping[str, Any], modelfolder.Weights, str] | None:
-    """(config, weights by canonical name, sha256 of the file) of `model.vae`: a VAE folder, a model with one, a file."""
-    if settings.vae is None:
-        return None
-    config, weights, file = singlefile.open_vae(find(settings.vae), "model.vae")
-    digest = _sha256_of_source(file) if hashed else ""
+def _vae(settings: ModelConfig, hashed: bool, like: Mapping[str, Any] | None) -> tuple[vaefile.Vae, str]:
+    """`model.vae` and the sha256 of its file."""
+    vae = vaefile.open_vae(find(str(settings.vae), "model.vae"), "model.vae", like)
+    digest = _sha256_of_source(vae.file) if hashed else ""
     if settings.vae_sha256 and settings.vae_sha256 != digest:
         raise Halt(
-            ExitCode.MISMATCH, f"model.vae {file} has sha256 {digest}, model.vae_sha256 says {settings.vae_sha256}"
+            ExitCode.MISMATCH, f"model.vae {vae.file} has sha256 {digest}, model.vae_sha256 says {settings.vae_sha256}"
         )
-    return config, weights, digest
+    return vae, digest
 
 
 def vae_identity(model: LocalModel) -> str:
     """Identity of the model's VAE, as the latents made with it carry it."""
-    return blobs_identity(dict(network_weights(model, "vae")))
-
-
-def vae_file_identity(file: Path) -> str:
-    """Identity of the VAE in a weights file: of a VAE folder, or in the original names."""
-    source = weightfile.open_file(file)
-    if (file.parent / "config.json").is_file():
-        weights = modelfolder.read_weights(file.parent.parent, vae=file.parent, networks=("vae",))
-    else:
-        weights = singlefile.vae_weights(source)
-    return blobs_identity(weights)
-
-
-def blobs_identity(weights: Mapping[str, Blob]) -> str:
-    """sha256 over weights rounded to fp16: the same for a model, its fp16 export and its single file."""
-    digest = hashlib.sha256()
-    for name, blob in sorted(weights.items()):
-        digest.update(f"{name} {list(blob.shape)}\n".encode())
-        for piece in weightfile.cast(blob, "F16", name).pieces():
-            digest.update(piece)
-    return digest.hexdigest()
+    return vaefile.identity(dict(network_weights(model, "vae")))
 
 
 def file_sha256(path: Path) -> str:

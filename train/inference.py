@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from train import hub, models
+from train import hub, models, singlefile
 from train.config import ModelConfig, load_stage
 from train.exits import ExitCode, Halt
 from train.models import Components
@@ -41,11 +41,12 @@ class Model:
 def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None = None) -> Model:
     """The model at `path`, in half precision on a GPU, in fp32 on the CPU; conventions as it was trained.
 
-    Raises Halt: USAGE (no such path, single file without `tokenizers`, unknown device), MISMATCH (damaged model).
+    Raises Halt: USAGE (no such path, unknown device), MISMATCH (damaged model, tokenizers of another).
     """
     place = open_device(device)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
     local = hub.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers))
+    singlefile.tell(local.path, local.notes)
     components = models.build(local)
     for network in (components.unet, components.text_encoder, components.text_encoder_2):
         nn.Module.to(network, place, dtype)  # past the library's own .to, which warns at every dtype

@@ -8,14 +8,16 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from train import sdxl, weightfile
+from train import cliptokens, otherkinds, sdxl, spellings, weightfile
 from train.exits import ExitCode, Halt
+from train.otherkinds import FEW, some
 from train.rundir import fsync_dir, read_json, replace_file, write_json
 from train.weightfile import Blob
 
@@ -26,7 +28,6 @@ FILES = {
     "vae": "diffusion_pytorch_model.safetensors",
 }
 TOKENIZERS = ("tokenizer", "tokenizer_2")
-NAMED = 8  # of a long list of tensors, so many are named
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt",
@@ -35,52 +36,99 @@ _TOKENIZER_FILES = (
 Weights = dict[str, Blob]
 
 
-def read_weights(folder: Path, *, vae: Path | None = None, networks: Iterable[str] = sdxl.NETWORKS) -> Weights:
-    """Weights by canonical name of a diffusers folder, sharded or not; fp16 variants only where nothing else is."""
+def read(folder: Path, configs: sdxl.Configs, networks: Sequence[str] = sdxl.NETWORKS) -> spellings.Reading:
+    """Weights by canonical name of a diffusers folder, sharded or not; fp16 variants only where nothing else is.
+
+    Raises Halt(MISMATCH) as `spellings.read`, for each network by its file.
+    """
     weights: Weights = {}
+    notes: list[str] = []
     for network in networks:
-        place = vae if network == "vae" and vae else folder / network
-        for file in weight_files(place):
-            opened = weightfile.open_file(file)
-            refuse_types(file, opened.blobs)
-            for key, blob in opened.blobs.items():
-                if not key.endswith("position_ids"):
-                    weights[sdxl.canonical(network, key)] = blob
-    return weights
+        files, others = _choice(folder / network)
+        blobs: dict[str, Blob] = {}
+        for file in files:
+            blobs |= weightfile.open_file(file).blobs
+        reading = spellings.read(files[0], blobs, configs, (network,), alone=True)
+        weights |= reading.weights
+        told = [f"passed over files beside {files[0].name}: {some(others)}"] if others else []
+        notes += [f"{network}: {note}" for note in (*told, *reading.notes)]
+    return spellings.Reading(weights, None, tuple(notes))
 
 
 def weight_files(place: Path) -> list[Path]:
-    """The safetensors files that make up one network's folder. Halt(MISMATCH) when there are none."""
-    plain = sorted(p for p in place.glob("*.safetensors") if ".fp16" not in p.name and ".non_ema" not in p.name)
-    shards = [p for p in plain if "-of-" in p.name]
-    halves = sorted(place.glob("*.fp16-*-of-*.safetensors")) or sorted(place.glob("*.fp16.safetensors"))
-    own = [p for p in plain if p.name in FILES.values()]  # before an .ema or other variant beside it
-    files = shards or (own or plain)[:1] or halves
-    if files:
-        return files
+    """The safetensors files that make up one network's folder. Halt(MISMATCH) when there are none, or not all."""
+    return _choice(place)[0]
+
+
+def _choice(place: Path) -> tuple[list[Path], list[str]]:
+    """(files of one network, names of older ones beside them that would be another copy of it).
+
+    One whole file goes before shards, which a program that saved anew may have left; of shards only whole sets count.
+    """
+    every = sorted(p for p in place.glob("*.safetensors") if ".non_ema" not in p.name)
+    groups: dict[str, list[Path]] = {}
+    for path in every:
+        groups.setdefault(re.sub(r"-\d{5}-of-", "-*-of-", path.name), []).append(path)
+    whole = {name: files for name, files in groups.items() if "-*-of-" not in name or len(files) == _shards(name)}
+    plain = [name for name in whole if ".fp16" not in name]
+    usual = [name for name in plain if name in FILES.values()]  # before an .ema or other variant beside it
+    sharded = [name for name in plain if "-*-of-" in name]
+    halves = [name for name in whole if name not in plain]
+    ranked = usual or sharded or plain or sorted(halves, key=lambda name: "-*-of-" in name)
+    if ranked:
+        if ranked[0] in plain and ranked[0] not in usual and len(ranked) > 1:
+            raise Halt(ExitCode.MISMATCH, f"{place} holds several copies of its weights ({some(ranked)}): leave one of them")
+        old = [path.name for name, files in groups.items() if name != ranked[0] and "-*-of-" in name for path in files]
+        index = [p.name for p in place.glob("*.index*.json") if "-*-of-" not in ranked[0]]
+        return whole[ranked[0]], sorted(old + index)
+    if groups:
+        name, files = next(iter(groups.items()))
+        raise Halt(ExitCode.MISMATCH, f"{place} holds {len(files)} of {_shards(name)} shards {name}: copy or download the others")
     pickles = sorted(p.name for p in place.glob("*") if p.suffix in weightfile.PICKLE_SUFFIXES)
     hint = f"; {pickles[0]} is a pickle and is not read, because reading one can run any code" if pickles else ""
     raise Halt(ExitCode.MISMATCH, f"{place} holds no .safetensors weights{hint}")
 
 
-def read_configs(folder: Path, *, vae: Path | None = None) -> sdxl.Configs:
-    """The networks' configs and the scheduler's, from a diffusers folder."""
+def _shards(name: str) -> int:
+    """How many files a set of shards has by its name."""
+    match = re.search(r"-\*-of-(\d{5})", name)
+    return int(match[1]) if match else 1
+
+
+def read_configs(folder: Path, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.Configs:
+    """The networks' configs and the scheduler's, from a diffusers folder.
+
+    Of a network that is not among `networks`, because another takes its place, the config is there if the folder has it.
+    """
     configs: dict[str, Mapping[str, Any]] = {}
     for network in sdxl.NETWORKS:
-        path = (vae if network == "vae" and vae else folder / network) / "config.json"
+        path = folder / network / "config.json"
         config = read_json(path)
-        if config is None:
-            raise Halt(
-                ExitCode.MISMATCH, f"{path} is missing or damaged: {folder} is no complete diffusers SDXL folder"
-            )
-        configs[network] = config
+        if config is not None:
+            configs[network] = config
+        elif network in networks:
+            raise Halt(ExitCode.MISMATCH, _no_config(folder, path))
     path = folder / "scheduler/scheduler_config.json"
     scheduler = read_json(path) if path.exists() else sdxl.STANDARD["scheduler"]
     if scheduler is None:
         raise Halt(ExitCode.MISMATCH, f"{path} is damaged: it says what the model predicts")
     configs["scheduler"] = scheduler
-    sdxl.folder_shapes(configs, str(folder))  # refused here, where the folder's name is known
+    otherkinds.refuse_unet(configs["unet"], str(folder))
+    if "vae" in networks:
+        otherkinds.refuse_vae(configs["vae"], str(folder))
+    sdxl.folder_shapes(configs, str(folder), networks)  # refused here, where the folder's name is known
     return configs
+
+
+def _no_config(folder: Path, path: Path) -> str:
+    kind = str((read_json(folder / "model_index.json") or {}).get("_class_name", ""))
+    if kind and not kind.startswith("StableDiffusionXL"):
+        return f"{folder} is a folder of {some([kind])}, no SDXL model: the recipe trains StableDiffusionXLPipeline's"
+    if path.parent.name == "vae" and not path.parent.is_dir():
+        return f"{folder} has no VAE: set model.vae (convert.py: --vae) to SDXL's VAE, a folder or a file"
+    if path.parent.name == "text_encoder" and (folder / "text_encoder_2").is_dir():
+        return f"{path} is missing: {folder} has encoder 2 alone, as an SDXL refiner has; the recipe trains the base model"
+    return f"{path} is missing or damaged: {folder} is no complete diffusers SDXL folder"
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,9 +165,16 @@ def loadable(network: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return kept | ({"torch_dtype": "float32"} if network.startswith("text_encoder") else {})
 
 
-def copy_tokenizers(source: Path, folder: Path) -> None:
-    """Copy tokenizer/ and tokenizer_2/ of `source`, each readable by transformers 4 too (vocab.json, merges.txt)."""
+def write_tokenizers(source: Path | None, folder: Path) -> None:
+    """Copy tokenizer/ and tokenizer_2/ of `source`, or write the shipped ones (None).
+
+    Each is readable by transformers 4 too (vocab.json, merges.txt).
+    """
     for name in TOKENIZERS:
+        if source is None:
+            cliptokens.tokenizer(name).save_pretrained(str(folder / name))
+            _add_vocabulary(folder / name)
+            continue
         place = source / name
         if not (place / "tokenizer.json").is_file() and not (place / "vocab.json").is_file():
             raise Halt(ExitCode.USAGE, f"{source} has no {name}/: model.tokenizers needs tokenizer/ and tokenizer_2/")
@@ -199,34 +254,19 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(tmp, ignore_errors=True)
 
 
-def refuse_types(path: Path, blobs: Mapping[str, Blob]) -> None:
-    """Halt(MISMATCH) for weights that are not fp32, fp16 or bf16."""
-    other = sorted(f"{name} ({blob.dtype})" for name, blob in blobs.items() if blob.dtype not in weightfile.EXPONENTS
-                   and not name.endswith("position_ids"))  # fmt: skip
-    if other:
-        raise Halt(ExitCode.MISMATCH, f"{path} holds quantised or integer weights: {some(other)}; use the original")
-
-
 def check_weights(have: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], whose: str) -> None:
     """Halt(MISMATCH) naming missing tensors, foreign tensors and wrong shapes, all three at once."""
     problems = []
     if missing := sorted(wanted.keys() - have.keys()):
-        problems.append(f"{len(missing)} tensors are missing: {some(missing)}")
+        problems.append(f"{len(missing)} tensors are missing: {some(missing, FEW)}")
     if foreign := sorted(have.keys() - wanted.keys()):
-        problems.append(f"{len(foreign)} tensors are foreign: {some(foreign)}")
+        problems.append(f"{len(foreign)} tensors are foreign: {some(foreign, FEW)}")
     wrong = [
         f"{name} is {list(have[name])}, not {list(wanted[name])}"
         for name in sorted(wanted.keys() & have.keys())
         if tuple(have[name]) != tuple(wanted[name])
     ]
     if wrong:
-        problems.append(f"{len(wrong)} tensors have another shape: {some(wrong)}")
+        problems.append(f"{len(wrong)} tensors have another shape: {some(wrong, FEW)}")
     if problems:
         raise Halt(ExitCode.MISMATCH, f"{whose} is no SDXL model of this architecture: {'; '.join(problems)}")
-
-
-def some(names: list[str]) -> str:
-    """The first of many names, and how many more."""
-    # file contents are untrusted: control characters must not reach a terminal
-    shown = [ascii(name)[1:-1][:200] for name in names[:NAMED]]
-    return ", ".join(shown) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

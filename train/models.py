@@ -6,7 +6,7 @@ Shape legend: B images, C latent channels, H W latent rows and columns, N text c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from train import hub, text, weightfile
+from train import cliptokens, hub, text, weightfile
 from train.config import ModelConfig
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel
-from train.modelfolder import some
+from train.otherkinds import some
 from train.weightfile import Blob
 
 GROUPS = ("unet", "text_encoder", "text_encoder_2")  # parameter groups, in the order of the optimizer
+TOKENIZERS_KEY = "Name the model's own folder with tokenizer/ and tokenizer_2/ (model.tokenizers, or --tokenizers)"
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,8 @@ def build(model: LocalModel, *, with_vae: bool = True) -> Components:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    if model.tokenizers is None:
-        raise Halt(
-            ExitCode.USAGE,
-            f"{model.path} has no tokenizers: model.tokenizers names a folder with tokenizer/ and tokenizer_2/",
-        )
+    tokenizers = text.load_tokenizers(model.tokenizers)
+    refuse_vocabulary(model, tokenizers)
     configs = {name: copy.deepcopy(dict(config)) for name, config in model.configs.items()}
     makers: dict[str, Callable[[], nn.Module]] = {
         "unet": lambda: UNet2DConditionModel.from_config(configs["unet"]),
@@ -59,18 +57,32 @@ def build(model: LocalModel, *, with_vae: bool = True) -> Components:
         "vae": lambda: AutoencoderKL.from_config(configs["vae"]),
     }
     wanted = [name for name in makers if with_vae or name != "vae"]
-    networks = {name: _fill(name, makers[name], model) for name in wanted}
+    networks = {name: fill(name, makers[name], model.weights, model.path) for name in wanted}
     return Components(
         unet=networks["unet"],
         text_encoder=networks["text_encoder"],
         text_encoder_2=networks["text_encoder_2"],
-        tokenizer=text.load_tokenizer(model.tokenizers / "tokenizer"),
-        tokenizer_2=text.load_tokenizer(model.tokenizers / "tokenizer_2"),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
         vae=networks.get("vae"),
     )
 
 
-def _fill(network: str, make: Callable[[], nn.Module], model: LocalModel) -> nn.Module:
+def refuse_vocabulary(model: LocalModel, tokenizers: Sequence[Any]) -> None:
+    """Halt(MISMATCH) where a tokenizer gives ids that an encoder's embedding has no row for."""
+    if model.tokenizers is None and (why := cliptokens.unlike(model.configs)):
+        raise Halt(ExitCode.MISMATCH, f"{model.path} carries no tokenizers, and the shipped ones do not go with it: {why}. {TOKENIZERS_KEY}")
+    for tokenizer, encoder in zip(tokenizers, GROUPS[1:], strict=True):
+        rows = model.configs[encoder].get("vocab_size", cliptokens.ROWS)
+        if len(tokenizer) > rows:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{model.tokenizers}: its tokenizer has {len(tokenizer)} tokens, {encoder} of {model.path} {rows} rows: "
+                f"they are of two models. {TOKENIZERS_KEY}",
+            )
+
+
+def fill(network: str, make: Callable[[], nn.Module], weights: Mapping[str, Blob], whose: Path) -> nn.Module:
     """A network without random weights at any time: what the file lacks is an error, not a surprise."""
     from accelerate import init_empty_weights
 
@@ -81,12 +93,12 @@ def _fill(network: str, make: Callable[[], nn.Module], model: LocalModel) -> nn.
         if key.endswith("position_ids"):
             continue
         name = canonical(f"{network}.{key}")
-        state[key] = to_tensor(model.weights[name])
+        state[key] = to_tensor(weights[name])
         if not bool(torch.isfinite(state[key]).all()):
-            bad.append(weightfile.named(name, model.weights[name]))
+            bad.append(weightfile.named(name, weights[name]))
     if bad:
         raise Halt(
-            ExitCode.MISMATCH, f"{model.path} holds weights that are not finite in {len(bad)} tensors: {some(bad)}"
+            ExitCode.MISMATCH, f"{whose} holds weights that are not finite in {len(bad)} tensors: {some(bad)}"
         )
     module.load_state_dict(state, strict=False, assign=True)
     return module.eval()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -25,7 +25,7 @@ PREFIXES = {
 }
 LOGIT_SCALE = PREFIXES["text_encoder_2"] + "logit_scale"  # in the single file only; no consumer reads it
 LOGIT_SCALE_DEFAULT = 4.6052  # ln 100, where CLIP's training clips it
-POSITION_IDS = PREFIXES["text_encoder"] + "text_model.embeddings.position_ids"  # 0..76, in some files; not a weight
+CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is not SDXL's own
 
 # Empty tensors by which inference programs tell a v-prediction model, and one with zero terminal snr, from SDXL's own.
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
@@ -107,12 +107,12 @@ class Link:
     shape: tuple[int, ...]  # in the single file
 
 
-def links(configs: Configs) -> list[Link]:
-    """Every tensor of the model in both layouts, logit_scale excepted.
+def links(configs: Configs, networks: Sequence[str] = NETWORKS) -> list[Link]:
+    """Every tensor of the model, or of some of its networks, in both layouts; logit_scale excepted.
 
     The folder's names and shapes come from the libraries' own classes, built without memory.
     """
-    shapes = folder_shapes(configs)
+    shapes = folder_shapes(configs, networks=networks)
     found = []
     for name, shape in shapes.items():
         network, _, key = name.partition(".")
@@ -136,26 +136,31 @@ _COUNTS = ("num_hidden_layers", "layers_per_block", "transformer_layers_per_bloc
 _MOST = 64  # layers, or levels of a network; SDXL's most is 32
 
 
-def folder_shapes(configs: Configs, whose: str = "the model") -> dict[str, tuple[int, ...]]:
-    """Shape of every weight of the four networks by canonical name.
+def folder_shapes(
+    configs: Configs, whose: str = "the model", networks: Sequence[str] = NETWORKS
+) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of the networks by canonical name.
 
     Raises Halt(MISMATCH) when the configs describe nothing that the libraries can build: files are not trusted.
     """
-    for network in NETWORKS:
+    for network in networks:
         for key in _NEEDED.get(network, ()):
             if key not in configs[network]:
                 raise Halt(ExitCode.MISMATCH, f"{whose} is no SDXL model: its {network} config has no {key}")
         for key, value in configs[network].items():
             if not _moderate(value, _MOST if key in _COUNTS else None):
                 raise Halt(ExitCode.MISMATCH, f"{whose} is no SDXL model: {key} of its {network} config is absurd")
-    plain = json.dumps({network: dict(configs[network]) for network in NETWORKS})
-    try:
-        return dict(_folder_shapes(plain))
-    except Exception as error:  # whatever the libraries' constructors raise at values they did not expect
-        reason = ascii(str(error).partition("\n")[0][:200])
-        raise Halt(
-            ExitCode.MISMATCH, f"{whose} is no SDXL model: its configs cannot be built ({type(error).__name__}: {reason})"
-        ) from error
+    shapes: dict[str, tuple[int, ...]] = {}
+    for network in networks:
+        try:
+            shapes |= _network_shapes(network, json.dumps(dict(configs[network])))
+        except Exception as error:  # whatever the libraries' constructors raise at values they did not expect
+            reason = ascii(str(error).partition("\n")[0][:200])
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{whose} is no SDXL model: its configs cannot be built ({type(error).__name__}: {reason})",
+            ) from error
+    return shapes
 
 
 def _moderate(value: Any, most: int | None) -> bool:
@@ -165,23 +170,22 @@ def _moderate(value: Any, most: int | None) -> bool:
     return most is None or not isinstance(value, int) or value <= most
 
 
-@lru_cache(maxsize=4)  # a stage asks three times, and building SDXL takes seconds even without memory for it
-def _folder_shapes(configs: str) -> dict[str, tuple[int, ...]]:
+@lru_cache(maxsize=16)  # a stage asks three times, and building SDXL takes seconds even without memory for it
+def _network_shapes(network: str, config: str) -> dict[str, tuple[int, ...]]:
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    plain = json.loads(configs)
+    plain = json.loads(config)
     with torch.device("meta"):
-        models = {
-            "unet": UNet2DConditionModel.from_config(plain["unet"]),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**plain["text_encoder"])),
-            "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**plain["text_encoder_2"])),
-            "vae": AutoencoderKL.from_config(plain["vae"]),
-        }
+        model = {
+            "unet": lambda: UNet2DConditionModel.from_config(plain),
+            "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**plain)),
+            "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**plain)),
+            "vae": lambda: AutoencoderKL.from_config(plain),
+        }[network]()
     return {
         canonical(network, key): tuple(tensor.shape)
-        for network, model in models.items()
         for key, tensor in model.state_dict().items()
         if not key.endswith("position_ids")
     }
@@ -306,6 +310,26 @@ def _open_clip_name(key: str) -> str:
         if inner.startswith(ours):
             return f"transformer.resblocks.{number}.{theirs}{inner.removeprefix(ours)}"
     raise KeyError(key)
+
+
+def configs_of(metadata: Mapping[str, str], names: Collection[str], whose: str) -> Configs:
+    """The configs that a single file carries in its metadata, else SDXL's own; `names` are those of its tensors."""
+    text = metadata.get(CONFIGS_KEY)
+    if not text:
+        v = V_MARK in names or metadata.get("modelspec.prediction_type", "").startswith("v")
+        scheduler = told_scheduler(STANDARD["scheduler"], v=v, zero_terminal_snr=v and ZERO_SNR_MARK in names)
+        return {**STANDARD, "unet": drawn_at(STANDARD["unet"], _side_px(metadata)), "scheduler": scheduler}
+    try:
+        stored = json.loads(text)
+        return {name: dict(stored[name]) for name in (*NETWORKS, "scheduler")}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise Halt(ExitCode.MISMATCH, f"{whose}: its metadata entry {CONFIGS_KEY} is damaged") from None
+
+
+def _side_px(metadata: Mapping[str, str]) -> int:
+    """Side of the square that a file names as its resolution, SDXL's own where it names none."""
+    named = re.fullmatch(r"(\d{2,4})x(\d{2,4})", metadata.get("modelspec.resolution", ""))
+    return int(named[1]) if named and named[1] == named[2] and int(named[1]) >= 64 else 1024
 
 
 def single_shapes(configs: Configs) -> Iterator[tuple[str, tuple[int, ...]]]:

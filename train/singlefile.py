@@ -8,16 +8,17 @@ not care where weights come from. What a folder has no place for (the file's met
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train import modelfolder, sdxl, weightfile
+from train import cliptokens, modelfolder, otherkinds, sdxl, spellings, vaefile, weightfile
 from train.exits import ExitCode, Halt
-from train.modelfolder import Weights, check_weights, refuse_existing, refuse_types, some
+from train.modelfolder import Weights, check_weights, refuse_existing
 from train.rundir import fsync_dir, read_json, write_json
 from train.weightfile import Blob
 
@@ -29,7 +30,8 @@ RECORD_PREFIX = "anix."  # of our training record in a single file's metadata
 VAE_KEY = f"{RECORD_PREFIX}vae_sha256"
 _TEXTS = ("stage", "dataset_fingerprint", "config_hash", "code_revision", "license", "weights_sha256", "vae_sha256",
           "date")  # fmt: skip
-CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is not SDXL's own
+CONFIGS_KEY = sdxl.CONFIGS_KEY
+log = logging.getLogger("anix")
 
 
 def to_folder(
@@ -43,21 +45,28 @@ def to_folder(
     """Write a diffusers folder from a single file. `out` appears complete or not at all.
 
     Networks' configs come from `config` (a diffusers folder), else from the file's metadata, else SDXL's own.
-    `tokenizers` names a folder with tokenizer/ and tokenizer_2/ (default: those of `config`); without any the folder
-    has none. `vae`, a folder or a file, replaces the file's own. Raises Halt: USAGE (paths), MISMATCH (not an SDXL file, damaged, or not finite; names the tensors).
+    `tokenizers` names a folder with tokenizer/ and tokenizer_2/ (default: those of `config`, else the shipped CLIP
+    ones; a model of another vocabulary then gets none, which is told). `vae`, a folder or a file, replaces the file's
+    own. Raises Halt: USAGE (paths), MISMATCH (not an SDXL file, damaged, or not finite; names the tensors).
     """
     file, out = Path(file), Path(out)
     refuse_existing(out)
     source = weightfile.open_file(file)
-    configs = modelfolder.read_configs(Path(config)) if config else configs_in(source)
-    weights, logit_scale = single_weights(source, configs)
-    configs, weights, metadata = _with_vae(configs, weights, source.metadata, vae)
+    networks = networks_without(vae)
+    configs = modelfolder.read_configs(Path(config), networks) if config else configs_in(source, networks)
+    reading = single_weights(source, configs, networks)
+    tell(file, reading.notes)
+    configs, weights, metadata = _with_vae(configs, reading.weights, source.metadata, vae)
+    given = Path(str(tokenizers or config)) if tokenizers or config else None
+    unlike = cliptokens.unlike(configs) if given is None else None
     with modelfolder.new_folder(out) as new:
         modelfolder.write_networks(new, weights, configs, whose=f"{file}: ")
-        if tokenizers or config:
-            modelfolder.copy_tokenizers(Path(str(tokenizers or config)), new)
+        if unlike is None:
+            modelfolder.write_tokenizers(given, new)
         modelfolder.write_pipeline(new, configs["scheduler"])
-        write_sidecar(new, metadata, logit_scale)
+        write_sidecar(new, metadata, reading.scale)
+    if unlike is not None:
+        log.warning("%s has no tokenizers: %s; --tokenizers adds the model's own", out, unlike)
 
 
 def to_single_file(
@@ -71,9 +80,23 @@ def to_single_file(
     refuse_existing(out)
     if metadata is None:
         metadata = metadata_of_folder(folder)
-    configs, weights = modelfolder.read_configs(folder), modelfolder.read_weights(folder)
-    configs, weights, metadata = _with_vae(configs, weights, metadata, vae)
+    networks = networks_without(vae)
+    configs = modelfolder.read_configs(folder, networks)
+    reading = modelfolder.read(folder, configs, networks)
+    tell(folder, reading.notes)
+    configs, weights, metadata = _with_vae(configs, reading.weights, metadata, vae)
     return write_single_file(out, weights, configs, metadata, logit_scale=stored_scale(folder))
+
+
+def tell(path: Path, notes: Sequence[str]) -> None:
+    """One line about what was passed over or adapted in the tensors at `path`; none where nothing was."""
+    if notes:
+        log.info("%s: %s", path, "; ".join(notes))
+
+
+def networks_without(vae: str | Path | None) -> tuple[str, ...]:
+    """The networks that a model must hold itself: all, or all but the VAE where another takes its place."""
+    return sdxl.NETWORKS if vae is None else tuple(network for network in sdxl.NETWORKS if network != "vae")
 
 
 def write_single_file(
@@ -114,86 +137,39 @@ def write_single_file(
     return digest
 
 
-def single_weights(source: weightfile.Tensors, configs: sdxl.Configs) -> tuple[Weights, Blob | None]:
-    """(weights by canonical name, logit_scale) of an opened single file, names and shapes proved complete."""
-    no_weights = (sdxl.POSITION_IDS, sdxl.V_MARK, sdxl.ZERO_SNR_MARK)
-    have = {name: blob for name, blob in source.blobs.items() if name not in no_weights}
-    refuse_other_kinds(source.path, have)
-    links = sdxl.links(configs)
-    wanted = {link.single: link.shape for link in links}
-    optional = {sdxl.LOGIT_SCALE: ()} if sdxl.LOGIT_SCALE in have else {}
-    check_weights({name: blob.shape for name, blob in have.items()}, wanted | optional, str(source.path))
-    refuse_types(source.path, have)
-    weights: Weights = {}
-    for link in links:
-        weights.update(_to_folder(link, have[link.single]))
-    scale = have.get(sdxl.LOGIT_SCALE)
-    # read now: it is in no network, so that nobody else would look before an export is written
-    if scale is not None and not weightfile.finite(scale.read(), scale.dtype):
-        raise Halt(ExitCode.MISMATCH, f"{source.path}: {sdxl.LOGIT_SCALE} is not finite (NaN or infinity)")
-    return weights, scale
+def single_weights(
+    source: weightfile.Tensors, configs: sdxl.Configs, networks: Sequence[str] = sdxl.NETWORKS
+) -> spellings.Reading:
+    """The tensors of an opened single file, names and shapes proved complete, and what was passed over."""
+    otherkinds.refuse_other_kinds(source.path, source.blobs)
+    return spellings.read(source.path, source.blobs, configs, networks)
 
 
 def _with_vae(
-    configs: sdxl.Configs, weights: Weights, metadata: Mapping[str, str], vae: str | Path | None
+    configs: sdxl.Configs, weights: Weights, metadata: Mapping[str, str], path: str | Path | None
 ) -> tuple[sdxl.Configs, Weights, Mapping[str, str]]:
     """The same model with another VAE; its record no longer names the one that it was trained with."""
-    if vae is None:
+    if path is None:
         return configs, weights, metadata
-    config, own, _ = open_vae(Path(vae), "--vae")
-    kept = {name: blob for name, blob in weights.items() if not name.startswith("vae.")}
+    vae = vaefile.open_vae(Path(path), "--vae", configs.get("vae"))
+    tell(vae.file, vae.notes)
     told = {key: value for key, value in metadata.items() if key != VAE_KEY}
-    return {**configs, "vae": config}, kept | own, told
+    return {**configs, "vae": vae.config}, weights | vae.weights, told
 
 
-def open_vae(path: Path, asked_by: str) -> tuple[Mapping[str, Any], Weights, Path]:
-    """(config, weights by canonical name, their file) of a VAE: its folder, a model folder that has one, or a file."""
-    if path.is_file():
-        return sdxl.STANDARD["vae"], vae_weights(weightfile.open_file(path)), path
-    if (path / "vae").is_dir():
-        path = path / "vae"
-    config = read_json(path / "config.json")
-    if config is None:
-        raise Halt(ExitCode.MISMATCH, f"{asked_by} {path} is no folder of an AutoencoderKL (config.json and weights)")
-    weights = modelfolder.read_weights(path.parent, vae=path, networks=("vae",))
-    return config, weights, modelfolder.weight_files(path)[0]
+def vae_weights(source: weightfile.Tensors, config: Mapping[str, Any] | None = None) -> Weights:
+    """VAE weights by canonical name of a file that holds it alone or with a model; `config` None = SDXL's."""
+    return vaefile.read_weights(source, config or sdxl.STANDARD["vae"]).weights
 
 
-def vae_weights(source: weightfile.Tensors) -> Weights:
-    """Weights of a file that holds SDXL's VAE alone, or with the model, in the original names."""
-    prefix = sdxl.PREFIXES["vae"]
-    whole = any(name.startswith(prefix) for name in source.blobs)
-    have = {name if whole else prefix + name: blob for name, blob in source.blobs.items()}
-    have = {name: blob for name, blob in have.items() if name.startswith(prefix)}
-    links = [link for link in sdxl.links(sdxl.STANDARD) if link.single.startswith(prefix)]
-    shapes = {name: blob.shape for name, blob in have.items()}
-    check_weights(shapes, {link.single: link.shape for link in links}, f"{source.path} as model.vae")
-    refuse_types(source.path, have)
-    return {name: blob for link in links for name, blob in _to_folder(link, have[link.single])}
-
-
-def configs_in(source: weightfile.Tensors) -> sdxl.Configs:
+def configs_in(source: weightfile.Tensors, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.Configs:
     """The configs that a single file carries in its metadata, else SDXL's own."""
-    text = source.metadata.get(CONFIGS_KEY)
-    if not text:
-        v = sdxl.V_MARK in source.blobs or source.metadata.get("modelspec.prediction_type", "").startswith("v")
-        scheduler = sdxl.told_scheduler(
-            sdxl.STANDARD["scheduler"], v=v, zero_terminal_snr=v and sdxl.ZERO_SNR_MARK in source.blobs
-        )
-        return {**sdxl.STANDARD, "unet": sdxl.drawn_at(sdxl.STANDARD["unet"], _side_px(source)), "scheduler": scheduler}
-    try:
-        stored = json.loads(text)
-        configs = {name: dict(stored[name]) for name in (*sdxl.NETWORKS, "scheduler")}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise Halt(ExitCode.MISMATCH, f"{source.path}: its metadata entry {CONFIGS_KEY} is damaged") from None
-    sdxl.folder_shapes(configs, str(source.path))  # refused here, where the file's name is known
+    configs = sdxl.configs_of(source.metadata, source.blobs, str(source.path))
+    sdxl.folder_shapes(configs, str(source.path), networks)  # refused here, where the file's name is known
+    otherkinds.refuse_unet(configs["unet"], str(source.path))
+    if "vae" in networks:
+        otherkinds.refuse_vae(configs["vae"], str(source.path))
     return configs
-
-
-def _side_px(source: weightfile.Tensors) -> int:
-    """Side of the square that the file names as its resolution, SDXL's own where it names none."""
-    named = re.fullmatch(r"(\d{2,4})x(\d{2,4})", source.metadata.get("modelspec.resolution", ""))
-    return int(named[1]) if named and named[1] == named[2] and int(named[1]) >= 64 else 1024
 
 
 def record_in(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -224,49 +200,15 @@ _INDIFFERENT = (
 )  # fmt: skip
 
 
-def refuse_other_kinds(path: Path, names: Iterable[str]) -> None:
-    """Halt(MISMATCH) naming what the file is, when it is a model of another kind."""
-    names = set(names)
-    unet = any(name.startswith("model.diffusion_model.") for name in names)
-    if any(mark in name for name in names for mark in ("lora_", ".lora", "hada_w", "lokr_")):
-        kind = "a LoRA (a set of differences, no model); merge it into its base model first"
-    elif any(name.startswith("conditioner.embedders.0.model.") for name in names):
-        kind = "an SDXL refiner (one text encoder, another U-Net); the recipe trains the base model"
-    elif any(name.startswith("cond_stage_model.model.") for name in names):
-        kind = "a Stable Diffusion 2 model"
-    elif any(name.startswith("cond_stage_model.") for name in names):
-        kind = "a Stable Diffusion 1 model"
-    elif any(name.startswith(("down_blocks.", "text_model.", "encoder.down_blocks.")) for name in names) and not unet:
-        kind = "one network of a diffusers folder; give the folder itself"
-    elif any("joint_blocks" in name or "double_blocks" in name for name in names):
-        kind = "a diffusion transformer (SD3 or Flux)"
-    elif not unet:
-        kind = f"no diffusion model (first tensors: {some(sorted(names)[:3]) or 'none'})"
-    else:
-        return
-    raise Halt(ExitCode.MISMATCH, f"{path} is {kind}, not an SDXL single file")
-
-
 def _to_single(link: sdxl.Link, weights: Mapping[str, Blob]) -> Blob:
     blobs = [weights[name] for name in link.folder]
-    if len({blob.dtype for blob in blobs}) > 1:
-        raise Halt(ExitCode.MISMATCH, f"{', '.join(link.folder)} have different dtypes and cannot be joined")
+    if len({blob.dtype for blob in blobs}) > 1:  # in fp32 nothing of fp16 or bf16 is lost
+        blobs = [weightfile.cast(blob, "F32", name) for name, blob in zip(link.folder, blobs, strict=True)]
     if link.operation == "join":
         return weightfile.concatenated(blobs)
     if link.operation == "transpose":
         return weightfile.transposed(blobs[0])
     return weightfile.reshaped(blobs[0], link.shape)
-
-
-def _to_folder(link: sdxl.Link, blob: Blob) -> Iterator[tuple[str, Blob]]:
-    if link.operation == "join":
-        yield from ((name, weightfile.rows(blob, i, 3)) for i, name in enumerate(link.folder))
-    elif link.operation == "transpose":
-        yield link.folder[0], weightfile.transposed(blob)
-    elif link.operation == "to_conv":
-        yield link.folder[0], weightfile.reshaped(blob, blob.shape[:2])
-    else:
-        yield link.folder[0], blob
 
 
 def write_sidecar(folder: Path, metadata: Mapping[str, str], logit_scale: Blob | None) -> None:

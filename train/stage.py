@@ -15,7 +15,6 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from train import fast, loop, memory, optim, singlefile, stochastic, text
 from train.checkpointing import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.config import StageConfig
-from train.exits import ExitCode, Halt
 from train.hub import LocalModel, vae_identity
 from train.index import Index
 from train.models import (
@@ -94,8 +93,6 @@ def open_data(config: StageConfig, source: LocalModel) -> Data:
     selection = open_selection(config)
     refuse_other_vae(config, selection.index, source)
     kept = selection.kept
-    if source.tokenizers is None:
-        raise Halt(ExitCode.USAGE, f"{source.path} has no tokenizers: set model.tokenizers")
     tokenizer = text.load_tag_tokenizer(source.tokenizers)
     fingerprint = plan_fingerprint(
         seed=config.seed,

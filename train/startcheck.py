@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from train import diskspace, hub, objective, resume, schedule
+from train import cliptokens, diskspace, hub, objective, resume, schedule
 from train.config import StageConfig
 from train.exits import ExitCode, Halt
 from train.export import stated_license
@@ -119,9 +119,10 @@ def refuse_source(config: StageConfig, source: LocalModel) -> None:
             "model.pooled_projection: sd_scripts reproduces a trainer that read single files: give a .safetensors"
         )
     folders = [] if source.tokenizers is None else [source.tokenizers / name for name in TOKENIZERS]
-    if not folders:
+    if not folders and (why := cliptokens.unlike(source.configs)):
         problems.append(
-            f"{source.path} has no tokenizers: model.tokenizers names a folder with tokenizer/ and tokenizer_2/"
+            f"{source.path} carries no tokenizers, and the shipped ones do not go with it: {why}. model.tokenizers "
+            "names a folder with the model's own tokenizer/ and tokenizer_2/"
         )
     problems += [f"model.tokenizers: {folder} is no folder" for folder in folders if not folder.is_dir()]
     if not stated_license(config.export, source):

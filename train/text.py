@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from train import faults
+from train import cliptokens, faults
 from train.exits import ExitCode, Halt
 
 BOS_ID, EOS_ID, PAD_2_ID = 49406, 49407, 0  # CLIP's ids; PAD_2_ID is "!", with which encoder 2's texts are padded
@@ -49,10 +49,16 @@ def load_tokenizer(folder: str | Path) -> Any:
         raise Halt(ExitCode.MISMATCH, f"{folder}: its tokenizer is damaged ({str(error)[:200]}): copy it anew") from error
 
 
-def load_tag_tokenizer(folder: str | Path) -> TagTokenizer:
-    """TagTokenizer of a model folder that holds `tokenizer/` and `tokenizer_2/`."""
-    folder = Path(folder)
-    return TagTokenizer(load_tokenizer(folder / "tokenizer"), load_tokenizer(folder / "tokenizer_2"))
+def load_tokenizers(folder: str | Path | None) -> tuple[Any, Any]:
+    """Both tokenizers of a folder that holds `tokenizer/` and `tokenizer_2/`; None = the shipped CLIP ones."""
+    if folder is None:
+        return cliptokens.tokenizer("tokenizer"), cliptokens.tokenizer("tokenizer_2")
+    return load_tokenizer(Path(folder) / "tokenizer"), load_tokenizer(Path(folder) / "tokenizer_2")
+
+
+def load_tag_tokenizer(folder: str | Path | None) -> TagTokenizer:
+    """TagTokenizer of a folder that holds `tokenizer/` and `tokenizer_2/`; None = of the shipped CLIP ones."""
+    return TagTokenizer(*load_tokenizers(folder))
 
 
 class TagTokenizer:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +26,7 @@ MOST_SIDES = 16  # of a tensor; SDXL's have 4
 PIECE_BYTES = 16 << 20  # a multiple of every element size, so that pieces end between elements
 HEADER_LIMIT_BYTES = 8 << 20  # SDXL's is 0.4 MB; the library would read 100 MB, which parsed are gigabytes
 ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
 # A float is infinite or not a number exactly when all bits of its exponent are set.
@@ -81,16 +82,38 @@ def refuse_pickle(path: Path) -> None:
     head = b""
     if path.is_file():
         with open(path, "rb") as file:
-            head = file.read(9)
+            head = file.read(128)
+    if head[:4] == b"PK\x03\x04" and b".pkl" not in head and path.suffix.lower() not in PICKLE_SUFFIXES:
+        raise Halt(ExitCode.MISMATCH, f"{path} is a zip archive, no model: unpack it and name the .safetensors in it")
     # Zip archive (torch.save), or the protocol byte of a bare pickle; a safetensors header's length may begin with
     # the same byte, but its ninth is the brace.
-    pickled = head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:] != b"{")
+    pickled = head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[8:9] != b"{")
     if pickled or path.suffix.lower() in PICKLE_SUFFIXES:
         raise Halt(
             ExitCode.MISMATCH,
             f"{path} is a pickle: reading one can run any code. Only .safetensors is read; "
             "ask its maker for that, or convert it on a machine you can lose.",
         )
+
+
+# What lies under a model's name when it was never downloaded, or is of another format, by how it begins.
+_OTHER_HEADS = (
+    (rb"version https://git-lfs", "is a Git LFS pointer, a note where the model should be: run `git lfs pull`, or download the file itself"),
+    (rb"\s*<(!doctype|html|head|\?xml)", "is a web page, no model (a login or an error, saved under its name): download it again, signed in"),
+    (rb"\s*\{\s*\"(error|message|detail|success)\"", "is a server's error message, no model: download it again, signed in"),
+    (rb"GGUF", "is a GGUF file, a quantised model: start from the fp16 or fp32 .safetensors"),
+    (rb"7z\xbc\xaf|Rar!|\x1f\x8b|BZh|\xfd7zXZ", "is an archive, no model: unpack it and name the .safetensors in it"),
+)  # fmt: skip
+
+
+def _refuse_other_formats(path: Path) -> None:
+    with open(path, "rb") as file:
+        head = file.read(200)
+    if head[8:9] == b"{":
+        return  # whatever its length begins with
+    for form, what in _OTHER_HEADS:
+        if re.match(form, head, re.IGNORECASE):
+            raise Halt(ExitCode.MISMATCH, f"{path} {what}")
 
 
 def open_file(path: str | Path) -> Tensors:
@@ -102,12 +125,13 @@ def open_file(path: str | Path) -> Tensors:
     size = path.stat().st_size
     if size == 0:
         raise Halt(ExitCode.MISMATCH, f"{path} is empty (0 bytes): the copy or download did not happen")
+    _refuse_other_formats(path)
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > HEADER_LIMIT_BYTES:
             raise Halt(ExitCode.MISMATCH, f"{path} is no safetensors file of a model (its first 8 bytes are no header length)")
         if 8 + length > size:
-            raise Halt(ExitCode.MISMATCH, f"{path} is truncated: {size} bytes, the header alone needs {8 + length}")
+            raise Halt(ExitCode.MISMATCH, f"{path} is truncated: {size} bytes, the header alone needs {8 + length}: download or copy it again")
         text = file.read(length)
     try:
         metadata, entries = read_header(text)
@@ -118,7 +142,9 @@ def open_file(path: str | Path) -> Tensors:
     needed = 8 + length + sum(blob.size_bytes for blob in blobs.values())
     if needed != size:
         what = "is truncated" if needed > size else "has foreign bytes at its end"
-        raise Halt(ExitCode.MISMATCH, f"{path} {what}: {size} bytes, its header describes {needed}")
+        raise Halt(
+            ExitCode.MISMATCH, f"{path} {what}: {size} bytes, its header describes {needed}: download or copy it again"
+        )
     return Tensors(path, metadata, blobs)
 
 

@@ -5,7 +5,6 @@ Shape legend: B pictures of a batch, C latent channels, H W pixel rows and colum
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,67 +15,28 @@ import torch
 
 from train import faults
 from train.exits import ExitCode, Halt
-from train.hub import vae_file_identity
+from train.models import fill
 from train.rng import Stream, normals
+from train.vaefile import Vae, open_vae
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
 
 
-def weights_file(vae: str | None, key: str = "latents.vae") -> Path:
-    """The safetensors file that `key` names: a VAE folder, a model folder with `vae/`, or the file itself.
+def find_vae(vae: str | None, key: str = "latents.vae") -> Vae:
+    """The VAE that `key` names: its folder, a model folder with `vae/`, or a file in any layout.
 
-    Raises Halt(USAGE) when it is not given or not there, Halt(MISMATCH) for weights in a pickle.
+    Raises Halt(USAGE) when it is not given or not there, Halt(MISMATCH) for what is no VAE of SDXL's kind.
     """
     if vae is None:
         raise Halt(ExitCode.USAGE, f"{key} is not set: name a VAE folder, a model folder or a .safetensors file")
-    path = Path(vae)
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise Halt(ExitCode.MISMATCH, f"{key} {path} is not a .safetensors file; pickles are never opened")
-        return path
-    for folder in (path, path / "vae"):
-        for name in _WEIGHT_FILES:
-            if (folder / name).is_file():
-                return folder / name
-    raise Halt(ExitCode.USAGE, f"{key} {path} holds no {_WEIGHT_FILES[0]}")
+    return open_vae(Path(vae), key)
 
 
-def vae_identity(weights: Path) -> str:
-    """Identity of the weights, in whatever file and precision they lie: what every shard and the index record."""
-    return vae_file_identity(weights)
-
-
-def load_vae(weights: Path) -> Any:
-    """AutoencoderKL in fp32, evaluation mode. Raises Halt(MISMATCH) when the weights do not fit."""
+def load_vae(vae: Vae) -> Any:
+    """AutoencoderKL in fp32, evaluation mode. Raises Halt(MISMATCH) naming tensors that are not finite."""
     from diffusers import AutoencoderKL
 
-    try:
-        if (weights.parent / "config.json").is_file():
-            variant = "fp16" if ".fp16." in weights.name else None
-            vae = AutoencoderKL.from_pretrained(
-                weights.parent, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32, variant=variant
-            )
-        else:
-            vae = _from_single_file(weights)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise Halt(ExitCode.MISMATCH, f"latents.vae {weights} cannot be loaded: {error}") from error
-    return vae.eval().requires_grad_(False)
-
-
-def _from_single_file(weights: Path) -> Any:
-    """A lone file with the first release's names, of the VAE or of a whole SDXL model."""
-    import tempfile
-
-    from diffusers import AutoencoderKL
-
-    from train.sdxl import STANDARD
-
-    with tempfile.TemporaryDirectory() as folder:  # diffusers would otherwise fetch this config from the hub
-        (Path(folder) / "config.json").write_text(json.dumps(dict(STANDARD["vae"])))
-        return AutoencoderKL.from_single_file(
-            str(weights), config=folder, torch_dtype=torch.float32, local_files_only=True
-        )
+    return fill("vae", lambda: AutoencoderKL.from_config(dict(vae.config)), vae.weights, vae.file).requires_grad_(False)
 
 
 def pick_device(name: str, rank: int) -> torch.device:

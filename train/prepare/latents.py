@@ -18,11 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from train import vaefile
 from train.buckets import place
 from train.exits import ExitCode, Halt
 from train.latents import read_meta, write_shard
 from train.prepare.decode import DECODE_VERSION, Refused
-from train.prepare.encoder import Encoder, load_vae, pick_device, vae_identity, weights_file
+from train.prepare.encoder import Encoder, find_vae, load_vae, pick_device
 from train.prepare.facts import Facts, facts_of
 from train.prepare.finish import finish
 from train.prepare.judge import Complaint, judge
@@ -37,6 +38,7 @@ from train.prepare.shardplan import Recipe, Slot, Wanted, by_shard, entry_of, ma
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, write_parquet
 from train.prepare.vips import VIPS_VERSION
 from train.rng import uid_of
+from train.vaefile import Vae
 
 PLACE = ["key", "bucket_w", "bucket_h"]
 
@@ -63,8 +65,8 @@ def run(settings: DatasetConfig) -> None:
     Raises Halt(MISMATCH) when a file that probe accepted cannot be read any more, naming it, after all the rest.
     """
     dataset = dataset_dir(settings)
-    weights = weights_file(settings.latents.vae)
-    recipe = make_recipe(settings, vae_identity(weights))
+    vae = find_vae(settings.latents.vae)
+    recipe = make_recipe(settings, vaefile.identity(vae.weights))
     _check_npz_vae(settings, recipe.vae_id)
     _drop_other_index(dataset, recipe)
     wanted, facts = _wanted(settings)
@@ -72,7 +74,7 @@ def run(settings: DatasetConfig) -> None:
     entries = {slot.entry for slot in used}
     work = Work(settings, recipe, list(by_shard(shards)), entries, facts)
     with Peers(dataset) as peers:
-        _encode(work, weights, peers)
+        _encode(work, vae, peers)
     lost, unreadable = _outcome(work)
     finish(settings, recipe, used, facts, without={*lost, *(key for key, _ in unreadable)})
     merge_quarantine(dataset)
@@ -100,7 +102,9 @@ def make_recipe(settings: DatasetConfig, vae_id: str) -> Recipe:
 
 def _check_npz_vae(settings: DatasetConfig, vae_id: str) -> None:
     for source in settings.sources:
-        if source.npz_vae is not None and vae_identity(weights_file(source.npz_vae, "sources[].npz_vae")) != vae_id:
+        if source.npz_vae is None:
+            continue
+        if vaefile.identity(find_vae(source.npz_vae, f"npz_vae of {source.name}").weights) != vae_id:
             raise Halt(
                 ExitCode.MISMATCH,
                 f"sources: npz_vae of {source.name}, {source.npz_vae}, is not the VAE of latents.vae, {settings.latents.vae}"
@@ -145,14 +149,16 @@ def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], Facts]:
     return wanted, facts
 
 
-def _encode(work: Work, weights: Path, peers: Peers) -> None:
+def _encode(work: Work, vae: Vae, peers: Peers) -> None:
     """Make every shard that is missing."""
     missing = [number for number in range(len(work.shards)) if not _is_made(work, number)]
     if not missing:
         return
     settings, recipe = work.settings, work.recipe
     device = pick_device(settings.latents.device, peers.rank)
-    encoder = Encoder(load_vae(weights), recipe.encode, recipe.content, recipe.dtype, recipe.seed, device)
+    if peers.rank == 0 and vae.notes:
+        print(f"latents: {vae.file}: {'; '.join(vae.notes)}")
+    encoder = Encoder(load_vae(vae), recipe.encode, recipe.content, recipe.dtype, recipe.seed, device)
     limit = 512 * 2**20 + 14 * settings.probe.max_pixels
     ours = sum(len(work.shards[number][1]) for number in missing if peers.owns(number))
     tried = set()

@@ -387,6 +387,3 @@ def _complete(theirs: Mapping[str, Any], result: Result) -> None:
     start = str(config.get("model.init_from", ""))
     if start.count("/") == 1 and not HUB_NAME.match(start) and not start.startswith((".", "/")):
         result.notes["(ours) model.init_from"] = f"a hub model needs its 40-digit commit: {start}@<commit>"
-    if start.endswith(".safetensors"):
-        config["model.tokenizers"] = "models/sdxl-tokenizers"
-        result.notes["(ours) model.tokenizers"] = "a single file has none; point it to a folder with both tokenizers"

@@ -18,7 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from train import hub
+from train import hub, weightfile
 from train.exits import ExitCode, Halt
 from train.inference import Model, draw, name_of, open_model
 from train.pictures import require_folder, save_png
@@ -80,7 +80,7 @@ class Studio:
         require_folder(out)
         self._open: tuple[str, Model] | None = None
         for path in self.paths.values():  # a bad path is refused before the page opens, whichever it is
-            require_model(path, tokenizers)
+            require_model(path)
         self.model(next(iter(self.paths)))
 
     def model(self, title: str) -> Model:
@@ -106,15 +106,13 @@ class Studio:
         return save_png(image, self.out / f"{number:05d}-{prompt.seed}.png", record), record
 
 
-def require_model(path: str, tokenizers: str | None) -> None:
+def require_model(path: str) -> None:
     """Raises Halt for what is certainly no model, without reading one."""
     found = hub.find(path)
-    if found.is_file() and tokenizers is None:
-        raise Halt(ExitCode.USAGE, f"{path} is a single file, which has no tokenizers: --tokenizers DIR")
-    if found.is_dir() and not any((found / name).exists() for name in ("DONE", "model_index.json")):
-        raise Halt(
-            ExitCode.MISMATCH, f"{path} is neither a finished run (DONE) nor a diffusers folder (model_index.json)"
-        )
+    if found.is_file():
+        weightfile.open_file(found)
+    elif not (found / "DONE").exists():
+        hub.refuse_no_model(found)
 
 
 def settings_of(wish: Wish) -> PromptsFile:

@@ -11,9 +11,9 @@ from train.exits import ExitCode, Halt
 from train.text import Overflow, TagTokenizer
 
 
-def load(folder: Path) -> TagTokenizer:
-    """Tokenizers of a folder with tokenizer/ and tokenizer_2/, or of one tokenizer folder."""
-    if (folder / "tokenizer").is_dir():
+def load(folder: Path | None) -> TagTokenizer:
+    """Tokenizers of a folder with tokenizer/ and tokenizer_2/, or of one tokenizer folder; None = the shipped ones."""
+    if folder is None or (folder / "tokenizer").is_dir():
         return text.load_tag_tokenizer(folder)
     return TagTokenizer(text.load_tokenizer(folder))
 

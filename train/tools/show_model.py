@@ -27,9 +27,8 @@ def report(path: Path) -> dict[str, Any]:
     if not (folder / "model_index.json").is_file():
         raise Halt(ExitCode.MISMATCH, f"{folder} is no diffusers folder (no model_index.json)")
     configs = modelfolder.read_configs(folder)
-    weights = modelfolder.read_weights(folder)
-    shapes = {name: blob.shape for name, blob in weights.items()}
-    modelfolder.check_weights(shapes, sdxl.folder_shapes(configs), str(folder))
+    reading = modelfolder.read(folder, configs)
+    weights = reading.weights
     weightfile.refuse_non_finite(weights, str(folder))
     lineage = read_json(path / "lineage.json") or read_json(folder / "lineage.json") or {}
     metadata = singlefile.metadata_of_folder(folder)
@@ -38,6 +37,7 @@ def report(path: Path) -> dict[str, Any]:
         "kind": "run" if run else "folder",
         **_model(configs, weights),
         "tokenizers": all((folder / name).is_dir() for name in modelfolder.TOKENIZERS),
+        "adapted": list(reading.notes),
         **_origin(metadata, lineage),
     }
 
@@ -45,8 +45,9 @@ def report(path: Path) -> dict[str, Any]:
 def _single(path: Path) -> dict[str, Any]:
     source = weightfile.open_file(path)
     configs = singlefile.configs_in(source)
-    weights, _ = singlefile.single_weights(source, configs)
-    weightfile.refuse_non_finite(source.blobs, str(path))
+    reading = singlefile.single_weights(source, configs)
+    weights = reading.weights
+    weightfile.refuse_non_finite(weights, str(path))
     return {
         "path": str(path),
         "kind": "single_file",
@@ -54,6 +55,7 @@ def _single(path: Path) -> dict[str, Any]:
         "bytes": path.stat().st_size,
         **_model(configs, weights),
         "tokenizers": False,
+        "adapted": list(reading.notes),
         **_origin(source.metadata, {}),
     }
 

@@ -13,10 +13,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from train.cliptokens import BOS, EOS, byte_letters
 from train.tools.tiny_draw import SKIN
 from train.tools.tiny_posts import ARTISTS, CHARACTERS, HELD_OUT_COUNT, check_prompts, make_post
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 _MERGES = 400
 # Words that only captions and prompts have, not the posts: the card's special tags and negative prompt.
 _SPECIAL = (
@@ -44,13 +44,6 @@ def build_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     letters = byte_letters()
     tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), BOS, EOS]
     return {token: number for number, token in enumerate(dict.fromkeys(tokens))}, merges
-
-
-def byte_letters() -> list[str]:
-    """One printable letter per byte, in CLIP's order: printable ASCII and Latin-1 first, then stand-ins."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    stand_ins = [chr(256 + number) for number in range(256 - len(printable))]
-    return [chr(byte) for byte in printable] + stand_ins
 
 
 def write_tokenizer(folder: Path, pad_token: str) -> None:
