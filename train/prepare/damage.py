@@ -23,6 +23,7 @@ _SOF_HUFFMAN, _SOF_PROGRESSIVE, _SOS, _EOI = (0xC0, 0xC1), 0xC2, 0xDA, 0xD9
 _CUT_BYTES = 8  # taken from the end of the coded data to see whether they matter
 _FEWEST_BITS = 2  # that code a block of 8x8
 _LOOKED_AT = 16  # blocks before the grey ones
+_EDGE = 2  # pixels of a block
 _GREY = 128  # what libjpeg puts where data is missing
 
 
@@ -168,16 +169,16 @@ def _grey_from(found: _Jpeg, image: Image.Image) -> list[Box] | None:
     down = 8 if single else 8 * max(pair[1] for pair in found.sampling.values())
     columns, rows = -(-image.width // across), -(-image.height // down)
 
-    def box(number: int, inset: int) -> Box:
+    def inside(number: int) -> Box:
+        """Without the edges, over which colour at half size is blended."""
         left, top = number % columns * across, number // columns * down
         right, bottom = min(left + across, image.width), min(top + down, image.height)
-        return left + inset, top + inset, max(right - inset, left + inset), max(bottom - inset, top + inset)
+        return left + _EDGE, top + _EDGE, max(right - _EDGE, left + _EDGE), max(bottom - _EDGE, top + _EDGE)
 
     first = columns * rows
-    while first and image.crop(box(first - 1, 0)).getextrema() in ((_GREY, _GREY), ((_GREY, _GREY),) * 3):
+    while first and set(image.crop(inside(first - 1)).tobytes()) <= {_GREY}:
         first -= 1
     needed = -(-8 * (_CUT_BYTES + 1) // (_FEWEST_BITS * per_unit))
     if columns * rows - first < needed:
         return None
-    # Inset, because colour at half size is blended over the edges of blocks.
-    return [box(number, 2) for number in range(max(first - _LOOKED_AT, 0), first)]
+    return [inside(number) for number in range(max(first - _LOOKED_AT, 0), first)]
