@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -125,10 +124,11 @@ def lineage_record(
     weights_sha256: str,
     conditioning: Mapping[str, Any],
     accepted: Sequence[str] = (),
+    extended: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Who made these weights from what. `ancestors` carries the records of the stages before; `conditioning` is what
     inference must share with the training, because a file that was moved has no config beside it; `accepted` is what
-    `resume.accept` let change under way."""
+    `resume.accept` let change under way, `extended` how often the stage was finished before and then made longer."""
     parent = source.lineage or {}
     stated = {key: value for key, value in parent.items() if key != "ancestors"}
     older = parent.get("ancestors")  # from a file that anybody may have written
@@ -150,6 +150,7 @@ def lineage_record(
         "weights_sha256": weights_sha256,
         **({"vae_sha256": source.vae_sha256} if source.vae_sha256 else {}),
         "conditioning": dict(conditioning),
+        **({"extended": list(extended)} if extended else {}),
         **({"accepted": [_without_home(mask_settings(text)) for text in accepted]} if accepted else {}),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ancestors": [*(older if isinstance(older, list) else []), stated] if stated else [],
@@ -180,9 +181,7 @@ def export_stage(
     weights = _polled({**source.weights, **weightfile.open_file(trained).blobs}, poll)
     configs = _with_prediction(source, prediction, zero_terminal_snr)
     folder = run_path / "model"
-    if folder.exists():
-        shutil.rmtree(folder)
-    with modelfolder.new_folder(folder) as new:
+    with modelfolder.new_folder(folder, renew=True) as new:
         hashes = modelfolder.write_networks(new, weights, configs, dtype=dtype)
         if source.tokenizers is not None:
             modelfolder.copy_tokenizers(source.tokenizers, new)
@@ -191,8 +190,8 @@ def export_stage(
         singlefile.write_sidecar(new, metadata, scale)  # as in the single file, so that converting gives that file
         replace_file(new / "training.yaml", _without_home((run_path / "config.yaml").read_text(encoding="utf-8")))
         write_json(new / "lineage.json", record)
-    for name, digest in hashes.items():
-        _require_hash(folder / name, digest)
+        for name, digest in hashes.items():  # before it takes the place of an earlier one
+            _require_hash(new / name, digest)
     _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
     if average is not None:
         averaged = {**weights, **_polled(weightfile.open_file(average).blobs, poll)}

@@ -63,6 +63,7 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
             "pooled_projection": config.model.pooled_projection,
         },
         accepted=session.state(session)["accepted"],
+        extended=session.state(session)["extended"],
     )
     export.export_stage(
         run.path,
