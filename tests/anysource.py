@@ -31,7 +31,7 @@ def posts(lacks: str) -> list[Post]:
                 "artist": ["someone"], "meta": ["highres"]}  # fmt: skip
         caption = f"1girl, hero a ||| smile, long hair, tag {number}"
         if lacks == "tags":  # one each
-            tags, caption = {**dict.fromkeys(tags, []), "general": ["smile"]}, "smile"
+            tags, caption = {**{group: [] for group in tags}, "general": ["smile"]}, "smile"
         if lacks == "separator":
             caption = caption.replace(" |||", ",")
         about = {"rating": "gsqe"[number % 4], "score": 7 * number, "created_at": f"20{10 + number}-05-05T10:00:00+00:00"}
