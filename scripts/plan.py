@@ -58,19 +58,15 @@ def main() -> int:
         disk_gb=arguments.disk_gb,
     )
     config = load_stage(arguments.config, arguments.overrides)
-    plan = planner.plan_stage(config, request)
+    plan = planner.plan_stage(config, request) | {"finished": plan_page.finished_before(config)}
     out = arguments.out or (Path(config.output_dir) if arguments.write else None)
     if out is not None:
         plan_page.write_files(out, config, plan)
     print(json.dumps(plan) if arguments.json else plan_page.describe(plan))
-    if plan["memory"]["fits"] is False:
-        print(f"error: {plan['memory']['problem']}", file=sys.stderr)
-        return ExitCode.MISMATCH
-    if plan["disk"]["fits"] is False:
-        print("error: checkpoints and export do not fit the disk: lower checkpoint.keep or raise "
-              "checkpoint.permanent_every_steps", file=sys.stderr)  # fmt: skip
-        return ExitCode.MISMATCH
-    return ExitCode.DONE
+    problems = plan_page.problems(plan)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return ExitCode.MISMATCH if problems else ExitCode.DONE
 
 
 if __name__ == "__main__":

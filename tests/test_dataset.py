@@ -176,6 +176,8 @@ def test_an_unreadable_image_stops_with_its_shard_and_row(damaged: Path) -> None
     assert {halt.code for halt in halts} == {ExitCode.MISMATCH}
     assert all("64x64-00000.safetensors row" in halt.message for halt in halts)
     assert {halt.message.split(" row ")[1].split()[0] for halt in halts} == {"3", "4"}
+    assert {halt.message.split(": ")[0] for halt in halts} == {"test:64x64/3", "test:64x64/4"}
+    assert all("data.on_read_error=substitute" in halt.message for halt in halts)
 
 
 def test_a_substitute_is_the_next_image_of_the_bucket_under_the_slots_own_key(damaged: Path, dataset: Path) -> None:
@@ -211,6 +213,8 @@ def test_nothing_readable_left_is_a_refusal(damaged: Path) -> None:
     halts = [halt for halt in found if isinstance(halt, Halt)]
     assert halts
     assert "64x64" in halts[0].message
+    assert "test:64x64/" in halts[0].message
+    assert "on_read_error" not in halts[0].message, "it is substitute already"
 
 
 def test_latents_of_another_size_are_named(dataset: Path, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_f19_a_killed_worker_is_replaced(lab):
 
 def test_f19_a_worker_that_dies_every_time_ends_the_run_and_names_the_images(lab):
     assert lab.run("f19b", "data.workers=1", "data.prefetch=1", fault="worker@5:kill") == [1]
-    assert re.search(r"images in flight \(uids\): [0-9a-f]{16}", lab.exit("f19b")["reason"])
+    assert re.search(r"images in flight: \S+ \(uid [0-9a-f]{16}\)", lab.exit("f19b")["reason"])
     lab.must_equal_reference("f19b")
 
 

@@ -130,7 +130,18 @@ def test_workers_that_keep_dying_end_the_run_with_the_images_in_flight(
     named = set(re.findall(r"\b[0-9a-f]{16}\b", halted.value.message))
     # the tile that was due: the worker may die over a later one while that is still on its way
     tiles = [tile for step in (0, 1) for tile in source.dataset.plan.update(step)]
-    assert any(named == {f"{uid:016x}" for uid in tile.uids.tolist()} for tile in tiles)
+    hit = [tile for tile in tiles if named == {f"{uid:016x}" for uid in tile.uids.tolist()}]
+    assert hit
+    assert all(source.dataset.index.key(row) in halted.value.message for row in hit[0].rows.tolist())
+    assert "fewer data.workers" in halted.value.message
+
+
+def test_a_setting_that_holds_already_is_not_recommended(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANIX_FAULT", "read@0:eio")
+    with pytest.raises(Halt) as halted:
+        drain(feed(dataset, workers=0), 1)
+    assert "test:" in halted.value.message
+    assert "data.workers" not in halted.value.message
 
 
 @pytest.mark.slow  # torch gives a pool 5 s to end, three times

@@ -16,14 +16,14 @@ from train.schema import flatten
 FREE = set("""data.workers data.prefetch data.on_read_error data.worker_timeout_s output_dir tracking.wandb
 tracking.trace sampling.every_steps sampling.prompts checkpoint.every_steps checkpoint.keep resume.accept export.dtype
 export.license launch.grace_s launch.collective_timeout_s validation.every_steps validation.images
-validation.select""".split())  # noqa: SIM905
+validation.select data.separator""".split())  # noqa: SIM905
 WARN = set("""epochs max_updates batch.split batch.accumulation model.gradient_checkpointing model.compile
 model.channels_last model.attention optimizer.sharding ema.device""".split())  # noqa: SIM905
 REFUSE = set("""stage seed precision validation.share batch.micro batch.effective batch.min_bucket batch.remainder
-batch.determinism data.path data.select data.separator data.shuffle_tags data.tag_dropout data.caption_dropout
+batch.determinism data.path data.select data.shuffle_tags data.tag_dropout data.caption_dropout
 data.max_tokens model.init_from model.vae model.tokenizers model.train_text_encoders model.pooled_projection
 model.context model.float8 model.weights optimizer.name optimizer.unet_lr optimizer.weight_decay optimizer.betas
-schedule.name schedule.cycle_steps schedule.decay noise.offset noise.timesteps loss.prediction loss.average
+schedule.name schedule.cycle_steps schedule.decay noise.offset noise.timesteps loss.prediction loss.average loss.convert
 ema.decay ema.every_steps""".split())  # noqa: SIM905
 # fmt: on
 
@@ -71,6 +71,37 @@ def test_tuples_and_missing_keys_compare_as_json():
     saved = now(config={"noise.timesteps": (0, 1000), "epochs": 3}).to_state()
     assert compare(json.loads(json.dumps(saved)), now(config={"noise.timesteps": [0, 1000], "epochs": 3})).refused == ()
     assert [d.key for d in compare(saved, now(config={"epochs": 3})).refused] == ["noise.timesteps"]
+
+
+DEFAULTS = {"new.key": 1, "new.pair": (1, 2), "old.key": 5}
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [({"new.key": 1}, []), ({"new.pair": (1, 2)}, []), ({"new.key": 2, "new.pair": (2, 1)}, ["new.key", "new.pair"])],
+)
+def test_a_key_that_a_checkpoint_does_not_know_counts_as_its_default(config, refused):
+    saved = now(config={"seed": 1}).to_state()
+    del saved["set"]  # as the first schema wrote it
+    found = compare(saved, now(config={"seed": 1, **config}, defaults=DEFAULTS))
+    assert [d.key for d in found.refused] == refused
+    assert [d.saved for d in found.refused] == [json.loads(json.dumps(DEFAULTS[key])) for key in refused], "told by its value"
+
+
+def test_a_key_that_is_gone_is_agreed_if_it_held_its_default(monkeypatch):
+    for value, refused in ((5, []), (6, ["old.key"])):
+        saved = json.loads(json.dumps(now(config={"old.key": value}, defaults=DEFAULTS).to_state()))
+        assert [d.key for d in compare(saved, now(config={}, defaults={"new.key": 1})).refused] == refused
+        del saved["set"]  # the first schema's checkpoints do not say so: its keys that are gone stand in a table
+        assert [d.key for d in compare(saved, now(config={})).refused] == ["old.key"]
+        monkeypatch.setitem(resume._GONE, "old.key", 5)
+        assert [d.key for d in compare(saved, now(config={})).refused] == refused
+        monkeypatch.delitem(resume._GONE, "old.key")
+
+
+def test_the_separator_is_held_against_the_set_and_not_against_the_checkpoint():
+    old = now(config={"data.separator": "|||"}).to_state()
+    assert compare(old, now(config={"data.separator": None}, defaults={"data.separator": None})).refused == ()
 
 
 def test_paths_compare_by_what_they_hold():

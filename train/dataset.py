@@ -141,9 +141,9 @@ class TileDataset(Dataset[Batch | Halt]):
         substituted: list[str] = []
         try:
             raw_BCHW, first = self._read(rows)
-        except Halt:
+        except Halt as halt:
             if self.data.on_read_error == "stop":
-                raise
+                raise self._naming(halt, rows) from halt
             rows, substituted = self._readable(rows, tile)
             raw_BCHW, first = self._read(rows)
         expected = (tile.height // 8, tile.width // 8)
@@ -171,11 +171,23 @@ class TileDataset(Dataset[Batch | Halt]):
             candidates = order[start:] + order[:start]
             good = next((c for c in candidates if self._can_read(c)), None)
             if good is None:
-                raise Halt(ExitCode.MISMATCH, f"no readable latents in bucket {tile.width}x{tile.height}")
+                raise Halt(
+                    ExitCode.MISMATCH,
+                    f"no readable latents in bucket {tile.width}x{tile.height}, such as those of {self.index.named(row)}: run "
+                    "scripts/prepare.py latents again",
+                )
             if good != row:
-                replaced.append(self.index.key(row))
+                replaced.append(self.index.named(row))
             result.append(good)
         return result, replaced
+
+    def _naming(self, halt: Halt, rows: list[int]) -> Halt:
+        """The same refusal with the picture that it is about: a shard and a row say nothing to who looks for it."""
+        row = next((row for row in rows if not self._can_read(row)), None)
+        if row is None:
+            return halt
+        instead = "; with data.on_read_error=substitute another picture takes its place"
+        return Halt(halt.code, f"{self.index.named(row)}: {halt.message}{instead}")
 
     def _can_read(self, row: int) -> bool:
         try:

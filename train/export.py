@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -130,10 +129,12 @@ def lineage_record(
     conditioning: Mapping[str, Any],
     accepted: Sequence[str] = (),
     conversion: Mapping[str, Any] | None = None,
+    extended: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Who made these weights from what. `ancestors` carries the records of the stages before; `conditioning` is what
     inference must share with the training, because a file that was moved has no config beside it; `accepted` is what
-    `resume.accept` let change under way, `conversion` what was taught anew."""
+    `resume.accept` let change under way, `conversion` what was taught anew, `extended` how often the stage was finished
+    before and then made longer."""
     parent = source.lineage or {}
     stated = {key: value for key, value in parent.items() if key != "ancestors"}
     older = parent.get("ancestors")  # from a file that anybody may have written
@@ -156,6 +157,7 @@ def lineage_record(
         **({"vae_sha256": source.vae_sha256} if source.vae_sha256 else {}),
         "conditioning": dict(conditioning),
         **({"conversion": dict(conversion)} if conversion else {}),
+        **({"extended": list(extended)} if extended else {}),
         **({"accepted": [_without_home(mask_settings(text)) for text in accepted]} if accepted else {}),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "ancestors": [*(older if isinstance(older, list) else []), stated] if stated else [],
@@ -196,9 +198,7 @@ def export_stage(
         ),
     }
     folder = run_path / "model"
-    if folder.exists():
-        shutil.rmtree(folder)
-    with modelfolder.new_folder(folder) as new:
+    with modelfolder.new_folder(folder, renew=True) as new:
         hashes = modelfolder.write_networks(new, weights, configs, dtype=dtype)
         modelfolder.write_tokenizers(source.tokenizers, new)
         modelfolder.write_pipeline(new, configs["scheduler"])
@@ -206,8 +206,8 @@ def export_stage(
         singlefile.write_sidecar(new, metadata, scale)  # as in the single file, so that converting gives that file
         replace_file(new / "training.yaml", _without_home((run_path / "config.yaml").read_text(encoding="utf-8")))
         write_json(new / "lineage.json", record)
-    for name, digest in hashes.items():
-        _require_hash(folder / name, digest)
+        for name, digest in hashes.items():  # before it takes the place of an earlier one
+            _require_hash(new / name, digest)
     _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
     if average is not None:
         averaged = {**weights, **_polled(weightfile.open_file(average).blobs, poll)}

@@ -9,7 +9,7 @@ import contextlib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -119,9 +119,10 @@ class Feed:
                     # A bus error may also come from a file cut under its map: never take that into this process.
                     self._lean += 1
                     less = "one worker, one batch ahead" if self.workers else "no workers"
+                    lower = " and ".join(name for name in ("workers", "prefetch") if getattr(self.data, name) > 1)
                     log.warning(
-                        "data workers lack shared memory or files (%s): %s from here on; enlarge /dev/shm or lower "
-                        "data.workers and data.prefetch", _first_line(error), less,
+                        "data workers lack shared memory or files (%s): %s from here on; enlarge /dev/shm%s",
+                        _first_line(error), less, f" or lower data.{lower}" if lower else "",
                     )  # fmt: skip
                 else:
                     log.warning("data workers failed (%s); starting them again", _first_line(error))
@@ -162,12 +163,15 @@ class Feed:
 
     def _explain(self, error: Exception) -> Halt:
         step, number = self._place()
-        uids: Sequence[int] = self.dataset.plan.update(step)[self.tiles[number]].uids.tolist()
-        listed = ", ".join(f"{uid:016x}" for uid in uids)
+        tile = self.dataset.plan.update(step)[self.tiles[number]]
+        listed = ", ".join(
+            f"{self.dataset.index.named(row)} (uid {uid:016x})"
+            for row, uid in zip(tile.rows.tolist(), tile.uids.tolist(), strict=True)
+        )
+        help = "; fewer data.workers or data.workers=0 may help" if self.workers else ""
         return Halt(
             ExitCode.UNEXPECTED,
-            f"data for update {step} could not be made: {_first_line(error)}; images in flight (uids): {listed}; "
-            "fewer data.workers or data.workers=0 may help",
+            f"data for update {step} could not be made: {_first_line(error)}; images in flight: {listed}{help}",
         )
 
 

@@ -63,6 +63,7 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
         },
         accepted=session.state(session)["accepted"],
         conversion=objective.conversion(config, source),
+        extended=session.state(session)["extended"],
     )
     export.export_stage(
         run.path,

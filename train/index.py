@@ -11,13 +11,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import mmap
-import os
 import re
-import struct
-import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import safetensors.numpy
 
+from train.cells import CellError, CellFile
 from train.exits import ExitCode, Halt
 from train.indexcheck import refuse_changed, refuse_damaged
 from train.rundir import read_json, replace_file
@@ -37,7 +33,6 @@ LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
 NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
 U64 = npt.NDArray[np.uint64]
 _TEXTS, _DIGESTS = ("key", "shard"), ("image_digest", "caption_digest")
-_WORDS_KEPT = 50_000  # per column, 5 MB; sentences, which never repeat, must not fill a worker's memory
 
 
 def _numbers(name: str) -> cached_property[npt.NDArray[Any]]:
@@ -46,90 +41,6 @@ def _numbers(name: str) -> cached_property[npt.NDArray[Any]]:
     Where every row is selected it is the file's own pages.
     """
     return cached_property(lambda index: _gathered(column_of(index._file.table, name), index._rows))
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a column's buffers lie in the file, in bytes, -1 for none; `words` of a column of numbered words."""
-
-    valid: int
-    starts: int
-    values: int
-    words: pa.Array | None = None
-    many: bool = False
-    told: dict[int, str] = field(default_factory=dict)  # words asked for before: making one costs as much as a read
-
-    def text(self, number: int) -> str:
-        """The word of that number."""
-        word = self.told.get(number)
-        if word is None:
-            if len(self.told) >= _WORDS_KEPT:
-                self.told.clear()
-            word = self.told[number] = self.words[number].as_py()  # type: ignore[index]
-        return word
-
-
-class _File:
-    """An Arrow file of one record batch: numbers are views of its mapped pages, single cells are read.
-
-    Reading, because one look at a mapped file may make 2 MB around it resident: a process that has seen every caption
-    would hold the whole file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Raises OSError, ValueError or pa.ArrowInvalid for a file that is missing, empty or damaged."""
-        self.path = path
-        with open(path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._fd = os.dup(file.fileno())
-        weakref.finalize(self, os.close, self._fd)
-        buffer = pa.py_buffer(self._map)
-        self._start = buffer.address
-        self.table = pa.ipc.open_file(buffer).read_all()
-        self._places: dict[str, _Place] = {}
-
-    def cell(self, name: str, row: int) -> Any:
-        """A text, a list of texts, a whole number or None."""
-        place = self._places.get(name) or self._place(name)
-        if place.valid >= 0 and not self._read(place.valid + row // 8, 1)[0] >> row % 8 & 1:
-            return None
-        first, end = row, row + 1
-        if place.starts >= 0:
-            first, end = struct.unpack("<2i", self._read(place.starts + 4 * row, 8))
-        if place.starts >= 0 and place.words is None:
-            return self._read(place.values + first, end - first).decode()
-        numbers = struct.unpack(f"<{end - first}i", self._read(place.values + 4 * first, 4 * (end - first)))
-        if place.words is None:
-            return numbers[0]
-        return [place.text(number) for number in numbers] if place.many else place.text(numbers[0])
-
-    def give_back(self) -> None:
-        """Unmap the pages that were looked at: the next look maps them again, from the system's cache."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-    def _place(self, name: str) -> _Place:
-        if name not in self.table.column_names:
-            raise Halt(ExitCode.MISMATCH, f"{self.path} has no column {name}: run scripts/prepare.py latents")
-        column = self.table.column(name).chunk(0)
-        at = [-1 if buffer is None else buffer.address - self._start for buffer in column.buffers()]
-        kind = column.type
-        if pa.types.is_list(kind):  # validity, starts, validity of the values, values
-            place = _Place(at[0], at[1], at[3], column.values.dictionary, many=True)
-        elif pa.types.is_dictionary(kind):
-            place = _Place(at[0], -1, at[1], column.dictionary)
-        elif pa.types.is_string(kind):
-            place = _Place(at[0], at[1], at[2])
-        else:
-            place = _Place(at[0], -1, at[1])
-        self._places[name] = place
-        return place
-
-    def _read(self, at: int, count: int) -> bytes:
-        data = os.pread(self._fd, count, at)
-        if len(data) != count:
-            raise Halt(ExitCode.MISMATCH, f"{self.path} was cut off while in use: run scripts/prepare.py latents")
-        return data
 
 
 class Index:
@@ -145,7 +56,7 @@ class Index:
     crop_left = _numbers("crop_left")
 
     def __init__(
-        self, file: _File, rows: npt.NDArray[np.integer[Any]], uids: U64, meta: Mapping[str, str]
+        self, file: CellFile, rows: npt.NDArray[np.integer[Any]], uids: U64, meta: Mapping[str, str]
     ) -> None:
         self._file, self._rows, self._meta = file, rows, meta
         self.uids = uids
@@ -197,8 +108,22 @@ class Index:
         """quality, rating_tags, year and aesthetic of image i."""
         return {name: self._cell(name, i) for name in LABEL_COLUMNS}
 
+    def named(self, i: int) -> str:
+        """What a message calls image i: its key, or its uid where not even that can be read."""
+        try:
+            return str(self._file.cell("key", int(self._rows[i])))
+        except CellError:
+            return f"the image of uid {int(self.uids[i]):016x}"
+
     def _cell(self, name: str, i: int) -> Any:
-        return self._file.cell(name, int(self._rows[i]))
+        try:
+            return self._file.cell(name, int(self._rows[i]))
+        except CellError as error:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{self._file.path}: column {name} of {self.named(i)} cannot be read ({error}): run scripts/prepare.py "
+                "latents (seconds; nothing is encoded twice)",
+            ) from error
 
     def digests(self) -> tuple[U64, U64]:
         """(image digest, caption digest) per image: what tells an edited dataset from the one trained on."""
@@ -337,11 +262,11 @@ def _sources(folder: Path, meta: Mapping[str, str]) -> dict[str, Any]:
     raise Halt(ExitCode.MISMATCH, f"{folder}: the header of an index file is damaged: run scripts/prepare.py latents")
 
 
-def _map(path: Path) -> tuple[_File, dict[str, str]]:
+def _map(path: Path) -> tuple[CellFile, dict[str, str]]:
     try:
         if not path.is_file():  # to open a pipe is to wait for who writes into it
             raise FileNotFoundError(path)
-        file = _File(path)
+        file = CellFile(path)
         meta = {key.decode(): value.decode() for key, value in (file.table.schema.metadata or {}).items()}
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: an empty file, metadata that is no text
         raise Halt(ExitCode.MISMATCH, f"{path} is missing or damaged: run scripts/prepare.py latents") from error

@@ -6,6 +6,7 @@ Canonical names are "<network>.<tensor>", with the `text_model.` prefix in both 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -28,6 +29,7 @@ FILES = {
     "vae": "diffusion_pytorch_model.safetensors",
 }
 TOKENIZERS = ("tokenizer", "tokenizer_2")
+_HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2(2)
 _TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt",
@@ -235,8 +237,11 @@ def half_written(out: Path) -> Path:
 
 
 @contextlib.contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` at the end, synced, or vanishes with the first error."""
+def new_folder(out: Path, *, renew: bool = False) -> Iterator[Path]:
+    """A folder to fill that becomes `out` at the end, synced, or vanishes with the first error.
+
+    With `renew` it takes the place of an earlier `out`, which is whole until then.
+    """
     tmp = half_written(out)
     shutil.rmtree(tmp, ignore_errors=True)
     try:
@@ -244,14 +249,29 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield tmp
         for place, _, _ in os.walk(tmp):
             fsync_dir(place)
-        if out.exists():
-            out.rmdir()
-        os.rename(tmp, out)
+        if renew and out.exists():
+            _exchange(tmp, out)
+        else:
+            if out.exists():
+                out.rmdir()
+            os.rename(tmp, out)
         fsync_dir(out.parent)
     except OSError as error:
         raise Halt(ExitCode.CANNOT_WRITE, f"{out}: {error.strerror}") from error
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _exchange(new: Path, out: Path) -> None:
+    """Both names change places: in one step where the system can, so that `out` is one of the two whenever it stops."""
+    at_once = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux
+    if at_once is not None and at_once(_HERE, os.fsencode(new), _HERE, os.fsencode(out), _RENAME_EXCHANGE) == 0:
+        return
+    old = half_written(out.with_name(out.name + ".old"))  # a file system that cannot
+    shutil.rmtree(old, ignore_errors=True)
+    os.rename(out, old)
+    os.rename(new, out)
+    shutil.rmtree(old)
 
 
 def check_weights(have: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], whose: str) -> None:

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.exits import ExitCode, Halt
+from train.masking import mask_settings
 
 Class = Literal["free", "warn", "refuse"]
 _FREE_SECTIONS = {"tracking", "sampling", "checkpoint", "resume", "export", "launch"}
 _FREE = {
-    "output_dir", "data.workers", "data.prefetch", "data.on_read_error", "data.worker_timeout_s",
+    "output_dir", "data.workers", "data.prefetch", "data.on_read_error", "data.worker_timeout_s", "data.separator",
     "validation.every_steps", "validation.images", "validation.select",
 }  # fmt: skip
 _WARN = {
@@ -28,6 +29,9 @@ _WARN = {
 }  # fmt: skip
 _SPECIAL_ACCEPTS = {"attempts", "data", "plan", "parent"}  # beside the config's own keys and sections
 _SHOWN = 6  # names per kind in a message
+# Keys of the first schema that are gone, with their defaults: its checkpoints do not say which of theirs were not at
+# the default, later ones do. Who takes a key out of train/config.py writes it here.
+_GONE: dict[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class Expectations:
     """What a checkpoint must have been written under; `to_state` is what the next checkpoint says about itself.
 
     config: the flat config. held: for keys that are paths, the hash of what they hold, compared instead of the
-    path. facts: hashes that must be equal; the keys "dataset", "plan" and "parent" can be accepted by the names
+    path. defaults: what each key holds where nobody sets it. facts: hashes that must be equal; the keys "dataset", "plan" and "parent" can be accepted by the names
     data, plan and parent. notes: worth a warning (canary, threads, versions). tensors: group -> name -> spec, or
     None for a group whose tensors are not known before the first step.
     """
@@ -74,13 +78,19 @@ class Expectations:
     notes: Mapping[str, Any] = field(default_factory=dict)
     tensors: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
     accept: Sequence[str] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def to_state(self) -> dict[str, Any]:
         """The part of `state.json` that a later `compare` reads."""
         return {
             "stage": self.stage, "config": _plain(self.config), "held": _plain(self.held),
-            "facts": _plain(self.facts), "notes": _plain(self.notes),
+            "facts": _plain(self.facts), "notes": _plain(self.notes), "set": sorted(self._set()),
         }  # fmt: skip
+
+    def _set(self) -> list[str]:
+        """Keys that are not at their default: what a version without one of them must know of it."""
+        now, defaults = _plain(self.config), _plain(self.defaults)
+        return [key for key in now if key not in defaults or now[key] != defaults[key]]
 
 
 def key_class(key: str) -> Class:
@@ -88,6 +98,11 @@ def key_class(key: str) -> Class:
     if key in _FREE or key.partition(".")[0] in _FREE_SECTIONS:
         return "free"
     return "warn" if key in _WARN else "refuse"
+
+
+def without_secrets(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat config for state.json. What the environment holds may be masked only where a resume compares nothing."""
+    return {key: mask_settings(value, None if key_class(key) == "free" else {}) for key, value in flat.items()}
 
 
 def check_accept(accept: Iterable[str], config: Mapping[str, Any]) -> None:
@@ -203,9 +218,22 @@ def _config_differences(state: Mapping[str, Any], now: Expectations) -> list[Dif
         if key in saved_held and key in now.held:  # a path: what it holds counts, not where it lies
             if saved_held[key] != now.held[key]:
                 differences.append(Difference(f"{key} (content)", saved_held[key], now.held[key]))
-        elif saved.get(key) != current.get(key):
-            differences.append(Difference(key, saved.get(key), current.get(key)))
+        elif not _agree(key, state, saved, current, now.defaults):
+            differences.append(Difference(key, saved.get(key, _plain(now.defaults).get(key)), current.get(key)))
     return differences
+
+
+def _agree(
+    key: str, state: Mapping[str, Any], saved: Mapping[str, Any], current: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> bool:
+    """Whether checkpoint and config mean the same by `key`; one of them may be of a version that does not know it."""
+    if key in saved and key in current:
+        return bool(saved[key] == current[key])
+    if key in current:  # it came later: a checkpoint without it was written under its default
+        return key in defaults and bool(current[key] == _plain(defaults)[key])
+    if isinstance(state.get("set"), list):  # it is gone: whoever set it cannot have it any more
+        return key not in state["set"]
+    return key in _GONE and bool(saved[key] == _GONE[key])
 
 
 def _plan_is_explained(state: Mapping[str, Any], now: Expectations, found: Mapping[str, list[Difference]]) -> bool:

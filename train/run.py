@@ -24,7 +24,7 @@ if not __package__:  # started as a file: train/ is first on sys.path, and its m
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Only the light core here: a locked or read-only run directory must answer before torch is loaded.
-from train import faults, signals, startcheck
+from train import faults, finished, signals, startcheck
 from train.config import StageConfig, config_hash, load_stage, unresolved_yaml
 from train.exits import ExitCode, Halt, run_cli
 from train.rundir import RunDir, open_run_dir
@@ -48,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = open_run_dir(config.output_dir, config.stage, rank=rank)
     except Halt as refusal:  # what else is wrong is told with it
         raise startcheck.together([refusal, *startcheck.refusals(config, None, world)]) from refusal
-    if run.done is not None:
-        print(f"stage {config.stage} is already done: {run.path}", file=sys.stderr)
-        return ExitCode.DONE
+    if run.done is not None and (answer := finished.answer(config)) is not None:
+        print(answer.text, file=sys.stderr)
+        if not answer.goes_on:
+            return ExitCode.DONE
+        run = open_run_dir(config.output_dir, config.stage, rank=rank, go_on=True)
     run.met = run.rank == 0  # which holds the lock; it is refused it where another run is at work
     stop = signals.install(orphan=True)
     progress = {"update": 0}

@@ -188,11 +188,11 @@ class RunDir:
             _held.discard((os.getpid(), str(self.path)))
 
 
-def open_run_dir(output_dir: Path | str, stage: str, *, rank: int = 0) -> RunDir:
+def open_run_dir(output_dir: Path | str, stage: str, *, rank: int = 0, go_on: bool = False) -> RunDir:
     """Create, lock and test the run directory; the first thing a run does.
 
-    A finished directory is returned with `.done` set, unlocked, and nothing in it is touched. Only rank 0
-    locks. What a killed run left stays until this one really begins: see `remove_leftovers`. Raises Halt:
+    A finished directory is returned with `.done` set, unlocked, and nothing in it is touched; with `go_on`, for more
+    updates, it is opened like any other, and its DONE stands until the new end. Only rank 0 locks. What a killed run left stays until this one really begins: see `remove_leftovers`. Raises Halt:
     MISMATCH (directory of another stage, or of something else), LOCKED (names pid and host), CANNOT_WRITE.
     """
     run = RunDir(Path(os.path.abspath(output_dir)), stage, rank)
@@ -201,7 +201,7 @@ def open_run_dir(output_dir: Path | str, stage: str, *, rank: int = 0) -> RunDir
         _refuse_foreign(run)
     _refuse_other_stage(run)
     run.done = read_done(run.path)
-    if run.done is not None:
+    if run.done is not None and not go_on:
         return run
     try:
         run.checkpoints.mkdir(parents=True, exist_ok=True)

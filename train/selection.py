@@ -150,3 +150,8 @@ def refuse_other_vae(config: StageConfig, index: Index, source: LocalModel) -> N
             f"data.path {config.data.path}: its latents were made with another VAE (identity {index.vae_id[:12]}) than "
             f"the stage's ({own_vae[:12]}): set model.vae to that VAE, or run scripts/prepare.py latents with this one",
         )
+
+
+def vae_mark(source: LocalModel) -> str:
+    """What a model's VAE is, wherever it lies: its weights' identity and its scaling factor."""
+    return f"{vae_identity(source)}/{source.configs['vae']['scaling_factor']}"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, guard, optim, preflight, reduce, resume, rng, tensorfile
+from train import checkpoint, finished, guard, optim, preflight, reduce, resume, rng, tensorfile
 from train.checkpoint import Progress
 from train.config import StageConfig, config_hash
 from train.dataset import TileDataset
@@ -25,7 +25,6 @@ from train.hub import LocalModel
 from train.index import Index, changes_since, save_selection
 from train.latents import ShardReader
 from train.loop import Session
-from train.masking import mask_settings
 from train.models import Components, Networks, overlay, trained_parameters
 from train.noise import alphas_cumprod
 from train.plan import Plan
@@ -52,7 +51,7 @@ def expectations(
     model = tensorfile.specs(trained_parameters(networks))
     return resume.Expectations(
         stage=config.stage,
-        config=without_secrets(flatten(config)),
+        config=resume.without_secrets(flatten(config)),
         held={
             "data.path": f"{data.index.fingerprint}/{data.index.selection_hash}",
             "model.init_from": source.sha256,
@@ -66,14 +65,8 @@ def expectations(
         notes={"canary": rng.canary(config.seed), "threads": torch.get_num_threads(), "versions": versions()},
         tensors={"model": model, "optimizer": None} | ({"ema": model} if ema is not None else {}),
         accept=config.resume.accept,
+        defaults=flatten(StageConfig()),
     )
-
-
-def without_secrets(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat config for state.json. What the environment holds may be masked only where a resume compares nothing."""
-    return {
-        key: mask_settings(value, None if resume.key_class(key) == "free" else {}) for key, value in flat.items()
-    }
 
 
 def versions() -> dict[str, str]:
@@ -184,7 +177,7 @@ def open_session(
         saver=open_saver(config, run, plan, stop) if place.is_main else None,
         stop=stop,
         run=run,
-        state=state_of(config, expected, loaded, place, execution),
+        state=state_of(config, expected, loaded, place, execution, run.done),
         previews=previews,
         held_out=held_out,
         progress=progress,
@@ -208,6 +201,7 @@ def state_of(
     loaded: checkpoint.Loaded | None,
     place: Place,
     execution: Execution,
+    done: Mapping[str, Any] | None,
 ) -> Callable[[Session], dict[str, Any]]:
     """What state.json says beside the progress: settings, hashes, loss scale, and where the run was (re)started."""
     earlier = loaded.state.get("history", []) if loaded else []
@@ -215,6 +209,8 @@ def state_of(
     # Those of earlier resumes too: the checkpoint that is loaded next knows the new settings only.
     accepted = list(loaded.state.get("accepted", [])) if loaded else []
     accepted += [f"step {loaded.progress.step}: {found}" for found in loaded.comparison.accepted] if loaded else []
+    extended = list(loaded.state.get("extended", [])) if loaded else []
+    extended += finished.went_on(loaded.progress.step, done, loaded.comparison) if loaded else []
 
     def state(session: Session) -> dict[str, Any]:
         return expected.to_state() | {
@@ -222,6 +218,7 @@ def state_of(
             "history": history,
             "config_hash": config_hash(config),
             "accepted": accepted,
+            "extended": extended,
             "execution": asdict(execution),  # what auto picked
         }
 

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from train import fast, loop, memory, optim, singlefile, stochastic, text
 from train.checkpointing import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.config import StageConfig
-from train.hub import LocalModel, vae_identity
+from train.hub import LocalModel
 from train.index import Index
 from train.models import (
     Components,
@@ -26,7 +26,7 @@ from train.models import (
     trained_parameters,
 )
 from train.plan import Plan, plan_fingerprint
-from train.selection import open_selection, refuse_other_vae
+from train.selection import open_selection, refuse_other_vae, vae_mark
 from train.sharding import Shares
 from train.snapshot import available_host_bytes
 from train.startcheck import check_processes, refuse_foreign_engines
@@ -63,7 +63,7 @@ class Data:
     plan: Plan
     tokenizer: text.TagTokenizer
     fingerprint: str  # of the plan
-    vae: str  # what the VAE holds, wherever it lies: its weights' identity and its scaling factor
+    vae: str  # `vae_mark` of the stage's
 
 
 def open_machine(config: StageConfig) -> Machine:
@@ -105,8 +105,7 @@ def open_data(config: StageConfig, source: LocalModel) -> Data:
         tokenizers=tokenizer.identity(),
         version=selection.plan.version,
     )
-    vae = f"{vae_identity(source)}/{source.configs['vae']['scaling_factor']}"
-    return Data(kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae)
+    return Data(kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae_mark(source))
 
 
 def settle(config: StageConfig, machine: Machine, plan: Plan, source: LocalModel) -> Execution:

@@ -9,6 +9,7 @@ from typing import Any
 from train import schedule
 from train.config import StageConfig
 from train.exits import ExitCode, Halt
+from train.finished import answer
 
 CURVE_POINTS = 4000
 
@@ -27,6 +28,8 @@ def describe(plan: dict[str, Any]) -> str:
         *_time_lines(plan["time"]),
         *_tolerance_lines(plan["tolerances"]),
     ]
+    if (before := plan.get("finished")) and before["allowed"]:
+        lines.append(f"  run     {before['text']}")
     every = plan["schedule"]["updates_per_restart"]
     lines.append(f"  lr      {plan['schedule']['name']}" + (f", cycle of {every:,.10g} updates" if every else ""))
     for row in plan["lr"]:
@@ -34,6 +37,27 @@ def describe(plan: dict[str, Any]) -> str:
         cycle = f", cycle {row['cycle']}" if "cycle" in row else ""
         lines.append(f"          update {row['update']:>8,}: {row['lr']:.9g}{text}{cycle}")
     return "\n".join(lines)
+
+
+def finished_before(config: StageConfig) -> dict[str, Any] | None:
+    """What a start would be answered by the finished stage that lies in `output_dir`; None where there is none."""
+    try:
+        found = answer(config)
+    except Halt as halt:
+        return {"allowed": False, "goes_on": False, "text": halt.message}
+    return {"allowed": True, "goes_on": found.goes_on, "text": found.text} if found is not None else None
+
+
+def problems(plan: dict[str, Any]) -> list[str]:
+    """Why a start with this plan would end with exit 7, or could not come to its end."""
+    found = []
+    if plan["memory"]["fits"] is False:
+        found.append(plan["memory"]["problem"])
+    if plan["disk"]["fits"] is False:
+        found.append("checkpoints and export do not fit the disk: lower checkpoint.keep or raise checkpoint.permanent_every_steps")
+    if (before := plan.get("finished")) and not before["allowed"]:
+        found.append(before["text"])
+    return found
 
 
 def _bucket_lines(report: dict[str, Any]) -> list[str]:

@@ -18,7 +18,8 @@ from typing import Any
 
 from train.config import load_stage
 from train.exits import EXIT_NOTE, ExitCode, Halt
-from train.rundir import read_done, read_json
+from train.finished import answer
+from train.rundir import read_json
 
 RUN_PY = Path(__file__).resolve().parents[1] / "run.py"
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -120,8 +121,12 @@ def run_stages(configs: Sequence[Path], overrides: Sequence[str], launch: Path |
         raise Halt(ExitCode.USAGE, f"two stages share an output_dir: {directories}")
     with Stops() as stops:
         for config, stage in zip(configs, stages, strict=True):
-            if read_done(stage.output_dir) is not None:
-                print(f"stage {stage.stage}: already done ({stage.output_dir})", file=sys.stderr)
+            try:
+                finished = answer(stage)
+            except Halt as halt:  # made under other settings: as a start of that stage would end
+                raise Halt(halt.code, f"{halt.message}\nThe stages from {stage.stage} on were not started") from halt
+            if finished is not None and not finished.goes_on:
+                print(finished.text, file=sys.stderr)
                 continue
             if stops.name is not None:
                 print(f"stopped by {stops.name} before stage {stage.stage}: the same command goes on", file=sys.stderr)
