@@ -60,13 +60,14 @@ def settings_of(folder: Path, **overrides: Any) -> DatasetConfig:
         "name": "set", "root": str(folder / "data"), "seed": 5, "workers": 0, "latents.vae": str(folder / "vae"),
         "buckets.area_px": 16384, "buckets.min_px": 64, "buckets.max_px": 256, "buckets.step_px": 32,
         "max_quarantine_fraction": 1.0, "latents.batch": 4, "report.fail_if.quarantine_errors": 1.0,
+        "report.fail_if.crop_loss": 1.0,  # so few sizes cut more than the recipe's
     }  # fmt: skip
     text = folder / "dataset.yaml"
     if not text.exists():
         text.write_text(
             f"sources:\n  - {{name: booru, adapter: danbooru, path: {folder / 'pictures'}}}\n"
             "select:\n  pretrain: {min_bucket: 2}\n"
-            "  ft1: {where: ['rating in [g, s]', 'area > 5000'], caps: {artist: 4}, min_bucket: 4}\n"
+            "  ft1: {where: ['rating in [g, s]', 'area > 5000'], caps: {artist: 4}, min_bucket: 4, merge_crop: 1.0}\n"
         )
     return load_settings([text], [f"{key}={value}" for key, value in (plain | overrides).items()])
 

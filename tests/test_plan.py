@@ -67,10 +67,12 @@ def plain_plan(counts: list[int], seed: int, m: int, t: int, updates: int) -> li
         for (w, h), members in sorted(images.items()):
             ordered = sorted(members, key=lambda uid, e=epoch: (key(Stream.ORDER, uid, e), uid))
             streams[w, h] += [(uid, epoch) for uid in ordered]
-            while (made[w, h] + 1) * m <= len(streams[w, h]):
+            size = min(m, len(members))
+            while (made[w, h] + 1) * size <= len(streams[w, h]):
                 number = made[w, h]
                 tile_id = w << 48 | h << 32 | number
-                ending.append((key(Stream.TILE, tile_id, epoch), tile_id, streams[w, h][number * m : (number + 1) * m]))
+                slots = streams[w, h][number * size : (number + 1) * size]
+                ending.append((key(Stream.TILE, tile_id, epoch), tile_id, slots))
                 made[w, h] += 1
         tiles += [slots for _, _, slots in sorted(ending)]
         epoch += 1
@@ -138,6 +140,87 @@ def test_no_pair_twice_and_every_image_nine_to_eleven_times(counts, seed, shape)
     per_image = Counter(uid for uid, _ in seen)
     assert set(per_image) == set(uids.tolist())
     assert 9 <= min(per_image.values()) <= max(per_image.values()) <= 11
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.integers(1, 24), min_size=1, max_size=5), st.integers(0, 99), st.integers(2, 8), st.integers(1, 6),
+    st.integers(1, 12), st.data(),
+)  # fmt: skip
+def test_every_image_is_seen_as_often_as_there_are_epochs_one_more_or_less(counts, seed, m, t, epochs, data):
+    """Whatever its bucket, and whatever the tiles of an epoch leave over."""
+    counts[data.draw(st.integers(0, len(counts) - 1))] = data.draw(st.integers(1, m - 1))  # one is smaller than a tile
+    uids, widths, heights = selection(counts)
+    tiles = sum(max(count / m, 1) for count in counts)
+    same = {"seed": seed, "tile_images": m, "tiles_per_update": t, "epochs": epochs}
+    if int(tiles / t + 1e-9) == 0:
+        with pytest.raises(Halt, match=r"batch\.effective"):
+            Plan(uids, widths, heights, **same)
+        return
+    plan = Plan(uids, widths, heights, **same)
+    assert plan.updates_per_epoch == int(tiles / t + 1e-9)
+    assert all(len(plan.update(s)) == t for s in range(plan.total_updates))
+    seen = Counter(pair for update in slots(plan) for pair in update)
+    assert max(seen.values()) == 1
+    per_image = Counter(uid for uid, _ in seen)
+    times = [per_image[uid] for uid in uids.tolist()]
+    assert epochs - 1 <= min(times) <= max(times) <= epochs + 1
+    assert plan.total_updates <= epochs * plan.cycle_updates, "a schedule's cycles are no more than the epochs"
+
+
+# Recorded from train/plan.py of c93b03a: updates per epoch, in all, sha256 of the whole trace.
+BEFORE_SHORT_TILES = [
+    ([61, 26, 13], 31, 3, 4, 5, "carry", None, 8, 40, "19073fe24bbd45cdcc48fafa3ec0b643e74e83874817ebf633bcd6926291a366"),
+    ([16, 17, 47], 7, 16, 1, 10, "carry", None, 5, 50, "ed56055a922b917a1664cab6778d398f37c0692150e8e7d36b8b3bb2edbcb4c3"),
+    ([40, 9, 4], 32, 4, 3, 6, "carry", None, 4, 24, "b5b63d0a1b7491b0f6213d00cccbb503f5acd2da7fc31f4534910575f0225fc4"),
+    ([8], 5, 4, 4, 9, "carry", 7, 0, 7, "6beca50a5195e7a0fec9f38ebf639fc819386faca83d351fa8fc60a410bf8268"),
+    ([7, 10, 24], 31, 4, 2, 4, "keep", None, 5, 22, "9a001bebee3c053ef0ed14886b1b095d3a6a23af8e738fbfdfa99d3d3dd9bfa1"),
+    ([7, 10, 3], 31, 4, 2, 4, "keep", None, 3, 12, "7de082dd24e1dca40fd78f2469f48e93ebf168985412a1b1cfcb9a70ea6da069"),
+    ([7, 10, 3], 31, 4, 1, 4, "drop", None, 3, 12, "ac9d136b419e018c4e5acd316456ea07d546459d0203bc3b5eb84e64674ced62"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("counts", "seed", "m", "t", "epochs", "remainder", "limit", "per_epoch", "total", "digest"), BEFORE_SHORT_TILES)  # fmt: skip
+def test_plans_without_a_bucket_smaller_than_a_tile_are_those_of_before(
+    counts, seed, m, t, epochs, remainder, limit, per_epoch, total, digest
+):
+    plan = Plan(
+        *selection(counts), seed=seed, tile_images=m, tiles_per_update=t, epochs=epochs, remainder=remainder, max_updates=limit
+    )
+    assert (plan.updates_per_epoch, plan.total_updates, plan.version, plan.short_buckets) == (per_epoch, total, 1, {})
+    assert plan.cycle_updates == max(1, sum(counts) // (m * t))
+    trace = "".join(
+        trace_lines(s, tile, rng.timesteps(seed, tile.uids, tile.epochs, 0, 1000)) for s in range(total) for tile in plan.update(s)
+    )
+    assert hashlib.sha256(trace.encode()).hexdigest() == digest
+
+
+@pytest.mark.parametrize(
+    ("counts", "m", "t", "per_epoch", "short"),
+    [([1], 48, 1, 1, 1), ([1], 16, 1, 1, 1), ([2, 1], 48, 1, 2, 2), ([20, 1, 16, 3], 16, 1, 4, 2), ([20, 1, 16, 3], 16, 2, 2, 2),
+     ([5, 12, 9, 14], 48, 1, 4, 4)],
+)  # fmt: skip
+def test_a_small_set_trains_a_tile_of_each_small_bucket_every_epoch(counts, m, t, per_epoch, short):
+    uids, widths, heights = selection(counts)
+    plan = Plan(uids, widths, heights, seed=31, tile_images=m, tiles_per_update=t, epochs=10)
+    assert (plan.updates_per_epoch, plan.version) == (per_epoch, 2)
+    assert plan.short_buckets == {size: count for size, count in zip(SIZES, counts, strict=False) if count < m}
+    assert len(plan.short_buckets) == short
+    tiles = [tile for s in range(plan.total_updates) for tile in plan.update(s)]
+    for size, count in plan.short_buckets.items():
+        mine = [tile for tile in tiles if (tile.width, tile.height) == size]
+        assert len(mine) in (9, 10, 11)
+        assert all(len(tile.rows) == count and len(set(tile.epochs.tolist())) == 1 for tile in mine), "an epoch's tile is whole"
+    assert plan.largest_tiles == {size: min(m, count) for size, count in sorted(zip(SIZES, counts, strict=False))}
+
+
+def test_a_plan_with_short_tiles_is_another_plan():
+    uids, widths, heights = selection([20, 3])
+    assert Plan(uids, widths, heights, seed=1, tile_images=4, tiles_per_update=1, epochs=1).version == 2
+    assert Plan(uids, widths, heights, seed=1, tile_images=3, tiles_per_update=1, epochs=1).version == 1
+    for remainder in ("keep", "drop"):  # their short tiles are those of before
+        plan = Plan(uids, widths, heights, seed=1, tile_images=4, tiles_per_update=1, epochs=1, remainder=remainder)
+        assert (plan.version, plan.short_buckets) == (1, {})
 
 
 def test_the_order_of_the_arrays_does_not_matter():
@@ -222,6 +305,8 @@ def test_too_few_images_need_max_updates():
     plan = example_plan(tiles_per_update=8, max_updates=5)
     assert (plan.updates_per_epoch, plan.total_updates) == (0, 5)
     assert max(Counter(pair for update in slots(plan) for pair in update).values()) == 1
+    with pytest.raises(Halt, match=r"they make 2 of its 3 tiles \(batch\.micro 16\).*lower batch\.effective \(to 32 at most\)"):
+        example_plan(tile_images=16, tiles_per_update=3)
     assert example_plan(max_updates=3).total_updates == 3
     assert example_plan(max_updates=300).total_updates == 4
 
@@ -310,9 +395,34 @@ def test_unmerged_small_buckets_are_refused_with_the_way_out():
     with pytest.raises(Halt) as caught:
         check_buckets(EXAMPLE, 16)
     assert caught.value.code == ExitCode.MISMATCH
-    for part in ("512x2048 (1 images)", "576x1792 (9 images)", "select", "latents", "batch.min_bucket=1 "):
+    for part in ("512x2048 (1 images)", "576x1792 (9 images)", "select", "latents", "min_bucket=null", "batch.min_bucket=1 "):
         assert part in caught.value.message
     check_buckets(EXAMPLE, 1)
+    check_buckets(EXAMPLE, None)
+    check_buckets({(64, 64): 3}, 16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(make_buckets()), st.integers(1, 60), min_size=1), st.integers(1, 50), st.floats(0, 1.5)
+)
+def test_merging_goes_only_where_it_may_and_leaves_a_bucket_that_finds_nothing(counts, least, reach):
+    def may(bucket, target):
+        return abs(np.log(bucket[0] / bucket[1]) - np.log(target[0] / target[1])) <= reach
+
+    merged = merge_small_buckets(counts, least, may)
+    sums, members = Counter(), {}
+    for size, final in merged.items():
+        assert may(size, final)
+        assert merged[final] == final
+        sums[final] += counts[size]
+        members.setdefault(final, []).append(size)
+    assert sum(sums.values()) == sum(counts.values())
+    for final in sums:
+        if sums[final] < least:  # every other bucket that is left is too far for one of its own
+            assert all(any(not may(size, other) for size in members[final]) for other in sums if other != final)
+    backwards = dict(reversed(list(counts.items())))
+    assert merge_small_buckets(backwards, least, may) == merged
 
 
 def test_fingerprint_is_canonical_and_sees_every_field():
@@ -325,6 +435,7 @@ def test_fingerprint_is_canonical_and_sees_every_field():
         '"selection":"s","tokenizers":"t"}'
     )
     assert plan_fingerprint(**fields) == hashlib.sha256(text.encode()).hexdigest()
+    assert plan_fingerprint(**fields) != plan_fingerprint(**fields, version=2)
     hashes = {plan_fingerprint(**(fields | {name: 99})) for name in fields}
     assert len(hashes | {plan_fingerprint(**fields)}) == len(fields) + 1
 

@@ -207,7 +207,8 @@ def test_prepared_buckets_are_counted_merged_and_dropped() -> None:
     images = Images(64, "here", counts, plan)
     report = planner._bucket_report(config, images)
     assert report["images"] == {"832x1216": 40, "1024x1024": 21, "1216x832": 3}
-    assert report["to_merge"] == {"1216x832": "1024x1024"}
+    assert report["short"] == {}, "what `drop` drops makes no tile"
+    assert "drop never trains the 3 images of buckets smaller than batch.micro (1216x832: 3)" in report["short_note"]
     assert report["dropped_per_epoch"] == 0 + 1 + 3
     assert planner._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (7, 75)
     disk = planner._disk_report(config, planner.memory.setup_of(config), images, 7, 75, None)

@@ -73,7 +73,7 @@ CASES = {
     "dataset not there": (("data.path=BAD/nowhere",), 7, "prepare"),
     "dataset not prepared": (("data.path=BAD/empty",), 7, "prepare"),
     "dataset without this selection": (("data.path=BAD/unselected",), 7, "select"),
-    "bucket smaller than a tile": (("data.path=BAD/sparse",), 7, "min_bucket"),
+    "bucket smaller than asked for": (("data.path=BAD/sparse", "batch.min_bucket=2"), 7, "batch.min_bucket=null"),
     "captions changed": (("data.path=BAD/changed",), 7, "data"),
     "image removed": (("data.path=BAD/fewer",), 7, "data"),
     "other seed": (("seed=5",), 7, "seed"),

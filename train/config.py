@@ -70,7 +70,7 @@ class BatchConfig:
     accumulation: int | None = None  # null = derived from the number of processes
     effective: int = MISSING  # images per update
     split: int | Literal["auto"] = 1  # parts in which a tile is executed; not part of the plan
-    min_bucket: int | None = None  # null = micro; smaller buckets are merged when the dataset is prepared
+    min_bucket: int | None = None  # null = buckets as prepared; a number refuses a set with smaller ones
     remainder: Literal["carry", "keep", "drop"] = "carry"
     determinism: Literal["fast", "strict"] = "fast"
 

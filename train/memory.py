@@ -266,15 +266,16 @@ def choose(
 ) -> Choice:
     """The least recomputation that fits `free_bytes` before anything is loaded, for the largest bucket.
 
-    exempt_steps, split: None = free to choose (`auto`), else kept as given. Of equal recomputation the fewest parts
-    win; fewer than 8 images at once are taken only when nothing else fits, and no split that does not divide micro.
+    micro: most images of a tile. exempt_steps, split: None = free to choose (`auto`), else kept as given. Of equal
+    recomputation the fewest parts win; fewer than 8 images at once are taken only when nothing else fits, and no split that does not divide micro.
     Raises Halt(MISMATCH), naming the smallest prediction, when nothing fits.
     """
     usable = int(free_bytes * USABLE_SHARE)
     bucket = largest(buckets)
     splits = [split] if split else [parts for parts in range(1, micro + 1) if micro % parts == 0]
     steps = [exempt_steps] if exempt_steps is not None else list(range(ALL_STEPS, -1, -1))
-    roomy = [parts for parts in splits if micro // parts >= min(SMALL_MICRO, micro)]
+    at_once = {parts: -(-micro // parts) for parts in splits}  # a split that is given may not divide a short tile
+    roomy = [parts for parts in splits if at_once[parts] >= min(SMALL_MICRO, micro)]
     tight = [parts for parts in splits if parts not in roomy]
     text_choices = (False,) if exempt_steps is not None and split is not None else (False, True)
     candidates = [(s, p) for s in steps for p in roomy] + [(s, p) for p in tight for s in steps]
@@ -282,14 +283,14 @@ def choose(
         # Text encoders keep their activations only beside a U-Net that keeps all of its own: 1.2 % of the work.
         # With both given, nothing is chosen: `none` then keeps theirs as well.
         for text_checkpointing in text_choices if chosen_steps == ALL_STEPS else (True,):
-            found = predict(setup, bucket, micro // parts, chosen_steps, text_checkpointing=text_checkpointing)
+            found = predict(setup, bucket, at_once[parts], chosen_steps, text_checkpointing=text_checkpointing)
             if found.total <= usable:
                 return Choice(chosen_steps, parts, text_checkpointing, found, bucket, usable)
     parts, chosen_steps = max(splits), min(steps)
-    need = predict(setup, bucket, micro // parts, chosen_steps, text_checkpointing=text_choices[-1] or chosen_steps < ALL_STEPS).total
+    need = predict(setup, bucket, at_once[parts], chosen_steps, text_checkpointing=text_choices[-1] or chosen_steps < ALL_STEPS).total
     raise Halt(
         ExitCode.MISMATCH,
-        f"does not fit: {need / GIB:.1f} GiB are needed for {micro // parts} image(s) of {bucket[0]}x{bucket[1]} "
+        f"does not fit: {need / GIB:.1f} GiB are needed for {at_once[parts]} image(s) of {bucket[0]}x{bucket[1]} "
         f"at once, {usable / GIB:.1f} GiB ({USABLE_SHARE:.0%} of {free_bytes / GIB:.1f} free) may be used; "
         + _advice(setup, exempt_steps, split),
     )
@@ -311,14 +312,19 @@ def _advice(setup: Setup, exempt_steps: int | None, split: int | None) -> str:
     return "try " + ", ".join(changes) if changes else "a card with more memory is needed"
 
 
-def settle(config: Any, free_bytes: int, buckets: Sequence[tuple[int, int]], world: int = 1) -> Choice:
-    """`choose` with what a stage config leaves open: `auto` in model.gradient_checkpointing and batch.split."""
+def settle(
+    config: Any, free_bytes: int, buckets: Sequence[tuple[int, int]], world: int = 1, *, tile_images: int | None = None
+) -> Choice:
+    """`choose` with what a stage config leaves open: `auto` in model.gradient_checkpointing and batch.split.
+
+    tile_images: most images of a tile, where no bucket holds batch.micro.
+    """
     mode, split = config.model.gradient_checkpointing, config.batch.split
     return choose(
         setup_of(config, world),
         free_bytes,
         buckets,
-        config.batch.micro,
+        tile_images or config.batch.micro,
         exempt_steps=None if mode == "auto" else STEPS_OF_MODE[mode],
         split=None if isinstance(split, str) else split,
     )

@@ -2,12 +2,14 @@
 
     perm(b, e)  images of bucket b sorted by (ORDER(e, uid), uid)
     stream(b)   perm(b, 0) + perm(b, 1) + ...; the epoch of position p is p // n_b
-    tile k of b positions k*m .. (k+1)*m-1 of stream(b); it belongs to the epoch in which it ends
+    m_b         min(m, n_b): a bucket smaller than a tile makes one tile of n_b images an epoch
+    tile k of b positions k*m_b .. (k+1)*m_b-1 of stream(b); it belongs to the epoch in which it ends
     tiles(e)    all tiles of epoch e sorted by (TILE(e, id), id), id = w << 48 | h << 32 | k
     update s    tiles s*T .. s*T+T-1 of tiles(0) + tiles(1) + ...
 
 It knows nothing of ranks, workers or time: they only slice it. A sample's key is (uid, epoch of its position), and no
-pair occurs twice. That is `carry`; with `keep` (short tiles, as in the original) and `drop` every epoch stands alone.
+pair occurs twice. That is `carry`; with `keep` (short tiles, as in the original) and `drop` every epoch stands alone,
+and m_b is m.
 Numpy and the standard library only.
 """
 
@@ -17,7 +19,7 @@ import hashlib
 import json
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,7 +35,8 @@ Size = tuple[int, int]
 I64 = npt.NDArray[np.int64]
 U64 = npt.NDArray[np.uint64]
 
-PLAN_VERSION = 1
+PLAN_VERSION = 1  # every tile of `carry` is full
+SHORT_TILES_VERSION = 2  # buckets smaller than a tile have tiles of their own; version 1 never filled one from them
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,7 @@ class Plan:
             )
         self._buckets, self._rows = _group_by_bucket(ascending, np.asarray(widths), np.asarray(heights))
         self._counts = [len(rows) for rows in self._rows]
+        self._sizes = [min(self._m, count) if remainder == "carry" else self._m for count in self._counts]
         self._perms: dict[tuple[int, int], I64] = {}  # (bucket index, epoch) -> rows
         self._orders: dict[int, tuple[I64, I64]] = {}  # epoch -> (bucket index, tile number) of each of its tiles
         self.images = len(self._uids)
@@ -90,21 +94,62 @@ class Plan:
         """Sizes that hold images, sorted by (w, h)."""
         return list(self._buckets)
 
+    @property
+    def largest_tiles(self) -> dict[Size, int]:
+        """Most images of a tile, per bucket."""
+        return {size: min(self._m, count) for size, count in zip(self._buckets, self._counts, strict=True)}
+
+    @property
+    def short_buckets(self) -> dict[Size, int]:
+        """Buckets that hold fewer images than a tile and make one of their own each epoch, with their images."""
+        made = zip(self._buckets, self._counts, self._sizes, strict=True)
+        return {bucket: count for bucket, count, size in made if size < self._m}
+
+    @property
+    def version(self) -> int:
+        """What a checkpoint must have been written under: plans without short buckets are those of version 1."""
+        return SHORT_TILES_VERSION if self.short_buckets else PLAN_VERSION
+
+    @property
+    def cycle_updates(self) -> int:
+        """Updates of a schedule's cycle that lasts an epoch: at least 1, and never more cycles than epochs."""
+        if self.short_buckets:
+            return -(-self._full_images // (self._m * self._t))
+        return max(1, self.images // (self._m * self._t))
+
+    @property
+    def exact_updates_per_epoch(self) -> float:
+        """Updates per epoch of `carry`, the fraction included."""
+        return self._full_images / (self._m * self._t)
+
+    @property
+    def _full_images(self) -> int:
+        """Images of an epoch if every short tile of `carry` were full: tiles an epoch, fractions included, times m."""
+        return self.images + sum(self._m - size for size in self._sizes)
+
     def _lengths(self, epochs: int, max_updates: int | None) -> tuple[int, int]:
-        """(updates per epoch, total). `carry`: the carried tiles of epochs to come fill the last update up."""
+        """(updates per epoch, total). `carry`: the carried tiles of epochs to come fill the last update up.
+
+        With short buckets as many updates as all tiles of the epochs need: an epoch may be few tiles, and what the
+        division leaves over would add up to whole epochs unseen.
+        """
         if self._remainder == "carry":
-            per_epoch = self.images // (self._m * self._t)
-            total = epochs * per_epoch
+            per_epoch = self._full_images // (self._m * self._t)
+            total = -(-self._tiles_before(epochs) // self._t) if self.short_buckets else epochs * per_epoch
         else:
             tiles = self._tiles_before(1)
             per_epoch, total = tiles // self._t, epochs * tiles // self._t
         if per_epoch == 0 and max_updates is None:
+            tiles = self._tiles_before(1)
             raise Halt(
                 ExitCode.MISMATCH,
                 f"{self.images} images do not fill one update of {self._m * self._t} (batch.effective): "
-                "select more images, lower batch.effective, or give max_updates",
+                + (f"they make {tiles} of its {self._t} tiles (batch.micro {self._m}) an epoch: " if tiles else "")
+                + "select more images, lower batch.effective"
+                + (f" (to {self._m * tiles} at most)" if tiles else "")
+                + ", or give max_updates",
             )
-        if self._tiles_before(self._m) == 0:  # `carry` fills a tile from as many epochs at the latest
+        if self._tiles_before(1) == 0:
             raise Halt(
                 ExitCode.MISMATCH, f"no tile of {self._m} images (batch.micro) can be filled: select more images"
             )
@@ -120,7 +165,7 @@ class Plan:
         """First tile number of a bucket that belongs to this epoch or a later one."""
         count = self._counts[bucket]
         if self._remainder == "carry":
-            return epoch * count // self._m
+            return epoch * count // self._sizes[bucket]
         per_epoch = -(-count // self._m) if self._remainder == "keep" else count // self._m
         return epoch * per_epoch
 
@@ -163,7 +208,8 @@ class Plan:
     def _tile(self, bucket: int, number: int) -> Tile:
         count = self._counts[bucket]
         if self._remainder == "carry":
-            positions = np.arange(number * self._m, (number + 1) * self._m)
+            size = self._sizes[bucket]
+            positions = np.arange(number * size, (number + 1) * size)
         else:
             per_epoch = self._tile_bound(bucket, 1)
             epoch, inside = divmod(number, per_epoch)
@@ -258,23 +304,28 @@ def partial_sums(virtual_per_rank: int) -> int:
     return virtual_per_rank.bit_length() - 1
 
 
-def merge_small_buckets(counts: Mapping[Size, int], min_bucket: int) -> dict[Size, Size]:
-    """Final bucket of every non-empty bucket, itself included, when none may hold fewer than `min_bucket` images.
+def merge_small_buckets(
+    counts: Mapping[Size, int], min_bucket: int, may: Callable[[Size, Size], bool] = lambda bucket, target: True
+) -> dict[Size, Size]:
+    """Final bucket of every non-empty bucket, itself included, when those of fewer than `min_bucket` images merge.
 
-    The smallest (then the smaller size) joins the bucket of nearest ln(w/h) (then larger area, then smaller size),
-    until all are large enough or one is left.
+    The smallest (then the smaller size) joins, whole, the bucket of nearest ln(w/h) (then larger area, then smaller
+    size) that all its images may go to, until all are large enough or find none. may(bucket, target): whether the
+    images that were `bucket`'s at first may go to `target`.
     """
     left = {size: count for size, count in counts.items() if count > 0}
-    target = {size: size for size in left}
-    while len(left) > 1:
-        small = min(left, key=lambda size: (left[size], size))
-        if left[small] >= min_bucket:
-            break
-        others = [size for size in left if size != small]
-        nearest = min(others, key=lambda size: (_aspect_distance(small, size), -size[0] * size[1], size))
-        left[nearest] += left.pop(small)
-        target = {size: nearest if final == small else final for size, final in target.items()}
-    return target
+    members = {size: [size] for size in left}
+    settled: set[Size] = set()  # for good: what joins a bucket only adds conditions, and targets only become fewer
+    while small := [size for size, count in left.items() if count < min_bucket and size not in settled]:
+        moving = min(small, key=lambda size: (left[size], size))
+        targets = [size for size in left if size != moving and all(may(member, size) for member in members[moving])]
+        if not targets:
+            settled.add(moving)
+            continue
+        nearest = min(targets, key=lambda size: (_aspect_distance(moving, size), -size[0] * size[1], size))
+        left[nearest] += left.pop(moving)
+        members[nearest] += members.pop(moving)
+    return {member: final for final, joined in members.items() for member in joined}
 
 
 def _aspect_distance(one: Size, other: Size) -> float:
@@ -294,20 +345,20 @@ def check_strict_world(tiles_per_update: int, world: int) -> int:
     return virtual // world
 
 
-def check_buckets(counts: Mapping[Size, int], min_bucket: int) -> None:
-    """Refuse a prepared selection in which a bucket is too small: merging means another crop, so other latents.
+def check_buckets(counts: Mapping[Size, int], min_bucket: int | None) -> None:
+    """Refuse a prepared selection in which a bucket is smaller than asked for; null takes the buckets as prepared.
 
-    Raises Halt(MISMATCH) naming the steps to rerun and the `batch.min_bucket` that takes the buckets as they are.
+    Merging means another crop, so other latents. Raises Halt(MISMATCH) naming the steps to rerun and the
+    `batch.min_bucket` that takes the buckets as they are.
     """
-    moved = [size for size, final in merge_small_buckets(counts, min_bucket).items() if size != final]
-    if moved:
-        smallest = min(count for count in counts.values() if count)
-        names = ", ".join(f"{w}x{h} ({counts[w, h]} images)" for w, h in sorted(moved))
+    small = {size: count for size, count in sorted(counts.items()) if 0 < count < (min_bucket or 1)}
+    if small and sum(count > 0 for count in counts.values()) > 1:  # a single bucket has nothing to merge with
+        names = ", ".join(f"{w}x{h} ({count} images)" for (w, h), count in small.items())
         raise Halt(
             ExitCode.MISMATCH,
-            f"batch.min_bucket is {min_bucket}, so {names} would be merged into other buckets: set "
-            f"select.<stage>.min_bucket: {min_bucket} and rerun prepare.py select and prepare.py latents, or set "
-            f"batch.min_bucket={smallest} to train with the buckets as they are",
+            f"batch.min_bucket is {min_bucket}, and these buckets hold fewer images: {names}: set batch.min_bucket=null or "
+            f"batch.min_bucket={min(small.values())} to train with the buckets as they are, or set select.<stage>.min_bucket: "
+            f"{min_bucket} with a merge_crop that lets them merge, and rerun prepare.py select and prepare.py latents",
         )
 
 
@@ -327,14 +378,16 @@ def plan_fingerprint(
     dataset: str,
     selection: str,
     tokenizers: str,
+    version: int = PLAN_VERSION,
 ) -> str:
     """sha256 hex over everything that decides the plan and the captions; not ranks, workers, paths or `batch.split`.
 
-    `dataset`: the dataset fingerprint; `selection`: sha256 of the selection after the held-out split; `tokenizers`:
+    `version`: the plan's own. `min_bucket` is micro where the config leaves it null, which is what that meant when the
+    first checkpoints were written. `dataset`: the dataset fingerprint; `selection`: sha256 of the selection after the held-out split; `tokenizers`:
     their identity hash.
     """
     fields = {
-        "plan_version": PLAN_VERSION,
+        "plan_version": version,
         "seed": seed,
         "m": tile_images,
         "T": tiles_per_update,

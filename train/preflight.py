@@ -29,8 +29,9 @@ Parameters = Mapping[str, torch.nn.Parameter]  # trained ones by canonical name
 
 
 def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
-    """Buckets to run: all of them where memory is the card's, the largest alone where it is the host's."""
-    largest_first = sorted(plan.buckets, key=lambda size: (-size[0] * size[1], size))
+    """Buckets to run: all of them where memory is the card's, the one with the largest tile where it is the host's."""
+    images = plan.largest_tiles
+    largest_first = sorted(plan.buckets, key=lambda size: (-size[0] * size[1] * images[size], size))
     return largest_first if device.type == "cuda" else largest_first[:1]
 
 
@@ -44,13 +45,13 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
     """
     device, model = session.place.device, session.gradients.model
     target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    images = -(-session.config.batch.micro // session.diffusion.split)
     on_gpu = device.type == "cuda"
     pending_bytes = pending_state_bytes(session) + session.gradients.partial_sums_bytes if on_gpu else 0
     reserve = torch.empty(pending_bytes, dtype=torch.uint8, device=device)
     for width, height in shapes_to_try(session.plan, device):
         if session.stop.asked:
             break
+        images = -(-session.plan.largest_tiles[width, height] // session.diffusion.split)
         part = synthetic_part(width, height, images, tokenizer, session.config.data.max_tokens).to(device)
         try:
             image_losses(target, part, session.diffusion).sum().backward()

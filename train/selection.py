@@ -32,9 +32,8 @@ def open_selection(config: StageConfig) -> Selection:
     index = Index.open(config.data.path, config.selection)
     kept = index.select(~held_out(index.uids, config.validation.share, index.images))
     measured = Index.open(config.data.path, config.validation.select) if config.validation.select else index
-    least = config.batch.min_bucket or config.batch.micro
-    check_buckets(bucket_counts(index), least)
-    _check_what_is_kept(bucket_counts(kept), least, config.validation.share)
+    check_buckets(bucket_counts(index), config.batch.min_bucket)
+    _check_what_is_kept(bucket_counts(kept), config.batch.min_bucket, config.validation.share)
     refuse_missing_shards(config.data.path, index.shards())
     held = measured.select(held_out(measured.uids, config.validation.share, measured.images))
     _, first = np.unique(held.images, return_index=True)  # an image that is repeated is measured once
@@ -47,16 +46,17 @@ def bucket_counts(index: Index) -> Counter[Size]:
     return Counter(zip(index.bucket_w.tolist(), index.bucket_h.tolist(), strict=True))
 
 
-def _check_what_is_kept(counts: Counter[Size], least: int, share: float) -> None:
+def _check_what_is_kept(counts: Counter[Size], least: int | None, share: float) -> None:
     """Halt(MISMATCH) where only holding images out leaves a bucket too small, which preparing again would not mend."""
     try:
         check_buckets(counts, least)
     except Halt as halt:
-        small = ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(counts.items()) if count < least)
+        small = ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(counts.items()) if count < (least or 1))
         raise Halt(
             halt.code,
             f"validation.share {share:g} leaves buckets with fewer images than batch.min_bucket, {least} ({small}): set "
-            f"batch.min_bucket={min(counts.values())}, a smaller share, or prepare with a larger select.<stage>.min_bucket",
+            f"batch.min_bucket=null or batch.min_bucket={min(counts.values())}, a smaller share, or prepare with a larger "
+            "select.<stage>.min_bucket",
         ) from halt
 
 
@@ -89,6 +89,32 @@ def make_plan(index: Index, config: StageConfig) -> Plan:
         remainder=config.batch.remainder,
         max_updates=config.max_updates,
     )
+
+
+def short_tiles_note(config: StageConfig, plan: Plan) -> str | None:
+    """What the start and the planner say of buckets smaller than a tile; None where there is nothing to say.
+
+    loss.average: images weighs every image of an update alike, so their size shows only where an update is one tile.
+    """
+    micro, largest = config.batch.micro, max(plan.largest_tiles.values())
+    small = {size: count for size, count in plan.largest_tiles.items() if count < micro}
+    names = ", ".join(f"{w}x{h}: {count}" for (w, h), count in small.items())
+    if small and config.batch.remainder == "drop":
+        return f"batch.remainder: drop never trains the {sum(small.values())} images of buckets smaller than batch.micro ({names})"
+    if not (short := plan.short_buckets):
+        return None
+    note = (
+        f"{len(short)} of {len(plan.buckets)} buckets hold fewer images than a tile, {micro} (batch.micro), and make one "
+        f"short tile an epoch ({names})"
+    )
+    alone = config.tiles_per_update == 1
+    weights = sorted({largest / count for count in short.values() if count < largest})
+    if not weights or (not alone and config.loss.average == "images"):
+        return note
+    times = " to ".join(f"{weight:.3g}" for weight in dict.fromkeys((weights[0], weights[-1])))
+    why = "an update is one tile and averages over its images" if alone else "loss.average: micro_batches"
+    than = "a full tile" if largest == micro else f"the largest, of {largest}"
+    return f"{note}: {why}, so a picture in a smaller one weighs {times} times as much as one in {than}"
 
 
 def refuse_missing_shards(folder: str, shards: Iterable[str]) -> None:

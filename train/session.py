@@ -33,6 +33,7 @@ from train.previews import Previews
 from train.rundir import RunDir, remove_leftovers
 from train.scaler import loss_scale
 from train.schema import flatten
+from train.selection import short_tiles_note
 from train.signals import StopFlag
 from train.snapshot import Saver
 from train.stage import Data, Execution, Machine, make_optimizer, open_shares
@@ -153,7 +154,7 @@ def open_session(
     """Everything the loop owns, at the point where the run stands."""
     place, plan = machine.place, data.plan
     # What a setting can still spoil comes before the checkpoint is read and before files are opened.
-    cycle = check_schedule(config, plan.images, plan.total_updates)
+    cycle = check_schedule(config, plan)
     previews = Previews(config, components, networks, place)
     held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling_factor(source))
     parameters, shares = trained_parameters(networks), open_shares(config, networks, place)
@@ -162,6 +163,8 @@ def open_session(
     expected = expectations(config, data, source, networks, ema)
     if place.is_main:
         preflight.check_room(config, run, plan, parameters, shares)
+        if note := short_tiles_note(config, plan):
+            log.info(note)
     loaded = restore(run, expected, networks, optimizer, ema, config, data.index, is_main=place.is_main)
     progress = loaded.progress if loaded else Progress()
     if place.is_main and config.validation.every_steps:

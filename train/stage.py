@@ -106,6 +106,7 @@ def open_data(config: StageConfig, source: LocalModel) -> Data:
         dataset=selection.index.fingerprint,
         selection=kept.selection_hash,
         tokenizers=tokenizer.identity(),
+        version=selection.plan.version,
     )
     vae = f"{vae_identity(source)}/{source.configs['vae']['scaling_factor']}"
     return Data(kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae)
@@ -123,7 +124,8 @@ def settle(config: StageConfig, machine: Machine, plan: Plan, source: LocalModel
         log.warning("auto settles for full checkpointing and whole tiles: this is not SDXL's own architecture")
         steps = 0 if mode == "auto" else exempt_steps_of(mode)
         return Execution(steps, 1 if split == "auto" else int(split), True)
-    choice = memory.settle(config, free_bytes(machine.place), plan.buckets, machine.place.world)
+    free, most = free_bytes(machine.place), max(plan.largest_tiles.values())
+    choice = memory.settle(config, free, plan.buckets, machine.place.world, tile_images=most)
     log.info(
         "auto: %d blocks kept, tiles in %d parts; predicted peak %.1f GiB of %.1f usable",
         choice.exempt_steps,

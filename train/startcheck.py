@@ -17,7 +17,7 @@ from train.exits import ExitCode, Halt
 from train.export import stated_license
 from train.hub import HUB_NAME, LocalModel
 from train.modelfolder import TOKENIZERS
-from train.plan import check_strict_world, tiles_per_update
+from train.plan import Plan, check_strict_world, tiles_per_update
 from train.prompts import load_prompts
 from train.rundir import RunDir
 from train.schema import flatten
@@ -61,7 +61,7 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
         tried(lambda: hub.glance(config.model))
     selection = tried(lambda: open_selection(config))
     if selection is not None:
-        tried(lambda: check_schedule(config, selection.plan.images, selection.plan.total_updates))
+        tried(lambda: check_schedule(config, selection.plan))
     if config.sampling.every_steps:
         tried(lambda: load_prompts(config.sampling.prompts))
     if found or run is None or not local:
@@ -129,13 +129,13 @@ def refuse_source(config: StageConfig, source: LocalModel) -> None:
         raise Halt(ExitCode.USAGE, "; ".join(problems))
 
 
-def check_schedule(config: StageConfig, images: int, total_updates: int) -> int:
+def check_schedule(config: StageConfig, plan: Plan) -> int:
     """Updates per cycle of the schedule, which is refused here if it means something else than it says."""
-    updates = schedule.cycle_length(config.schedule, images=images, effective=config.batch.effective)
+    updates = plan.cycle_updates if config.schedule.cycle_steps == "epoch" else config.schedule.cycle_steps
     peaks = {"optimizer.unet_lr": config.optimizer.unet_lr}
     if config.model.train_text_encoders and config.optimizer.text_encoder_lr is not None:
         peaks["optimizer.text_encoder_lr"] = config.optimizer.text_encoder_lr
-    schedule.check(config.schedule, peaks, cycle_updates=updates, total_updates=total_updates, epochs=config.epochs)
+    schedule.check(config.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=config.epochs)
     return updates
 
 

@@ -66,6 +66,8 @@ def checks(settings: DatasetConfig, facts: Facts) -> list[Facts]:
         ("over_225_tokens", tokens["over_225"], tokens["rows"], "share of captions over 225 tokens"),
         ("empty_captions", captions["empty"], captions["rows"], "share of empty captions"),
         ("masterpiece", *_masterpiece(settings, facts), "largest share of masterpiece within a rating"),
+        ("crop_loss", max((stage["crop_loss"]["mean"] for stage in facts["buckets"].values()), default=0.0), None,
+         "largest mean share of a selection's area that the crop cuts away"),
         ("unreadable_latents", facts["latents"]["unreadable"], None, "index rows without readable latent"),
     ]
     return [_check(name, count, total, getattr(limits, name), what) for name, count, total, what in found]

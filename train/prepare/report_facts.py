@@ -9,6 +9,7 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,19 @@ from train.exclusions import excluded_match
 from train.exits import Halt
 from train.latents import ShardReader, read_meta
 from train.prepare.facts import between
+from train.prepare.merging import crop_losses
 from train.prepare.probe import ok_files
 from train.prepare.progress import bar
 from train.prepare.records import INDEX
 from train.prepare.report_captions import caption_facts
-from train.prepare.select import all_notes, selection_counts, selection_merges, selection_path, selection_visits
+from train.prepare.select import (
+    all_notes,
+    selection_cost,
+    selection_counts,
+    selection_merges,
+    selection_path,
+    selection_visits,
+)
 from train.prepare.settings import DatasetConfig, dataset_dir
 from train.prepare.units import has_table, read_table, stream_table
 
@@ -51,7 +60,7 @@ def gather(settings: DatasetConfig) -> Facts:
         "hard_exclusions": lambda: _hard_exclusions(settings),
         "balance": lambda: _balance(dataset, sound, stages),
         "tags": lambda: {stage: _tags(dataset, table) for stage, table in stages.items()},
-        "buckets": lambda: {stage: _buckets(dataset, stage, table) for stage, table in stages.items()},
+        "buckets": lambda: {stage: _buckets(dataset, stage, table, sound) for stage, table in stages.items()},
         "crop": lambda: _crop(index),
         "captions": lambda: caption_facts(settings, stages),
         "duplicates": lambda: _duplicates(dataset),
@@ -178,7 +187,8 @@ def _tags(dataset: Path, selection: pa.Table) -> Facts:
     return {"distinct": len(ordered), "top": ordered[:40], "rarer_than_5": len(rare), "rare": rare[:40]}
 
 
-def _buckets(dataset: Path, stage: str, selection: pa.Table) -> Facts:
+def _buckets(dataset: Path, stage: str, selection: pa.Table, sound: pa.Table) -> Facts:
+    """Visits per bucket, what was merged, what that cost, and the share of the pictures' area that the crop takes."""
     sizes = zip(selection.column("bucket_w").to_pylist(), selection.column("bucket_h").to_pylist(), strict=True)
     repeats = selection.column("repeats").to_pylist()
     counts: Counter[tuple[int, int]] = Counter()
@@ -187,7 +197,18 @@ def _buckets(dataset: Path, stage: str, selection: pa.Table) -> Facts:
     return {
         "images": {f"{w}x{h}": count for (w, h), count in sorted(counts.items(), key=lambda b: b[0][0] / b[0][1])},
         "merged": selection_merges(dataset, stage),
+        "merging": asdict(cost) if (cost := selection_cost(dataset, stage)) else None,
+        "crop_loss": _crop_loss(selection, sound),
     }
+
+
+def _crop_loss(selection: pa.Table, sound: pa.Table) -> Facts:
+    """Mean and largest share over the pictures of a selection, from their true sizes: nothing need be encoded yet."""
+    at = pc.index_in(selection.column("key").combine_chunks(), value_set=sound.column("key").combine_chunks())
+    sides = [sound.column(name).take(at).to_numpy() for name in ("width", "height")]
+    loss = crop_losses(*sides, *(selection.column(name).to_numpy() for name in ("bucket_w", "bucket_h")))
+    loss = loss[np.isfinite(loss)]  # a file that is gone since then has no size
+    return {"mean": round(float(loss.mean()), 4), "max": round(float(loss.max()), 4)} if len(loss) else {"mean": 0.0, "max": 0.0}
 
 
 def _crop(index: pa.Table) -> Facts:

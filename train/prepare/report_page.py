@@ -216,6 +216,10 @@ def _buckets(facts: Facts, pictures: Mapping[str, bytes]) -> str:
         if buckets["merged"]:
             parts.append("<p>Merged because too small: " + ", ".join(
                 f"{escape(a)} into {escape(b)}" for a, b in buckets["merged"].items()) + "</p>")  # fmt: skip
+        if buckets["merging"]:
+            parts.append(_merging(buckets["merging"]))
+        lost = buckets["crop_loss"]
+        parts.append(f"<p>The crop cuts {100 * lost['mean']:.1f} % of these pictures' area away, {100 * lost['max']:.1f} % at most.</p>")
     crop = facts["crop"]
     figures = [
         _figure(pictures, f"crop/{row['key']}", f"<code>{escape(row['key'])}</code><br>{row['orig_w']}x{row['orig_h']} "
@@ -224,6 +228,17 @@ def _buckets(facts: Facts, pictures: Mapping[str, bytes]) -> str:
     ]  # fmt: skip
     parts.append(f"<h3>Crop loss: mean {100 * crop['mean']:.1f} %, largest {100 * crop['max']:.1f} %</h3>")
     return "".join(parts) + _grid(figures)
+
+
+def _merging(cost: Facts) -> str:
+    moved = counted(cost["moved"], "picture", "pictures")
+    text = f"Merging moved {moved} to another bucket" + (
+        f": {100 * cost['mean']:.1f} % more of their area is cut away on average, {100 * cost['worst']:.1f} % at most"
+        if cost["moved"] else "")  # fmt: skip
+    if cost["small_buckets"]:
+        small = counted(cost["small_buckets"], "bucket is", "buckets are")
+        text += f". {small} still small ({counted(cost['small_pictures'], 'picture', 'pictures')}) and trained in short tiles"
+    return f"<p>{text}.</p>"
 
 
 def _captions(facts: Facts) -> str:

@@ -8,7 +8,6 @@ reshuffles the rest. Hard-excluded records cannot be brought back: the gate here
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +18,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.buckets import assign_many, make_buckets
+from train.buckets import make_buckets
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
-from train.plan import merge_small_buckets
 from train.prepare.candidates import Candidates
 from train.prepare.filters import by_quota, capped, where
 from train.prepare.judge import Complaint, judge
+from train.prepare.merging import Cost, merge, told
 from train.prepare.peers import Peers
 from train.prepare.predicates import parse
 from train.prepare.progress import bar
@@ -42,7 +41,7 @@ from train.prepare.units import (
     write_parquet,
 )
 
-SELECT_VERSION = 1
+SELECT_VERSION = 2
 INPUTS = ("records", "probe", "dupes", "labels", "aesthetic")
 Mask = npt.NDArray[np.bool_]
 Rows = npt.NDArray[np.int64]
@@ -66,19 +65,22 @@ def run(settings: DatasetConfig) -> None:
                         candidates = candidates or _candidates(settings)
                         _select(settings, stage, candidates, mark)
                     shown.update()
-    told = {
+    filters = {
         stage: ", ".join(f"{name} {count}" for name, count in selection_counts(dataset, stage))
         for stage in settings.select
     }
-    for stage, counts in told.items():
+    for stage, counts in filters.items():
         print(f"select {stage}: {counts}; {selection_visits(dataset, stage)} visits an epoch")
-    for note in all_notes(dataset, told):
+        config, cost = settings.select[stage], selection_cost(dataset, stage)
+        if cost is not None and (line := told(cost, config.min_bucket, config.merge_crop)):
+            print(f"select {stage}: {line}")
+    for note in all_notes(dataset, filters):
         print(note)
     merge_quarantine(dataset)
     judge(settings, "select")
-    empty = [stage for stage in told if pq.read_metadata(selection_path(dataset, stage)).num_rows == 0]
+    empty = [stage for stage in filters if pq.read_metadata(selection_path(dataset, stage)).num_rows == 0]
     if empty:  # the other stages can be trained all the same
-        why = [f"select.{stage} leaves no image: {told[stage]}" for stage in empty]
+        why = [f"select.{stage} leaves no image: {filters[stage]}" for stage in empty]
         raise Complaint(ExitCode.MISMATCH, "; ".join([*why, *all_notes(dataset, empty)]))
 
 
@@ -113,6 +115,12 @@ def selection_visits(dataset: Path, stage: str) -> int:
     """How many pictures an epoch shows, each as often as it is repeated."""
     column = pq.read_table(selection_path(dataset, stage), columns=["repeats"]).column("repeats")
     return int(pc.sum(column.cast("int64")).as_py() or 0)
+
+
+def selection_cost(dataset: Path, stage: str) -> Cost | None:
+    """What merging cost the pictures of a stage; None where it is not written down, in older tables."""
+    stored = pq.read_metadata(selection_path(dataset, stage)).metadata.get(b"merging")
+    return Cost(**json.loads(stored)) if stored else None
 
 
 def selection_mark(settings: DatasetConfig, stage: str) -> str:
@@ -199,24 +207,23 @@ def _write(
     counts: list[tuple[str, int]], mark: str, repeats: Rows, notes: list[str],
 ) -> None:  # fmt: skip
     config = settings.select[stage]
-    sizes = make_buckets(**asdict(settings.buckets))
-    first = [sizes[i] for i in assign_many(candidates.widths[rows].tolist(), candidates.heights[rows].tolist(), sizes)]
-    visits = Counter[tuple[int, int]]()
-    for size, number in zip(first, repeats.tolist(), strict=True):
-        visits[size] += number
-    final = merge_small_buckets(visits, config.min_bucket)
+    buckets, into, cost = merge(
+        candidates.widths[rows].tolist(), candidates.heights[rows].tolist(), repeats.tolist(),
+        make_buckets(**asdict(settings.buckets)), least=config.min_bucket, crop=config.merge_crop,
+    )  # fmt: skip
     table = pa.table(
         {
             "key": candidates.keys.take(pa.array(rows)),
             "repeats": repeats,
-            "bucket_w": [final[size][0] for size in first],
-            "bucket_h": [final[size][1] for size in first],
+            "bucket_w": [width for width, _ in buckets],
+            "bucket_h": [height for _, height in buckets],
             "why": np.where(allowed[rows], "allow", "where" if config.where else "all"),
         },
         schema=SELECT,
     )
-    merged = {f"{a[0]}x{a[1]}": f"{b[0]}x{b[1]}" for a, b in sorted(final.items()) if a != b}
-    metadata = {"mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged), "notes": json.dumps(notes)}
+    merged = {f"{a[0]}x{a[1]}": f"{b[0]}x{b[1]}" for a, b in into.items()}
+    metadata = {"mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged), "merging": json.dumps(asdict(cost)),
+                "notes": json.dumps(notes)}  # fmt: skip
     write_parquet(selection_path(dataset_dir(settings), stage), table, metadata)
 
 

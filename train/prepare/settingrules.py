@@ -51,6 +51,8 @@ def settings_problems(settings: DatasetConfig) -> list[str]:
     for stage, select in settings.select.items():
         if not 1 <= select.repeats <= MAX_REPEATS or select.min_bucket < 1:
             found.append(f"select.{stage}: repeats must be in 1..{MAX_REPEATS}, min_bucket at least 1")
+        if not 0 <= select.merge_crop <= 1:
+            found.append(f"select.{stage}.merge_crop is {select.merge_crop:g}, must be in [0, 1]: a share of a picture's area")
         if select.quota is not None and not _is_division(select.quota):
             found.append(f"select.{stage}.quota: shares are parts of 1 and sum up to it at most; total is at least 1")
     return found + _policy_problems(settings.policy)

@@ -210,8 +210,8 @@ class SelectConfig:
     quota: QuotaConfig | None = None
     repeats: int = 1
     seed: int | None = None  # null = the dataset's
-    min_bucket: int = 16  # smaller buckets are merged into one of like shape; the stage's micro-batch
-    merge_crop: float = 0.125  # most of its area that a picture may lose by that
+    min_bucket: int = 16  # smaller buckets are merged into one of like shape, or stay; the stage's micro-batch
+    merge_crop: float = 0.125  # most of its area that a picture may lose by that; 0 = nothing, 1 = always the nearest shape
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ class FailIfConfig:
     empty_captions: float = 0.01
     masterpiece: float = 0.25  # within a rating of at least quality.min_group rows
     unreadable_latents: float = 0.0
-    crop_loss: float = 0.15  # mean share of the area lost to the crop, in any selection
+    crop_loss: float = 0.15  # mean share of a selection's area that the crop takes: 0.028 in the recipe's buckets + merge_crop
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,8 @@ def _bucket_lines(report: dict[str, Any]) -> list[str]:
     if report["images"] is None:
         return [f"  buckets {report['note']}"]
     lines = [f"  buckets {', '.join(f'{name}: {count:,}' for name, count in report['images'].items())}"]
-    if report["to_merge"]:
-        merged = ", ".join(f"{small} into {target}" for small, target in report["to_merge"].items())
-        lines.append(f"          too small, merge when preparing: {merged}")
+    if report["short_note"]:
+        lines.append(f"          {report['short_note']}")
     if report["dropped_per_epoch"]:
         lines.append(f"          {report['dropped_per_epoch']:,} images of every epoch are dropped (batch.remainder)")
     return lines

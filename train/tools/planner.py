@@ -18,7 +18,7 @@ from train.config import StageConfig, config_hash
 from train.diskspace import permanent_count
 from train.exits import ExitCode, Halt
 from train.memory import GIB, Prediction, Setup
-from train.plan import Plan, merge_small_buckets
+from train.plan import Plan, check_buckets
 from train.startcheck import check_processes
 from train.tools import tolerances
 from train.tools.plan_machines import IMPLIED_BY_CARD, Gpu, find_gpu, find_speed
@@ -79,7 +79,7 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
     accumulation, _ = check_processes(config, request.world)
     images = find_images(config, request.images)
     per_epoch, total = _lengths(config, images)
-    cycle = schedule.cycle_length(config.schedule, images=images.count, effective=config.batch.effective)
+    cycle = _cycle(config, images)
     restarts = config.schedule.name == "cosine_restarts"
     schedule.check(config.schedule, _peak_keys(config), cycle_updates=cycle, total_updates=total, epochs=config.epochs)
     gpu, how = find_gpu(request.gpu, request.memory_gib)
@@ -165,15 +165,26 @@ def _prepared(config: StageConfig) -> Images:
     sizes = bucket_counts(whole.select(np.sort(first)))
     values = sum(count * (8 if whole.content == "moments" else 4) * (w // 8) * (h // 8) for (w, h), count in sizes.items())
     index = whole.select(~held_out(whole.uids, config.validation.share, whole.images))
+    check_buckets(bucket_counts(index), config.batch.min_bucket)
     plan = make_plan(index, config)
     return Images(len(index), f"dataset {config.data.path}", dict(sorted(bucket_counts(index).items())), plan, 2 * values)
 
 
 def _visits(config: StageConfig, images: Images, per_epoch: int, total: int) -> int:
-    """Images seen in all; with `remainder: keep` tiles may be short, and an epoch is every image once."""
-    if images.plan is None or config.batch.remainder != "keep":
+    """Images seen in all; where tiles are short, the share of all epochs' images that `total` updates are."""
+    plan = images.plan
+    if plan is None or not (plan.short_buckets or config.batch.remainder == "keep"):
         return total * config.batch.effective
+    if plan.short_buckets:
+        return round(images.count * total / plan.exact_updates_per_epoch)
     return round(images.count * total / per_epoch)
+
+
+def _cycle(config: StageConfig, images: Images) -> int:
+    """Updates per cycle of the schedule."""
+    if images.plan is not None and config.schedule.cycle_steps == "epoch":
+        return images.plan.cycle_updates
+    return schedule.cycle_length(config.schedule, images=images.count, effective=config.batch.effective)
 
 
 def _ticks(config: StageConfig) -> int:
@@ -227,15 +238,17 @@ def lr_row(config: StageConfig, update: int, cycle: int) -> dict[str, Any]:
 
 
 def _bucket_report(config: StageConfig, images: Images) -> dict[str, Any]:
-    """Images per bucket, what must be merged first, and what an epoch drops."""
-    if images.buckets is None:
-        return {"images": None, "to_merge": None, "dropped_per_epoch": None, "note": "needs the prepared dataset"}
-    final = merge_small_buckets(images.buckets, config.batch.min_bucket or config.batch.micro)
+    """Images per bucket, which are smaller than a tile, and what an epoch drops."""
+    if images.buckets is None or images.plan is None:
+        return {"images": None, "short": None, "dropped_per_epoch": None, "note": "needs the prepared dataset"}
+    from train.selection import short_tiles_note  # needs pyarrow, which a plan for a bare number does not
+
     micro = config.batch.micro
     drop = config.batch.remainder == "drop"
     return {
         "images": {_name(bucket): count for bucket, count in images.buckets.items()},
-        "to_merge": {_name(bucket): _name(target) for bucket, target in final.items() if bucket != target},
+        "short": {_name(bucket): count for bucket, count in images.plan.short_buckets.items()},
+        "short_note": short_tiles_note(config, images.plan),
         "dropped_per_epoch": sum(count % micro for count in images.buckets.values()) if drop else 0,
     }
 
@@ -248,7 +261,8 @@ def memory_report(config: StageConfig, world: int, images: Images, gpu: Gpu, how
     setup = memory.setup_of(config, world)
     buckets = list(images.buckets or make_buckets())
     split = config.batch.split
-    at_once = config.batch.micro // (1 if isinstance(split, str) else split)
+    micro = config.batch.micro if images.plan is None else max(images.plan.largest_tiles.values())
+    at_once = -(-micro // (1 if isinstance(split, str) else split))
     bucket = memory.largest(buckets)
     report |= {
         "usable_share": memory.USABLE_SHARE,
@@ -265,14 +279,14 @@ def memory_report(config: StageConfig, world: int, images: Images, gpu: Gpu, how
         },
     }
     try:
-        choice = memory.settle(config, int(gpu.free_gib * GIB), buckets, world)
+        choice = memory.settle(config, int(gpu.free_gib * GIB), buckets, world, tile_images=micro)
     except Halt as halt:
         return report | {"fits": False, "problem": halt.message}
     return report | {
         "fits": True,
         "checkpointing": MODES[choice.exempt_steps],
         "split": choice.split,
-        "images_at_once": config.batch.micro // choice.split,
+        "images_at_once": -(-micro // choice.split),
         "text_encoders_checkpointed": choice.text_checkpointing if setup.trains_text else None,
         "parts_gib": _parts(choice.prediction),
         "total_gib": _gib(choice.prediction.total),
