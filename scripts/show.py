@@ -12,6 +12,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as train/run.py: another number of threads, other last digits
 
+from train.captions import SEPARATOR
 from train.exits import run_cli
 from train.tools.show_dispatch import report_of, show
 
@@ -36,7 +37,7 @@ def parse() -> argparse.Namespace:
     caption.add_argument("--tokenizers", type=Path, required=True, help="folder with tokenizer/ and tokenizer_2/")
     caption.add_argument("--text", required=True)
     caption.add_argument("--draws", type=int, default=0)
-    caption.add_argument("--separator", default="|||")
+    caption.add_argument("--separator", default=SEPARATOR)
     caption.add_argument("--max-tokens", type=int, default=225, choices=(75, 150, 225))
     caption.add_argument("--overflow", default="tag", choices=("tag", "token"))
     caption.add_argument("--seed", type=int, default=0)

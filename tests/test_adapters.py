@@ -187,8 +187,7 @@ def test_lists_that_a_table_holds_as_text(tmp_path: Path) -> None:
     columns = {"id": "id", "tags": "tags"}
     told = source(tmp_path / "t.csv", "table", columns=columns, tag_separator=", ")
     found = [post if isinstance(post, Quarantine) else post.tags.get("general", []) for post in read_source(told)]
-    assert [one for one in found if not isinstance(one, Quarantine)] == [["long hair", "a, b"], [], ["[x]", "smile"]]
-    assert ["as Python prints it" in one.message for one in found if isinstance(one, Quarantine)] == [True, True]
+    assert found == [["long hair", "a, b"], [], ["long hair", "smile"], ["long hair", "smile"], ["[x]", "smile"]]
 
 
 def test_imagefolder_metadata(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
@@ -382,7 +381,7 @@ def test_sidecar_and_sd_scripts_agree(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4)).save(tmp_path / name, format="PNG")
         texts[name] = f"{number}girls, hero ||| smile, tag {number}"
         stem = name.rpartition(".")[0]
-        (tmp_path / f"{stem}.txt").write_bytes(b"\xef\xbb\xbf" + texts[name].encode() + b"\r\nsecond line\r\n")
+        (tmp_path / f"{stem}.txt").write_bytes(b"\xef\xbb\xbf" + texts[name].encode() + b"\r\n\r\n")
     sidecars = records(source(tmp_path, "sidecar"))
     assert {row["key"]: row["caption"] for row in sidecars} == {f"s:{name}": text for name, text in texts.items()}
     metadata = {

@@ -126,6 +126,20 @@ def test_last_gate(tmp_path: Path, rating: str | None, tags: list[str], refused:
         assert len(Index.open(built(tmp_path, rows, ft=chosen), "ft")) == 2
 
 
+@pytest.mark.parametrize(("from_caption", "refused"), [(True, True), (False, False)])
+def test_last_gate_sees_the_fixed_tags_of_captions(tmp_path: Path, from_caption: bool, refused: bool) -> None:
+    """Names are not split into words, but a separator or keep_tokens may fix anything."""
+    rows = index_of([row("a:1"), row("a:2", fixed_tags=["1girl", "kid"], gate_rating="e")])
+    rows = rows.append_column("gate_fixed", pa.array([True, from_caption]))
+    chosen = {"ft": selection_of(("a:1", 1, 128, 96), ("a:2", 1, 128, 96))}
+    if refused:
+        with pytest.raises(Halt, match="a:2 is hard-excluded"):
+            build_index(tmp_path, rows, chosen, META)
+    else:
+        build_index(tmp_path, rows, chosen, META)
+        assert "gate_fixed" not in pa.ipc.open_file(tmp_path / "index.arrow").schema.names
+
+
 def test_selected_without_latents_is_named(tmp_path: Path) -> None:
     with pytest.raises(Halt, match=r"1 images of selection ft have no latents, such as a:9: run scripts/prepare.py latents"):
         built(tmp_path, [row("a:1")], ft=selection_of(("a:1", 1, 128, 96), ("a:9", 1, 128, 96)))

@@ -207,7 +207,7 @@ def test_captions(tmp_path: Path) -> None:
     (source / "a.txt").write_bytes(b"\xef\xbb\xbf1girl, ||| smile\r\nmore")
     records, quarantine = run(config(tmp_path, source, "sidecar", assume_rating="g"))
     assert {key: row["caption"] for key, row in records.items()} == {
-        "s:a.jpg": "1girl, ||| smile", "s:a.png": "1girl, ||| smile", "s:empty.png": "",
+        "s:a.jpg": "1girl, ||| smile, more", "s:a.png": "1girl, ||| smile, more", "s:empty.png": "",
     }  # fmt: skip
     reasons = {entry["key"]: entry["reason"] for entry in quarantine}
     assert reasons == {f"s:{name}.png": "bad_caption" for name in BAD_CAPTIONS} | {"s:none.png": "missing_caption"}
@@ -247,7 +247,7 @@ def test_nothing_outside_the_root(tmp_path: Path) -> None:
     records, quarantine = run(config(tmp_path, source, "sidecar", assume_rating="g"))
     assert set(records) == {"s:ok.png", "s:inside.png"}
     assert {entry["key"]: entry["reason"] for entry in quarantine} == {
-        "s:link.png": "outside_root", "s:folder": "outside_root", "s:text.txt": "outside_root",
+        "s:link.png": "outside_root", "s:folder/x.png": "outside_root", "s:text.txt": "outside_root",
         "s:text.png": "outside_root", "s:line\\nbreak.png": "bad_record", "s:\\udcff.png": "bad_record",
     }  # fmt: skip
     assert b"the secret" not in b"".join(path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file())

@@ -17,7 +17,7 @@ from train.exits import ExitCode, Halt
 from train.index import Index
 from train.latents import ShardReader
 from train.prepare.encoder import load_vae
-from train.prepare.files import is_image
+from train.prepare.filekinds import is_image
 from train.prepare.judge import Complaint
 from train.prepare.records import ErrorReason
 from train.rng import Stream, normals, uid_of

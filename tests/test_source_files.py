@@ -7,12 +7,12 @@ import tarfile
 from pathlib import Path
 
 from train.prepare.decode import Refused
-from train.prepare.files import walk
 from train.prepare.ingest import read_source
 from train.prepare.normalise import RawPost
 from train.prepare.pictures import Look, probe_one
 from train.prepare.records import Quarantine
 from train.prepare.settings import ProbeConfig, SourceConfig
+from train.prepare.walking import walk
 
 
 def source(path: Path) -> SourceConfig:

@@ -7,11 +7,14 @@ Imports the standard library and our generator only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train import rng
 from train.rng import Stream
+
+SEPARATOR = "|||"  # of our own tables and texts; captions that arrive with another one are rewritten at ingest
 
 
 @dataclass(frozen=True)
@@ -26,16 +29,38 @@ class DrawOptions:
     warmup_updates: int = 0  # updates until all flex tags are kept; 0 = off
 
 
-def split(text: str, separator: str = "|||") -> tuple[list[str], list[str]]:
+def separator_regex(separator: str) -> str:
+    """Matches the separator; one that is a word only where it stands as one: `sep` is no part of `separate`."""
+    before = r"(?<!\w)" if re.match(r"\w", separator) else ""
+    after = r"(?!\w)" if re.search(r"\w\Z", separator) else ""
+    return before + re.escape(separator) + after
+
+
+def parts(text: str, separator: str = SEPARATOR, most: int = 0) -> list[str]:
+    """The text cut at its first `most` separators (0 = at all of them), one part more than there were."""
+    return re.split(separator_regex(separator), text, maxsplit=most)
+
+
+def separator_problem(separator: str) -> str | None:
+    """What is wrong with a text as a separator, None for a good one."""
+    if not separator or separator != separator.strip():
+        return "not empty, and without spaces around it"
+    if "," in separator or not separator.isprintable() or "\\" in separator:
+        return "no comma, line break, control character or backslash"
+    return None
+
+
+def split(text: str, separator: str = SEPARATOR) -> tuple[list[str], list[str]]:
     """(fixed tags, flex tags): split at the first separator, then at commas; stripped, empty ones left out.
 
     Without a separator every tag is flex. A second separator is refused where captions are read in, not here.
     """
-    fixed, found, flex = text.partition(separator)
-    return (_tags(fixed), _tags(flex)) if found else ([], _tags(text))
+    fixed, *flex = parts(text, separator, 1)
+    return (tags_of(fixed), tags_of(flex[0])) if flex else ([], tags_of(text))
 
 
-def _tags(text: str) -> list[str]:
+def tags_of(text: str) -> list[str]:
+    """The tags that commas part, stripped, without empty ones."""
     return [stripped for tag in text.split(",") if (stripped := tag.strip())]
 
 
@@ -44,7 +69,7 @@ def join(tags: Sequence[str]) -> str:
     return ", ".join(tags)
 
 
-def render(fixed: Sequence[str], flex: Sequence[str], separator: str = "|||") -> str:
+def render(fixed: Sequence[str], flex: Sequence[str], separator: str = SEPARATOR) -> str:
     """The written form `1girl, miku, ||| smile`; it starts `, ||| ` without fixed tags and `split` reads it back."""
     return f"{join(fixed)}, {separator} {join(flex)}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from train.captions import separator_problem
 from train.schema import flatten
 
 if TYPE_CHECKING:
@@ -89,8 +90,8 @@ def _cross_problems(config: StageConfig) -> list[str]:
         (strict and model.weights == "bf16", "batch.determinism: strict refuses model.weights: bf16"),
         (config.schedule.unit == "optimizer_step" and config.schedule.processes != 1,
          "schedule.processes needs schedule.unit: process_step"),
-        (data.separator is not None and (not data.separator.strip() or "," in data.separator),
-         f"data.separator is {data.separator!r}: not empty, no comma"),
+        (data.separator is not None and separator_problem(data.separator) is not None,
+         f"data.separator is {data.separator!r}: {separator_problem(data.separator or '')}"),
         (batch.remainder != "carry" and strict, "batch.determinism: strict needs batch.remainder: carry"),
         (config.validation.every_steps > 0 and config.validation.share == 0,
          "validation.every_steps needs validation.share, such as 0.02: with 0 no image is held out"),

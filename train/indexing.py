@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from train.captions import SEPARATOR
 from train.exclusions import excluded_by
 from train.exits import ExitCode, Halt
 from train.index import (
@@ -38,8 +39,9 @@ def build_index(
     """Write index.arrow and one index_<stage>.arrow per selection, atomically.
 
     `index` has the index table's columns sorted by (key, bucket), with captions and labels joined to it, the file's
-    sha256 as `content_hash` and the rating, or the one its source declares, as `gate_rating`; `meta` holds vae_id,
-    content and buckets. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and
+    sha256 as `content_hash` and the rating, or the one its source declares, as `gate_rating`, and as
+    `gate_fixed` whether the fixed tags are a caption's, not names (no column: never); `meta` holds vae_id, content and
+    buckets. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and
     for a row that the hard exclusions refuse.
     """
     for name in (*CAPTION_COLUMNS, *LABEL_COLUMNS, "shard"):
@@ -47,7 +49,7 @@ def build_index(
         index = index.set_column(index.schema.get_field_index(name), name, column)
     _refuse_excluded(index)
     image, caption = _digests(index)
-    left_out = [name for name in ("content_hash", "gate_rating", *_CONSTANT) if name in index.column_names]
+    left_out = [name for name in ("content_hash", "gate_rating", "gate_fixed", *_CONSTANT) if name in index.column_names]
     table = index.drop_columns(left_out)
     table = table.append_column("image_digest", pa.array(image)).append_column("caption_digest", pa.array(caption))
     whole = {"version": VERSION, **meta, "sources": json.dumps(source_hashes(dataset_dir, None))}
@@ -139,7 +141,7 @@ def _digests(index: pa.Table) -> tuple[U64, U64]:
     parts = [tag_hashes(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]
     for row in range(len(index)):
         fixed, flex = (values[starts[row] : starts[row + 1]].tobytes() for starts, values in parts)
-        caption[row] = _short_hash(fixed + b"|||" + flex)
+        caption[row] = _short_hash(fixed + SEPARATOR.encode() + flex)
     return image, caption
 
 
@@ -160,13 +162,16 @@ def _short_hash(data: bytes) -> int:
 def _refuse_excluded(index: pa.Table) -> None:
     """The last of the three gates of the hard exclusions: no caption with such a tag is ever indexed.
 
-    Fixed tags are count tags and names, which are not split into words; the gates before this one saw their kinds.
-    A rule needs a tag that is refused on its own in an explicit record, so rows without one need no second look.
+    Fixed tags are count tags and names, which are not split into words; the gates before this one saw their kinds. Those
+    of a caption may be anything. A rule needs a tag that is refused on its own in an explicit record, so rows without one
+    need no second look.
     """
-    rows = pa.array(suspicious_rows(index.column("flex_tags").combine_chunks()))
-    columns = (index.column(name).take(rows).to_pylist() for name in ("key", "flex_tags", "gate_rating"))
-    for key, tags, rating in zip(*columns, strict=True):
-        rule = excluded_by(rating=rating, tags=tags)
+    marked = index.column("gate_fixed").to_numpy() if "gate_fixed" in index.column_names else np.zeros(len(index), bool)
+    suspects = [suspicious_rows(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]
+    rows = pa.array(np.union1d(suspects[0][marked[suspects[0]]], suspects[1]))
+    columns = (index.column(name).take(rows).to_pylist() for name in ("key", *CAPTION_COLUMNS, "gate_rating"))
+    for key, fixed, flex, rating, captioned in zip(*columns, marked[rows.to_numpy()], strict=True):
+        rule = excluded_by(rating=rating, tags=[*fixed, *flex] if captioned else flex)
         if rule is not None:
             raise Halt(
                 ExitCode.MISMATCH,

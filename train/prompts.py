@@ -96,7 +96,7 @@ def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def plain_tags(text: str, separator: str = "|||") -> list[str]:
+def plain_tags(text: str, separator: str = captions.SEPARATOR) -> list[str]:
     """The tags of a prompt, a prefix or a negative prompt, in order: separators mean nothing here but a comma."""
     return captions.split(text.replace(separator, ","), separator)[1]
 

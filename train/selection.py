@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from train.config import StageConfig
+from train.captions import SEPARATOR
+from train.config import DataConfig, StageConfig
 from train.exits import ExitCode, Halt
 from train.hub import LocalModel, vae_identity
 from train.index import U64, Index
 from train.plan import Plan, Size, check_buckets
+from train.rundir import read_json
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Selection:
 def open_selection(config: StageConfig) -> Selection:
     """The stage's images and their plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
     index = Index.open(config.data.path, config.selection)
+    refuse_other_separator(config.data)
     kept = index.select(~held_out(index.uids, config.validation.share, index.images))
     measured = Index.open(config.data.path, config.validation.select) if config.validation.select else index
     check_buckets(bucket_counts(index), config.batch.min_bucket)
@@ -39,6 +42,17 @@ def open_selection(config: StageConfig) -> Selection:
     _, first = np.unique(held.images, return_index=True)  # an image that is repeated is measured once
     held = held.select(np.sort(first))
     return Selection(index, kept, held, make_plan(kept, config))
+
+
+def refuse_other_separator(data: DataConfig) -> None:
+    """Halt(MISMATCH) where the stage names another separator than the one that the set's captions were read with."""
+    known = (read_json(Path(data.path) / "dataset.json") or {}).get("separator", SEPARATOR)
+    if data.separator not in (None, known):
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"data.separator is {data.separator!r}, but the captions of data.path {data.path} were read with {known!r}: set "
+            f"data.separator=null, which means the set's, or prepare it with separator: {data.separator!r} in its dataset.yaml",
+        )
 
 
 def bucket_counts(index: Index) -> Counter[Size]:

@@ -6,20 +6,22 @@ Reads today's API, gallery-dl's additions and old dumps (numbers as strings, `ta
 from __future__ import annotations
 
 import itertools
-import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.prepare.files import is_image, require_source, source_root, walk
+from train.prepare.files import require_source, source_root
 from train.prepare.jsonstream import Malformed, iter_values
-from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal, words
+from train.prepare.layouts import find_image
+from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.taggroups import tag_groups
+from train.prepare.walking import walk
 
 MakePost = Callable[[SourceConfig, Path, str, str, Mapping[str, Any]], RawPost]
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-CATEGORIES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 5: "meta"}
 _FIELDS = {  # our column: names in the API, in gallery-dl, in old dumps
     "source_id": ("id",),
     "file_ext": ("file_ext", "extension"),
@@ -27,7 +29,7 @@ _FIELDS = {  # our column: names in the API, in gallery-dl, in old dumps
     "file_size": ("file_size",),
     "width": ("image_width", "width"),
     "height": ("image_height", "height"),
-    "created_at": ("created_at",),
+    "created_at": ("created_at", "date"),
     "rating": ("rating",),
     "score": ("score",),
     "up_score": ("up_score",),
@@ -115,6 +117,7 @@ def danbooru_post(
         fields["media_at"] = asset.get("created_at")
         fields["pixel_hash_src"] = asset.get("pixel_hash")
     fields["source_id"] = post_number(fields["source_id"])
+    fields["file_ext"] = fields["file_ext"] or url_suffix(post)
     mapped = post.get(source.columns["uri"]) if "uri" in source.columns else None
     if mapped is not None and not isinstance(mapped, str):
         raise BadRecord(f"{source.columns['uri']} is {mapped!r}, expected a path")
@@ -129,84 +132,19 @@ def first_of(post: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     return next((post[name] for name in names if post.get(name) is not None), None)
 
 
+def url_suffix(post: Mapping[str, Any]) -> str | None:
+    """The ending of the address that a post without `file_ext` gives of its file."""
+    url = first_of(post, ("file_url", "large_file_url"))
+    found = re.search(r"\.(\w{1,10})(?:[?#].*)?$", url) if isinstance(url, str) else None
+    return found[1].lower() if found else None
+
+
 def post_number(value: Any) -> int:
-    """A post's id. Raises BadRecord unless it is a whole number, or one written as text."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    """A post's id; 1.0 and "1.0", as tables make of whole numbers, are 1. Raises BadRecord for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise BadRecord(f"id is {value!r}, expected a whole number")
-    text = str(value)
-    if not text.isascii() or not text.isdigit() or len(text) > 18:
-        raise BadRecord(f"id is {text[:80]!r}, expected a whole number")
-    return int(text)
-
-
-def tag_groups(post: Mapping[str, Any]) -> dict[str, Any]:
-    """Tags by group, from whichever of the known forms the post has.
-
-    Raises BadRecord for a category that is not known, or when there are no tags at all.
-    """
-    listed = post.get("tags")
-    if isinstance(listed, list) and any(isinstance(tag, dict) for tag in listed):
-        return _categorised(listed)
-    groups: dict[str, Any] = {}
-    for group in CATEGORIES.values():
-        text, tags = post.get(f"tag_string_{group}"), post.get(f"tags_{group}")
-        if isinstance(text, str):
-            groups[group] = words(text)
-        elif tags is not None:
-            groups[group] = words(tags) if isinstance(tags, str) else tags
-    if groups:
-        return groups
-    flat = first_of(post, ("tag_string", "tags"))
-    if not isinstance(flat, str | list):
-        raise BadRecord("no tags: expected tag_string_general and its like, or tags as text or list")
-    return {"general": words(flat) if isinstance(flat, str) else flat}
-
-
-def _categorised(tags: list[Any]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = {}
-    for tag in tags:
-        if not isinstance(tag, dict) or not isinstance(tag.get("name"), str):
-            raise BadRecord(f"tag {tag!r} has no name")
-        category = str(tag.get("category"))
-        number = int(category) if category.isdigit() and category.isascii() else -1
-        if number not in CATEGORIES:
-            raise BadRecord(f"tag {tag['name']!r} has category {category!r}, expected one of {sorted(CATEGORIES)}")
-        groups.setdefault(CATEGORIES[number], []).append(tag["name"])
-    return groups
-
-
-def find_image(root: Path, name: str, post_id: int, fields: Mapping[str, Any], post: Mapping[str, Any]) -> str:
-    """Path of the post's image below `root`: the first candidate that is there, else the first candidate.
-
-    The probe reports the ones that are not there.
-    """
-    candidates = dict.fromkeys(_candidates(name, post_id, fields, post))
-    for candidate in candidates:
-        if ".." not in candidate and "\0" not in candidate and os.path.exists(f"{root}/{candidate}"):
-            return candidate
-    return next(iter(candidates))
-
-
-def _candidates(name: str, post_id: int, fields: Mapping[str, Any], post: Mapping[str, Any]) -> Iterator[str]:
-    listed = first_of(post, ("file_name", "file_path", "local_path"))
-    if isinstance(listed, str) and listed:
-        yield listed
-    without = name.rpartition(".")[0]
-    extension = str(fields.get("file_ext") or "").lower().lstrip(".")
-    extensions = dict.fromkeys([extension or "jpg", "jpg", "jpeg", "png", "webp", "gif", "bmp", "avif"])
-    if name.lower().endswith(".json"):
-        if is_image(without):
-            yield without  # gallery-dl: a.jpg.json
-        else:
-            yield from (f"{without}.{ext}" for ext in extensions)
-    folder = name.rpartition("/")[0]
-    stems = [str(post_id), f"danbooru_{post_id}_{fields.get('md5')}", f"{post_id % 1000:04d}/{post_id}"]
-    if isinstance(fields.get("md5"), str):
-        stems += [str(fields["md5"]), f"{str(fields['md5'])[:2]}/{fields['md5']}"]
-    if isinstance(post.get("filename"), str):
-        stems += [str(post["filename"]), f"danbooru_{post_id}_{post['filename']}"]
-    below = f"{folder}/" if folder else ""
-    for stem in stems:
-        yield f"{below}{stem}.{extension or 'jpg'}"
-        yield f"{stem}.{extension or 'jpg'}"
-    yield from (f"{below}{post_id}.{ext}" for ext in extensions)
+    text = f"{value:f}" if isinstance(value, float) else str(value).strip()
+    whole = re.fullmatch(r"([0-9]{1,18})(\.0*)?", text)
+    if whole is None or (isinstance(value, float) and value >= 2**53):
+        raise BadRecord(f"id is {str(value)[:80]!r}, expected a whole number")
+    return int(whole[1])

@@ -20,8 +20,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
-from train.prepare.danbooru import find_image, post_number
+from train.prepare.danbooru import post_number
 from train.prepare.files import require_source, source_root, tar_members
+from train.prepare.layouts import find_image
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost
 from train.prepare.progress import read_so_far
 from train.prepare.records import Quarantine

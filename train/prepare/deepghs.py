@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from train.prepare.columns import check_header
 from train.prepare.danbooru import danbooru_post
 from train.prepare.danbooru2023 import find_place
 from train.prepare.files import require_source, source_root
@@ -35,6 +36,7 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
         except (OSError, pa.ArrowInvalid) as error:
             yield refused(source, name, 0, error)
             continue
+        check_header(source, name, names)
         every = dataclasses.replace(source, columns={column: column for column in names if column != "image"})
         for number, row in parquet_rows(every, name, file):
             if isinstance(row, Quarantine):

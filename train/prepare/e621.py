@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.prepare.danbooru import find_image, json_posts, post_number
+from train.prepare.danbooru import json_posts, post_number
 from train.prepare.files import require_source, source_root
+from train.prepare.layouts import find_image
 from train.prepare.normalise import BadRecord, RawPost
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
@@ -42,7 +43,7 @@ def e621_fields(post: Mapping[str, Any]) -> dict[str, Any]:
     file, score, flags, relations = (_part(post, name) for name in ("file", "score", "flags", "relationships"))
     return {
         "source_id": post_number(post.get("id")),
-        "file_ext": file.get("ext"), "md5": file.get("md5"), "file_size": file.get("size"),
+        "file_ext": file.get("ext") or post.get("extension"), "md5": file.get("md5"), "file_size": file.get("size"),
         "width": file.get("width"), "height": file.get("height"),
         "created_at": post.get("created_at"),
         "rating": post.get("rating"),

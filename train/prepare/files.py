@@ -1,4 +1,4 @@
-"""Files of a source: where its root is, which of them are images, and reading one without leaving the root.
+"""Files of a source: where its root is, and reading one without leaving it.
 
 User files are only ever read. Paths in tables are relative to the source root with forward slashes; the root stands in
 the config alone, so a dataset can be moved.
@@ -10,26 +10,16 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Iterator
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
-from train.prepare.records import ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".jxl"]
-)
-# Pictures of kinds that no decoder here takes: they are opened all the same, so that the report says why they are missing.
-_OTHER_PICTURES = frozenset(
-    [".dib", ".avifs", ".heic", ".heif", ".ico", ".cur", ".psd", ".psb", ".xcf", ".kra", ".svg", ".eps", ".jp2", ".j2k",
-     ".jpx", ".jxr", ".tga", ".pcx", ".dds", ".exr", ".hdr", ".qoi", ".ppm", ".pgm", ".pbm", ".pnm"]
-)  # fmt: skip
 _UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")
 _CLIMBS = re.compile(r"^[\\/]|^[A-Za-z]:[\\/]|(^|[\\/])\.\.([\\/]|$)")
 MAX_IMAGE_BYTES = 1 << 30
@@ -55,12 +45,6 @@ def require_source(source: SourceConfig) -> Path:
     return Path(source.path)
 
 
-def is_image(name: str) -> bool:
-    """Whether a file name has the suffix of an image of any kind, in any case."""
-    suffix = PurePosixPath(name).suffix.lower()
-    return suffix in IMAGE_SUFFIXES or suffix in _OTHER_PICTURES
-
-
 def check_relative(uri: str) -> str:
     """`uri` itself, if it is a relative path of printable text that does not climb. Raises UnsafePath."""
     if not uri or _UNPRINTABLE.search(uri):
@@ -70,61 +54,23 @@ def check_relative(uri: str) -> str:
     return uri
 
 
-def resolve_inside(root: Path, uri: str) -> Path:
-    """The file below `root`, symbolic links followed. Raises UnsafePath when that leads out of the root."""
+def resolve_inside(root: Path, uri: str, follow_links: bool = False) -> Path:
+    """The file below `root`, symbolic links followed. Raises UnsafePath when one leads out and `follow_links` is false."""
     path = root / check_relative(uri)
-    real = os.path.realpath(path)
-    base = _real_root(str(root))
-    if real != base and not real.startswith(base.rstrip(os.sep) + os.sep):
-        raise UnsafePath(f"{uri!r} is a link that leaves the source root")
+    if not follow_links and not is_inside(root, os.path.realpath(path)):
+        raise UnsafePath(f"{uri!r} is a link that leaves the source root: follow_links: true reads it")
     return path
+
+
+def is_inside(root: Path, real: str) -> bool:
+    """Whether a path without links is the root or below it."""
+    base = _real_root(str(root))
+    return real == base or real.startswith(base.rstrip(os.sep) + os.sep)
 
 
 @lru_cache(maxsize=64)
 def _real_root(root: str) -> str:
     return os.path.realpath(root)
-
-
-def walk(source: SourceConfig, root: Path) -> Iterator[str | Quarantine]:
-    """Relative paths of all regular files below `root`; links out of it, pipes and unreadable names as Quarantine.
-
-    Hidden folders are skipped. Links to folders inside the root are skipped too: their files are met at home.
-    """
-    waiting = [""]
-    while waiting:
-        folder = waiting.pop()
-        try:
-            with os.scandir(root / folder) as entries:
-                ordered = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            yield _refused(source, folder, "bad_record", error)
-            continue
-        for entry in ordered:
-            uri = f"{folder}/{entry.name}" if folder else entry.name
-            try:
-                resolve_inside(root, uri)
-            except UnsafePath as error:
-                yield _refused(source, uri, "outside_root" if entry.is_symlink() else "bad_record", error)
-                continue
-            if entry.is_dir(follow_symlinks=False):
-                if not entry.name.startswith("."):
-                    waiting.append(uri)
-                continue
-            try:
-                found = entry.is_file() or (entry.is_symlink() and not entry.is_dir())
-            except OSError as error:  # a link to itself
-                yield _refused(source, uri, "bad_record", error)
-                continue
-            if found:
-                yield uri
-            elif not entry.is_symlink():
-                yield _refused(source, uri, "bad_record", UnsafePath("not a regular file"))
-
-
-def _refused(source: SourceConfig, uri: str, reason: ErrorReason, error: Exception) -> Quarantine:
-    shown = uri.encode("utf-8", "backslashreplace").decode()
-    shown = "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in shown)
-    return Quarantine(f"{source.name}:{shown}", "ingest", reason, f"{shown}: {error}", type(error).__name__)
 
 
 def read_image(source: SourceConfig, uri: str, member: str | None = None) -> bytes:
@@ -133,7 +79,7 @@ def read_image(source: SourceConfig, uri: str, member: str | None = None) -> byt
     `member` is a name inside the tar `uri`, or `row:<n>:<column>` of the parquet file `uri`. Raises UnsafePath,
     FileNotFoundError, or OSError.
     """
-    path = resolve_inside(source_root(source), uri)
+    path = resolve_inside(source_root(source), uri, source.follow_links)
     if member is None:
         return _read_file(path)
     if member.startswith("row:"):

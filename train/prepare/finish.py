@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,7 +97,7 @@ def _join(settings: DatasetConfig, index: pa.Table, facts: Facts) -> pa.Table:
         raise Halt(ExitCode.MISMATCH, f"{at.null_count} images have no labels: run scripts/prepare.py label and select")
     for name in _LABELS[1:]:
         index = index.append_column(name, labels.column(name).combine_chunks().take(at))
-    records = _encoded(stream_table(dataset, "records", ["key", "source", "rating"]), wanted)
+    records = _encoded(_gate_columns(settings), wanted)
     at = pc.index_in(keys, value_set=records.column("key").combine_chunks())
     source = records.column("source").combine_chunks().cast(pa.string()).take(at)
     gate = records.column("rating").combine_chunks().cast(pa.string()).take(at)
@@ -105,7 +105,20 @@ def _join(settings: DatasetConfig, index: pa.Table, facts: Facts) -> pa.Table:
         if config.assume_rating is not None:
             gate = pc.if_else(pc.and_(pc.is_null(gate), pc.equal(source, config.name)), config.assume_rating, gate)
     index = index.append_column("gate_rating", gate)
+    index = index.append_column("gate_fixed", records.column("unnamed").combine_chunks().take(at))
     return index.append_column("content_hash", facts.column("sha256", keys))
+
+
+def _gate_columns(settings: DatasetConfig) -> Iterator[pa.Table]:
+    """key, source, rating, and `unnamed`: the fixed tags come from a caption, so nothing tells names from tags."""
+    names = ["tags_character", "tags_copyright", "tags_artist"]
+    names_of_tagger = settings.tag.source != "none" and settings.tag.use == "all"
+    for part in stream_table(dataset_dir(settings), "records", ["key", "source", "rating", "caption", *names]):
+        unnamed = pc.is_valid(part["caption"])
+        for name in names:
+            unnamed = pc.and_(unnamed, pc.equal(pc.list_value_length(part[name]), 0))
+        unnamed = pc.and_(unnamed, not names_of_tagger)
+        yield part.select(["key", "source", "rating"]).append_column("unnamed", unnamed)
 
 
 def _encoded(parts: Iterable[pa.Table], wanted: pa.Array) -> pa.Table:

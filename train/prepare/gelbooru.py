@@ -1,7 +1,8 @@
-"""Gelbooru and moebooru posts as JSON: one flat, HTML-escaped tag string, rating words, dates of their own.
+"""Gelbooru and moebooru posts as JSON: HTML-escaped tags, rating words, dates of their own.
 
-Categories only come from `dictionary`, a CSV of (name, category, count, aliases) with Danbooru's category numbers;
-without it all tags are general, and names cannot be told from tags.
+Posts that carry categories of their own (`tag_info`, a list of {tag, type}, gallery-dl's `tags_artist`) use them. Tags
+without one have the category of `dictionary`, a CSV of (name, category, count, aliases) with Danbooru's category numbers;
+without it they are general, and names cannot be told from tags.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train.exits import ExitCode, Halt
-from train.prepare.danbooru import CATEGORIES, find_image, first_of, json_posts, post_number
+from train.prepare.danbooru import first_of, json_posts, post_number, url_suffix
 from train.prepare.files import require_source
-from train.prepare.normalise import BadRecord, RawPost, words
+from train.prepare.layouts import find_image
+from train.prepare.normalise import RawPost
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.taggroups import CATEGORIES, tag_groups
 
 _FIELDS = {
     "file_ext": ("file_ext", "extension"), "md5": ("md5", "hash"), "file_size": ("file_size",),
-    "width": ("width",), "height": ("height",), "created_at": ("created_at",), "rating": ("rating",),
+    "width": ("width",), "height": ("height",), "created_at": ("created_at", "date"), "rating": ("rating",),
     "score": ("score",), "fav_count": ("fav_count",), "parent_id": ("parent_id",), "has_children": ("has_children",),
 }  # fmt: skip
 
@@ -47,14 +50,8 @@ def _post(
     image = post.get("image")
     if not fields["file_ext"] and isinstance(image, str):
         fields["file_ext"] = PurePosixPath(image).suffix.lstrip(".")
-    flat = first_of(post, ("tags", "tag_string"))
-    tags = words(flat) if isinstance(flat, str) else flat
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise BadRecord(f"tags are {flat!r}, expected one text")
-    groups: dict[str, list[str]] = {}
-    for tag in tags:
-        name_ = html.unescape(tag)  # once: a tag may itself spell an escape
-        groups.setdefault(categories.get(name_, "general"), []).append(name_)
+    fields["file_ext"] = fields["file_ext"] or url_suffix(post)
+    groups = tag_groups(post, categories, html.unescape)  # once: a tag may itself spell an escape
     listed = {**post, "filename": PurePosixPath(image).stem} if isinstance(image, str) and image else post
     uri = find_image(root, name, post_id, fields, listed)
     return RawPost(id=str(post_id), place=place, uri=uri, fields=fields, tags=groups, scheme="sqe")

@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import json
+import unicodedata
+from array import array
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,15 +17,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train.prepare.files import require_source, source_root, walk
+from train.exits import ExitCode, Halt
+from train.prepare.columns import LOOK_ROWS, Columns, check_caption, check_header, check_mapped, wants_caption
+from train.prepare.csvfile import csv_form, require_text
+from train.prepare.filekinds import is_image
+from train.prepare.files import require_source, source_root
 from train.prepare.jsonstream import Malformed, iter_values
-from train.prepare.mapped import mapped_post
+from train.prepare.mapped import below, mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost
 from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
-from train.prepare.table import Row, csv_rows, parquet_rows, refused
+from train.prepare.table import Row, captionless, check_pictures, csv_rows, parquet_rows, refused
+from train.prepare.walking import walk
 
+_EMBEDDED = (".parquet", ".arrow")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -30,13 +39,47 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """Every image of the folder's metadata files, parquet files and Arrow files."""
     require_source(source)
     root = source_root(source)
-    for found in walk(source, root):
+    seen, pictures, named, files = Columns(), array("q"), array("q"), 0
+    path = Path(source.path)
+    for found in walk(source, root) if path.is_dir() else [path.name]:
         if isinstance(found, Quarantine):
             yield found
-        elif PurePosixPath(found).name in _METADATA and not _embedded(root / found):
-            yield from _metadata(source, root, found)
-        elif found.lower().endswith((".parquet", ".arrow")) and not _left_by_datasets(root / found):
+        elif (path.is_file() and not found.lower().endswith(_EMBEDDED)) or (
+            PurePosixPath(found).name in _METADATA and not _embedded(root / found)
+        ):
+            files += 1
+            for post in _metadata(source, root, found, seen):
+                if isinstance(post, RawPost):
+                    named.append(_mark(post.uri))
+                yield post
+        elif found.lower().endswith(_EMBEDDED) and not _left_by_datasets(root / found):
+            files += 1
             yield from _embedded_rows(source, root, found)
+        elif is_image(found):
+            pictures.append(_mark(found))
+    if seen.rows:
+        check_mapped(source, "any row of its .jsonl files", seen)
+    if not files:
+        raise Halt(ExitCode.MISMATCH, f"sources {source.name}: {len(pictures)} pictures, and no {', '.join(_METADATA)} and no "
+                   "parquet or Arrow file: no record. Pictures with .txt beside them are adapter: sidecar")  # fmt: skip
+    if len(named):
+        _say_forgotten(source, root, pictures, named)
+
+
+def _mark(uri: str) -> int:
+    """A number for a path: names of millions of pictures would not fit into memory."""
+    return hash(unicodedata.normalize("NFC", uri))
+
+
+def _say_forgotten(source: SourceConfig, root: Path, pictures: array[int], named: array[int]) -> None:
+    """Print how many pictures no metadata file names."""
+    known = set(named)
+    forgotten = sum(mark not in known for mark in pictures)
+    if forgotten:
+        names = (found for found in walk(source, root) if isinstance(found, str) and is_image(found))
+        first = next(found for found in names if _mark(found) not in known)
+        print(f"sources {source.name}: {forgotten} of {len(pictures)} pictures are not in the metadata files and are not taken, "
+              f"such as {first}")  # fmt: skip
 
 
 def _left_by_datasets(file: Path) -> bool:
@@ -57,22 +100,65 @@ def _with_defaults(source: SourceConfig, names: list[str]) -> SourceConfig:
     return dataclasses.replace(source, columns=columns)
 
 
-def _metadata(source: SourceConfig, root: Path, name: str) -> Iterator[RawPost | Quarantine]:
-    source = _with_defaults(source, ["text", "file_name"])
-    for number, row in _metadata_rows(source, name, root / name):
+def _metadata(source: SourceConfig, root: Path, name: str, seen: Columns) -> Iterator[RawPost | Quarantine]:
+    """Posts of a metadata file; `seen` takes in the columns of one without header."""
+    mapped = _with_defaults(source, ["text", "file_name"])
+    folder = str(PurePosixPath(name).parent)
+    for number, row in _checked(source, mapped, name, root / name, seen):
         try:
             if isinstance(row, Quarantine):
                 yield row
                 continue
             if isinstance(row, Malformed):
                 raise BadRecord(row.message)
-            file = row.get(source.columns["uri"]) if isinstance(row, dict) else None
+            file = row.get(mapped.columns["uri"]) if isinstance(row, dict) else None
             if not isinstance(file, str) or not file:
-                raise BadRecord("no file_name")
-            uri = str(PurePosixPath(name).parent / file)
-            yield mapped_post(source, row, f"{name} row {number}", root, uri)
+                raise BadRecord(f"no {mapped.columns['uri']}: see columns.uri")
+            post = mapped_post(mapped, row, f"{name} row {number}", root, below(root, file, folder))
+            yield post if post.caption is not None or not wants_caption(source) else captionless(source, name, number)
         except REFUSALS as error:
             yield refused(source, name, number, error)
+
+
+def _checked(
+    source: SourceConfig, mapped: SourceConfig, name: str, file: Path, seen: Columns
+) -> Iterator[tuple[int, Any]]:
+    """(number, row) of a metadata file, whose columns are asked about before the end of its rows is met.
+
+    Raises Halt(USAGE) where no column has the file names or the captions.
+    """
+    lines, asked = name.endswith(".jsonl"), False
+    columns = Columns() if lines else _columns(source, name, file)
+
+    def ask() -> None:
+        check_mapped(mapped, name, columns, ["uri"])
+        check_caption(source, name, columns, "text")
+
+    if columns.words and not lines:
+        check_header(source, name, list(columns.words))
+    if lines:
+        require_text(f"sources {source.name}", file)
+    for number, row in _metadata_rows(mapped, name, file):
+        if isinstance(row, dict) and not name.endswith(".parquet"):
+            columns.add(row)
+            if lines:
+                seen.add(row)
+        if not asked and columns.rows == LOOK_ROWS:
+            ask()
+            asked = True
+        yield number, row
+    if not asked and columns.words:
+        ask()
+
+
+def _columns(source: SourceConfig, name: str, file: Path) -> Columns:
+    """Those of a file with a header; none where it cannot be read, which is reported when its rows are."""
+    try:
+        if name.endswith(".parquet"):
+            return Columns.of_schema(pq.read_schema(file))
+        return Columns(csv_form(f"sources {source.name}", file).names)
+    except (OSError, pa.ArrowInvalid, csv.Error):
+        return Columns()
 
 
 def _metadata_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Any]]:
@@ -91,17 +177,17 @@ def _embedded(file: Path) -> bool:
 
 
 def _embedded_rows(source: SourceConfig, root: Path, name: str) -> Iterator[RawPost | Quarantine]:
-    file = root / name
+    file, told = root / name, source
     try:
-        names = pq.read_schema(file).names if file.suffix == ".parquet" else pa.ipc.open_stream(str(file)).schema.names
+        schema = pq.read_schema(file) if file.suffix == ".parquet" else pa.ipc.open_stream(str(file)).schema
     except (OSError, pa.ArrowInvalid) as error:
         yield refused(source, name, 0, error)
         return
-    source = _with_defaults(source, names)
+    source = _with_defaults(source, schema.names)
     image = source.columns.get("image", "image")
-    if image not in names:
-        yield refused(source, name, 0, BadRecord(f"no column {image} with images: set columns.image"))
-        return
+    check_pictures(source, name, file, image)
+    check_header(told, name, schema.names)
+    check_caption(told, name, Columns.of_schema(schema), "text")
     source = dataclasses.replace(source, columns={k: v for k, v in source.columns.items() if k != "uri"})
     rows = parquet_rows(source, name, file) if file.suffix == ".parquet" else _arrow_rows(source, name, file)
     for number, row in rows:
@@ -110,7 +196,8 @@ def _embedded_rows(source: SourceConfig, root: Path, name: str) -> Iterator[RawP
             continue
         try:
             member = f"row:{number}:{image}"
-            yield mapped_post(source, row, f"{name} row {number}", root, name, member, f"{name}#{number}")
+            post = mapped_post(source, row, f"{name} row {number}", root, name, member, f"{name}#{number}")
+            yield post if post.caption is not None or not wants_caption(told) else captionless(told, name, number)
         except REFUSALS as error:
             yield refused(source, name, number, error)
 

@@ -22,9 +22,13 @@ import pyarrow.parquet as pq
 
 from train.exclusions import EXCLUSIONS_VERSION
 from train.exits import ExitCode, Halt
+from train.prepare.captionremarks import CaptionTally, remarks
+from train.prepare.captiontext import caption_rules
+from train.prepare.census import Census, tell
 from train.prepare.judge import Complaint, set_aside, too_many
 from train.prepare.mapped import check_columns
 from train.prepare.normalise import RawPost, printable, to_record
+from train.prepare.places import check_place
 from train.prepare.progress import bar, reading
 from train.prepare.records import RECORDS, REST_UNREAD, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
 from train.prepare.repeats import tell_unread_folders
@@ -49,18 +53,19 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     config = config_id(code=INGEST_VERSION, schema=SCHEMA_VERSION, exclusions=EXCLUSIONS_VERSION)
     step = Step(dataset, "records", RECORDS, config)
-    mark, sizes = sources_mark(settings.sources, config)  # taken first: what changes meanwhile is met by the next run
+    mark, sizes = sources_mark(settings.sources, f"{config} {settings.separator}")  # taken first: what changes meanwhile is met by the next run
     spill = _spill_folder(dataset)
     before = _finished(step, mark)
     if before is not None:
         print("ingest: the sources are as they were, nothing to do")
+        _say(json.loads((dataset / "dataset.json").read_text()).get("remarks", []))
         tell_unread_folders(settings)
         report_and_judge(settings, "ingest", *before)
         return
     # Every process does the whole, with equal results: none waits for another that may never come.
     spill.mkdir(parents=True)
     try:
-        batches, refused = _parse(settings, sizes, spill)
+        batches, refused, said = _parse(settings, sizes, spill)
     finally:
         shutil.rmtree(spill, ignore_errors=True)  # what is mapped stays readable without a name
     order, doubles, repeated = _sorted_rows(batches)
@@ -69,7 +74,7 @@ def run(settings: DatasetConfig) -> None:
     write_parquet(dataset / "quarantine" / "records" / names[0], quarantine_table(refused))
     finalize(step, names)
     merge_quarantine(dataset)
-    _write_facts(dataset, settings, len(order), repeated, refused)
+    _write_facts(dataset, settings, len(order), repeated, refused, said)
     write_text(step.folder / _MARK, json.dumps({"mark": mark, "units": names}, indent=1) + "\n")
     tell_unread_folders(settings)
     report_and_judge(settings, "ingest", len(order), refused)
@@ -109,8 +114,10 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
     errors = [entry for entry in refused if entry.kind == "error"]
     total = kept + len(errors)
     if kept == 0:
-        first = f": {errors[0].key}: {errors[0].reason}: {errors[0].message}" if errors else ""
-        raise Halt(ExitCode.MISMATCH, f"{step}: no record, {len(errors)} in quarantine{first}: check sources")
+        seen = errors or refused
+        places = ", ".join(f"{source.name} is adapter {source.adapter} at {source.path}" for source in settings.sources)
+        first = f": {seen[0].key}: {seen[0].reason}: {seen[0].message}" if seen else ""
+        raise Halt(ExitCode.MISMATCH, f"{step}: no record, {len(refused)} in quarantine{first}: check sources ({places})")
     cut = [entry for entry in errors if REST_UNREAD in entry.message]
     if cut:  # one entry each, whatever is lost: no share can judge that
         raise Complaint(
@@ -131,32 +138,54 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
 def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """What the source's adapter finds."""
     check_columns(source)
+    check_place(source)
     adapter = importlib.import_module(f"train.prepare.{source.adapter}")
     yield from adapter.read(source)
 
 
-def _parse(settings: DatasetConfig, sizes: Sequence[int], spill: Path) -> tuple[list[pa.RecordBatch], list[Quarantine]]:
-    """Spilled batches, memory-mapped, and what was refused."""
+def _parse(
+    settings: DatasetConfig, sizes: Sequence[int], spill: Path
+) -> tuple[list[pa.RecordBatch], list[Quarantine], list[str]]:
+    """Spilled batches, memory-mapped, what was refused, and what is to be said of the sources.
+
+    Raises Halt(USAGE) where only the user can know a meaning.
+    """
+    said: list[str] = []
     refused: list[Quarantine] = []
     waiting: list[dict[str, Any]] = []
     files: list[Path] = []
+    questions = []
     for source, size in zip(settings.sources, sizes, strict=True):
-        with reading(size, f"ingest {source.name}"):
+        rules, tally = caption_rules(source, settings.separator), CaptionTally()
+        with reading(size, f"ingest {source.name}"), Census(source).open() as census:
             for found in read_source(source):
                 if isinstance(found, Quarantine):
                     refused.append(found)
                     continue
-                row = to_record(found, source)
+                tally.add_picture(found.beside, taken_without=found.caption is None)
+                row = to_record(found, source, rules, tally)
                 if isinstance(row, Quarantine):
                     refused.append(row)
                     continue
+                census.see(found.fields, found.scheme, row)
                 waiting.append(row | {"place": printable(found.place)})
                 if len(waiting) == _SPILL_ROWS:
                     files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
                     waiting = []
+        said += [f"sources {source.name}: {remark}" for remark in remarks(tally, source, settings.separator)]
+        tell(census)
+        questions.append(census.question())
+    if any(questions):
+        raise Halt(ExitCode.USAGE, "; ".join(filter(None, questions)))
     if waiting:
         files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
-    return [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0) for path in files], refused
+    _say(said)
+    return [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0) for path in files], refused, said
+
+
+def _say(remarks_: Sequence[str]) -> None:
+    for remark in remarks_:
+        print(f"ingest: {remark}")
 
 
 def _spill(rows: list[dict[str, Any]], path: Path) -> Path:
@@ -244,7 +273,9 @@ def _excluded(batches: list[pa.RecordBatch], order: np.ndarray) -> list[Quaranti
     return rows
 
 
-def _write_facts(dataset: Path, settings: DatasetConfig, kept: int, repeated: int, refused: list[Quarantine]) -> None:
+def _write_facts(
+    dataset: Path, settings: DatasetConfig, kept: int, repeated: int, refused: list[Quarantine], said: list[str]
+) -> None:
     sources = [
         {
             "name": source.name, "adapter": source.adapter, "rating_scheme": source.rating_scheme,
@@ -257,7 +288,7 @@ def _write_facts(dataset: Path, settings: DatasetConfig, kept: int, repeated: in
     counts |= Counter({"records": kept, "repeated": repeated})
     facts = {
         "schema_version": SCHEMA_VERSION, "name": settings.name, "hard_exclusion_version": EXCLUSIONS_VERSION,
-        "sources": sources, "ingest": dict(sorted(counts.items())),
+        "sources": sources, "ingest": dict(sorted(counts.items())), "separator": settings.separator, "remarks": said,
     }  # fmt: skip
     update_dataset_json(dataset, facts)
 

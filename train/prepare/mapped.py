@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import difflib
+import posixpath
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from train.exits import ExitCode, Halt
-from train.prepare.danbooru import find_image, post_number
+from train.prepare.cells import lines_in, tags_in
+from train.prepare.columns import TAG_COLUMNS
+from train.prepare.danbooru import post_number
+from train.prepare.files import UnsafePath
+from train.prepare.layouts import find_image
+from train.prepare.names import on_disk
 from train.prepare.normalise import BadRecord, RawPost, is_missing, words
-from train.prepare.records import TAG_GROUPS
 from train.prepare.settings import SourceConfig
 
 FIELDS = (
@@ -19,8 +24,6 @@ FIELDS = (
     "up_score", "down_score", "fav_count", "is_deleted", "is_banned", "is_pending", "parent_id", "has_children",
     "pixel_hash_src",
 )  # fmt: skip
-TAG_COLUMNS = tuple(f"tags_{group}" for group in TAG_GROUPS)
-_LIST_AS_TEXT = re.compile(r"\[\s*(['\"].*['\"]\s*)?\]", re.DOTALL)
 _KNOWN = frozenset(["id", "uri", "image", "caption", "fallback_caption", "tags", *FIELDS, *TAG_COLUMNS])
 
 
@@ -28,9 +31,12 @@ def check_columns(source: SourceConfig) -> None:
     """Raises Halt(USAGE) for a column of ours that does not exist."""
     unknown = sorted(set(source.columns) - _KNOWN)
     if unknown:
+        close = difflib.get_close_matches(unknown[0], _KNOWN, 1)
+        swapped = [f"{ours}: {theirs}" for theirs, ours in source.columns.items() if theirs in unknown and ours in _KNOWN]
+        hint = f" (did you mean {(swapped or close)[0]}?)" if swapped or close else ""
         raise Halt(
             ExitCode.USAGE,
-            f"sources {source.name}: columns names {', '.join(unknown)}; known are {', '.join(sorted(_KNOWN))}",
+            f"sources {source.name}: columns names {', '.join(unknown)}{hint}; known are {', '.join(sorted(_KNOWN))}",
         )
 
 
@@ -48,7 +54,10 @@ def mapped_post(
     number = _plain_id(values.get("id"))
     if number is not None and number.isascii() and number.isdigit() and len(number) < 19:
         fields.setdefault("source_id", int(number))
-    uri = uri or _text(values.get("uri"), "uri")
+    if uri is None and (named := _text(values.get("uri"), "uri")) is not None:
+        uri = below(root, named)
+    if uri is not None and member is None:
+        uri = on_disk(root, uri)
     if uri is None:
         if "source_id" not in fields:
             raise BadRecord("neither a path (columns.uri) nor a whole number as id (columns.id)")
@@ -60,8 +69,27 @@ def mapped_post(
         member=member,
         fields=fields,
         tags=tags,
-        caption=_text(values.get("caption"), "caption"),
+        caption=_caption(values.get("caption"), source.columns.get("caption", "caption")),
     )
+
+
+def below(root: Path, text: str, folder: str = "") -> str:
+    """A path that a table names, relative to `root`; it is meant relative to `folder`, itself relative to `root`.
+
+    Backslashes of a table made on Windows are slashes. Raises BadRecord for an address, UnsafePath for another disk's path.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+        raise BadRecord(f"{text[:200]!r} is an address, and nothing is downloaded: fetch the pictures, and map a column "
+                        "with their file names to columns.uri")  # fmt: skip
+    if "\\" in text and not (root / folder / text).exists():
+        text = text.replace("\\", "/")
+    if re.match(r"/|[A-Za-z]:/", text):
+        inside = (Path(text).relative_to(base) for base in (root, root.resolve()) if Path(text).is_relative_to(base))
+        if (found := next(inside, None)) is not None:
+            return found.as_posix()
+        raise UnsafePath(f"{text!r} is not a path inside the source root: write it relative to the pictures' folder, and set "
+                         "images to that folder")  # fmt: skip
+    return posixpath.normpath(posixpath.join(folder, text))
 
 
 def _plain_id(value: Any) -> str | None:
@@ -73,7 +101,8 @@ def _plain_id(value: Any) -> str | None:
         if value != int(value):
             raise BadRecord(f"id is {value!r}, expected a whole number")
         value = int(value)
-    return str(value).strip()
+    text = str(value).strip()
+    return text.partition(".")[0] if re.fullmatch(r"[0-9]+\.0+", text) else text  # what floats leave in a CSV
 
 
 def _text(value: Any, name: str) -> str | None:
@@ -81,42 +110,43 @@ def _text(value: Any, name: str) -> str | None:
         return None
     if not isinstance(value, str):
         raise BadRecord(f"{name} is {value!r}, expected text")
-    return value if value or name == "caption" else None
+    return value or None
+
+
+def _caption(value: Any, column: str) -> str | None:
+    """A caption; a list of captions as its lines, of which `caption_lines` decides."""
+    if value is None or (isinstance(value, float) and value != value):
+        return None
+    return lines_in(value, column)
 
 
 def _tag_lists(source: SourceConfig, values: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for column in (*TAG_COLUMNS, "tags"):
-        tags = split_tags(source, values.get(column), column)
+    for column in TAG_COLUMNS:
+        tags = split_tags(source, values.get(column), source.columns.get(column, column))
         if tags:
             # tags without a category are general: nothing tells names from tags
             found.setdefault("general" if column == "tags" else column.removeprefix("tags_"), []).extend(tags)
     return found
 
 
-def _list_in(text: str, column: str) -> list[Any]:
-    """A list that a table of texts holds as JSON. As Python prints it, its quotes would end up inside the tags."""
-    try:
-        return list(json.loads(text))
-    except ValueError:
-        raise BadRecord(f"{column} is a list as Python prints it ({text[:60]}): write JSON, or joined text") from None
-
-
-def split_tags(source: SourceConfig, value: Any, column: str) -> list[Any]:
-    """A list column as it is, one written as JSON too; a joined text split at the declared separator."""
+def split_tags(source: SourceConfig, value: Any, column: str) -> list[str]:
+    """A list as it is, one that a program printed too; a joined text split at the declared separator."""
     if is_missing(value):
         return []
-    if isinstance(value, str) and _LIST_AS_TEXT.fullmatch(value):
-        return _list_in(value, column)
-    if isinstance(value, str):
-        if source.tag_separator is None:
-            raise Halt(
-                ExitCode.USAGE,
-                f"sources {source.name}: {column} is text: state tag_separator (such as ' ' or ', ')",
-            )
-        if not source.tag_separator.strip(" "):
-            return list(words(value))
-        return [tag.strip() for tag in value.split(source.tag_separator)]
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, str | list | tuple | Mapping):
         raise BadRecord(f"{column} is {value!r}, expected a list or text")
-    return list(value)
+    listed = tags_in(value, column)
+    if listed is not None or not isinstance(value, str):
+        return listed or []
+    if source.tag_separator is None:
+        raise Halt(
+            ExitCode.USAGE,
+            f"sources {source.name}: {column} is text: state tag_separator (such as ' ' or ', ')",
+        )
+    if not source.tag_separator.strip(" "):
+        return list(words(value))
+    # no tag holds a comma: `a,b` and `a, b,` are meant alike
+    separator = "," if source.tag_separator.strip() == "," else source.tag_separator
+    tags = [tag.strip() for tag in value.split(separator)]
+    return tags[:-1] if not tags[-1] else tags

@@ -10,45 +10,44 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, date, datetime
 from pathlib import PurePosixPath
 from typing import Any
 
-from train.captions import join
 from train.exclusions import excluded_by
-from train.labels import RATING_WORDS, parse_date
+from train.labels import RATING_WORDS
+from train.prepare.captionremarks import CaptionTally
+from train.prepare.captiontext import (
+    ESCAPED,
+    MAX_CAPTION_BYTES,  # noqa: F401 - adapters cap what they read at it
+    MAX_TAGS,
+    SURROGATE,
+    BadCaption,
+    CaptionRules,
+    caption_rules,
+    mended,
+    read_caption,
+)
+from train.prepare.dates import read_date
+from train.prepare.filekinds import media_kind
 from train.prepare.files import UnsafePath, check_relative
 from train.prepare.records import TAG_GROUPS, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 
-MAX_CAPTION_BYTES = 1 << 16
-MAX_TAGS = 4096  # of one group or caption; the longest real posts have some hundreds
 MAX_MESSAGE_CHARS = 1000
-SEPARATOR = "|||"
 # What reading one hostile record may raise; anything else is a defect of ours and must show.
 REFUSALS = (ValueError, TypeError, OverflowError, OSError, RecursionError)
 _INT32 = ("width", "height", "up_score", "down_score", "fav_count")
 _INT64 = ("source_id", "file_size", "parent_id")
 _FLAGS = ("is_deleted", "is_banned", "is_pending", "has_children")
-# Line breaks of any kind, NUL, and the other control characters: no tag holds one, and a terminal obeys them.
-_CONTROLS = r"[\x00-\x1f\x7f-\x9f\u2028\u2029]"
-_BAD_IN_TAG = re.compile(rf",|\|\|\||{_CONTROLS}")
-_BAD_IN_CAPTION = re.compile(rf"(?!\t){_CONTROLS}")
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")
-_SUSPECT = re.compile(_BAD_IN_TAG.pattern + "|[\ud800-\udfff\\\\]")
-_ESCAPED = re.compile(r"\\([()\[\]{}])")
+_SUSPECT = re.compile("[\ud800-\udfff\\\\]")
 _TRUE, _FALSE = ("true", "t", "yes", "1"), ("false", "f", "no", "0", "")
 
 
 class BadRecord(ValueError):
     """A record that cannot be taken as it is; the message says what and where."""
-
-
-class BadCaption(ValueError):
-    """A caption that cannot be taken as it is."""
 
 
 @dataclass
@@ -60,17 +59,23 @@ class RawPost:
     uri: str
     fields: Mapping[str, Any] = field(default_factory=dict)  # our column names, their values
     tags: Mapping[str, Any] = field(default_factory=dict)  # group: list of tags, or None
-    caption: str | None = None
+    caption: str | Sequence[str] | None = None  # several texts are read one after another
+    beside: str | None = None  # ending of a text beside the picture that is not read
     member: str | None = None
     scheme: str = "gsqe"  # the adapter's; the source's `rating_scheme` wins
     e621: bool = False
 
 
-def to_record(post: RawPost, source: SourceConfig) -> dict[str, Any] | Quarantine:
-    """A row of the table `records`, or a Quarantine row. Never raises for bad data."""
+def to_record(
+    post: RawPost, source: SourceConfig, rules: CaptionRules | None = None, tally: CaptionTally | None = None
+) -> dict[str, Any] | Quarantine:
+    """A row of the table `records`, or a Quarantine row. Never raises for bad data.
+
+    `rules`: how captions are read, the source's with `|||` if not given; `tally` counts what is to be said of them.
+    """
     key = f"{source.name}:{post.id}"
     try:
-        return _record(key, post, source)
+        return _record(key, post, source, rules or caption_rules(source), CaptionTally() if tally is None else tally)
     except REFUSALS as error:
         return refusal(key, post.place, error)
 
@@ -94,8 +99,12 @@ def printable(text: str) -> str:
     return "".join(letter if ord(letter) >= 32 else repr(letter)[1:-1] for letter in text)
 
 
-def _record(key: str, post: RawPost, source: SourceConfig) -> dict[str, Any]:
+def _record(
+    key: str, post: RawPost, source: SourceConfig, rules: CaptionRules, tally: CaptionTally
+) -> dict[str, Any] | Quarantine:
     check_relative(post.uri)
+    if (kind := media_kind(post.member or post.uri)) is not None:
+        return Quarantine(printable(key), "ingest", "not_a_picture", printable(f"{post.place}: {post.uri} is no picture: {kind}"))
     if not post.id or printable(key) != key or printable(post.member or "") != (post.member or ""):
         raise BadRecord(f"id {post.id!a} is empty or holds control characters")
     row: dict[str, Any] = {"key": key, "source": source.name, "uri": post.uri, "member": post.member}
@@ -110,49 +119,19 @@ def _record(key: str, post: RawPost, source: SourceConfig) -> dict[str, Any]:
     row["media_year"] = _date(fields.get("media_at"))[1]
     row["rating"] = _rating(fields.get("rating"), source.rating_scheme or post.scheme)
     row["score"], row["score_real"] = _score(fields.get("score"))
-    row |= {f"tags_{group}": _tags(post.tags.get(group), source) for group in TAG_GROUPS}
-    row["caption"] = None if post.caption is None else clean_caption(post.caption, source)
+    row |= {f"tags_{group}": _tags(post.tags.get(group), rules) for group in TAG_GROUPS}
+    row["caption"], seen = (None, None) if post.caption is None else read_caption(post.caption, rules, tally)
     row["pixel_hash_src"] = _text(fields.get("pixel_hash_src"))
     row["raw_hash"] = _raw_hash(row)
-    row["hard_exclusion"] = hard_exclusion(row, assume_rating=source.assume_rating, e621=post.e621)
-    return row
-
-
-def hard_exclusion(row: Mapping[str, Any], *, assume_rating: str | None, e621: bool = False) -> str | None:
-    """Rule id of the first gate, over every tag list and the caption of a record."""
-    return excluded_by(
+    row["hard_exclusion"] = excluded_by(  # the first gate: every tag list, and all of the caption's text
         rating=row["rating"],
         tags=[*row["tags_general"], *row["tags_meta"], *row["tags_species"]],
         characters=row["tags_character"],
-        caption=row["caption"],
-        assume_rating=assume_rating,
-        e621=e621,
+        caption=seen,
+        assume_rating=source.assume_rating,
+        e621=post.e621,
     )
-
-
-def clean_caption(text: str, source: SourceConfig) -> str:
-    """The first line of a caption, checked; a second separator and bad characters as the source's settings say.
-
-    Raises BadCaption.
-    """
-    if len(text) > MAX_CAPTION_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
-        raise BadCaption(f"caption is longer than {MAX_CAPTION_BYTES} bytes")
-    line = re.split(r"[\r\n]", text.removeprefix("\ufeff"), maxsplit=1)[0].strip()
-    if source.on_bad_tag != "error":
-        line = _BAD_IN_CAPTION.sub("", line)
-    if _SURROGATE.search(line) or _BAD_IN_CAPTION.search(line):
-        raise BadCaption("caption holds control characters or broken ones: see on_bad_tag")
-    if line.count(",") >= MAX_TAGS:
-        raise BadCaption(f"caption has more than {MAX_TAGS} tags")
-    if source.escaped:
-        line = _ESCAPED.sub(r"\1", line)
-    parts = line.split(SEPARATOR)
-    if len(parts) <= 2 or source.on_second_separator == "fork":
-        return line
-    if len(parts) == 3 and source.on_second_separator == "suffix":
-        fixed = join([tag.strip() for part in (parts[0], parts[2]) for tag in part.split(",") if tag.strip()])
-        return f"{fixed}, {SEPARATOR} {parts[1].strip().strip(',')}"
-    raise BadCaption(f"caption holds {len(parts) - 1} separators {SEPARATOR}: set on_second_separator or mend it")
+    return row
 
 
 def _raw_hash(row: Mapping[str, Any]) -> str:
@@ -235,9 +214,7 @@ def _date(value: Any) -> tuple[str | None, int | None]:
     """(ISO text in the date's own offset, its year); a date that cannot be read is kept as it is, without a year."""
     if is_missing(value):
         return None, None
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = datetime.fromtimestamp(value, UTC)  # moebooru writes seconds since 1970
-    found = value if isinstance(value, date) else parse_date(value)
+    found = read_date(value)
     if found is None:
         return printable(str(value))[:200], None
     return found.isoformat(), found.year
@@ -252,7 +229,7 @@ def _rating(value: Any, scheme: str) -> str | None:
     return "g" if scheme == "sqe" and word == "s" else letter
 
 
-def _tags(value: Any, source: SourceConfig) -> list[str]:
+def _tags(value: Any, rules: CaptionRules) -> list[str]:
     if value is None:
         return []
     if not isinstance(value, list | tuple):
@@ -261,21 +238,22 @@ def _tags(value: Any, source: SourceConfig) -> list[str]:
     if len(tags) > MAX_TAGS:
         raise BadRecord(f"{len(tags)} tags, expected at most {MAX_TAGS}")
     try:
-        if not _SUSPECT.search(" ".join(tags)):
+        text = " ".join(tags)
+        if not _SUSPECT.search(text) and not rules.bad_in_tag.search(text):
             return tags
     except TypeError as error:
         raise BadRecord(f"a tag is not text: {error}") from error
-    return [tag for tag in (_tag(tag, source) for tag in tags) if tag is not None]
+    return [tag for tag in (_tag(tag, rules) for tag in tags) if tag is not None]
 
 
-def _tag(tag: str, source: SourceConfig) -> str | None:
+def _tag(tag: str, rules: CaptionRules) -> str | None:
     """A tag with something suspect in it: unescaped, refused, replaced, or None to drop it."""
-    if source.escaped:
-        tag = _ESCAPED.sub(r"\1", tag)
-    if _SURROGATE.search(tag):
+    if rules.escaped:
+        tag = ESCAPED.sub(r"\1", tag)
+    if SURROGATE.search(tag):
         raise BadRecord(f"tag {tag!a} holds broken characters")
-    if not _BAD_IN_TAG.search(tag):
+    if not rules.bad_in_tag.search(tag):
         return tag
-    if source.on_bad_tag == "error":
+    if rules.on_bad_tag == "error":
         raise BadRecord(f"tag {tag!r} holds a comma, a separator, a line break or a control character: see on_bad_tag")
-    return None if source.on_bad_tag == "drop" else re.sub(r"_{2,}", "_", _BAD_IN_TAG.sub("_", tag)).strip("_ ")
+    return mended(tag, rules.bad_in_tag, rules.on_bad_tag)

@@ -51,7 +51,7 @@ def imported(
     if source.npz_vae is None or fact["member"] is not None:
         return None
     root = source_root(source)
-    name = _find(root, str(fact["uri"]), (fact["width"], fact["height"]))
+    name = _find(source, root, str(fact["uri"]), (fact["width"], fact["height"]))
     if name is None or isinstance(name, Unusable):
         return name
     if (fact["exif_orientation"] or 1) != 1:
@@ -70,12 +70,12 @@ def imported(
     return latents
 
 
-def _find(root: Path, uri: str, size: tuple[int, int]) -> str | Unusable | None:
+def _find(source: SourceConfig, root: Path, uri: str, size: tuple[int, int]) -> str | Unusable | None:
     """The file below the root, by the older name first, as sd-scripts looks."""
     stem = os.path.splitext(uri)[0]
     for name in (f"{stem}.npz", f"{stem}_{size[0]:04d}x{size[1]:04d}_sdxl.npz"):
         try:
-            path = resolve_inside(root, name)
+            path = resolve_inside(root, name, source.follow_links)
         except UnsafePath as error:
             return Unusable(f"{error}", name)
         if path.is_file():

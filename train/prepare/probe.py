@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from train.prepare.decode import DECODE_VERSION, Refused
 from train.prepare.judge import judge
+from train.prepare.layouts import tried
 from train.prepare.peers import Peers
 from train.prepare.pictures import Look, file_stamp, probe_one
 from train.prepare.pool import Lost, Pool
@@ -27,7 +28,8 @@ from train.prepare.units import Step, config_id, cut, merge_quarantine, read_tab
 PROBE_VERSION = 1
 UNIT_FILES = 2000
 _COLUMNS = [
-    "key", "source", "uri", "member", "width", "height", "is_deleted", "is_banned", "hard_exclusion", "raw_hash",
+    "key", "source", "source_id", "uri", "member", "file_ext", "md5", "width", "height", "is_deleted", "is_banned",
+    "hard_exclusion", "raw_hash",
 ]  # fmt: skip
 Row = dict[str, Any]
 
@@ -134,5 +136,7 @@ def _row(record: Row, result: Any, sources: Mapping[str, SourceConfig]) -> Row:
     else:
         assert isinstance(result, Refused)
         message = result.message if record["uri"] in result.message else f"{record['uri']}: {result.message}"
+        if size < 0 and result.reason == "missing_file":
+            message = tried(sources[record["source"]], record)
         entry = Quarantine(key, "probe", result.reason, message, result.exception)
     return blank | {"status": "quarantined", "reason": entry.reason, "entry": entry}

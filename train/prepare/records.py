@@ -20,9 +20,9 @@ TAG_GROUPS = ("general", "character", "copyright", "artist", "meta", "species")
 ErrorReason = Literal[
     "missing_file", "zero_bytes", "unidentified", "truncated", "too_many_pixels", "animated", "too_small",
     "aspect_ratio", "unsupported_format", "unsupported_mode", "bad_caption", "missing_caption", "bad_record",
-    "outside_root", "decode_timeout", "nan_latent",
+    "outside_root", "decode_timeout", "nan_latent", "damaged",
 ]  # fmt: skip
-ExcludedReason = Literal["excluded_tag", "deleted_post", "banned_post", "duplicate"]
+ExcludedReason = Literal["excluded_tag", "deleted_post", "banned_post", "duplicate", "not_a_picture"]
 
 _TEXTS = pa.list_(pa.string())
 

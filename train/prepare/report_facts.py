@@ -127,7 +127,7 @@ def _hard_exclusions(settings: DatasetConfig) -> Facts:
                 assume_rating=source.assume_rating if source else None,
                 e621=source is not None and source.adapter == "e621",
             )
-            found[row["hard_exclusion"]][match[1] if match else "name in an uncategorised source"] += 1
+            found[row["hard_exclusion"]][match[1] if match else "text that the caption does not keep"] += 1
     return {rule: dict(sorted(words.items())) for rule, words in sorted(found.items())}
 
 

@@ -15,8 +15,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet as pq
 from PIL import Image
 
 from train.exits import ExitCode, Halt
@@ -24,6 +22,7 @@ from train.prepare import units
 from train.prepare.decode import Refused, decode
 from train.prepare.files import read_image
 from train.prepare.judge import judge
+from train.prepare.keyfile import numbers, of_records, read_column
 from train.prepare.peers import Peers
 from train.prepare.records import AESTHETIC, Quarantine
 from train.prepare.settings import DatasetConfig, ScoreConfig, dataset_dir
@@ -49,10 +48,10 @@ def run(settings: DatasetConfig) -> None:
 
 
 def _from_column(config: ScoreConfig, dataset: Path) -> None:
-    table = read_column(Path(config.path or ""), config.column, "score")
-    known = units.read_table(dataset, "records", ["key"])["key"]
-    table = table.filter(pc.is_in(table["key"], value_set=known.combine_chunks())).sort_by("key")
-    scores = numbers(table["value"], f"score.path {config.path}")
+    path = Path(config.path or "")
+    known = units.read_table(dataset, "records", ["key"])["key"].combine_chunks()
+    table = of_records(read_column(path, config.column, "score"), known, f"score.path {path}").sort_by("key")
+    scores = numbers(table, f"score.path {path}")
     rows = pa.table(
         {
             "key": table["key"],
@@ -71,38 +70,6 @@ def _from_column(config: ScoreConfig, dataset: Path) -> None:
             step, units.cut(lookup, hashes, 50_000), lambda part: (part.cast(AESTHETIC), []), peers
         )
     print(f"score: {len(rows)} of {len(known)} records have a score")
-
-
-def read_column(path: Path, column: str, section: str) -> pa.Table:
-    """Columns `key` and `value` of a parquet or CSV file. Raises Halt(USAGE) naming what is missing."""
-    try:
-        if path.suffix.lower() == ".parquet":
-            table = pq.read_table(path, columns=["key", column])
-        else:
-            options = pa.csv.ConvertOptions(
-                include_columns=["key", column], column_types={"key": pa.string(), column: pa.string()}
-            )
-            table = pa.csv.read_csv(path, convert_options=options)
-    except (OSError, pa.ArrowInvalid, KeyError) as error:
-        raise Halt(
-            ExitCode.USAGE, f"{section}.path {path} must be parquet or CSV with the columns key and {column}: {error}"
-        ) from error
-    table = pa.table({"key": table["key"].cast(pa.string()), "value": table[column]})
-    if table["key"].null_count or len(pc.unique(table["key"])) != len(table):
-        raise Halt(ExitCode.USAGE, f"{section}.path {path}: a key is missing or stands there twice")
-    return table
-
-
-def numbers(column: pa.ChunkedArray, where: str) -> pa.ChunkedArray:
-    """float64, null for an empty text or NaN; float32 widens exactly. Raises Halt(USAGE) for anything else."""
-    if pa.types.is_string(column.type):
-        text = pc.utf8_trim_whitespace(column)
-        column = pc.if_else(pc.is_in(text, value_set=pa.array(["", "nan", "NaN", "null"])), None, text)
-    try:
-        values = column.cast(pa.float64())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise Halt(ExitCode.USAGE, f"{where}: {error}") from error
-    return pc.if_else(pc.is_nan(values), None, values)
 
 
 def _from_model(settings: DatasetConfig, dataset: Path) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train.prepare.danbooru import JSON_SUFFIXES, json_files
-from train.prepare.files import IMAGE_SUFFIXES, is_image, require_source, source_root
+from train.prepare.filekinds import IMAGE_SUFFIXES, is_image, media_kind
+from train.prepare.files import require_source, source_root
 from train.prepare.jsonstream import Malformed, iter_members, iter_values
+from train.prepare.names import on_disk, other_ending
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.records import Quarantine
 from train.prepare.settings import SourceConfig
@@ -58,7 +60,7 @@ def _post(root: Path, place: str, key: str, value: Any) -> RawPost:
     if not all(isinstance(text, str) for text in texts):
         raise BadRecord(f"caption and tags of {key!r} must be text")
     uri = find_stem(root, key)
-    return RawPost(id=uri, place=place, uri=uri, caption=", ".join(texts))
+    return RawPost(id=uri, place=place, uri=uri, caption=texts)
 
 
 def find_stem(root: Path, key: str) -> str:
@@ -73,11 +75,13 @@ def find_stem(root: Path, key: str) -> str:
                 break
         else:
             return key
-    if is_image(key):
-        return PurePosixPath(key).as_posix()
+    if is_image(key) or media_kind(key):
+        return on_disk(root, PurePosixPath(key).as_posix())
     if ".." not in key:
         for suffix in sorted(IMAGE_SUFFIXES):
             for found in (key + suffix, key + suffix.upper()):
                 if (root / found).exists():
                     return found
+        if (spelled := other_ending(root, f"{key}.png")) is not None:  # in other letters
+            return spelled
     raise BadRecord(f"no image {key}.* in {root.name}")

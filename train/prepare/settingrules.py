@@ -6,6 +6,8 @@ import itertools
 import re
 from typing import TYPE_CHECKING
 
+from train.prepare.sourcerules import source_problems
+
 if TYPE_CHECKING:
     from train.prepare.settings import DatasetConfig, PolicyConfig, QuotaConfig
 
@@ -38,7 +40,7 @@ def settings_problems(settings: DatasetConfig) -> list[str]:
         (settings.tag.character_threshold < settings.tag.general_threshold,
          "tag.character_threshold must be at least tag.general_threshold"),
     ]  # fmt: skip
-    found = [message for broken, message in rules if broken]
+    found = [message for broken, message in rules if broken] + source_problems(settings)
     for number, source in enumerate(settings.sources):
         if not _is_name(source.name) or ":" in source.name:
             found.append(f"sources[{number}].name is {source.name!r}: letters, digits, . - and _ only")

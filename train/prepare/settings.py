@@ -40,9 +40,9 @@ class SourceConfig:
         "deepghs", "simpletuner",
     ] = MISSING
     path: str = MISSING  # folder or file with the metadata
-    images: str | None = None  # the source root that files are looked up in; null = `path` or its folder
+    images: str | None = None  # the source root that pictures are looked up in; null = `path` or its folder
     columns: dict[str, str] = field(default_factory=dict)  # our column: theirs
-    tag_separator: str | None = None  # of tags joined in one string; null = the adapter's
+    tag_separator: str | None = None  # of tags joined in one text, in columns of tags or else captions; null = commas
     dictionary: str | None = None  # CSV (name, category, count, aliases) that gives uncategorised tags a category
     rating_scheme: Literal["gsqe", "sqe"] | None = None  # sqe: s means safe; null = the adapter's
     assume_rating: Literal["g", "s"] | None = None  # of records without any rating; never overrides one

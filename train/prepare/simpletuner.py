@@ -12,13 +12,15 @@ from collections.abc import Iterator
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from train.prepare.cells import lines_in
+from train.prepare.columns import Columns, check_caption, check_header, wants_caption
 from train.prepare.files import require_source, source_root
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, is_missing
 from train.prepare.records import Quarantine
 from train.prepare.sd_scripts import find_stem
 from train.prepare.settings import SourceConfig
-from train.prepare.table import parquet_rows, refused, table_files
+from train.prepare.table import captionless, parquet_rows, refused, table_files
 
 _DEFAULTS = {"uri": ("filename", "file_name", "id"), "caption": ("caption",), "width": ("width",), "height": ("height",)}
 
@@ -33,10 +35,13 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
         if file.suffix.lower() != ".parquet":
             continue
         try:
-            mapped = _with_defaults(source, pq.read_schema(file).names)
+            schema = pq.read_schema(file)
         except (OSError, pa.ArrowInvalid) as error:
             yield refused(source, name, 0, error)
             continue
+        check_header(source, name, schema.names)
+        check_caption(source, name, Columns.of_schema(schema), "caption")
+        mapped = _with_defaults(source, schema.names)
         plain = dataclasses.replace(mapped, columns={k: v for k, v in mapped.columns.items() if k != "fallback_caption"})
         for number, row in parquet_rows(mapped, name, file):
             if isinstance(row, Quarantine):
@@ -49,8 +54,8 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
                 post = mapped_post(plain, row, f"{name} row {number}", root, find_stem(root, str(stem)))
                 if not post.caption:
                     fallback = row.get(mapped.columns.get("fallback_caption", ""))
-                    post.caption = fallback if isinstance(fallback, str) and fallback else post.caption
-                yield post
+                    post.caption = post.caption if is_missing(fallback) else lines_in(fallback, mapped.columns["fallback_caption"])
+                yield post if post.caption is not None or not wants_caption(source) else captionless(source, name, number)
             except REFUSALS as error:
                 yield refused(source, name, number, error)
 

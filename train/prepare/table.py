@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import difflib
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
-from train.prepare.files import require_source, source_root, walk
+from train.prepare.columns import WORDS, check_header
+from train.prepare.csvfile import cells, csv_form
+from train.prepare.files import require_source, source_root
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
-from train.prepare.progress import counted, read_so_far
+from train.prepare.progress import read_so_far
 from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
+from train.prepare.walking import walk
 
 _SUFFIXES = (".parquet", ".csv", ".tsv")
 _BATCH_ROWS = 1000  # embedded images are large
@@ -48,35 +49,25 @@ def table_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, Path | 
             yield found, path / found
 
 
-def _check_header(source: SourceConfig, name: str, names: Sequence[str]) -> None:
-    """Raises Halt(USAGE) for a mapped column that the file lacks: misspelt, it would empty the field of every row."""
-    for ours, theirs in source.columns.items():
-        if theirs not in names:
-            close = difflib.get_close_matches(theirs, names, 1)
-            hint = f", did you mean {close[0]}?" if close else ""
-            raise Halt(
-                ExitCode.USAGE,
-                f"sources {source.name}: columns.{ours} is {theirs!r}, and {name} has no such column{hint} "
-                f"It has {', '.join(names)}",
-            )
-
-
-def _header(file: Path) -> list[str] | None:
+def _header(source: SourceConfig, file: Path) -> list[str] | None:
     """Names of the columns; None where the file cannot be read, which is reported when its rows are."""
     try:
         if file.suffix.lower() == ".parquet":
             return list(pq.read_schema(file).names)
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as lines:
-            return next(_reader(file, lines), None)
+        return list(csv_form(f"sources {source.name}", file).names)
     except (OSError, pa.ArrowInvalid, csv.Error):
         return None
 
 
 def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[RawPost | Quarantine]:
-    if (names := _header(file)) is not None:
-        _check_header(source, name, names)
-    rows = parquet_rows(source, name, file) if file.suffix.lower() == ".parquet" else csv_rows(source, name, file)
+    if (names := _header(source, file)) is not None:
+        check_header(source, name, names)
+        if not any(ours in WORDS for ours in source.columns):
+            print(f"sources {source.name}: neither captions nor tags of {name} are mapped, its pictures come without; it has {', '.join(names)}")
     image = source.columns.get("image")
+    if image is not None and names is not None:
+        check_pictures(source, name, file, image)
+    rows = parquet_rows(source, name, file) if file.suffix.lower() == ".parquet" else csv_rows(source, name, file)
     for number, row in rows:
         if isinstance(row, Quarantine):
             yield row
@@ -92,9 +83,55 @@ def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[R
             yield refused(source, name, number, error)
 
 
+def check_pictures(source: SourceConfig, name: str, file: Path, image: str) -> None:
+    """Raises Halt(MISMATCH) where the column `image` of a parquet or Arrow file cannot hold embedded pictures."""
+    where = f"sources {source.name}: {name}"
+    if file.suffix.lower() not in (".parquet", ".arrow"):
+        raise Halt(ExitCode.MISMATCH, f"{where} holds no pictures: map a column of file names to columns.uri, not columns.image")
+    schema = pq.read_schema(file) if file.suffix.lower() == ".parquet" else pa.ipc.open_stream(str(file)).schema
+    bytes_of = [field.name for field in schema if _holds_pictures(field.type)]
+    if image not in schema.names:
+        hint = f"columns.image: {bytes_of[0]}" if bytes_of else "columns.image"
+        files = "; pictures that lie beside it as files: adapter table, columns.uri" if not bytes_of else ""
+        raise Halt(ExitCode.MISMATCH, f"{where} has no column {image} with images: set {hint}? It has {', '.join(schema.names)}{files}")
+    if image not in bytes_of:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{where}: column {image} is {schema.field(image).type}, no embedded picture (bytes, or a struct with bytes): "
+            "set columns.image to one that is, or map a column of file names to columns.uri (adapter table)",
+        )
+    if file.suffix.lower() == ".parquet" and _all_null(file, f"{image}.bytes"):
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{where}: column {image} holds no image bytes, only the path of each: save the set with its pictures embedded",
+        )
+
+
+def _holds_pictures(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and _holds_pictures(kind.field(place).type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind))
+
+
+def _all_null(file: Path, path: str) -> bool:
+    """Whether a parquet file's statistics say that a nested column holds nothing."""
+    metadata = pq.read_metadata(file)
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    parts = [group.column(at) for group in groups for at in range(group.num_columns) if group.column(at).path_in_schema == path]
+    known = [part.statistics for part in parts if part.statistics is not None and part.statistics.has_null_count]
+    return 0 < metadata.num_rows == sum(part.null_count for part in known)
+
+
 def refused(source: SourceConfig, name: str, number: int, error: Exception) -> Quarantine:
     """The quarantine row of a table's row."""
     return refusal(f"{source.name}:{name}#{number}", f"{name} row {number}", error)
+
+
+def captionless(source: SourceConfig, name: str, number: int) -> Quarantine:
+    """The quarantine row of a row that has no caption."""
+    message = f"{name} row {number}: no caption: see on_missing_caption"
+    return Quarantine(f"{source.name}:{name}#{number}", "ingest", "missing_caption", message)
 
 
 def parquet_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
@@ -131,33 +168,12 @@ def _cell(column: pa.Array, index: int) -> Any:
         return b"not UTF-8"  # no field takes bytes, so the row is refused
 
 
-def _reader(file: Path, lines: Iterable[str]) -> Iterator[list[str]]:
-    return csv.reader(lines, dialect="excel-tab" if file.suffix.lower() == ".tsv" else "excel", strict=True)
-
-
 def csv_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
     """(row number, row); quotes as in RFC 4180, so tags with quotes and line breaks survive."""
-    # Bytes that are not UTF-8 become marks that the record's checks refuse, so only their row is lost.
-    with io.TextIOWrapper(counted(file), "utf-8-sig", "surrogateescape", newline="") as lines:
-        reader = _reader(file, lines)
-        try:
-            header = next(reader, [])
-        except csv.Error as error:
-            yield 0, refused(source, name, 0, error)
-            return
-        number = 0
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, refused(source, name, number, error)
-                number += 1
-                continue
-            if row and len(row) != len(header):
-                problem = BadRecord(f"{len(row)} columns, the header has {len(header)}")
-                yield number, refused(source, name, number, problem)
-            elif row:
-                yield number, dict(zip(header, row, strict=True))
-            number += 1
+    try:
+        form = csv_form(f"sources {source.name}", file)
+    except (OSError, csv.Error) as error:
+        yield 0, refused(source, name, 0, error)
+        return
+    for number, row in cells(form, file):
+        yield number, refused(source, name, number, BadRecord(row)) if isinstance(row, str) else row

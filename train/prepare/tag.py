@@ -19,11 +19,15 @@ from PIL import Image
 
 from train.exits import ExitCode, Halt
 from train.prepare import units
+from train.prepare.captiontext import bad_in_tag
+from train.prepare.cells import collection, tags_with_values, texts_of
 from train.prepare.judge import judge
+from train.prepare.keyfile import of_records, read_column
+from train.prepare.normalise import BadRecord
 from train.prepare.peers import Peers
 from train.prepare.records import TAG_GROUPS, TAGS
-from train.prepare.score import read_column, run_model
-from train.prepare.settings import DatasetConfig, TagConfig, dataset_dir
+from train.prepare.score import run_model
+from train.prepare.settings import DatasetConfig, dataset_dir
 
 TAG_VERSION = 1
 FLOOR = 0.1  # lowest probability worth keeping; thresholds below it are refused
@@ -40,7 +44,7 @@ def run(settings: DatasetConfig) -> None:
         raise Halt(ExitCode.USAGE, f"tag: thresholds below {FLOOR} are refused, the table keeps nothing under it")
     wanted = untagged(dataset) if config.use == "missing" else None
     if config.source == "column":
-        _from_column(config, dataset, wanted)
+        _from_column(settings, dataset, wanted)
     else:
         _from_wd(settings, dataset, wanted)
     units.merge_quarantine(dataset)
@@ -59,26 +63,72 @@ def untagged(dataset: Path) -> pa.Array:
     return pa.concat_arrays(found) if found else pa.array([], pa.string())
 
 
-def _from_column(config: TagConfig, dataset: Path, wanted: pa.Array | None) -> None:
-    """Precomputed tags: a list, or a text joined by `, `; all general, of probability 1."""
-    table = read_column(Path(config.path or ""), config.column, "tag")
-    known = wanted if wanted is not None else units.read_table(dataset, "records", ["key"])["key"].combine_chunks()
-    table = table.filter(pc.is_in(table["key"], value_set=known)).sort_by("key")
-    rows, hashes = [], []
+def _from_column(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) -> None:
+    """Precomputed tags: a list, a text joined by commas, or a map of tags to probabilities, which the thresholds judge.
+
+    A tag without category is general, one without probability certain.
+    """
+    config, bad_marks = settings.tag, bad_in_tag(settings.separator)
+    where = f"tag.path {config.path}"
+    known = units.read_table(dataset, "records", ["key"])["key"].combine_chunks()
+    table = of_records(read_column(Path(config.path or ""), config.column, "tag"), known, where)
+    total = len(table)
+    if wanted is not None:
+        table = table.filter(pc.is_in(table["key"], value_set=wanted))
+        if len(table) < total:
+            print(f"tag: {total - len(table)} rows belong to records that have tags already (tag.use: all adds to them)")
+    table = table.sort_by("key")
+    _check_joined(table["value"], where)
+    rows, hashes, judged = [], [], 0
     for key, value in zip(table["key"].to_pylist(), table["value"].to_pylist(), strict=True):
-        tags = value.split(",") if isinstance(value, str) else value or []
-        tags = [tag.strip() for tag in tags if isinstance(tag, str) and tag.strip()]
-        bad = next((tag for tag in tags if "," in tag or "|||" in tag or "\n" in tag or "\0" in tag), None)
+        try:
+            found = column_tags(value, config.column)
+        except BadRecord as error:
+            raise Halt(ExitCode.USAGE, f"{where}: {key}: {error}") from error
+        tags, certain = [one["tag"] for one in found], all(one["prob"] == 1 for one in found)
+        bad = next((tag for tag in tags if bad_marks.search(tag)), None)
         if bad is not None:
-            raise Halt(ExitCode.USAGE, f"tag.path {config.path}: {key} has the tag {bad!r}")
-        found = [{"tag": tag, "category": 0, "prob": 1.0} for tag in tags]
+            raise Halt(ExitCode.USAGE, f"{where}: {key} has the tag {bad!r}")
         rows.append({"key": key, "model": config.model or "column", "tags": found})
-        hashes.append(units.row_hash(key, *tags))
+        hashes.append(units.row_hash(key, *tags, *(() if certain else [(one["category"], one["prob"]) for one in found])))
+        judged += not certain
+    if judged:
+        print(f"tag: {judged} rows give probabilities: tag.general_threshold and tag.character_threshold decide which tags count")
     step = units.Step(dataset, "tags", TAGS, units.config_id(code=TAG_VERSION, model=config.model), ("records",))
     cut = units.cut(pa.Table.from_pylist(rows, schema=TAGS), hashes, 50_000)
     with Peers(dataset) as peers:
         units.run_units(step, cut, lambda part: (part, []), peers)
     print(f"tag: {len(rows)} records have tags of the column")
+
+
+def column_tags(value: Any, column: str) -> list[dict[str, Any]]:
+    """Tags of one cell with category and probability; those of no more than the floor are left out. Raises BadRecord."""
+    found = collection(value, column, of_tags=True) if isinstance(value, str) else value
+    if found is None:
+        found = value.split(",") if isinstance(value, str) else []
+    if not isinstance(found, list | tuple | dict):
+        raise BadRecord(f"{column} is {str(value)[:60]} ({type(value).__name__}), expected tags")
+    rows = list(found)
+    if rows and all(isinstance(one, dict) and isinstance(one.get("prob"), int | float) and "tag" in one for one in rows):
+        # as our own table has them
+        tags = [(str(one["tag"]), int(one.get("category") or 0), float(one["prob"])) for one in rows]
+    elif (pairs := tags_with_values(found)) is not None:
+        tags = [(tag, 0, value) for tag, value in pairs]
+    else:
+        tags = [(tag, 0, 1.0) for tag in texts_of(found, column)]
+    if strange := [f"{tag} {prob}" for tag, _, prob in tags if not 0 <= prob <= 1]:
+        raise BadRecord(f"{column} has {strange[0]}, expected a probability between 0 and 1")
+    return [{"tag": tag.strip(), "category": kind, "prob": prob} for tag, kind, prob in tags if tag.strip() and prob > FLOOR]
+
+
+def _check_joined(column: pa.ChunkedArray, where: str) -> None:
+    """Raises Halt(USAGE) where the texts hold several words with underscores and never a comma: each would be one tag."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return
+    several = column.filter(pc.match_substring_regex(pc.fill_null(column, ""), r"\S[ ;]\s*\S"))
+    spaced = several.filter(pc.match_substring(several, "_"))
+    if len(spaced) and not pc.any(pc.match_substring(several, ",")).as_py():
+        raise Halt(ExitCode.USAGE, f"{where}: {spaced[0].as_py()[:60]!r} would be one tag: join tags with commas, or write a JSON list")
 
 
 def _from_wd(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) -> None:

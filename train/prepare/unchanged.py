@@ -7,16 +7,18 @@ Pictures count by name, because ingest never reads them; every other file by nam
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.prepare.files import is_image
+from train.prepare.captiontext import caption_ending
+from train.prepare.filekinds import is_image
 from train.prepare.settings import SourceConfig
 
 _READ = {  # adapter: endings of what it reads in a folder; of the others everything but pictures
-    "sidecar": (".txt",), "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",),
+    "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",),
     "table": (".parquet", ".csv", ".tsv"), "danbooru2023": ("post.parquet", "posts.parquet"), "deepghs": (".parquet",), "simpletuner": (".parquet",),
 }  # fmt: skip
 _JSON = (".json", ".jsonl", ".ndjson")
@@ -27,11 +29,11 @@ def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[i
     digest = hashlib.sha256(version.encode())
     sizes = []
     for source in sources:
-        size, endings = 0, _READ.get(source.adapter, _JSON)
+        size, endings = 0, _READ.get(source.adapter, _JSON) if source.adapter != "sidecar" else (caption_ending(source),)
         read = dataclasses.replace(source, repeats=1)  # which only `select` looks at
         digest.update(repr(dataclasses.astuple(read)).encode("utf-8", "backslashreplace"))
         for place in dict.fromkeys(filter(None, (source.path, source.images, source.dictionary))):
-            for line, count in _listing(Path(place)):
+            for line, count in _listing(Path(place), source.follow_links):
                 digest.update(line.encode("utf-8", "surrogateescape"))
                 name = line.partition("\0")[0]
                 if place == source.path and (name == str(Path(place)) or name.lower().endswith(endings)):
@@ -40,12 +42,13 @@ def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[i
     return digest.hexdigest(), sizes
 
 
-def _listing(path: Path) -> Iterator[tuple[str, int]]:
+def _listing(path: Path, follow_links: bool) -> Iterator[tuple[str, int]]:
     """(one line, bytes) per file, in an order that depends on the names alone."""
     if not path.is_dir():
-        yield _line(str(path), path)
+        beside = path.parent.glob(f"{glob.escape(path.stem)}.*") if is_image(path.name) else [path]  # its caption too
+        yield from (_line(str(file), file) for file in sorted(beside))
         return
-    waiting = [str(path)]
+    waiting, met = [str(path)], set[str]()
     while waiting:
         folder = waiting.pop()
         try:
@@ -57,6 +60,10 @@ def _listing(path: Path) -> Iterator[tuple[str, int]]:
         for entry in ordered:
             if entry.is_dir(follow_symlinks=False):
                 waiting.append(entry.path)
+            elif follow_links and entry.is_symlink() and os.path.isdir(entry.path):
+                if (real := os.path.realpath(entry.path)) not in met:  # of a loop each link is listed once
+                    met.add(real)
+                    waiting.append(entry.path)
             elif is_image(entry.name) and not entry.is_symlink():
                 yield f"{entry.path}\0", 0
             else:

@@ -158,9 +158,10 @@ def find_images(config: StageConfig, given: int | None) -> Images:
 
 def _prepared(config: StageConfig) -> Images:
     from train.index import Index  # needs pyarrow, which a plan for a bare number does not
-    from train.selection import bucket_counts, held_out, make_plan
+    from train.selection import bucket_counts, held_out, make_plan, refuse_other_separator
 
     whole = Index.open(config.data.path, config.selection)
+    refuse_other_separator(config.data)
     _, first = np.unique(whole.images, return_index=True)  # an image that is repeated has one latent
     sizes = bucket_counts(whole.select(np.sort(first)))
     values = sum(count * (8 if whole.content == "moments" else 4) * (w // 8) * (h // 8) for (w, h), count in sizes.items())

@@ -23,18 +23,18 @@ def report(
     tokenizer: TagTokenizer,
     *,
     draws: int = 0,
-    separator: str = "|||",
+    separator: str = captions.SEPARATOR,
     max_tokens: int = 225,
     overflow: Overflow = "tag",
     seed: int = 0,
 ) -> dict[str, Any]:
     """The caption as written, and as shuffled in the epochs 0 .. draws-1 of an image named by the caption itself."""
-    if not separator.strip() or "," in separator:
-        raise Halt(ExitCode.USAGE, f"--separator is {separator!r}: not empty, no comma")
+    if (problem := captions.separator_problem(separator)) is not None:
+        raise Halt(ExitCode.USAGE, f"--separator is {separator!r}: {problem}")
     if draws < 0:
         raise Halt(ExitCode.USAGE, f"--draws is {draws}, must be at least 0")
-    if caption.count(separator) > 1:  # as at ingest: the rest would leak into a tag
-        raise Halt(ExitCode.USAGE, f"the caption holds {caption.count(separator)} separators {separator}: one at most")
+    if (found := len(captions.parts(caption, separator)) - 1) > 1:  # as at ingest: the rest would leak into a tag
+        raise Halt(ExitCode.USAGE, f"the caption holds {found} separators {separator}: one at most")
     fixed, flex = captions.split(caption, separator)
     drawn = [
         captions.draw(fixed, flex, captions.DrawOptions(), seed=seed, uid=rng.uid_of(caption), epoch=epoch, update=0)

@@ -20,7 +20,7 @@ def report(folder: Path) -> dict[str, Any]:
         )
     stages = {path.stem.removeprefix("index_") for path in folder.glob("index_*.arrow")}
     shown = ("name", "schema_version", "fingerprint", "policy_hash", "hard_exclusion_version", "latents", "tables",
-             "sources")  # fmt: skip
+             "separator", "sources", "remarks")  # fmt: skip
     return {
         **{name: state[name] for name in shown if name in state},
         "stages": {stage: _stage(folder, stage, state) for stage in sorted(stages)},

@@ -1,0 +1,90 @@
+"""Names of caption files: any case, other endings, the whole name of the picture, texts that are not read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_ingest import _picture, config, run
+
+from train.prepare.ingest import read_source
+from train.prepare.normalise import RawPost
+from train.prepare.settings import SourceConfig
+
+
+def found(folder: Path, **options: Any) -> dict[str, Any]:
+    """Caption by picture, or the message of its refusal."""
+    source = SourceConfig("s", "sidecar", str(folder), **options)
+    return {
+        post.id if isinstance(post, RawPost) else post.key.removeprefix("s:"):
+        post.caption if isinstance(post, RawPost) else post.message for post in read_source(source)
+    }  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    _picture(tmp_path / "in" / "b" / "a.png")
+    return tmp_path / "in"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.TXT", "a.Txt"])
+def test_the_ending_counts_in_any_case(folder: Path, name: str) -> None:
+    (folder / "b" / name).write_text("1girl")
+    assert found(folder) == {"b/a.png": "1girl"}
+
+
+@pytest.mark.parametrize(
+    ("name", "endings"),
+    [
+        ("a.caption", (".caption", "caption", ".CAPTION")), ("a.png.txt", (".txt", "txt", ".png.txt", "png.txt")),
+        ("a.tags", (".tags",)), ("a.png.TAGS", (".tags", "png.tags")), ("a.Cap", ("cap",)),
+    ],
+)  # fmt: skip
+def test_a_named_ending_is_taken_and_another_is_named(folder: Path, name: str, endings: tuple[str, ...]) -> None:
+    (folder / "b" / name).write_text("1girl")
+    message = found(folder)["b/a.png"]
+    assert f"b/a.txt does not exist, but b/{name} does: set caption_ext: ." in message
+    assert "on_missing_caption" not in message
+    advised = message.split("caption_ext: ")[1].split(" ")[0]
+    for ending in (*endings, advised):
+        assert found(folder, caption_ext=ending) == {"b/a.png": "1girl"}
+
+
+def test_nothing_beside_names_the_setting(folder: Path) -> None:
+    assert found(folder) == {"b/a.png": "b/a.txt does not exist: see on_missing_caption"}
+    assert found(folder, caption_ext=".caption") == {"b/a.png": "b/a.caption does not exist: see on_missing_caption"}
+    (folder / "b" / "a.b.txt").write_text("of another picture")
+    assert found(folder) == {"b/a.png": "b/a.txt does not exist: see on_missing_caption"}
+
+
+def test_two_captions_of_one_picture_are_refused_unless_equal(folder: Path) -> None:
+    (folder / "b" / "a.txt").write_text("1girl")
+    (folder / "b" / "a.png.txt").write_text("1girl")
+    assert found(folder, caption_ext=".txt") == {"b/a.png": "1girl"}
+    (folder / "b" / "a.png.txt").write_text("2girls")
+    message = found(folder, caption_ext=".txt")["b/a.png"]
+    assert "b/a.txt and b/a.png.txt are two captions" in message
+    assert found(folder) == {"b/a.png": "1girl"}
+    assert found(folder, caption_ext=".png.txt") == {"b/a.png": "2girls"}
+
+
+def test_what_is_not_read_is_said(tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "b" / "a.caption").write_text("1girl")
+    run(config(tmp_path, folder, "sidecar", on_missing_caption="take"))
+    assert "1 pictures are taken without a caption but have a .caption beside them" in capsys.readouterr().out
+    (folder / "b" / "a.txt").write_text("1girl")
+    run(config(tmp_path, folder, "sidecar"))
+    assert "1 pictures have a .caption beside them, which is not read" in capsys.readouterr().out
+
+
+def test_names_that_look_alike_are_alike(tmp_path: Path) -> None:
+    _picture(tmp_path / "caf\u00e9.png")
+    (tmp_path / "cafe\u0301.txt").write_text("1girl")
+    assert list(found(tmp_path).values()) == ["1girl"]
+
+
+def test_texts_apart_from_the_pictures(tmp_path: Path, folder: Path) -> None:
+    (tmp_path / "texts" / "b").mkdir(parents=True)
+    (tmp_path / "texts" / "b" / "a.txt").write_text("1girl")
+    assert found(tmp_path / "texts", images=str(folder)) == {"b/a.png": "1girl"}
