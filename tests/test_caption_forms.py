@@ -255,6 +255,7 @@ def test_other_separators_train_as_ours(tmp_path: Path) -> None:
             path.with_suffix(".txt").write_text(caption.replace("|||", mark))
         settings = settings_of(tmp_path, separator=json.dumps(mark), root=str(tmp_path / f"out{len(found)}"))
         prepare(settings, "ingest", "probe", "score", "tag", "dedupe", "label", "select", "latents")
+        assert json.loads((dataset_dir(settings) / "dataset.json").read_text())["separator"] == mark
         index = Index.open(dataset_dir(settings), "pretrain")
         found.append((index.fingerprint, [(index.key(i), index.caption(i)) for i in range(len(index))]))
     assert found[0] == found[1]

@@ -35,6 +35,7 @@ from train.prepare.repeats import tell_unread_folders
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.unchanged import sources_mark
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_manifest, write_parquet, write_text
+from train.rundir import read_json
 
 INGEST_VERSION = 2  # 2: links, spellings, layouts, dates and categories of dumps
 _MARK = "sources.json"
@@ -58,7 +59,7 @@ def run(settings: DatasetConfig) -> None:
     before = _finished(step, mark)
     if before is not None:
         print("ingest: the sources are as they were, nothing to do")
-        _say(json.loads((dataset / "dataset.json").read_text()).get("remarks", []))
+        _say((read_json(dataset / "dataset.json") or {}).get("remarks", []))
         tell_unread_folders(settings)
         report_and_judge(settings, "ingest", *before)
         return

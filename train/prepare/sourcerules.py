@@ -16,18 +16,19 @@ if TYPE_CHECKING:
 _METADATA = (".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet")
 _EVERY = ("name", "adapter", "path", "images", "assume_rating", "escaped", "on_bad_tag", "repeats", "follow_links")
 _CAPTIONS = ("tag_separator", "on_second_separator", "caption_lines", "keep_tokens")
+_FILES = ("caption_ext", "on_missing_caption")  # a caption of its own, which may be missing
 READS: dict[str, frozenset[str]] = {  # adapter: the keys of a source that it reads
     "danbooru": frozenset((*_EVERY, "columns", "rating_scheme", "npz_vae")),
     "table": frozenset((*_EVERY, *_CAPTIONS, "columns", "rating_scheme", "npz_vae")),
-    "sidecar": frozenset((*_EVERY, *_CAPTIONS, "caption_ext", "on_missing_caption", "npz_vae")),
+    "sidecar": frozenset((*_EVERY, *_CAPTIONS, *_FILES, "npz_vae")),
     "sd_scripts": frozenset((*_EVERY, *_CAPTIONS, "npz_vae")),
-    "imagefolder": frozenset((*_EVERY, *_CAPTIONS, "columns", "rating_scheme", "on_missing_caption", "npz_vae")),
-    "webdataset": frozenset((*_EVERY, *_CAPTIONS, "caption_ext", "on_missing_caption", "columns", "rating_scheme")),
+    "imagefolder": frozenset((*_EVERY, *_CAPTIONS, "on_missing_caption", "columns", "rating_scheme", "npz_vae")),
+    "webdataset": frozenset((*_EVERY, *_CAPTIONS, *_FILES, "columns", "rating_scheme")),
     "danbooru2023": frozenset((*_EVERY, "rating_scheme", "npz_vae")),
     "e621": frozenset((*_EVERY, "rating_scheme", "npz_vae")),
     "gelbooru": frozenset((*_EVERY, "dictionary", "rating_scheme", "npz_vae")),
     "deepghs": frozenset((*_EVERY, "columns", "rating_scheme", "npz_vae")),
-    "simpletuner": frozenset((*_EVERY, *_CAPTIONS, "columns", "rating_scheme", "on_missing_caption", "npz_vae")),
+    "simpletuner": frozenset((*_EVERY, *_CAPTIONS, "on_missing_caption", "columns", "rating_scheme", "npz_vae")),
 }
 
 
