@@ -13,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from train.exits import ExitCode, Halt
+from train.prepare.progress import say
 from train.prepare.records import TAG_GROUPS
 from train.prepare.settings import SourceConfig
 
@@ -73,6 +74,18 @@ def check_header(source: SourceConfig, name: str, names: list[str]) -> None:
             raise Halt(ExitCode.USAGE, f"sources {source.name}: columns.{mine}: {name} has {names.count(theirs)} columns {theirs!r}")
 
 
+def check_names(source: SourceConfig, name: str, columns: Columns, usual: str) -> None:
+    """Raises Halt(USAGE) where no column has the pictures' names: neither the mapped one nor `usual`, the layout's own."""
+    if "uri" in source.columns:
+        check_mapped(source, name, columns, ["uri"])
+    elif usual not in columns.words:
+        raise Halt(
+            ExitCode.USAGE,
+            f"sources {source.name}: {name} has no column {usual!r} with the names of the pictures: set columns.uri"
+            f"{did_you_mean(usual, columns.words)} {columns.listed()}",
+        )
+
+
 def check_caption(source: SourceConfig, name: str, columns: Columns, usual: str) -> None:
     """Asks which column holds the captions where no mapped one is there, nor `usual`, the layout's own name.
 
@@ -87,7 +100,7 @@ def check_caption(source: SourceConfig, name: str, columns: Columns, usual: str)
     offered = _offered(columns, usual)
     if source.on_missing_caption == "take":
         also = f"; its column {offered[0]!r} is not read" if offered else ""
-        print(f"sources {source.name}: {name} has no column {usual!r}: pictures without captions are taken{also}")
+        say(f"sources {source.name}: {name} has no column {usual!r}: pictures without captions are taken{also}")
     elif offered:
         mine = "tags" if offered[0].casefold().startswith("tag") else "caption"
         raise Halt(

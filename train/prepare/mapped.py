@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from train.exits import ExitCode, Halt
+from train.prepare.captionremarks import likely_separator
 from train.prepare.cells import lines_in, tags_in
+from train.prepare.census import note
 from train.prepare.columns import TAG_COLUMNS
 from train.prepare.danbooru import post_number
 from train.prepare.files import UnsafePath
@@ -60,7 +62,7 @@ def mapped_post(
         uri = on_disk(root, uri)
     if uri is None:
         if "source_id" not in fields:
-            raise BadRecord("neither a path (columns.uri) nor a whole number as id (columns.id)")
+            raise BadRecord("no path (columns.uri), no whole number as id (columns.id), no embedded picture (columns.image)")
         uri = find_image(root, "", post_number(fields["source_id"]), fields, row)
     return RawPost(
         id=number or row_id or uri,
@@ -149,4 +151,6 @@ def split_tags(source: SourceConfig, value: Any, column: str) -> list[str]:
     # no tag holds a comma: `a,b` and `a, b,` are meant alike
     separator = "," if source.tag_separator.strip() == "," else source.tag_separator
     tags = [tag.strip() for tag in value.split(separator)]
+    if len(tags) == 1 and likely_separator(value) is not None:
+        note("one_tag", repr(value[:60]))
     return tags[:-1] if not tags[-1] else tags
