@@ -18,6 +18,7 @@ from train.prepare.records import TAG_GROUPS
 from train.prepare.settings import SourceConfig
 
 LOOK_ROWS = 1000  # rows of a file without header after which missing captions are asked about
+_MOST_SHOWN = 30
 TAG_COLUMNS = (*(f"tags_{group}" for group in TAG_GROUPS), "tags")
 WORDS = ("caption", "fallback_caption", *TAG_COLUMNS)  # our columns that become captions
 # Names that captions have elsewhere, the likeliest first; then any other column of words is offered.
@@ -51,7 +52,7 @@ class Columns:
 
     def listed(self) -> str:
         """The names, for messages."""
-        return f"It has {', '.join(map(str, self.words)) or 'none'}"
+        return f"It has {listed(self.words)}"
 
 
 def check_mapped(source: SourceConfig, name: str, columns: Columns, ours: Iterable[str] | None = None) -> None:
@@ -124,6 +125,13 @@ def _offered(columns: Columns, usual: str) -> list[str]:
 
     words = [name for name, holds in columns.words.items() if holds and name.casefold().strip() not in _NEVER]
     return sorted(words, key=rank)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of columns in a message, which a wide table would fill."""
+    shown = [str(name)[:60] for name in names]
+    more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+    return (", ".join(shown[:_MOST_SHOWN]) or "none") + more
 
 
 def did_you_mean(wanted: str, names: Iterable[str]) -> str:

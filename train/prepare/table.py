@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
 from train.prepare.captiontext import SURROGATE
-from train.prepare.columns import WORDS, check_header
+from train.prepare.columns import WORDS, check_header, listed
 from train.prepare.csvfile import cells, csv_form
 from train.prepare.files import require_source, source_root
 from train.prepare.mapped import mapped_post
@@ -64,7 +64,7 @@ def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[R
     if (names := _header(source, file)) is not None:
         check_header(source, name, names)
         if not any(ours in WORDS for ours in source.columns):
-            say(f"sources {source.name}: neither captions nor tags of {name} are mapped, its pictures come without; it has {', '.join(names)}")
+            say(f"sources {source.name}: neither captions nor tags of {name} are mapped, its pictures come without; it has {listed(names)}")
     image = source.columns.get("image")
     if image is not None and names is not None:
         check_pictures(source, name, file, image)
@@ -94,7 +94,7 @@ def check_pictures(source: SourceConfig, name: str, file: Path, image: str) -> N
     if image not in schema.names:
         hint = f"columns.image: {bytes_of[0]}" if bytes_of else "columns.image"
         files = "; pictures that lie beside it as files: adapter table, columns.uri" if not bytes_of else ""
-        raise Halt(ExitCode.MISMATCH, f"{where} has no column {image} with images: set {hint}? It has {', '.join(schema.names)}{files}")
+        raise Halt(ExitCode.MISMATCH, f"{where} has no column {image} with images: set {hint}? It has {listed(schema.names)}{files}")
     if image not in bytes_of:
         raise Halt(
             ExitCode.MISMATCH,

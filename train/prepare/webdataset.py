@@ -17,7 +17,7 @@ from typing import IO
 
 from train.prepare.captiontext import MAX_CAPTION_BYTES, caption_ending
 from train.prepare.census import note
-from train.prepare.columns import Columns, check_mapped, wants_caption
+from train.prepare.columns import Columns, check_mapped, listed, wants_caption
 from train.prepare.danbooru import danbooru_post
 from train.prepare.filekinds import is_image, is_litter, media_kind
 from train.prepare.files import UnsafePath, check_relative, is_plain, require_source, source_root
@@ -257,7 +257,7 @@ def _post(
         told.passed_over("members .json are no posts and are not read beside a caption (columns maps them)", f"{tar.name}/{post}")
         return plain
     else:
-        raise BadRecord(f"the .json is no Danbooru post: map its keys, such as columns.caption: caption. It has {', '.join(value)}")
+        raise BadRecord(f"the .json is no Danbooru post: map its keys, such as columns.caption: caption. It has {listed(value)}")
     found.caption = text if found.caption is None else found.caption
     return found
 
