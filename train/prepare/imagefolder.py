@@ -36,12 +36,15 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     for found in walk(source, root) if path.is_dir() else [path.name]:
         if isinstance(found, Quarantine):
             yield found
-        elif (path.is_file() and not found.lower().endswith(_EMBEDDED)) or (
-            PurePosixPath(found).name in _METADATA and not _embedded(root / found)
-        ):
+        elif _is_metadata(found, alone=path.is_file()) and not _embedded(root / found):
             yield from _metadata(source, root, found)
         elif found.lower().endswith(_EMBEDDED) and not _left_by_datasets(root / found):
             yield from _embedded_rows(source, root, found)
+
+
+def _is_metadata(name: str, *, alone: bool) -> bool:
+    """Whether a file may list pictures: by its name, or any kind but Arrow where the user named it."""
+    return PurePosixPath(name).name in _METADATA or (alone and not name.lower().endswith(".arrow"))
 
 
 def _left_by_datasets(file: Path) -> bool:
