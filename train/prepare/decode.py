@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image, ImageCms, ImageFile
 
 from train.buckets import Placement
-from train.prepare.records import ErrorReason
+from train.prepare.damage import jpeg_damage, png_damage, without_big_text
+from train.prepare.records import ErrorReason, ExcludedReason
 from train.prepare.settings import ProbeConfig
-from train.prepare.sniff import ends_early, header_size, jpeg_scans, lacks_end, sniff
+from train.prepare.sniff import NO_PICTURES, ends_early, header_size, jpeg_scans, lacks_end, sniff
 
 DECODE_VERSION = 2  # 2: profiles of grey with alpha or 16 bits, keys of 16-bit colour, sRGB known by what it does
 _TURN = {
@@ -41,7 +42,7 @@ _PROFILE_SPACE = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 class Refused(Exception):
     """A picture that is not taken: `reason` of the closed list, the library's exception where there was one."""
 
-    def __init__(self, reason: ErrorReason, message: str, exception: str | None = None) -> None:
+    def __init__(self, reason: ErrorReason | ExcludedReason, message: str, exception: str | None = None) -> None:
         super().__init__(message)
         self.reason, self.message, self.exception = reason, message, exception
 
@@ -68,10 +69,16 @@ def decode(data: bytes, rules: ProbeConfig) -> Decoded:
     found = sniff(data)
     if found is None:
         raise Refused("unidentified", f"no known image format begins with {data[:16]!r}")
+    if found in NO_PICTURES:
+        raise Refused("not_a_picture", f"content is {found}")
     if found not in rules.formats:
         raise Refused("unsupported_format", f"content is {found}, probe.formats has {', '.join(rules.formats)}")
     if not rules.allow_truncated and lacks_end(found, data):
         raise Refused("truncated", f"the {found} has no end marker")
+    if found == "png":
+        if not rules.allow_truncated and (damage := png_damage(data)) is not None:
+            raise Refused("damaged", damage)
+        data = without_big_text(data)
     if found == "jpeg" and (scans := jpeg_scans(data)) > _MAX_SCANS:
         raise Refused("unsupported_format", f"a JPEG of {scans} scans, expected at most {_MAX_SCANS}")
     if (size := header_size(found, data)) is not None:  # decoders that allocate when they open
@@ -79,7 +86,7 @@ def decode(data: bytes, rules: ProbeConfig) -> Decoded:
     with _pillow_limits(rules):
         image = _open(data, found)
         try:
-            return _decode(image, found, rules)
+            return _decode(image, data, found, rules)
         except Refused:
             raise
         except MemoryError as error:
@@ -108,7 +115,7 @@ def _open(data: bytes, found: str) -> ImageFile.ImageFile:
         raise Refused("too_many_pixels", "out of memory while opening", repr(error)) from None
     except Exception as error:
         reason: ErrorReason = "truncated" if ends_early(found, data) else "unidentified"
-        if found == "png" and isinstance(error, ValueError):  # Pillow's caps on text chunks
+        if found == "png" and isinstance(error, ValueError):  # Pillow's cap on colour profiles
             raise Refused("unsupported_format", f"{found}: {error}", _name(error)) from None
         raise Refused(reason, f"{found} that cannot be opened", _name(error)) from None
 
@@ -124,7 +131,7 @@ def _check_size(width: int, height: int, rules: ProbeConfig) -> None:
         raise Refused("too_small", f"{width}x{height} is less than probe.min_area_px {rules.min_area_px}")
 
 
-def _decode(image: ImageFile.ImageFile, found: str, rules: ProbeConfig) -> Decoded:
+def _decode(image: ImageFile.ImageFile, data: bytes, found: str, rules: ProbeConfig) -> Decoded:
     _check_size(*image.size, rules)
     # An MPO is a JPEG with further pictures (depth, gain map) behind it; the first one is the picture.
     n_frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
@@ -136,6 +143,8 @@ def _decode(image: ImageFile.ImageFile, found: str, rules: ProbeConfig) -> Decod
     deep = found == "png" and any("16" in str(tile.args) for tile in image.tile)
     orientation = _orientation(image)
     image.load()
+    if found == "jpeg" and not rules.allow_truncated and (damage := jpeg_damage(data, image)) is not None:
+        raise Refused("truncated", damage)
     key = image.info.get("transparency")
     if deep and isinstance(key, tuple):  # Pillow keeps the high bytes of the pixels, and would take the key's low ones
         image.info["transparency"] = tuple(value >> 8 for value in key)

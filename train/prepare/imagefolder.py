@@ -52,9 +52,7 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     for found in walk(source, root) if path.is_dir() else [path.name]:
         if isinstance(found, Quarantine):
             yield found
-        elif (path.is_file() and not found.lower().endswith(_EMBEDDED)) or (
-            PurePosixPath(found).name in _METADATA and not _embedded(root / found)
-        ):
+        elif _is_metadata(found, alone=path.is_file()) and not _embedded(root / found):
             files += 1
             for post in _metadata(source, root, found, seen):
                 if isinstance(post, RawPost):
@@ -88,9 +86,15 @@ def _say_forgotten(source: SourceConfig, root: Path, pictures: array[int], named
     forgotten = sum(mark not in known for mark in pictures)
     if forgotten:
         names = (found for found in walk(source, root) if isinstance(found, str) and is_image(found))
-        first = next(found for found in names if _mark(found) not in known)
+        with Census(source).open():  # what the walk notes is counted already
+            first = next(found for found in names if _mark(found) not in known)
         say(f"sources {source.name}: {forgotten} of {len(pictures)} pictures are not in the metadata files and are not taken, "
             f"such as {first}")  # fmt: skip
+
+
+def _is_metadata(name: str, *, alone: bool) -> bool:
+    """Whether a file may list pictures: by its name, or any kind but Arrow where the user named it."""
+    return PurePosixPath(name).name in _METADATA or (alone and not name.lower().endswith(".arrow"))
 
 
 def _left_by_datasets(file: Path) -> bool:

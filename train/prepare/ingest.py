@@ -35,7 +35,7 @@ from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.unchanged import sources_mark
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_manifest, write_parquet, write_text
 
-INGEST_VERSION = 1
+INGEST_VERSION = 2  # 2: links, spellings, layouts, dates and categories of dumps
 _MARK = "sources.json"
 _SPILL_ROWS = 50_000
 _SPILL_SCHEMA = pa.schema(

@@ -24,7 +24,7 @@ from train.prepare.records import PROBE, Quarantine
 from train.prepare.settings import DatasetConfig, ExcludeConfig, SourceConfig, dataset_dir
 from train.prepare.units import Step, config_id, cut, merge_quarantine, read_table, row_hash, run_units, stream_table
 
-PROBE_VERSION = 1
+PROBE_VERSION = 2  # 2: damage that decoders pass over, PNGs with large texts
 UNIT_FILES = 2000
 _COLUMNS = [
     "key", "source", "source_id", "uri", "member", "file_ext", "md5", "width", "height", "is_deleted", "is_banned",

@@ -14,13 +14,19 @@ _MAGIC = (
     (b"\0\0\1\0", "ico"), (b"\xff\x0a", "jxl"), (b"\0\0\0\x0cJXL ", "jxl"), (b"\0\0\0\x0cjP  ", "jpeg2000"),
     (b"%PDF-", "pdf"),
 )  # fmt: skip
+NO_PICTURES = ("video", "archive", "flash")  # what `sniff` calls things that no one means to train on as they are
+_MEDIA_MAGIC = (
+    (b"\x1aE\xdf\xa3", "video"), (b"FLV\x01", "video"), (b"FWS", "flash"), (b"CWS", "flash"), (b"ZWS", "flash"),
+    (b"PK\x03\x04", "archive"), (b"Rar!\x1a\x07", "archive"), (b"7z\xbc\xaf\x27\x1c", "archive"),
+)  # fmt: skip
+_VIDEO_BRANDS = (b"isom", b"iso2", b"iso4", b"iso5", b"iso6", b"mp41", b"mp42", b"avc1", b"M4V ", b"MSNV", b"dash", b"qt  ", b"3gp4", b"3gp5")
 _AVIF_BRANDS = (b"avif", b"avis")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 def sniff(data: bytes) -> str | None:
-    """Format by content (`jpeg`, `png`, `webp`, ...), or None when no image format is known to begin like this."""
-    for magic, name in _MAGIC:
+    """Format by content (`jpeg`, `png`, ..., or one of NO_PICTURES), or None when nothing known begins like this."""
+    for magic, name in (*_MAGIC, *_MEDIA_MAGIC):
         if data.startswith(magic):
             return name
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
@@ -31,6 +37,8 @@ def sniff(data: bytes) -> str | None:
             return "avif"
         if brands[0] in _HEIF_BRANDS:
             return "heif"
+        if brands[0] in _VIDEO_BRANDS:
+            return "video"
     # Two letters alone would take in text that begins with "BM": the header's length must be one that exists.
     if data[:2] == b"BM" and _little(data, 14, 4) in (12, 16, 40, 52, 56, 64, 108, 124):
         return "bmp"
