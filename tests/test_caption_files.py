@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from test_ingest import _picture, config, run
 
+from train.captions import split
+from train.prepare.captiontext import caption_rules
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost
+from train.prepare.normalise import RawPost, to_record
 from train.prepare.settings import SourceConfig
 
 
@@ -88,3 +96,55 @@ def test_texts_apart_from_the_pictures(tmp_path: Path, folder: Path) -> None:
     (tmp_path / "texts" / "b").mkdir(parents=True)
     (tmp_path / "texts" / "b" / "a.txt").write_text("1girl")
     assert found(tmp_path / "texts", images=str(folder)) == {"b/a.png": "1girl"}
+
+
+LINES = "1girl, miku\n### smile,\r\n\r\nred hair"
+
+
+def _written(folder: Path) -> dict[str, SourceConfig]:
+    """The picture 1.png with LINES as its caption, as every layout that has captions keeps it."""
+    folder.mkdir()
+    _picture(folder / "1.png")
+    (folder / "1.txt").write_bytes(LINES.encode())
+    row = {"file_name": "1.png", "text": LINES}
+    pq.write_table(pa.Table.from_pylist([row]), folder / "table.parquet")
+    with open(folder / "table.csv", "w", newline="") as file:
+        csv.writer(file).writerows([row.keys(), row.values()])
+    (folder / "plain").mkdir()
+    _picture(folder / "plain" / "1.png")
+    (folder / "plain" / "metadata.jsonl").write_text(json.dumps(row))
+    (folder / "sd.json").write_text(json.dumps({"1.png": {"caption": "1girl, miku", "tags": LINES.partition("\n")[2]}}))
+    (folder / "whole.json").write_text(json.dumps({"1": {"tags": LINES}}))
+    with tarfile.open(folder / "0.tar", "w") as archive:
+        archive.add(folder / "1.png", "1.png")
+        archive.add(folder / "1.txt", "1.txt")
+    columns, images = {"uri": "file_name", "caption": "text"}, str(folder)
+    return {
+        "sidecar": SourceConfig("s", "sidecar", str(folder)),
+        "parquet": SourceConfig("s", "table", str(folder / "table.parquet"), columns=columns),
+        "csv": SourceConfig("s", "table", str(folder / "table.csv"), columns=columns),
+        "imagefolder": SourceConfig("s", "imagefolder", str(folder / "plain")),
+        "caption and tags": SourceConfig("s", "sd_scripts", str(folder / "sd.json")),
+        "tags alone": SourceConfig("s", "sd_scripts", str(folder / "whole.json")),
+        "webdataset": SourceConfig("s", "webdataset", str(folder / "0.tar")),
+        "simpletuner": SourceConfig("s", "simpletuner", str(folder / "table.parquet"), images=images, columns={"caption": "text"}),
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "separator", "wanted"),
+    [
+        ({}, "###", (["1girl", "miku"], ["smile", "red hair"])),
+        ({}, "|||", ([], ["1girl", "miku", "### smile", "red hair"])),
+        ({"keep_tokens": 1}, "|||", (["1girl"], ["miku", "### smile", "red hair"])),
+        ({"tag_separator": " "}, "###", (["1girl", "miku"], ["smile", "red", "hair"])),
+    ],
+)
+def test_every_layout_gives_the_same_caption(
+    tmp_path: Path, options: dict[str, Any], separator: str, wanted: tuple[list[str], list[str]]
+) -> None:
+    for name, plain in _written(tmp_path / "in").items():
+        source = dataclasses.replace(plain, **options)
+        posts = [post for post in read_source(source) if isinstance(post, RawPost) and post.uri in ("1.png", "0.tar")]
+        rows = [to_record(post, source, caption_rules(source, separator)) for post in posts]
+        assert [split(row["caption"]) for row in rows if isinstance(row, dict)] == [wanted], name

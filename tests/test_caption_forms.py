@@ -212,6 +212,7 @@ def test_captions_that_look_like_one_tag_are_pointed_out() -> None:
     assert "tag_separator: ';'" in said(["1girl; long hair"], tag_separator="|")[0]
     assert "tag_separator: ';'" in said(["1girl; hat ||| smile; solo"])[0]
     assert said(["1girl, long hair", "2girls, hat", "1girl"]) == []
+    assert said(["1girl, hatsune_miku ||| smile", "1girl ||| hat_ribbon, smile"]) == []
     assert said(["a girl who stands in the rain"] * 20) == []
     assert said(["1girl long_hair"] * 8 + ["1girl, hat"] * 2) == []
 
@@ -254,6 +255,7 @@ def test_other_separators_train_as_ours(tmp_path: Path) -> None:
             path.with_suffix(".txt").write_text(caption.replace("|||", mark))
         settings = settings_of(tmp_path, separator=json.dumps(mark), root=str(tmp_path / f"out{len(found)}"))
         prepare(settings, "ingest", "probe", "score", "tag", "dedupe", "label", "select", "latents")
+        assert json.loads((dataset_dir(settings) / "dataset.json").read_text())["separator"] == mark
         index = Index.open(dataset_dir(settings), "pretrain")
         found.append((index.fingerprint, [(index.key(i), index.caption(i)) for i in range(len(index))]))
     assert found[0] == found[1]

@@ -13,14 +13,14 @@ from train.resume import Expectations, compare, key_class
 from train.schema import flatten
 
 # fmt: off
-FREE = set("""data.separator data.workers data.prefetch data.on_read_error data.worker_timeout_s output_dir tracking.wandb
+FREE = set("""data.workers data.prefetch data.on_read_error data.worker_timeout_s output_dir tracking.wandb
 tracking.trace sampling.every_steps sampling.prompts checkpoint.every_steps checkpoint.keep resume.accept export.dtype
 export.license launch.grace_s launch.collective_timeout_s validation.every_steps validation.images
 validation.select""".split())  # noqa: SIM905
 WARN = set("""epochs max_updates batch.split batch.accumulation model.gradient_checkpointing model.compile
 model.channels_last model.attention optimizer.sharding ema.device""".split())  # noqa: SIM905
 REFUSE = set("""stage seed precision validation.share batch.micro batch.effective batch.min_bucket batch.remainder
-batch.determinism data.path data.select data.shuffle_tags data.tag_dropout data.caption_dropout
+batch.determinism data.path data.select data.separator data.shuffle_tags data.tag_dropout data.caption_dropout
 data.max_tokens model.init_from model.vae model.tokenizers model.train_text_encoders model.pooled_projection
 model.context model.float8 model.weights optimizer.name optimizer.unet_lr optimizer.weight_decay optimizer.betas
 schedule.name schedule.cycle_steps schedule.decay noise.offset noise.timesteps loss.prediction loss.average

@@ -19,7 +19,7 @@ from train.exits import ExitCode, Halt
 Class = Literal["free", "warn", "refuse"]
 _FREE_SECTIONS = {"tracking", "sampling", "checkpoint", "resume", "export", "launch"}
 _FREE = {
-    "output_dir", "data.separator", "data.workers", "data.prefetch", "data.on_read_error", "data.worker_timeout_s",
+    "output_dir", "data.workers", "data.prefetch", "data.on_read_error", "data.worker_timeout_s",
     "validation.every_steps", "validation.images", "validation.select",
 }  # fmt: skip
 _WARN = {

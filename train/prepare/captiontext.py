@@ -85,16 +85,19 @@ def read_caption(text: str | Sequence[str], rules: CaptionRules, tally: CaptionT
     if SURROGATE.search(checked) or _BAD_IN_CAPTION.search(checked):
         raise BadCaption("caption holds control characters or broken ones: see on_bad_tag")
     pieces = parts(checked, rules.separator)
-    tags = [_tags(piece, rules) for piece in pieces]
-    if sum(map(len, tags)) > MAX_TAGS or checked.count(",") >= MAX_TAGS:
-        raise BadCaption(f"caption has more than {MAX_TAGS} tags")
     several = max(map(len, lines), default=0) > 1
-    tally.add(pieces, several=several, single=all(len(some) <= 1 for some in tags))
     plain = plain and not (rules.keep_tokens and len(pieces) == 1) and not _holds_mark(checked, pieces, rules)
     if plain and len(pieces) <= 2:
-        caption = _unescaped(SEPARATOR.join(pieces), rules)
+        count, caption = checked.count(",") + 1, SEPARATOR.join(pieces)
+        single = not any("," in piece.strip(" ,") for piece in pieces)
     else:
-        caption = _unescaped(_rendered(tags, checked, rules), rules)
+        tags = [_tags(piece, rules) for piece in pieces]
+        count, caption = sum(map(len, tags)), _rendered(tags, checked, rules)
+        single = all(len(some) <= 1 for some in tags)
+    if count > MAX_TAGS:
+        raise BadCaption(f"caption has more than {MAX_TAGS} tags")
+    tally.add(pieces, several=several, single=single)
+    caption = _unescaped(caption, rules)
     if plain and not several:
         return caption, caption
     whole = ", ".join(line for some in lines for line in some)

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
+from train.prepare.census import Census
 from train.prepare.columns import (
     LOOK_ROWS,
     Columns,

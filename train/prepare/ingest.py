@@ -34,6 +34,7 @@ from train.prepare.records import RECORDS, REST_UNREAD, ROW_GROUP_ROWS, SCHEMA_V
 from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.unchanged import sources_mark
 from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_manifest, write_parquet, write_text
+from train.rundir import read_json
 
 INGEST_VERSION = 2  # 2: links, spellings, layouts, dates and categories of dumps
 _MARK = "sources.json"
@@ -57,7 +58,7 @@ def run(settings: DatasetConfig) -> None:
     before = _finished(step, mark)
     if before is not None:
         print("ingest: the sources are as they were, nothing to do")
-        _say(json.loads((dataset / "dataset.json").read_text()).get("remarks", []))
+        _say((read_json(dataset / "dataset.json") or {}).get("remarks", []))
         report_and_judge(settings, "ingest", *before)
         return
     # Every process does the whole, with equal results: none waits for another that may never come.
