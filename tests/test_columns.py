@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from train.exits import ExitCode, Halt
+from train.prepare.census import Census
 from train.prepare.columns import LOOK_ROWS
 from train.prepare.ingest import read_source
 from train.prepare.normalise import RawPost
@@ -84,7 +85,8 @@ def test_a_column_of_names_that_is_called_otherwise_is_named(tmp_path: Path, for
         with pytest.raises(Halt, match=r"columns\.uri"):
             read(tmp_path)
     else:
-        assert "columns.uri is 'file_name'" in asked(tmp_path)
+        assert "no column 'file_name' with the names of the pictures: set columns.uri, did you mean filename?" in asked(tmp_path)
+        assert "columns.uri is 'flename': no such column" in asked(tmp_path, columns={"uri": "flename"})
         assert captions(tmp_path, columns={"uri": "filename"}) == ["1girl"]
 
 
@@ -147,6 +149,25 @@ def test_a_folder_of_pictures_alone_says_what_is_missing(tmp_path: Path) -> None
     with pytest.raises(Halt, match=r"1 pictures, and no metadata\.jsonl.*sidecar") as stopped:
         read(tmp_path)
     assert stopped.value.code == ExitCode.MISMATCH
+
+
+@pytest.mark.parametrize("name", ["captions.jsonl", "metadata.json"])
+def test_metadata_of_another_name_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "0.png").write_bytes(b"x")
+    (tmp_path / name).write_text('{"file_name": "0.png", "text": "1girl"}\n')
+    with pytest.raises(Halt, match=f"{name} has another name"):
+        read(tmp_path)
+    if name.endswith(".jsonl"):
+        assert captions(tmp_path / name) == ["1girl"]
+
+
+def test_cells_that_are_one_tag_are_pointed_out(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("file,tags\na.png,1girl long_hair\nb.png,hatsune miku\nc.png,1girl\n")
+    config = SourceConfig("s", "table", str(tmp_path / "t.csv"), columns={"uri": "file", "tags": "tags"}, tag_separator=", ")
+    with Census(config).open() as census:
+        assert len(list(read_source(config))) == 3
+    assert census.counts["one_tag"] == 1
+    assert "'1girl long_hair'): see tag_separator" in census.lines()[0]
 
 
 IMAGE = {"bytes": b"\x89PNG", "path": "a.png"}

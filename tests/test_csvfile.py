@@ -56,6 +56,13 @@ def test_utf_16_is_named(tmp_path: Path, encoding: str) -> None:
         list(read_source(SourceConfig("s", "imagefolder", str(tmp_path))))
 
 
+def test_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("file_name,text,artist\na.png,caf\xe9,x\nb.png,hat,\xe9\n".encode("cp1252"))
+    refused, taken = read(tmp_path / "a.csv")
+    assert "not UTF-8: save the file as `CSV UTF-8`" in refused.message
+    assert taken == ("b.png", "hat")  # what is not mapped is not read
+
+
 def test_a_workbook_is_no_table(tmp_path: Path) -> None:
     (tmp_path / "a.xlsx").write_bytes(b"PK\3\4\0\0")
     with pytest.raises(Halt, match="adapter table cannot read"):

@@ -9,6 +9,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -116,7 +118,7 @@ def test_metadata_that_names_a_linked_picture(tmp_path: Path) -> None:
 
 LITTER = ("__MACOSX/a.png", "._a.png", ".DS_Store", "@eaDir/a.png/SYNOPHOTO_THUMB_M.png", "Thumbs.db", "desktop.ini", "#recycle/b.png",
           ".thumbnails/a.png", "a-masklabel.png", "@Recycle/a.png", "~$a.docx", "b.png.part", "c.png.crdownload",
-          "Icon\r", ".~lock.a.odt#", "sub/.DS_Store", "$RECYCLE.BIN/x.png", ".trashed-1700-a.png")  # fmt: skip
+          "Icon\r", ".~lock.a.odt#", "sub/.DS_Store", "$RECYCLE.BIN/x.png", ".trashed-1700-a.png", "a.png:Zone.Identifier")  # fmt: skip
 
 
 def test_litter_is_passed_over_and_counted_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,6 +316,12 @@ def test_one_metadata_file_or_one_tar_of_several_means_that_one(tmp_path: Path) 
     assert set(taken(dataset(tmp_path, folder / "metadata.jsonl", "imagefolder"))[0]) == {"a.png"}
     assert set(taken(dataset(tmp_path, folder, "imagefolder"))[0]) == {"a.png", "sub/b.png"}
     assert set(taken(dataset(tmp_path, folder / "a.tar", "webdataset"))[0]) == {"a.tar/a.png"}
+    pq.write_table(pa.table({"file_name": ["sub/b.png"], "text": ["x"]}), folder / "list.parquet")
+    assert set(taken(dataset(tmp_path, folder / "list.parquet", "imagefolder"))[0]) == {"sub/b.png"}
+    for number in range(2):
+        image = [{"bytes": (folder / "a.png").read_bytes(), "path": None}]
+        pq.write_table(pa.table({"image": image, "text": [f"{number}"]}), folder / f"train-{number}.parquet")
+    assert set(taken(dataset(tmp_path, folder / "train-1.parquet", "imagefolder"))[0]) == {"train-1.parquet#0"}
 
 
 def test_an_empty_folder_says_what_was_looked_for(tmp_path: Path) -> None:

@@ -128,6 +128,8 @@ def test_json_that_is_no_post_is_mapped_or_asked_about(tmp_path: Path, capsys: p
     taken, refused = read(tmp_path, [("a.jpg", PNG), ("a.json", about)])
     assert not taken
     assert "columns.caption: caption. It has caption, url, width" in refused["a.jpg"].message
+    _, refused = read(tmp_path, [("a.jpg", PNG), ("a.json", b'{"caption": "hat", "tags": ["hat"]}')])
+    assert "is read through columns" in refused["a.jpg"].message
     assert read(tmp_path, [("a.jpg", PNG), ("a.json", about), ("a.txt", b"hat")]) == ({"a.jpg": "hat"}, {})
     assert "1 members .json are no posts" in capsys.readouterr().out
     assert read(tmp_path, [("a.jpg", PNG), ("a.json", about)], columns={"caption": "caption"}) == ({"a.jpg": "a hat"}, {})

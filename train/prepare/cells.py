@@ -33,6 +33,8 @@ def collection(text: str, column: str, *, of_tags: bool) -> list[Any] | dict[Any
     writing in a caption.
     """
     body = text.strip()
+    if not body or (body[0] not in _OPEN and body[-1] != ")"):  # nearly every cell
+        return None
     if called := _CALL.fullmatch(body):
         body = _DTYPE.sub("", called[1]).strip() or "[]"
     body = _SCALAR.sub(r"\1", body)

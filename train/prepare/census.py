@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from train.prepare.settings import SourceConfig
 
-Kind = Literal["litter", "linked_home", "spelling", "ending", "categories"]
+Kind = Literal["litter", "linked_home", "spelling", "ending", "categories", "one_tag"]
 _LINES: Mapping[Kind, str] = {
     "litter": "{n} leftovers of desktops, NAS and other programs, and hidden folders, are passed over (such as {example})",
     "linked_home": "{n} linked folders lead to folders of the same source: their files are read once, where they lie (such as {example})",
     "spelling": "{n} names are spelt otherwise on the disk, in letter case or composed letters (such as {example})",
     "ending": "{n} pictures have another ending on the disk than in the metadata (such as {example})",
+    "one_tag": "{n} cells of tags are one tag each (such as {example}): see tag_separator",
     "categories": "{n} groups of tags in posts have an unknown category and count as general (such as {example})",
 }
 # So many rated posts without one `g` are no chance: of random posts today, four in ten are g.

@@ -13,10 +13,12 @@ from typing import Any
 import pyarrow as pa
 
 from train.exits import ExitCode, Halt
+from train.prepare.progress import say
 from train.prepare.records import TAG_GROUPS
 from train.prepare.settings import SourceConfig
 
 LOOK_ROWS = 1000  # rows of a file without header after which missing captions are asked about
+_MOST_SHOWN = 30
 TAG_COLUMNS = (*(f"tags_{group}" for group in TAG_GROUPS), "tags")
 WORDS = ("caption", "fallback_caption", *TAG_COLUMNS)  # our columns that become captions
 # Names that captions have elsewhere, the likeliest first; then any other column of words is offered.
@@ -50,7 +52,7 @@ class Columns:
 
     def listed(self) -> str:
         """The names, for messages."""
-        return f"It has {', '.join(map(str, self.words)) or 'none'}"
+        return f"It has {listed(self.words)}"
 
 
 def check_mapped(source: SourceConfig, name: str, columns: Columns, ours: Iterable[str] | None = None) -> None:
@@ -73,6 +75,18 @@ def check_header(source: SourceConfig, name: str, names: list[str]) -> None:
             raise Halt(ExitCode.USAGE, f"sources {source.name}: columns.{mine}: {name} has {names.count(theirs)} columns {theirs!r}")
 
 
+def check_names(source: SourceConfig, name: str, columns: Columns, usual: str) -> None:
+    """Raises Halt(USAGE) where no column has the pictures' names: neither the mapped one nor `usual`, the layout's own."""
+    if "uri" in source.columns:
+        check_mapped(source, name, columns, ["uri"])
+    elif usual not in columns.words:
+        raise Halt(
+            ExitCode.USAGE,
+            f"sources {source.name}: {name} has no column {usual!r} with the names of the pictures: set columns.uri"
+            f"{did_you_mean(usual, columns.words)} {columns.listed()}",
+        )
+
+
 def check_caption(source: SourceConfig, name: str, columns: Columns, usual: str) -> None:
     """Asks which column holds the captions where no mapped one is there, nor `usual`, the layout's own name.
 
@@ -87,7 +101,7 @@ def check_caption(source: SourceConfig, name: str, columns: Columns, usual: str)
     offered = _offered(columns, usual)
     if source.on_missing_caption == "take":
         also = f"; its column {offered[0]!r} is not read" if offered else ""
-        print(f"sources {source.name}: {name} has no column {usual!r}: pictures without captions are taken{also}")
+        say(f"sources {source.name}: {name} has no column {usual!r}: pictures without captions are taken{also}")
     elif offered:
         mine = "tags" if offered[0].casefold().startswith("tag") else "caption"
         raise Halt(
@@ -111,6 +125,13 @@ def _offered(columns: Columns, usual: str) -> list[str]:
 
     words = [name for name, holds in columns.words.items() if holds and name.casefold().strip() not in _NEVER]
     return sorted(words, key=rank)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of columns in a message, which a wide table would fill."""
+    shown = [str(name)[:60] for name in names]
+    more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+    return (", ".join(shown[:_MOST_SHOWN]) or "none") + more
 
 
 def did_you_mean(wanted: str, names: Iterable[str]) -> str:

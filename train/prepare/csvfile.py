@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.exits import ExitCode, Halt
-from train.prepare.progress import counted
+from train.prepare.progress import counted, say
 from train.prepare.records import REST_UNREAD
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _form(where: str, file: Path, mtime_ns: int) -> CsvForm:
     if names is None:
         raise csv.Error("the header cannot be read")
     if delimiter != usual:
-        print(f"{where}: {file.name} divides its columns by {_DELIMITERS.get(delimiter, repr(delimiter))}, and is read so")
+        say(f"{where}: {file.name} divides its columns by {_DELIMITERS.get(delimiter, repr(delimiter))}, and is read so")
     return CsvForm(delimiter, tuple(name.strip() for name in names), any(name.startswith(" ") for name in names[1:]), skipped)
 
 

@@ -177,6 +177,8 @@ def _parquet_rows(posts: Path, relation: Path | None) -> Iterator[tuple[Row, lis
         for batch in file.iter_batches(batch_size=10_000):
             read_so_far(share * batch.num_rows)
             for row in batch.to_pylist():
+                if isinstance(row.get("id"), float) and row["id"].is_integer():  # as pandas makes of a column with gaps
+                    row["id"] = int(row["id"])
                 ids: list[int] = []
                 if pairs is not None and keys is not None and isinstance(row.get("id"), int):
                     start, end = keys.searchsorted(row["id"]), keys.searchsorted(row["id"], side="right")

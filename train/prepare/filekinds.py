@@ -28,7 +28,7 @@ _LITTER = re.compile(
     r"|Thumbs(?:_\w+)?\.db|ehthumbs(?:_\w+)?\.db|desktop\.ini|\$RECYCLE\.BIN|RECYCLER|System Volume Information|lost\+found"
     r"|@eaDir|SYNO(?:FILE|PHOTO|INDEX).*|#recycle|@Recycle|@Recently-Snapshot|#snapshot|@tmp|\.@__thumb|\.thumbnails|\.picasa\.ini"
     r"|Picasa\.ini|\.directory|\.nomedia|ZbThumbnail\.info|\.nfs\w+|\.fuse_hidden.*|\.sync(?:thing\..*)?|\.stfolder|~\$.*|\.~lock\..*"
-    r"|.*~|.*\.(?:part|crdownload|partial|download|aria2|!qB|opdownload|swp|tmp)|.*-(?:mask|cond)label\.png",
+    r"|.*:Zone\.Identifier|\.localized|\.dropbox.*|.*~|.*\.(?:part|crdownload|partial|download|aria2|!qB|opdownload|swp|tmp)|.*-(?:mask|cond)label\.png",
     re.IGNORECASE | re.DOTALL,
 )
 

@@ -18,14 +18,23 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
-from train.prepare.columns import LOOK_ROWS, Columns, check_caption, check_header, check_mapped, wants_caption
+from train.prepare.census import Census
+from train.prepare.columns import (
+    LOOK_ROWS,
+    Columns,
+    check_caption,
+    check_header,
+    check_mapped,
+    check_names,
+    wants_caption,
+)
 from train.prepare.csvfile import csv_form, require_text
 from train.prepare.filekinds import is_image
 from train.prepare.files import require_source, source_root
 from train.prepare.jsonstream import Malformed, iter_values
 from train.prepare.mapped import below, mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost
-from train.prepare.progress import read_so_far
+from train.prepare.progress import read_so_far, say
 from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.table import Row, captionless, check_pictures, csv_rows, parquet_rows, refused
@@ -39,14 +48,12 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """Every image of the folder's metadata files, parquet files and Arrow files."""
     require_source(source)
     root = source_root(source)
-    seen, pictures, named, files = Columns(), array("q"), array("q"), 0
+    seen, pictures, named, files, other = Columns(), array("q"), array("q"), 0, None
     path = Path(source.path)
     for found in walk(source, root) if path.is_dir() else [path.name]:
         if isinstance(found, Quarantine):
             yield found
-        elif (path.is_file() and not found.lower().endswith(_EMBEDDED)) or (
-            PurePosixPath(found).name in _METADATA and not _embedded(root / found)
-        ):
+        elif _is_metadata(found, alone=path.is_file()) and not _embedded(root / found):
             files += 1
             for post in _metadata(source, root, found, seen):
                 if isinstance(post, RawPost):
@@ -57,11 +64,14 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
             yield from _embedded_rows(source, root, found)
         elif is_image(found):
             pictures.append(_mark(found))
+        elif other is None and found.lower().endswith((".jsonl", ".json", ".csv", ".tsv")):
+            other = found
     if seen.rows:
         check_mapped(source, "any row of its .jsonl files", seen)
     if not files:
+        hint = f"{other} has another name: name it in path, or rename it" if other else "Pictures with .txt beside them are adapter: sidecar"
         raise Halt(ExitCode.MISMATCH, f"sources {source.name}: {len(pictures)} pictures, and no {', '.join(_METADATA)} and no "
-                   "parquet or Arrow file: no record. Pictures with .txt beside them are adapter: sidecar")  # fmt: skip
+                   f"parquet or Arrow file: no record. {hint}")  # fmt: skip
     if len(named):
         _say_forgotten(source, root, pictures, named)
 
@@ -77,9 +87,15 @@ def _say_forgotten(source: SourceConfig, root: Path, pictures: array[int], named
     forgotten = sum(mark not in known for mark in pictures)
     if forgotten:
         names = (found for found in walk(source, root) if isinstance(found, str) and is_image(found))
-        first = next(found for found in names if _mark(found) not in known)
-        print(f"sources {source.name}: {forgotten} of {len(pictures)} pictures are not in the metadata files and are not taken, "
-              f"such as {first}")  # fmt: skip
+        with Census(source).open():  # what the walk notes is counted already
+            first = next(found for found in names if _mark(found) not in known)
+        say(f"sources {source.name}: {forgotten} of {len(pictures)} pictures are not in the metadata files and are not taken, "
+            f"such as {first}")  # fmt: skip
+
+
+def _is_metadata(name: str, *, alone: bool) -> bool:
+    """Whether a file may list pictures: by its name, or any kind but Arrow where the user named it."""
+    return PurePosixPath(name).name in _METADATA or (alone and not name.lower().endswith(".arrow"))
 
 
 def _left_by_datasets(file: Path) -> bool:
@@ -131,7 +147,7 @@ def _checked(
     columns = Columns() if lines else _columns(source, name, file)
 
     def ask() -> None:
-        check_mapped(mapped, name, columns, ["uri"])
+        check_names(source, name, columns, "file_name")
         check_caption(source, name, columns, "text")
 
     if columns.words and not lines:

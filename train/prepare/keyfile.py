@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
-from train.prepare.columns import did_you_mean
+from train.prepare.columns import did_you_mean, listed
 from train.prepare.csvfile import cells, csv_form
 
 _CHUNK_ROWS = 50_000
@@ -41,7 +41,7 @@ def _check_names(where: str, names: list[str], column: str, section: str) -> Non
             fix = f": set {hint}{did_you_mean(wanted, names)}" if hint else f"{did_you_mean(wanted, names)}"
             raise Halt(
                 ExitCode.USAGE,
-                f"{where} must have the columns key and {column}, and has no {wanted}{fix} It has {', '.join(names)}. "
+                f"{where} must have the columns key and {column}, and has no {wanted}{fix} It has {listed(names)}. "
                 "A key is <source name>:<id>, as in the records",
             )
 

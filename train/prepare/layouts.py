@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -10,7 +11,7 @@ from typing import Any
 
 from train.prepare.filekinds import is_image, media_kind
 from train.prepare.files import source_root
-from train.prepare.names import other_ending, same_name
+from train.prepare.names import first_like
 from train.prepare.settings import SourceConfig
 
 _FOLDERS = ("images", "original", "data")  # where sets keep their pictures below the root
@@ -24,17 +25,19 @@ def find_image(root: Path, name: str, post_id: int, fields: Mapping[str, Any], p
     The probe reports those that are not there. `name` is the file that has the post for itself, or its folder and a slash.
     """
     extension = str(fields.get("file_ext") or "").lower().lstrip(".") or "jpg"
-    stems = dict.fromkeys(_stems(root, name, post_id, fields.get("md5"), post))
-    candidates = dict.fromkeys([*_listed(name, post), *(f"{stem}.{extension}" for stem in stems)])
-    safe = [candidate for candidate in candidates if ".." not in candidate and "\0" not in candidate]
-    for candidate in safe:
-        if os.path.exists(f"{root}/{candidate}"):
+    candidates: dict[str, None] = {}
+    stems = (f"{stem}.{extension}" for stem in _stems(root, name, post_id, fields.get("md5"), post))
+    for candidate in itertools.chain(_listed(name, post), stems):
+        if candidate in candidates:
+            continue
+        candidates[candidate] = None
+        if _is_safe(candidate) and os.path.exists(f"{root}/{candidate}"):
             return candidate
-    for candidate in safe:
-        found = same_name(root, candidate) or other_ending(root, candidate, any_of=True)
-        if found is not None:
-            return found
-    return next(iter(candidates))
+    return first_like(root, filter(_is_safe, candidates), any_of=True) or next(iter(candidates))
+
+
+def _is_safe(path: str) -> bool:
+    return ".." not in path and "\0" not in path
 
 
 def tried(source: SourceConfig, record: Mapping[str, Any]) -> str:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from train.exits import ExitCode, Halt
+from train.prepare.captionremarks import likely_separator
 from train.prepare.cells import lines_in, tags_in
+from train.prepare.census import note
 from train.prepare.columns import TAG_COLUMNS
 from train.prepare.danbooru import post_number
 from train.prepare.files import UnsafePath
@@ -24,6 +26,8 @@ FIELDS = (
     "up_score", "down_score", "fav_count", "is_deleted", "is_banned", "is_pending", "parent_id", "has_children",
     "pixel_hash_src",
 )  # fmt: skip
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+_ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
 _KNOWN = frozenset(["id", "uri", "image", "caption", "fallback_caption", "tags", *FIELDS, *TAG_COLUMNS])
 
 
@@ -60,7 +64,7 @@ def mapped_post(
         uri = on_disk(root, uri)
     if uri is None:
         if "source_id" not in fields:
-            raise BadRecord("neither a path (columns.uri) nor a whole number as id (columns.id)")
+            raise BadRecord("no path (columns.uri), no whole number as id (columns.id), no embedded picture (columns.image)")
         uri = find_image(root, "", post_number(fields["source_id"]), fields, row)
     return RawPost(
         id=number or row_id or uri,
@@ -78,12 +82,12 @@ def below(root: Path, text: str, folder: str = "") -> str:
 
     Backslashes of a table made on Windows are slashes. Raises BadRecord for an address, UnsafePath for another disk's path.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", text):
+    if "://" in text and _ADDRESS.match(text):
         raise BadRecord(f"{text[:200]!r} is an address, and nothing is downloaded: fetch the pictures, and map a column "
                         "with their file names to columns.uri")  # fmt: skip
     if "\\" in text and not (root / folder / text).exists():
         text = text.replace("\\", "/")
-    if re.match(r"/|[A-Za-z]:/", text):
+    if _ABSOLUTE.match(text):
         inside = (Path(text).relative_to(base) for base in (root, root.resolve()) if Path(text).is_relative_to(base))
         if (found := next(inside, None)) is not None:
             return found.as_posix()
@@ -123,7 +127,9 @@ def _caption(value: Any, column: str) -> str | None:
 def _tag_lists(source: SourceConfig, values: Mapping[str, Any]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for column in TAG_COLUMNS:
-        tags = split_tags(source, values.get(column), source.columns.get(column, column))
+        if column not in values:
+            continue
+        tags = split_tags(source, values[column], source.columns[column])
         if tags:
             # tags without a category are general: nothing tells names from tags
             found.setdefault("general" if column == "tags" else column.removeprefix("tags_"), []).extend(tags)
@@ -149,4 +155,6 @@ def split_tags(source: SourceConfig, value: Any, column: str) -> list[str]:
     # no tag holds a comma: `a,b` and `a, b,` are meant alike
     separator = "," if source.tag_separator.strip() == "," else source.tag_separator
     tags = [tag.strip() for tag in value.split(separator)]
+    if len(tags) == 1 and likely_separator(value) is not None:
+        note("one_tag", repr(value[:60]))
     return tags[:-1] if not tags[-1] else tags

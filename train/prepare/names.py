@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import unicodedata
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,11 +22,13 @@ _Listing = tuple[dict[str, tuple[str, ...]], dict[str, tuple[str, ...]]]
 
 def on_disk(root: Path, uri: str) -> str:
     """Path below `root` of the picture that `uri` names: itself, another spelling, another ending, or itself if none."""
+    if os.path.lexists(f"{root}/{uri}"):
+        return uri
     try:
         check_relative(uri)
     except UnsafePath:
         return uri  # refused with its record
-    return same_name(root, uri) or other_ending(root, uri) or uri
+    return first_like(root, [uri]) or uri
 
 
 def same_name(root: Path, uri: str) -> str | None:
@@ -36,26 +39,33 @@ def same_name(root: Path, uri: str) -> str | None:
     return found
 
 
-def other_ending(root: Path, uri: str, *, any_of: bool = False) -> str | None:
-    """The picture beside `uri` that has its name up to the last dot; None where there is none.
-
-    Where there are several it is none of them, unless `any_of` says that they are all the same picture.
-    """
+def other_ending(root: Path, uri: str) -> str | None:
+    """The picture beside `uri` that has its name up to the last dot; None where there is none, or several."""
     folder, name = _parts(uri)
     place = _spelled(root, folder)
-    if place is None:
-        return None
-    found = _listing(f"{root}/{place}")[1].get(_folded(os.path.splitext(name)[0]), ())
-    if not found or (len(found) > 1 and not any_of):
-        return None
-    chosen = min(found, key=lambda one: (_rank(one), one))
-    note("ending", f"{chosen} for {name}")
-    return f"{place}/{chosen}" if place else chosen
+    return None if place is None else _ending(place, name, _listing(root, place), any_of=False)
 
 
-def _rank(name: str) -> int:
-    suffix = os.path.splitext(name)[1].lower()
-    return _FIRST.index(suffix) if suffix in _FIRST else len(_FIRST)
+def first_like(root: Path, uris: Iterable[str], *, any_of: bool = False) -> str | None:
+    """Of paths that are not there, what the first one must mean: another spelling, or the one picture of its name.
+
+    Where several pictures differ by their endings it is none of them, unless `any_of` says that all are the same picture.
+    """
+    places: dict[str, tuple[str, _Listing] | None] = {}
+    for uri in uris:
+        folder, name = _parts(uri)
+        if folder not in places:
+            place = _spelled(root, folder)
+            places[folder] = None if place is None else (place, _listing(root, place))
+        where = places[folder]
+        if where is None:
+            continue
+        if (found := _alike(name, where[1])) is not None:
+            note("spelling", f"{found} for {name}")
+            return _joined(where[0], found)
+        if (ended := _ending(where[0], name, where[1], any_of=any_of)) is not None:
+            return ended
+    return None
 
 
 def _parts(uri: str) -> tuple[str, str]:
@@ -63,24 +73,49 @@ def _parts(uri: str) -> tuple[str, str]:
     return folder, name
 
 
+def _joined(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name
+
+
 def _spelled(root: Path, uri: str) -> str | None:
     if not uri or os.path.lexists(f"{root}/{uri}"):
         return uri
     folder, name = _parts(uri)
     place = _spelled(root, folder)
-    if place is None:
-        return None
-    found = _listing(f"{root}/{place}")[0].get(_folded(name), ())
+    found = None if place is None else _alike(name, _listing(root, place))
+    return None if place is None or found is None else _joined(place, found)
+
+
+def _alike(name: str, listing: _Listing) -> str | None:
+    """The one name that differs by case or form, by form alone where several do."""
+    found = listing[0].get(_folded(name), ())
     composed = unicodedata.normalize("NFC", name)
     alike = [one for one in found if unicodedata.normalize("NFC", one) == composed] or found
-    return None if len(alike) != 1 else f"{place}/{alike[0]}" if place else alike[0]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _ending(place: str, name: str, listing: _Listing, *, any_of: bool) -> str | None:
+    found = listing[1].get(_folded(os.path.splitext(name)[0]), ())
+    if not found or (len(found) > 1 and not any_of):
+        return None
+    chosen = min(found, key=lambda one: (_rank(one), one))
+    note("ending", f"{chosen} for {name}")
+    return _joined(place, chosen)
+
+
+def _rank(name: str) -> int:
+    suffix = os.path.splitext(name)[1].lower()
+    return _FIRST.index(suffix) if suffix in _FIRST else len(_FIRST)
 
 
 def _folded(name: str) -> str:
+    if name.isascii():
+        return name.lower()
     return unicodedata.normalize("NFC", name).casefold()
 
 
-def _listing(folder: str) -> _Listing:
+def _listing(root: Path, place: str) -> _Listing:
+    folder = f"{root}/{place}"
     try:
         return _listed(folder, os.stat(folder).st_mtime_ns)
     except OSError:

@@ -25,6 +25,12 @@ def bar(total: int, label: str, unit: str = "rows", **options: Any) -> Any:
                 leave=False, **options)  # fmt: skip
 
 
+def say(line: str) -> None:
+    """Print a line, on the first process only."""
+    if os.environ.get("RANK", "0") in ("", "0"):
+        print(line)
+
+
 @contextmanager
 def reading(total_bytes: int, label: str) -> Iterator[Any]:
     """The bar of a source of so many bytes, which `counted` and `read_so_far` move."""

@@ -44,7 +44,7 @@ class SourceConfig:
     columns: dict[str, str] = field(default_factory=dict)  # our column: theirs
     tag_separator: str | None = None  # of tags joined in one text, in columns of tags or else captions; null = commas
     dictionary: str | None = None  # CSV (name, category, count, aliases) that gives uncategorised tags a category
-    rating_scheme: Literal["gsqe", "sqe"] | None = None  # sqe: s means safe; null = the adapter's
+    rating_scheme: Literal["gsqe", "sqe"] | None = None  # sqe: s means safe; null = the adapter's, or asked for
     assume_rating: Literal["g", "s"] | None = None  # of records without any rating; never overrides one
     escaped: bool = False  # tags carry backslashes before brackets
     on_bad_tag: Literal["error", "drop", "replace"] = "error"

@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.exits import ExitCode, Halt
-from train.prepare.columns import WORDS, check_header
+from train.prepare.captiontext import SURROGATE
+from train.prepare.columns import WORDS, check_header, listed
 from train.prepare.csvfile import cells, csv_form
 from train.prepare.files import require_source, source_root
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, refusal
-from train.prepare.progress import read_so_far
+from train.prepare.progress import read_so_far, say
 from train.prepare.records import REST_UNREAD, Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.walking import walk
@@ -63,7 +64,7 @@ def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[R
     if (names := _header(source, file)) is not None:
         check_header(source, name, names)
         if not any(ours in WORDS for ours in source.columns):
-            print(f"sources {source.name}: neither captions nor tags of {name} are mapped, its pictures come without; it has {', '.join(names)}")
+            say(f"sources {source.name}: neither captions nor tags of {name} are mapped, its pictures come without; it has {listed(names)}")
     image = source.columns.get("image")
     if image is not None and names is not None:
         check_pictures(source, name, file, image)
@@ -93,7 +94,7 @@ def check_pictures(source: SourceConfig, name: str, file: Path, image: str) -> N
     if image not in schema.names:
         hint = f"columns.image: {bytes_of[0]}" if bytes_of else "columns.image"
         files = "; pictures that lie beside it as files: adapter table, columns.uri" if not bytes_of else ""
-        raise Halt(ExitCode.MISMATCH, f"{where} has no column {image} with images: set {hint}? It has {', '.join(schema.names)}{files}")
+        raise Halt(ExitCode.MISMATCH, f"{where} has no column {image} with images: set {hint}? It has {listed(schema.names)}{files}")
     if image not in bytes_of:
         raise Halt(
             ExitCode.MISMATCH,
@@ -130,7 +131,8 @@ def refused(source: SourceConfig, name: str, number: int, error: Exception) -> Q
 
 def captionless(source: SourceConfig, name: str, number: int) -> Quarantine:
     """The quarantine row of a row that has no caption."""
-    message = f"{name} row {number}: no caption: see on_missing_caption"
+    column = source.columns.get("caption", "")
+    message = f"{name} row {number}: no caption{f' in column {column!r}' if column else ''}: see columns.caption and on_missing_caption"
     return Quarantine(f"{source.name}:{name}#{number}", "ingest", "missing_caption", message)
 
 
@@ -176,4 +178,10 @@ def csv_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int,
         yield 0, refused(source, name, 0, error)
         return
     for number, row in cells(form, file):
-        yield number, refused(source, name, number, BadRecord(row)) if isinstance(row, str) else row
+        if isinstance(row, str):
+            yield number, refused(source, name, number, BadRecord(row))
+        elif any(SURROGATE.search(row.get(column, "")) for column in source.columns.values()):
+            problem = BadRecord("not UTF-8: save the file as `CSV UTF-8`, or convert it")
+            yield number, refused(source, name, number, problem)
+        else:
+            yield number, row

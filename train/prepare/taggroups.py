@@ -50,17 +50,18 @@ def tag_groups(post: Mapping[str, Any], rest: Mapping[str, str] | None = None, c
 
 
 def _cleaned(tags: list[Any], clean: Clean) -> list[Any]:
-    return [clean(tag) if isinstance(tag, str) else tag for tag in tags]
+    return tags if clean is str else [clean(tag) if isinstance(tag, str) else tag for tag in tags]
 
 
 def _by_field(post: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Tags of the fields that each hold one category; where a post has both forms of one, they are the same."""
     found: dict[str, list[Any]] = {}
     seen: set[str] = set()
+    names = [name for name in post if name.startswith("tag")]
     for prefix in _PREFIXES:
-        for name, value in post.items():
-            category = name.removeprefix(prefix)
-            if not name.startswith(prefix) or category in seen or not isinstance(value, str | list | tuple):
+        for name in names:
+            category, value = name.removeprefix(prefix), post[name]
+            if category == name or category in seen or not isinstance(value, str | list | tuple):
                 continue
             group = _GROUPS.get(category)
             if group is None:

@@ -17,14 +17,14 @@ from typing import IO
 
 from train.prepare.captiontext import MAX_CAPTION_BYTES, caption_ending
 from train.prepare.census import note
-from train.prepare.columns import Columns, check_mapped, wants_caption
+from train.prepare.columns import Columns, check_mapped, listed, wants_caption
 from train.prepare.danbooru import danbooru_post
 from train.prepare.filekinds import is_image, is_litter, media_kind
 from train.prepare.files import UnsafePath, check_relative, is_plain, require_source, source_root
 from train.prepare.jsonstream import MAX_VALUE_BYTES, Malformed, parse
 from train.prepare.mapped import mapped_post
 from train.prepare.normalise import REFUSALS, BadRecord, RawPost, printable
-from train.prepare.progress import read_so_far
+from train.prepare.progress import read_so_far, say
 from train.prepare.records import REST_UNREAD, ErrorReason, Quarantine
 from train.prepare.settings import SourceConfig
 from train.prepare.walking import not_a_picture, walk
@@ -88,9 +88,11 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
         elif found.lower().endswith(_COMPRESSED):
             told.passed_over("compressed tars are not read (unpack them to .tar)", found)
     for what, count in sorted(told.counts.items()):
-        print(f"sources {source.name}: {count} {what}, such as {told.first[what]}")
+        say(f"sources {source.name}: {count} {what}, such as {told.first[what]}")
     if told.columns.rows:
         check_mapped(source, "any .json of its tars", told.columns)
+    elif source.columns:
+        say(f"sources {source.name}: columns are mapped, and its tars hold no .json that has them")
 
 
 def _tar(source: SourceConfig, root: Path, name: str, file: Path, told: _Told) -> Iterator[RawPost | Quarantine]:
@@ -247,12 +249,15 @@ def _post(
         told.columns.add(value)
         found = mapped_post(source, value, place, root, tar.name, member, place)
     elif any(name.startswith("tag") for name in value):
-        found = danbooru_post(source, place, value, tar.name, member)
+        try:
+            found = danbooru_post(source, place, value, tar.name, member)
+        except BadRecord as error:
+            raise BadRecord(f"{error}; a .json that is no post is read through columns, such as columns.caption: caption") from error
     elif text is not None:
         told.passed_over("members .json are no posts and are not read beside a caption (columns maps them)", f"{tar.name}/{post}")
         return plain
     else:
-        raise BadRecord(f"the .json is no Danbooru post: map its keys, such as columns.caption: caption. It has {', '.join(value)}")
+        raise BadRecord(f"the .json is no Danbooru post: map its keys, such as columns.caption: caption. It has {listed(value)}")
     found.caption = text if found.caption is None else found.caption
     return found
 
