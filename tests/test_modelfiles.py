@@ -356,7 +356,9 @@ def test_a_shift_of_zero_and_an_unusual_factor_are_taken(folder: Path, tmp_path:
     shutil.copytree(folder / "vae", tmp_path / "vae")
     path = tmp_path / "vae/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "shift_factor": 0.0, "latents_mean": None, "scaling_factor": 0.2}))
-    assert weights_of(folder, tmp_path / "vae")[1].configs["vae"]["scaling_factor"] == 0.2
+    model = weights_of(folder, tmp_path / "vae")[1]
+    assert model.configs["vae"]["scaling_factor"] == 0.2
+    assert "scaling_factor 0.2; other programs take 0.13025" in "; ".join(model.notes)
 
 
 # --- what is no SDXL model ------------------------------------------------------------------------------------------

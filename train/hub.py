@@ -72,6 +72,10 @@ def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
         notes = (*model.notes, *(f"model.vae: {note}" for note in vae.notes))
         configs, weights = {**model.configs, "vae": vae.config}, {**kept, **vae.weights}
         model = replace(model, configs=configs, weights=weights, vae_sha256=digest, notes=notes)
+    factor, usual = model.configs["vae"]["scaling_factor"], sdxl.STANDARD["vae"]["scaling_factor"]
+    if factor != usual:
+        told = f"trains and samples with its VAE's scaling_factor {factor}; other programs take {usual} for a single file"
+        model = replace(model, notes=(*model.notes, told))
     if settings.init_sha256 and settings.init_sha256 != model.sha256:
         raise Halt(
             ExitCode.MISMATCH,
