@@ -51,6 +51,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def named(self, i: int) -> str:
+        return self.keys[i]
+
     def latent(self, i: int) -> tuple[str, int]:
         return f"{self.bucket_w[i]}", int(self.uids[i] % 1000)
 
@@ -111,8 +114,9 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(bad: tuple[int, ...]
     images, tokens = Images(keys(9)), TagTokenizer(small_tokenizer())
     broken = Damaged({int(images.uids[i] % 1000) for i in bad})
     options: Any = {"micro": 4, "device": torch.device("cpu")}
-    with pytest.raises(Halt, match="not finite"):
+    with pytest.raises(Halt, match="not finite") as halted:
         evaluate(loss_of, images, broken, tokens, Making(0.13025), **options)  # type: ignore[arg-type]
+    assert halted.value.message.split(": row")[0] in {images.keys[i] for i in bad}
     found = evaluate(loss_of, images, broken, tokens, Making(0.13025), skip_unreadable=True, **options)  # type: ignore[arg-type]
     assert found is not None
     assert found["unreadable"] == [f"{images.uids[i]:016x}" for i in bad]

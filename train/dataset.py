@@ -143,7 +143,7 @@ class TileDataset(Dataset[Batch | Halt]):
             raw_BCHW, first = self._read(rows)
         except Halt as halt:
             if self.data.on_read_error == "stop":
-                raise self._naming(halt, rows) from halt
+                raise naming_the_picture(halt, self.index, self.reader, rows) from halt
             rows, substituted = self._readable(rows, tile)
             raw_BCHW, first = self._read(rows)
         expected = (tile.height // 8, tile.width // 8)
@@ -181,14 +181,6 @@ class TileDataset(Dataset[Batch | Halt]):
             result.append(good)
         return result, replaced
 
-    def _naming(self, halt: Halt, rows: list[int]) -> Halt:
-        """The same refusal with the picture that it is about: a shard and a row say nothing to who looks for it."""
-        row = next((row for row in rows if not self._can_read(row)), None)
-        if row is None:
-            return halt
-        instead = "; with data.on_read_error=substitute another picture takes its place"
-        return Halt(halt.code, f"{self.index.named(row)}: {halt.message}{instead}")
-
     def _can_read(self, row: int) -> bool:
         try:
             self._read([row])
@@ -210,6 +202,18 @@ class TileDataset(Dataset[Batch | Halt]):
         crop = (int(index.crop_top[row]), int(index.crop_left[row]))
         top, left = crop_condition(self.data.crop_conditioning, *original, tile.width, tile.height, *crop)
         return size_vector(*original, top, left, tile.width, tile.height)
+
+
+def naming_the_picture(halt: Halt, index: Index, reader: ShardReader, rows: Sequence[int]) -> Halt:
+    """The refusal of one of `rows` with the picture that it is about: shard and row say nothing to who looks for it."""
+    for row in rows:
+        shard, place = index.latent(row)
+        try:
+            reader.read([shard], [place])
+        except Halt:
+            instead = "with data.on_read_error=substitute a run goes on without it"
+            return Halt(halt.code, f"{index.named(row)}: {halt.message}; {instead}")
+    return halt
 
 
 def draw_options(data: DataConfig, total_updates: int) -> DrawOptions:

@@ -7,6 +7,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from train.config import LossConfig, NoiseConfig, StageConfig, load_stage
@@ -88,7 +89,8 @@ class HeldOut:
             )
         if record is not None:
             if missing := record.get("unreadable"):
-                tracker.alert(f"held-out loss without {len(missing)} images whose latents cannot be read: {missing[0]} ...")
+                first = self.index.named(int(np.flatnonzero(self.index.uids == np.uint64(int(missing[0], 16)))[0]))
+                tracker.alert(f"held-out loss without {len(missing)} images whose latents cannot be read: {first} ...")
             tracker.validation({"step": step, "update": update, **record})
 
     def _loss_of(self, batch: Batch) -> torch.Tensor:

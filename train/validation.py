@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from train import rng
 from train.buckets import crop_condition
-from train.dataset import Batch
+from train.dataset import Batch, naming_the_picture
 from train.exits import Halt
 from train.index import Index
 from train.latents import ShardReader
@@ -75,7 +75,10 @@ def make_batch(
 ) -> Batch:
     """The held-out images `rows` (of one bucket) with their fixed noise and timesteps."""
     places = [index.latent(row) for row in rows.tolist()]
-    raw_BCHW = reader.read([shard for shard, _ in places], [place for _, place in places])
+    try:
+        raw_BCHW = reader.read([shard for shard, _ in places], [place for _, place in places])
+    except Halt as halt:
+        raise naming_the_picture(halt, index, reader, rows.tolist()) from halt
     if index.content == "moments":
         raw_BCHW = raw_BCHW.chunk(2, dim=1)[0]  # the mean: nothing is drawn
     shape = tuple(raw_BCHW.shape[1:])
