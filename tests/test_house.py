@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 L0 = {"config", "configrules", "schema", "exits", "rng", "schedule", "buckets", "captions", "labels", "plan", "memory", "faults",
-      "exclusions", "scaler", "rundir", "masking", "streams", "resume"}  # fmt: skip
+      "exclusions", "scaler", "rundir", "masking", "quiet", "streams", "resume"}  # fmt: skip
 L2 = {"run"}
 SOURCES = sorted([*ROOT.glob("train/**/*.py"), *ROOT.glob("scripts/*.py")])
 

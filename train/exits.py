@@ -12,7 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
 
-from train import streams
+from train import quiet, streams
 from train.masking import MaskingFilter, mask
 
 EXIT_NOTE = "ANIX_EXIT_NOTE"  # environment: a file for the main process's exit code, which launchers replace by 1
@@ -60,8 +60,7 @@ def log_to_stderr() -> None:
     log = logging.getLogger("anix")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
-    # Says at every start on a CPU that an optional kernel for 4-bit inference is missing, which nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    quiet.install()
 
 
 def run_cli(main: Callable[[], int | None], *, answers: bool = True) -> NoReturn:
