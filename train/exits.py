@@ -60,7 +60,7 @@ def log_to_stderr() -> None:
     log = logging.getLogger("anix")
     log.handlers = [handler]
     log.setLevel(logging.INFO)
-    quiet.hush()
+    quiet.install()
 
 
 def run_cli(main: Callable[[], int | None], *, answers: bool = True) -> NoReturn:

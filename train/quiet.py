@@ -1,6 +1,6 @@
-"""What other libraries say at every start and nobody can act on does not reach the terminal. Standard library only.
+"""Warnings of other libraries that a user of these commands cannot act on stay off the terminal. Standard library only.
 
-Each notice is named by its speaker and its words; whatever else the same library says is heard.
+Each is named by where it comes from and by its words, so that whatever else that library says is still heard.
 """
 
 from __future__ import annotations
@@ -9,37 +9,39 @@ import logging
 import re
 import warnings
 
-_LOGGED = {  # logger: words
-    # The image processors of pipelines that nothing here uses; Pillow's are taken, as everywhere in this project.
-    "transformers.utils.import_utils": r"requires torchvision \(not installed\); falling back",
-    # A list of modules to be kept in float32 that is empty.
-    "diffusers.models.modeling_utils": r"should be kept in float32: \[\]",
-}
-_WARNED = (
-    # The number of workers is the config's; machines with few cores are warned of at each of them.
-    r"This DataLoader will create \d+ worker processes",
-    r"'pin_memory' argument is set as true but no accelerator is found",
+_WARNINGS = (  # (beginning of the message, category)
+    # data.workers is asked for; more of them than cores wait for the disk, which is what they are for.
+    (r"This DataLoader will create \d+ worker processes", UserWarning),
+    (r"'pin_memory' argument is set as true but no accelerator is found", UserWarning),
+    # fp32 sums stay fp32 on purpose: see precision.
+    (r"\s*TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled", UserWarning),
 )
+_LOGGED = {  # logger: what of its messages is dropped
+    # torchvision is left out on purpose: a build that does not match torch breaks diffusers.
+    "transformers.utils.import_utils": r"requires torchvision \(not installed\); falling back",
+    # Said of every network that is cast, although its list is empty.
+    "diffusers.models.modeling_utils": r"that should be kept in float32: \[\]",
+    # Of torch.compile, about a mode that nothing here asks for.
+    "torch._inductor.utils": r"Not enough SMs to use max_autotune_gemm mode",
+}
 
 
-def hush() -> None:
-    """Leave the known notices out, before or after their libraries are imported. A second call does nothing."""
-    for name, words in _LOGGED.items():
-        logger = logging.getLogger(name)
-        if not any(isinstance(one, _Without) for one in logger.filters):
-            logger.addFilter(_Without(words))
-    for words in _WARNED:
-        warnings.filterwarnings("ignore", message=words, category=UserWarning)
-    # Says at every start on a CPU that an optional kernel for 4-bit inference is missing, which nothing here uses.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-
-class _Without(logging.Filter):
-    """Lets every record pass but those that hold the words."""
-
-    def __init__(self, words: str) -> None:
+class _Dropped(logging.Filter):
+    def __init__(self, pattern: str) -> None:
         super().__init__()
-        self._words = re.compile(words)
+        self._pattern = re.compile(pattern)
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return self._words.search(record.getMessage()) is None
+        return self._pattern.search(record.getMessage()) is None
+
+
+def install() -> None:
+    """From now on, in this process. A second call changes nothing that is seen."""
+    for message, category in _WARNINGS:
+        warnings.filterwarnings("ignore", message, category)
+    for name, pattern in _LOGGED.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, _Dropped) for known in logger.filters):
+            logger.addFilter(_Dropped(pattern))
+    # Says at every start on a CPU that an optional kernel for 4-bit inference is missing, which nothing here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""One stage of the recipe: `accelerate launch train/run.py --config configs/ft1.yaml [key=value ...]`.
+"""One stage of the recipe: `accelerate launch --quiet train/run.py --config configs/ft1.yaml [key=value ...]`.
 
 Reads as the recipe, top to bottom in `train_stage`:
 the selection and its plan (plan.py), captions with their separator (captions.py, dataset.py), the predecessor's

@@ -40,6 +40,17 @@ def cycle_length(config: ScheduleConfig, *, images: int, effective: int) -> int:
     return max(1, images // effective) if config.cycle_steps == "epoch" else config.cycle_steps
 
 
+def long_warmup(config: ScheduleConfig, *, total_updates: int) -> str | None:
+    """One line where the warmup outlasts the run, so that the peak is never reached; None where it does not."""
+    last = max(total_updates - 1, 0) * (config.processes if config.unit == "process_step" else 1)
+    if config.name != "constant_with_warmup" or last >= config.warmup_steps:
+        return None
+    return (
+        f"schedule.warmup_steps {config.warmup_steps} is longer than the run, {total_updates} updates: the learning rate "
+        f"gets to {last / config.warmup_steps:.0%} of optimizer.unet_lr and no further"
+    )
+
+
 def check(
     config: ScheduleConfig, peaks: Mapping[str, float], *, cycle_updates: int, total_updates: int, epochs: int
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from train import checkpoint, finished, guard, optim, preflight, reduce, resume, rng, tensorfile
+from train import checkpoint, finished, guard, optim, preflight, reduce, resume, rng, schedule, tensorfile
 from train.checkpoint import Progress
 from train.config import StageConfig, config_hash
 from train.dataset import TileDataset
@@ -148,6 +148,9 @@ def open_session(
     place, plan = machine.place, data.plan
     # What a setting can still spoil comes before the checkpoint is read and before files are opened.
     cycle = check_schedule(config, plan)
+    warning = schedule.long_warmup(config.schedule, total_updates=plan.total_updates)
+    if warning and place.is_main:
+        log.warning("%s", warning)
     previews = Previews(config, components, networks, place)
     held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling_factor(source))
     parameters, shares = trained_parameters(networks), open_shares(config, networks, place)

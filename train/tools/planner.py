@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from train.startcheck import check_processes
 from train.tools import tolerances
 from train.tools.plan_machines import IMPLIED_BY_CARD, Gpu, find_gpu, find_speed
 
+log = logging.getLogger("anix")
+
 MODES = (
     "full",
     "off mid",
@@ -36,6 +39,8 @@ _CARD_IMAGES = {
     ("animagine31", "pretrain"): (873_504, "assumed: card"),
     ("animagine31_as_run", "pretrain"): (873_504, "assumed: card"),
     ("animagine30", "pretrain"): (1_271_990, "assumed: card"),
+    ("animagine30", "ft1"): (2_500, "assumed: card"),
+    ("animagine30", "ft2"): (3_500, "assumed: card"),
     ("animagine31", "ft1"): (13_680, "assumed: unpublished; between 2,000 and 15,000 is likely"),
     ("animagine31", "ft2"): (13_680, "assumed: unpublished; between 2,000 and 15,000 is likely"),
 }
@@ -82,6 +87,8 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
     cycle = _cycle(config, images)
     restarts = config.schedule.name == "cosine_restarts"
     schedule.check(config.schedule, _peak_keys(config), cycle_updates=cycle, total_updates=total, epochs=config.epochs)
+    if warning := schedule.long_warmup(config.schedule, total_updates=total):
+        log.warning("%s", warning)
     gpu, how = find_gpu(request.gpu, request.memory_gib)
     setup = memory.setup_of(config, request.world)
     foreign = _foreign_size(config.model.init_from)  # what is counted below is SDXL's own size

@@ -22,6 +22,7 @@ from train.finished import answer
 from train.rundir import read_json
 
 RUN_PY = Path(__file__).resolve().parents[1] / "run.py"
+LAUNCHER = Path(__file__).with_name("launcher.py")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 HELPERS_S = 10.0  # for what a trainer leaves behind to end by itself
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -192,7 +193,7 @@ def _in_use(output_dir: Path) -> bool:
 
 def launch_command(launch: Path | None, processes: int) -> list[str]:
     """The launcher's command line up to the script."""
-    base = [sys.executable, "-m", "accelerate.commands.launch"]
+    base = [sys.executable, str(LAUNCHER), "accelerate"]
     if launch is not None:
         return [*base, "--config_file", str(launch)]
     if processes == 1:
@@ -200,7 +201,7 @@ def launch_command(launch: Path | None, processes: int) -> list[str]:
         return [*base, *one, "--mixed_precision", "no", "--dynamo_backend", "no"]
     if not _has_gpu():
         # accelerate's CPU mode starts one process whatever it is told; torchrun starts as many as asked.
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        return [sys.executable, str(LAUNCHER), "torchrun", "--standalone", "--nproc_per_node", str(processes)]
     several = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
     return [*base, *several, "--mixed_precision", "no", "--dynamo_backend", "no"]
 
