@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -161,6 +162,16 @@ def test_a_png_with_large_texts_is_read_without_them(kind: str, behind: bool) ->
     kept = Image.open(io.BytesIO(without_big_text(data)))
     kept.load()
     assert "parameters" in kept.text or kind == "many"  # type: ignore[attr-defined]
+
+
+def test_a_text_that_unpacks_to_the_moon_is_never_unpacked() -> None:
+    info = PngInfo()
+    info.add_text("note", "x" * (100 << 20), zip=True)
+    data = encoded(drawn(), "PNG", pnginfo=info)
+    tracemalloc.start()
+    assert len(without_big_text(data)) < len(data)
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize("data", [deep(3), deep(4), encoded(drawn(), "PNG"), encoded(drawn().convert("P"), "PNG", transparency=3)])
