@@ -327,7 +327,6 @@ CONFIGS = {
     "latents_mean": ({"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "latents_mean"),
     "latents_std": ({"latents_std": [1.0, 1.0, 1.0, 1.0]}, "latents_std"),
     "sixteen channels": ({"latent_channels": 16}, "16 channels"),
-    "Stable Diffusion 1's factor": ({"scaling_factor": 0.18215}, "Stable Diffusion 1"),
     "no factor": ({"scaling_factor": None}, "no positive number"),
     "another class": ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),
 }
@@ -350,6 +349,20 @@ def test_a_vae_nobody_could_apply_is_refused_in_every_place(kind: str, folder: P
             place()
         assert caught.value.code == ExitCode.MISMATCH
     assert weights_of(model, folder / "vae")[0] == weights_of(folder)[0]  # another in its place is well
+
+
+def test_the_vae_of_stable_diffusion_1_does_not_take_sdxls_place(folder: Path, tmp_path: Path) -> None:
+    """Same shapes, other latents: only its scaling_factor tells, which its older configs do not name."""
+    shutil.copytree(folder / "vae", tmp_path / "vae")
+    path = tmp_path / "vae/config.json"
+    config = json.loads(path.read_text())
+    for factor in ({"scaling_factor": 0.18215}, {}):
+        path.write_text(json.dumps({key: value for key, value in config.items() if key != "scaling_factor"} | factor))
+        for place in (lambda: weights_of(folder, tmp_path / "vae"),
+                      lambda: singlefile.to_single_file(folder, tmp_path / "x.safetensors", vae=tmp_path / "vae")):  # fmt: skip
+            with pytest.raises(Halt, match=r"Stable Diffusion 1's VAE; the model's own is 0\.13025"):
+                place()
+        assert find_vae(str(tmp_path / "vae")).config["scaling_factor"] == 0.18215  # alone it is what it is
 
 
 def test_a_shift_of_zero_and_an_unusual_factor_are_taken(folder: Path, tmp_path: Path) -> None:

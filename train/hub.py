@@ -67,7 +67,7 @@ def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
         model = replace(model, tokenizers=Path(settings.tokenizers))
     model = replace(model, vae_sha256=(model.lineage or {}).get("vae_sha256"))
     if settings.vae is not None:
-        vae, digest = _vae(settings, hashed or settings.vae_sha256 is not None, model.configs.get("vae"))
+        vae, digest = _vae(settings, hashed or settings.vae_sha256 is not None, model.configs.get("vae", sdxl.STANDARD["vae"]))
         kept = {name: blob for name, blob in model.weights.items() if not name.startswith("vae.")}
         notes = (*model.notes, *(f"model.vae: {note}" for note in vae.notes))
         configs, weights = {**model.configs, "vae": vae.config}, {**kept, **vae.weights}

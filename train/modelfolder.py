@@ -117,7 +117,7 @@ def read_configs(folder: Path, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.
     configs["scheduler"] = scheduler
     otherkinds.refuse_unet(configs["unet"], str(folder))
     if "vae" in networks:
-        otherkinds.refuse_vae(configs["vae"], str(folder))
+        configs["vae"] = otherkinds.checked_vae(configs["vae"], str(folder))
     sdxl.folder_shapes(configs, str(folder), networks)  # refused here, where the folder's name is known
     return configs
 

@@ -228,8 +228,11 @@ def refuse_unet(config: Mapping[str, Any], whose: str) -> None:
         )
 
 
-def refuse_vae(config: Mapping[str, Any], whose: str) -> None:
-    """Halt(MISMATCH) for a VAE whose latents are not SDXL's: what its config says and nobody here would apply."""
+def checked_vae(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """A VAE's config with its scaling_factor said.
+
+    Raises Halt(MISMATCH) for a VAE whose latents are not SDXL's: what its config says and nobody here would apply.
+    """
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         raise Halt(ExitCode.MISMATCH, f"{whose} is a VAE of the class {some([str(kind)])}; SDXL's is an AutoencoderKL")
@@ -246,10 +249,14 @@ def refuse_vae(config: Mapping[str, Any], whose: str) -> None:
     factor = config.get("scaling_factor", SD1_SCALE)
     if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < 1e6:
         raise Halt(ExitCode.MISMATCH, f"{whose}: scaling_factor of its VAE config is no positive number")
-    if factor == SD1_SCALE:
+    return {"scaling_factor": factor, **config}
+
+
+def refuse_other_scale(config: Mapping[str, Any], like: Mapping[str, Any], whose: str) -> None:
+    """Halt(MISMATCH) for Stable Diffusion 1's VAE in the place of SDXL's: of the same shapes, with other latents."""
+    if config["scaling_factor"] == SD1_SCALE != like.get("scaling_factor", SD1_SCALE):
         raise Halt(
             ExitCode.MISMATCH,
-            f"{whose}: the scaling_factor of its VAE is {SD1_SCALE} (or not set, which means that), Stable Diffusion "
-            "1's; SDXL's latents are another VAE's, with 0.13025. Name SDXL's VAE; if it is one, set scaling_factor in its config.json",
+            f"{whose}: its scaling_factor is {SD1_SCALE} (or not set, which means that), that of Stable Diffusion 1's "
+            f"VAE; the model's own is {like['scaling_factor']}. Name SDXL's VAE; if this is one, set scaling_factor in its config.json",
         )
-

@@ -151,7 +151,7 @@ def _with_vae(
     """The same model with another VAE; its record no longer names the one that it was trained with."""
     if path is None:
         return configs, weights, metadata
-    vae = vaefile.open_vae(Path(path), "--vae", configs.get("vae"))
+    vae = vaefile.open_vae(Path(path), "--vae", configs.get("vae", sdxl.STANDARD["vae"]))
     tell(vae.file, vae.notes)
     told = {key: value for key, value in metadata.items() if key != VAE_KEY}
     return {**configs, "vae": vae.config}, weights | vae.weights, told
@@ -167,9 +167,9 @@ def configs_in(source: weightfile.Tensors, networks: Sequence[str] = sdxl.NETWOR
     configs = sdxl.configs_of(source.metadata, source.blobs, str(source.path))
     sdxl.folder_shapes(configs, str(source.path), networks)  # refused here, where the file's name is known
     otherkinds.refuse_unet(configs["unet"], str(source.path))
-    if "vae" in networks:
-        otherkinds.refuse_vae(configs["vae"], str(source.path))
-    return configs
+    if "vae" not in networks:
+        return configs
+    return {**configs, "vae": otherkinds.checked_vae(configs["vae"], str(source.path))}
 
 
 def record_in(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -33,8 +33,9 @@ class Vae:
 def open_vae(path: Path, asked_by: str, like: Mapping[str, Any] | None = None) -> Vae:
     """The VAE at `path`, complete; `asked_by` is the key or option that names it.
 
-    A file says nothing of its config: it is that of the config.json beside it, or of its metadata, else `like` (of the
-    model that it goes into) where the shapes are the same, else SDXL's.
+    `like` is the config of the VAE whose place it takes in a model, None where it stands for itself.
+    A file says nothing of its config: it is that of the config.json beside it, or of its metadata, else `like`
+    where the shapes are the same, else SDXL's.
     Raises Halt: USAGE (no such path), MISMATCH (no VAE of SDXL's kind; says what it is).
     """
     if not path.exists():
@@ -49,7 +50,9 @@ def open_vae(path: Path, asked_by: str, like: Mapping[str, Any] | None = None) -
         config = like
     else:
         config = stored
-    otherkinds.refuse_vae(config, f"{asked_by} {path}")
+    config = otherkinds.checked_vae(config, f"{asked_by} {path}")
+    if like is not None:
+        otherkinds.refuse_other_scale(config, like, f"{asked_by} {path}")
     otherkinds.refuse_as_vae(file, source.blobs, asked_by)
     reading = read_weights(source, config)
     return Vae(config, reading.weights, file, reading.notes)
