@@ -14,8 +14,9 @@ import synthetic
 from train.config import StageConfig, load_stage
 from train.exits import ExitCode, Halt
 from train.plan import Plan
-from train.tools import plan_machines, plan_page, planner
-from train.tools.planner import Images, Request
+from train.tools import plan_images, plan_machines, plan_page, planner
+from train.tools.plan_images import Images
+from train.tools.planner import Request
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -195,7 +196,7 @@ def test_held_out_repeats_are_left_out_as_in_the_stage(tmp_path: Path) -> None:
                    "validation.share=0.3", "epochs=2", "batch.min_bucket=1")  # fmt: skip
     index = Index.open(data, config.selection)
     expected = int((~held_out(index.uids, 0.3, index.images)).sum())
-    assert planner.find_images(config, None).count == expected
+    assert plan_images.find_images(config, None).count == expected
 
 
 def test_prepared_buckets_are_counted_merged_and_dropped() -> None:

@@ -20,7 +20,7 @@ from train.index import Index
 from train.memory import GIB
 from train.plan import plan_fingerprint
 from train.selection import make_plan, open_selection, short_tiles_note
-from train.tools import planner
+from train.tools import plan_images, planner
 from train.update import image_losses
 
 BUCKETS = ((64, 64), (64, 96), (96, 64))
@@ -154,7 +154,7 @@ def test_the_planner_counts_short_tiles(base_model: Path, tmp_path: Path) -> Non
     stage = Stage(tmp_path, data, base_model)
     config = load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "epochs=7"])
     plan = make_plan(Index.open(data, "pretrain"), config)
-    images = planner.find_images(config, None)
+    images = plan_images.find_images(config, None)
     assert planner._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (2, 15)
     visits = sum(len(tile.rows) for update in range(15) for tile in plan.update(update))
     assert abs(planner._visits(config, images, 2, 15) - visits) <= 8
@@ -162,7 +162,7 @@ def test_the_planner_counts_short_tiles(base_model: Path, tmp_path: Path) -> Non
     assert report["short"] == {"64x96": 3, "96x64": 1}
     assert planner._cycle(config, images) == plan.cycle_updates == 3
     with pytest.raises(Halt, match=r"batch\.min_bucket is 4"):
-        planner.find_images(load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "batch.min_bucket=4"]), None)
+        plan_images.find_images(load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "batch.min_bucket=4"]), None)
 
 
 @pytest.mark.slow

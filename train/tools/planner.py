@@ -11,17 +11,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from train import memory, schedule
 from train.buckets import make_buckets
 from train.config import StageConfig, config_hash
 from train.diskspace import permanent_count
 from train.exits import ExitCode, Halt
 from train.memory import GIB, Prediction, Setup
-from train.plan import Plan, check_buckets
 from train.startcheck import check_processes
 from train.tools import tolerances
+from train.tools.plan_images import Images, find_images, lengths, visits
 from train.tools.plan_machines import IMPLIED_BY_CARD, Gpu, find_gpu, find_speed
 
 log = logging.getLogger("anix")
@@ -34,16 +32,6 @@ MODES = (
     "off 1280 and 640 channels",
     "none",
 )  # by exempt steps
-# Images of a selection that is not prepared here, by (data.path's folder name, stage).
-_CARD_IMAGES = {
-    ("animagine31", "pretrain"): (873_504, "assumed: card"),
-    ("animagine31_as_run", "pretrain"): (873_504, "assumed: card"),
-    ("animagine30", "pretrain"): (1_271_990, "assumed: card"),
-    ("animagine30", "ft1"): (2_500, "assumed: card"),
-    ("animagine30", "ft2"): (3_500, "assumed: card"),
-    ("animagine31", "ft1"): (13_680, "assumed: unpublished; between 2,000 and 15,000 is likely"),
-    ("animagine31", "ft2"): (13_680, "assumed: unpublished; between 2,000 and 15,000 is likely"),
-}
 EXPORT_BYTES = 2 * 6_940_000_000  # fp16 single file and folder; fp32 twice that
 TABLE_ROWS = 11
 
@@ -63,17 +51,6 @@ class Request:
     disk_gb: float | None = None
 
 
-@dataclass(frozen=True)
-class Images:
-    """The selection to plan for; `buckets` is None where only a count is known."""
-
-    count: int
-    source: str
-    buckets: dict[tuple[int, int], int] | None
-    plan: Plan | None
-    latents_bytes: int | None = None  # of the prepared cache, held-out images included
-
-
 def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
     """The whole plan as JSON values. `memory.fits` is False when it cannot run; the caller turns that into exit 7.
 
@@ -83,7 +60,7 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
     check_request(request)
     accumulation, _ = check_processes(config, request.world)
     images = find_images(config, request.images)
-    per_epoch, total = _lengths(config, images)
+    per_epoch, total = lengths(config, images)
     cycle = _cycle(config, images)
     restarts = config.schedule.name == "cosine_restarts"
     schedule.check(config.schedule, _peak_keys(config), cycle_updates=cycle, total_updates=total, epochs=config.epochs)
@@ -109,7 +86,7 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
         },
         "updates_per_epoch": per_epoch,
         "total_updates": total,
-        "image_visits": _visits(config, images, per_epoch, total),
+        "image_visits": visits(config, images, per_epoch, total),
         "buckets": _bucket_report(config, images),
         "schedule": {
             "name": config.schedule.name,
@@ -137,57 +114,6 @@ def check_request(request: Request) -> None:
             raise Halt(ExitCode.USAGE, f"{flag} is {number:g}, must be a number {'of 0 or more' if flag in free else 'above 0'}")
 
 
-def find_images(config: StageConfig, given: int | None) -> Images:
-    """The prepared selection, else the number given, else the card's for its own configs.
-
-    Raises Halt(MISMATCH) naming both ways out when there is none of these.
-    """
-    if given is not None:
-        if given < 1:
-            raise Halt(ExitCode.USAGE, f"--images is {given}, must be at least 1")
-        return Images(given, "--images", None, None)
-    folder = Path(config.data.path)
-    if (folder / "dataset.json").is_file():
-        return _prepared(config)
-    share = config.validation.share
-    known = _CARD_IMAGES.get((folder.name, config.stage))
-    if known is None:
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"data.path {folder} is not a prepared dataset: run scripts/prepare.py all --config <dataset.yaml>, "
-            "or plan for a number of images with --images N",
-        )
-    count, source = known
-    if share:
-        count, source = round(count * (1 - share)), f"{source}, less validation.share {share:g}"
-    return Images(count, source, None, None)
-
-
-def _prepared(config: StageConfig) -> Images:
-    from train.index import Index  # needs pyarrow, which a plan for a bare number does not
-    from train.selection import bucket_counts, held_out, make_plan, refuse_other_separator
-
-    whole = Index.open(config.data.path, config.selection)
-    refuse_other_separator(config.data)
-    _, first = np.unique(whole.images, return_index=True)  # an image that is repeated has one latent
-    sizes = bucket_counts(whole.select(np.sort(first)))
-    values = sum(count * (8 if whole.content == "moments" else 4) * (w // 8) * (h // 8) for (w, h), count in sizes.items())
-    index = whole.select(~held_out(whole.uids, config.validation.share, whole.images))
-    check_buckets(bucket_counts(index), config.batch.min_bucket)
-    plan = make_plan(index, config)
-    return Images(len(index), f"dataset {config.data.path}", dict(sorted(bucket_counts(index).items())), plan, 2 * values)
-
-
-def _visits(config: StageConfig, images: Images, per_epoch: int, total: int) -> int:
-    """Images seen in all; where tiles are short, the share of all epochs' images that `total` updates are."""
-    plan = images.plan
-    if plan is None or not (plan.short_buckets or config.batch.remainder == "keep"):
-        return total * config.batch.effective
-    if plan.short_buckets:
-        return round(images.count * total / plan.exact_updates_per_epoch)
-    return round(images.count * total / per_epoch)
-
-
 def _cycle(config: StageConfig, images: Images) -> int:
     """Updates per cycle of the schedule."""
     if images.plan is not None and config.schedule.cycle_steps == "epoch":
@@ -198,20 +124,6 @@ def _cycle(config: StageConfig, images: Images) -> int:
 def _ticks(config: StageConfig) -> int:
     """By how much an update moves the schedule."""
     return config.schedule.processes if config.schedule.unit == "process_step" else 1
-
-
-def _lengths(config: StageConfig, images: Images) -> tuple[int, int]:
-    """(updates per epoch, updates in all); without bucket counts as if no tile were short."""
-    if images.plan is not None:
-        return images.plan.updates_per_epoch, images.plan.total_updates
-    per_epoch = images.count // config.batch.effective
-    if per_epoch == 0:
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"{images.count} images do not fill one update of batch.effective {config.batch.effective}",
-        )
-    total = per_epoch * config.epochs
-    return per_epoch, min(total, config.max_updates) if config.max_updates is not None else total
 
 
 def _peak_keys(config: StageConfig) -> dict[str, float]:
@@ -381,7 +293,7 @@ def _time_report(
         | {"strict": config.batch.determinism == "strict", "dtype": config.precision, "optimizer": config.optimizer.name}
         | ({"checkpointing": checkpointing} if checkpointing else {}),
     )
-    gpu_hours = _visits(config, images, per_epoch, total) / speed.images_per_s / 3600
+    gpu_hours = visits(config, images, per_epoch, total) / speed.images_per_s / 3600
     report: dict[str, Any] = {
         "images_per_s_per_gpu": speed.images_per_s,
         "source": speed.source,
