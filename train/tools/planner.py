@@ -162,13 +162,12 @@ def _prepared(config: StageConfig) -> Images:
 
     whole = Index.open(config.data.path, config.selection)
     refuse_other_separator(config.data)
-    _, first = np.unique(whole.images, return_index=True)  # an image that is repeated has one latent
-    sizes = bucket_counts(whole.select(np.sort(first)))
+    first = np.sort(np.unique(whole.images, return_index=True)[1])  # an image that is repeated has one latent
+    sizes = bucket_counts(whole.select(first))
     values = sum(count * (8 if whole.content == "moments" else 4) * (w // 8) * (h // 8) for (w, h), count in sizes.items())
     index = whole.select(~held_out(whole.uids, config.validation.share, whole.images))
-    check_buckets(bucket_counts(index), config.batch.min_bucket)
-    plan = make_plan(index, config)
-    return Images(len(index), f"dataset {config.data.path}", dict(sorted(bucket_counts(index).items())), plan, 2 * values)
+    check_buckets(counts := dict(sorted(bucket_counts(index).items())), config.batch.min_bucket)
+    return Images(len(index), f"dataset {config.data.path}", counts, make_plan(index, config), 2 * values)
 
 
 def _visits(config: StageConfig, images: Images, per_epoch: int, total: int) -> int:
