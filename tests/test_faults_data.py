@@ -238,8 +238,8 @@ BASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         in_unet(missing_and_misshapen),
         (
             "2 tensors are missing: unet.conv_in.bias, unet.conv_out.bias",
-            "1 tensors are foreign: unet.surplus",
-            "unet.conv_in.weight is [3, 3], not",
+            "1 tensors are foreign: surplus",
+            "conv_in.weight is [3, 3], not",
         ),
     ),
     "weights that are not finite": (in_unet(not_finite), ("unet.conv_in.bias", "unet.conv_out.bias")),

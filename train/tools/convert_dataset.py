@@ -223,6 +223,7 @@ def _sources(subsets: list[Subset], made: Made) -> list[dict[str, Any]]:
         repeats = subset.get("num_repeats", 1)
         if repeats != 1:
             source["repeats"] = repeats if repeats == "kohya" else whole({"n": repeats}, "n", 1, 1, f"{subset.place}.num_repeats: ")
+            made.notes[f"{subset.place}.num_repeats"] = f"became repeats: {source['repeats']} of the source {source['name']}"
         sources.append(source)
     return sources
 
