@@ -13,6 +13,7 @@ from train import finished, schedule
 from train.config import ScheduleConfig, load_stage
 from train.exits import ExitCode, Halt
 from train.finished import answer
+from train.modelfolder import new_folder
 from train.tools import plan_page, stages
 
 TRY_OUT = ("max_updates=5",)
@@ -172,3 +173,21 @@ def test_the_states_of_a_stage_tell_what_went_before(try_out: Stage) -> None:
     assert state(try_out.output)["extended"] == []
     assert "max_updates" in state(try_out.output)["set"], "it is not at its default"
     assert "noise.offset" not in state(try_out.output)["set"]
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_renewed_folder_takes_the_place_of_the_earlier_one_which_is_whole_until_then(
+    at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not at_once:  # a system, or a file system, that cannot exchange two names
+        monkeypatch.setattr("train.modelfolder.ctypes.CDLL", lambda *_, **__: object())
+    out = tmp_path / "model"
+    for text in ("first", "second"):
+        with new_folder(out, renew=True) as new:
+            (new / text).write_text(text)
+            assert [path.name for path in out.glob("*")] == (["first"] if text == "second" else [])
+        assert [path.name for path in out.iterdir()] == [text]
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    with pytest.raises(KeyError), new_folder(out, renew=True):
+        raise KeyError
+    assert [path.name for path in out.iterdir()] == ["second"]
