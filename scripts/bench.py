@@ -11,11 +11,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import json
 
-from train.exits import ExitCode, Halt, run_cli
+from train.base.console import ExitCode, Halt, run_cli
 
 
 def parse() -> argparse.Namespace:
-    """Command line of bench.py."""
+    """Command line of timing.py."""
     parser = argparse.ArgumentParser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     cpu = kinds.add_parser("cpu", help="data path, loop, checkpoints; about five minutes, no network")
@@ -51,14 +51,15 @@ def main() -> int:
         except OSError as error:
             raise Halt(ExitCode.CANNOT_WRITE, f"--out {arguments.out} cannot be written: {error.strerror}") from error
     if arguments.kind == "cpu":
-        from train.tools import bench, bench_cpu
+        from train.testing import cpu as bench_cpu
+        from train.testing import timing
 
         if unknown := sorted(set(only or ()) - set(bench_cpu.ROWS)):
             raise Halt(ExitCode.USAGE, f"--only {unknown[0]} is no row; choose from {', '.join(bench_cpu.ROWS)}")
         result = bench_cpu.run(only or bench_cpu.ROWS, arguments.repeats, arguments.tokenizers, arguments.rows)
-        text = bench.describe(result)
+        text = timing.describe(result)
     else:
-        from train.tools import bench_gpu
+        from train.testing import gpu as bench_gpu
 
         result = bench_gpu.run(
             only, arguments.budget, probe_only=arguments.probe, tiny=arguments.tiny, dry_run=arguments.dry_run,

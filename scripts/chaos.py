@@ -13,7 +13,7 @@ import tempfile
 # Before torch is loaded: its threads would not survive the forks, and their number decides last bits.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from train.exits import ExitCode, run_cli
+from train.base.console import ExitCode, run_cli
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="keep world, runs and logs here (default: a temporary directory)")
     arguments = parser.parse_args()
 
-    from train.tools.chaos import run_chaos
+    from train.testing.chaos import run_chaos
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         work = (arguments.work or Path(temporary)).absolute()

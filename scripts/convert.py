@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from train.exits import ExitCode, Halt, run_cli
+from train.base.console import ExitCode, Halt, run_cli
 
 
 def main() -> int:
@@ -28,23 +28,23 @@ def main() -> int:
     source, out = arguments.source, arguments.out
 
     if source.suffix.lower() in (".toml", ".json"):
-        from train.tools.convert_toml import convert_file
+        from train.tools.convert.toml import convert_file
 
         refuse_options(arguments, "a config", "processes")
         for line in convert_file(source, out, 1 if arguments.processes is None else arguments.processes):
             print(line)
     elif source.is_dir():
-        from train import singlefile
+        from train.model import single_file
 
         refuse_options(arguments, "folder to file", "vae")
         model = source / "model" if (source / "DONE").exists() else source
-        print(f"{out}: sha256 {singlefile.to_single_file(model, out, vae=arguments.vae)}")
+        print(f"{out}: sha256 {single_file.to_single_file(model, out, vae=arguments.vae)}")
     elif source.exists():
-        from train import singlefile
+        from train.model import single_file
 
         refuse_options(arguments, "file to folder", "tokenizers", "config", "vae")
         given = {"tokenizers": arguments.tokenizers, "config": arguments.config, "vae": arguments.vae}
-        singlefile.to_folder(source, out, **given)
+        single_file.to_folder(source, out, **given)
         print(f"{out}: diffusers folder")
     else:
         raise Halt(ExitCode.USAGE, f"{source} does not exist")

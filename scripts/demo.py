@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from train.exits import run_cli
+from train.base.console import run_cli
 
 
 def main() -> None:

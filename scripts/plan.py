@@ -9,11 +9,11 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import argparse
 import json
 
-from train.exits import ExitCode, Halt, run_cli
+from train.base.console import ExitCode, Halt, run_cli
 
 
 def parse() -> argparse.Namespace:
-    """Command line of plan.py."""
+    """Command line of order.py."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--config", action="append", required=True, metavar="YAML", help="may be repeated: later wins")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
@@ -43,10 +43,10 @@ def numbers(text: str) -> tuple[int, ...]:
 def main() -> int:
     """Plan, print, and say by the exit code whether it fits."""
     arguments = parse()
-    from train.config import load_stage
-    from train.tools import plan_page, planner
+    from train.config.stage import load_stage
+    from train.tools.estimate import estimate, page
 
-    request = planner.Request(
+    request = estimate.Request(
         updates=numbers(arguments.updates),
         images=arguments.images,
         gpu=arguments.gpu,
@@ -58,12 +58,12 @@ def main() -> int:
         disk_gb=arguments.disk_gb,
     )
     config = load_stage(arguments.config, arguments.overrides)
-    plan = planner.plan_stage(config, request) | {"finished": plan_page.finished_before(config)}
+    plan = estimate.plan_stage(config, request) | {"finished": page.finished_before(config)}
     out = arguments.out or (Path(config.output_dir) if arguments.write else None)
     if out is not None:
-        plan_page.write_files(out, config, plan)
-    print(json.dumps(plan) if arguments.json else plan_page.describe(plan))
-    problems = plan_page.problems(plan)
+        page.write_files(out, config, plan)
+    print(json.dumps(plan) if arguments.json else page.describe(plan))
+    problems = page.problems(plan)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return ExitCode.MISMATCH if problems else ExitCode.DONE

@@ -13,10 +13,10 @@ import importlib
 import time
 from collections.abc import Sequence
 
-from train import signals
-from train.exits import ExitCode, Halt, run_cli
-from train.prepare.judge import Complaint
-from train.prepare.settings import STEPS, check_paths, dataset_dir, load_settings
+from train.base import signals
+from train.base.console import ExitCode, Halt, run_cli
+from train.config.dataset import STEPS, check_paths, dataset_dir, load_settings
+from train.prepare.tables.quarantine import Complaint
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -13,7 +13,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import argparse
 import json
 
-from train.exits import ExitCode, Halt, run_cli
+from train.base.console import ExitCode, Halt, run_cli
 
 
 def parse() -> argparse.Namespace:
@@ -40,7 +40,8 @@ def main() -> None:
     arguments = parse()
     if not (arguments.aesthetic or arguments.clip or arguments.tagger):
         raise Halt(ExitCode.USAGE, "name at least one model: --aesthetic DIR, --clip DIR or --tagger DIR")
-    from train.tools import judges, quality, quality_record
+    from train.tools.quality import judges, quality
+    from train.tools.quality import record as quality_record
 
     device, limits = arguments.device, (arguments.threshold, arguments.character_threshold)
     stages = quality.stage_pictures(arguments.stages)

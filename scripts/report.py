@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from train.exits import ExitCode, Halt, run_cli
+from train.base.console import ExitCode, Halt, run_cli
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
             raise Halt(ExitCode.USAGE, f"--samples {given}: the name {name} is given twice, first for {extra[name]}")
         extra[name] = Path(folder)
 
-    from train.tools.page import write_page
+    from train.tools.report.page import write_page
 
     runs, out, quality = arguments.runs, arguments.out, arguments.quality
     print(write_page(runs, out, title=arguments.title, extra_samples=extra, quality=quality))

@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from train.exits import run_cli
+from train.base.console import run_cli
 
 SHIPPED = Path(__file__).resolve().parents[1] / "configs" / "prompts.yaml"
 
@@ -35,9 +35,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse, draw, print the paths."""
     arguments = parse()
-    from train.inference import adjusted, draw, open_model
-    from train.pictures import require_folder, write_pictures
-    from train.prompts import load_prompts
+    from train.config.prompts import load_prompts
+    from train.observe.inference import adjusted, draw, open_model
+    from train.observe.pictures import require_folder, write_pictures
 
     settings = adjusted(
         load_prompts(arguments.prompts),

@@ -12,9 +12,9 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as train/run.py: another number of threads, other last digits
 
-from train.captions import SEPARATOR
-from train.exits import run_cli
-from train.tools.show_dispatch import report_of, show
+from train.base.console import run_cli
+from train.recipe.captions import SEPARATOR
+from train.tools.show.dispatch import report_of, show
 
 
 def main() -> int:

@@ -8,7 +8,7 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 
-from train.exits import ExitCode, Halt, run_cli
+from train.base.console import ExitCode, Halt, run_cli
 
 
 def main() -> None:
@@ -20,17 +20,17 @@ def main() -> None:
     parser.add_argument("--summary", type=Path, metavar="RUNS", help="draw nothing: print losses and tag following")
     options = parser.parse_args()
     if options.summary:
-        from train.tools.tiny_check import summary
+        from train.tools.tiny.check import summary
 
         print(summary(options.summary))
         return
     if options.images < 1:
         raise Halt(ExitCode.USAGE, f"--images is {options.images}, must be at least 1")
-    from train.tools.tiny_world import write_world  # after --help, which needs no Pillow
+    from train.tools.tiny.world import write_world  # after --help, which needs no Pillow
 
     drawn = write_world(options.out, options.images, options.seed)
     print(f"{options.out / 'images'}: {options.images} pictures {'drawn' if drawn else 'are there already'}")
-    from train.tools.tiny_model import write_model
+    from train.tools.tiny.model import write_model
 
     built = write_model(options.out / "model")
     print(f"{options.out / 'model'}: tiny SDXL {'built' if built else 'is there already'}")

@@ -19,13 +19,15 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 
-from train import memory, noise, stochastic
-from train.config import LossConfig, NoiseConfig
-from train.memory import GIB, Setup
-from train.models import parameter_groups
-from train.tools.bench_step import batches, build, make_optimizer
-from train.tools.bench_variants import Variant
-from train.update import Diffusion, image_losses
+from train.config.stage import LossConfig, NoiseConfig
+from train.diffusion import noise
+from train.engine.step import Diffusion, image_losses
+from train.model import memory
+from train.model.memory import GIB, Setup
+from train.model.networks import parameter_groups
+from train.optim import rounding
+from train.testing.step import batches, build, make_optimizer
+from train.testing.variants import Variant
 
 
 def resident(what: str) -> int:
@@ -57,7 +59,7 @@ def main() -> None:
     image_losses(networks, batch, diffusion).sum().backward()
     after_backward = resident("VmHWM")
     parameters = {f"{g}.{n}": p for g, named in parameter_groups(networks).items() for n, p in named.items()}
-    stochastic.step(optimizer, parameters, seed=1, update=0)
+    rounding.step(optimizer, parameters, seed=1, update=0)
     peak = resident("VmHWM") - before
     predicted = memory.predict(Setup(False, "adafactor", "bf16", "bf16"), (width, height), 1, arguments.exempt)
     backward = predicted.total - predicted.workspace - predicted.optimizer  # whose state the first step makes

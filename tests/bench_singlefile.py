@@ -22,7 +22,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 
-from train import sdxl, weightfile
+from train.model import sdxl
+from train.storage import weightfile
 
 PIECE_VALUES = 8 << 20
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.tools import chaos, chaos_world, ranks
+from train.testing import chaos, chaos_world, ranks
 
 UPDATES = 10
 CANARY = "canary-3c1f9e-secret"

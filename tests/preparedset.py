@@ -18,7 +18,7 @@ if __name__ == "__main__":
 import torch
 from oddimages import drawn, encoded
 
-from train.prepare.settings import DatasetConfig, load_settings
+from train.config.dataset import DatasetConfig, load_settings
 
 SIZES = ((90, 120), (120, 90), (100, 100), (96, 128), (200, 60))
 
@@ -76,7 +76,7 @@ def prepare(settings: DatasetConfig, *steps: str) -> None:
     """Run steps (default: all) in this process."""
     import importlib
 
-    from train.prepare.settings import STEPS
+    from train.config.dataset import STEPS
 
     for step in steps or STEPS:
         importlib.import_module(f"train.prepare.{step}").run(settings)

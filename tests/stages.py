@@ -16,14 +16,15 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
-from train import handoff, run
-from train import stage as assemble
-from train.config import load_stage
-from train.exits import Halt
-from train.loop import Session
-from train.rundir import open_run_dir
-from train.session import closing, open_session
-from train.signals import StopFlag
+from train import run
+from train.base.console import Halt
+from train.base.signals import StopFlag
+from train.config.stage import load_stage
+from train.engine import handoff
+from train.engine import setup as assemble
+from train.engine.loop import Session
+from train.engine.session import closing, open_session
+from train.storage.rundir import open_run_dir
 
 SMALL = ("batch.micro=2", "batch.effective=8", "data.max_tokens=75")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from train import rng
-from train.indexing import build_index
-from train.latents import write_shard
-from train.prepare.records import SELECT
+from train.data.index_writer import build_index
+from train.data.shards import write_shard
+from train.prepare.tables.schemas import SELECT
+from train.recipe import rng
 
 BUCKETS = ((128, 128), (96, 160), (160, 96))
 TAGS = ("smile", "red hair", "blue hair", "outdoors", "hat", "solo", "k-on!", "masterpiece", "safe", "newest")

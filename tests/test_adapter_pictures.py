@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost
-from train.prepare.settings import SourceConfig
+from train.prepare.posts.normalise import RawPost
 
 
 def pictures(path: Path, adapter: str) -> dict[str, str]:

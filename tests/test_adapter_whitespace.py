@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost, to_record
-from train.prepare.records import Quarantine
-from train.prepare.settings import SourceConfig
+from train.prepare.posts.normalise import RawPost, to_record
+from train.prepare.tables.schemas import Quarantine
 
 
 def general(path: Path, adapter: str, **options: Any) -> list[list[str] | str]:

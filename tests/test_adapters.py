@@ -18,12 +18,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from train.exits import ExitCode, Halt
-from train.prepare.files import read_image
+from train.base.console import ExitCode, Halt
+from train.config.dataset import SourceConfig
+from train.prepare.folders.files import read_image
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost, to_record
-from train.prepare.records import TAG_GROUPS, Quarantine
-from train.prepare.settings import SourceConfig
+from train.prepare.posts.normalise import RawPost, to_record
+from train.prepare.tables.schemas import TAG_GROUPS, Quarantine
 
 NAMES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 5: "meta"}
 

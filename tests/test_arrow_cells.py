@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from train.cells import CellError, CellFile
-from train.exits import ExitCode, Halt
-from train.index import Index
-from train.indexing import encoded, write_arrow
+from train.base.console import ExitCode, Halt
+from train.data.cells import CellError, CellFile
+from train.data.index import Index
+from train.data.index_writer import encoded, write_arrow
 
 TEXTS, MANY = pa.string(), pa.list_(pa.string())
 COLUMNS: dict[str, pa.Array] = {

@@ -1,4 +1,4 @@
-"""The real full-size SDXL modules, counted on the meta device, against the tables of `train.memory`."""
+"""The real full-size SDXL modules, counted on the meta device, against the tables of `train.model.memory`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from train import memory, sdxl
-from train.buckets import make_buckets
-from train.checkpointing import set_checkpointing, set_text_checkpointing
-from train.memory import Setup
-from train.tools import bench_counts as counts
+from train.model import memory, sdxl
+from train.model.memory import Setup
+from train.model.recomputation import set_checkpointing, set_text_checkpointing
+from train.recipe.buckets import make_buckets
+from train.testing import counts
 
 pytestmark = pytest.mark.filterwarnings("ignore:There are modules in UNet2DConditionModel:UserWarning")
 AREAS = sorted({w * h: (w, h) for w, h in make_buckets()}.values())

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from train.prepare.danbooru import post_number
+from train.config.dataset import SourceConfig
+from train.prepare.formats.jsonstream import Malformed, iter_members, iter_values
+from train.prepare.formats.mapping import mapped_post
 from train.prepare.ingest import read_source
-from train.prepare.jsonstream import Malformed, iter_members, iter_values
-from train.prepare.mapped import mapped_post
-from train.prepare.normalise import RawPost
-from train.prepare.records import REST_UNREAD, Quarantine
-from train.prepare.settings import SourceConfig
+from train.prepare.posts.normalise import RawPost
+from train.prepare.sources.danbooru import post_number
+from train.prepare.tables.schemas import REST_UNREAD, Quarantine
 
 BREAK = {
     "NaN": ('"score": 2', '"score": NaN'), "infinity": ('"score": 2', '"score": -Infinity'),

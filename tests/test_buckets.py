@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.buckets import Placement, assign, assign_many, crop_condition, make_buckets, place
-from train.exits import ExitCode, Halt
+from train.base.console import ExitCode, Halt
+from train.recipe.buckets import Placement, assign, assign_many, crop_condition, make_buckets, place
 
 RECIPE = make_buckets()
 TABLE = """

@@ -14,11 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from test_ingest import _picture, config, run
 
-from train.captions import split
-from train.prepare.captiontext import caption_rules
+from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost, to_record
-from train.prepare.settings import SourceConfig
+from train.prepare.posts.caption_text import caption_rules
+from train.prepare.posts.normalise import RawPost, to_record
+from train.recipe.captions import split
 
 
 def found(folder: Path, **options: Any) -> dict[str, Any]:

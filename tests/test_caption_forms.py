@@ -12,16 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 from test_ingest import _picture, config, run
 
-from train.captions import split
-from train.exits import ExitCode, Halt
-from train.prepare import normalise, tag
-from train.prepare.captionremarks import CaptionTally, likely_separator, remarks
-from train.prepare.captiontext import caption_rules
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
+from train.prepare import tag
+from train.prepare.folders.unchanged import sources_mark
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost, to_record
-from train.prepare.records import Quarantine
-from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
-from train.prepare.unchanged import sources_mark
+from train.prepare.posts import normalise
+from train.prepare.posts.caption_remarks import CaptionTally, likely_separator, remarks
+from train.prepare.posts.caption_text import caption_rules
+from train.prepare.posts.normalise import RawPost, to_record
+from train.prepare.tables.schemas import Quarantine
+from train.recipe.captions import split
 
 
 def source(path: str | Path = "x", adapter: str = "sidecar", **options: Any) -> SourceConfig:
@@ -237,7 +238,7 @@ def test_other_separators_train_as_ours(tmp_path: Path) -> None:
     from oddimages import drawn, encoded
     from preparedset import prepare, settings_of, write_vae
 
-    from train.index import Index
+    from train.data.index import Index
 
     write_vae(tmp_path / "vae")
     captions = ["1girl, miku ||| smile, red hair", "||| solo, hat", "1boy\n||| smile\nblue sky", "2girls"]
@@ -263,8 +264,8 @@ def test_other_separators_train_as_ours(tmp_path: Path) -> None:
 
 
 def test_the_stage_names_the_separator_of_its_set_or_none(tmp_path: Path) -> None:
-    from train.config import DataConfig
-    from train.selection import refuse_other_separator
+    from train.config.stage import DataConfig
+    from train.data.selection import refuse_other_separator
 
     for recorded, fine in (({}, "|||"), ({"separator": "###"}, "###")):
         (tmp_path / "dataset.json").write_text(json.dumps(recorded))

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import rng
-from train.captions import DrawOptions, draw, draw_many, join, render, split, warmup_length
+from train.recipe import rng
+from train.recipe.captions import DrawOptions, draw, draw_many, join, render, split, warmup_length
 
 tag = (
     st.text(st.sampled_from("abc (:)_|-é"), min_size=1, max_size=6)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.prepare.cells import lines_in, tags_in
-from train.prepare.normalise import BadRecord
+from train.prepare.formats.cells import lines_in, tags_in
+from train.prepare.posts.normalise import BadRecord
 
 TAGS = ["1girl", "long hair", "it's", 'say "hi"']
 READ = {

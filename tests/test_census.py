@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from train.exits import ExitCode, Halt
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare import ingest
-from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
-from train.prepare.units import read_table
+from train.prepare.tables.units import read_table
 
 
 def dataset(tmp_path: Path, posts: list[dict[str, Any]], adapter: str = "danbooru", **options: Any) -> DatasetConfig:

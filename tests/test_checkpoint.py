@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train import checkpoint, diskspace, manifest, rundir, tensorfile
-from train.checkpoint import Progress, SaveFailed
-from train.config import CheckpointConfig
-from train.exits import ExitCode, Halt
-from train.resume import Expectations
+from train.base.console import ExitCode, Halt
+from train.config.stage import CheckpointConfig
+from train.storage import checkpoint, manifest, rundir, space, tensorfile
+from train.storage.checkpoint import Progress, SaveFailed
+from train.storage.resume import Expectations
 
 KEEP2 = CheckpointConfig(keep=2)
 
@@ -303,35 +303,35 @@ def test_a_failed_write_leaves_nothing_behind(run, monkeypatch, point, action):
 
 def test_disk_too_full_is_known_before_writing(run, monkeypatch):
     save_steps(run, 10)
-    monkeypatch.setattr(diskspace, "free_bytes", lambda path: 100)
+    monkeypatch.setattr(space, "free_bytes", lambda path: 100)
     with pytest.raises(SaveFailed, match=r"needs 0\.\d kB|needs \d.* kB, the disk has 0.1 kB"):
         save_steps(run, 20)
     with pytest.raises(Halt) as caught:
         save_steps(run, 20, settings=CheckpointConfig(on_full_disk="stop"))
     assert caught.value.code == ExitCode.CANNOT_WRITE
-    assert "the disk has 0.1 kB" in str(diskspace.lacking_space(run, checkpoint.checkpoint_bytes(some_tensors()), KEEP2))
+    assert "the disk has 0.1 kB" in str(space.lacking_space(run, checkpoint.checkpoint_bytes(some_tensors()), KEEP2))
     assert steps_of(run) == [10]
 
 
 def test_what_a_killed_save_left_counts_as_room_because_it_goes_when_the_run_begins(run, monkeypatch):
     one = checkpoint.checkpoint_bytes(some_tensors())
-    monkeypatch.setattr(diskspace, "free_bytes", lambda path: one)
-    assert diskspace.lacking_space(run, one, KEEP2) is not None
+    monkeypatch.setattr(space, "free_bytes", lambda path: one)
+    assert space.lacking_space(run, one, KEEP2) is not None
     for name in ("step-00000010.tmp", "step-00000004.del"):
         (run.checkpoints / name).mkdir()
         (run.checkpoints / name / "model.safetensors").write_bytes(b"x" * 2 * one)
-    assert diskspace.lacking_space(run, one, KEEP2) is None
+    assert space.lacking_space(run, one, KEEP2) is None
 
 
 def test_room_for_what_is_kept_for_ever_is_told_beforehand_and_refuses_nothing(run, monkeypatch):
     one = 1_000_000_000
     room = 6
-    monkeypatch.setattr(diskspace, "free_bytes", lambda path: room * one)
+    monkeypatch.setattr(space, "free_bytes", lambda path: room * one)
 
     def told(updates, permanent=None, per_epoch=10):
         settings = CheckpointConfig(keep=2, every_steps=4, permanent_every_steps=permanent)
-        assert diskspace.lacking_space(run, one, settings) is None
-        return diskspace.permanent_warning(run, one, settings, updates=updates, updates_per_epoch=per_epoch)
+        assert space.lacking_space(run, one, settings) is None
+        return space.permanent_warning(run, one, settings, updates=updates, updates_per_epoch=per_epoch)
 
     assert told(20) is None  # 2 for ever, 2 kept, 1 being written
     warning = told(100)
@@ -346,11 +346,11 @@ def test_room_for_what_is_kept_for_ever_is_told_beforehand_and_refuses_nothing(r
 
 def test_waiting_for_space_goes_on_when_there_is_some(run, monkeypatch):
     answers = iter([0, 0, 1 << 40])
-    monkeypatch.setattr(diskspace, "_DISK_POLL_S", 0.0)
-    monkeypatch.setattr(diskspace, "free_bytes", lambda path: next(answers))
+    monkeypatch.setattr(space, "_DISK_POLL_S", 0.0)
+    monkeypatch.setattr(space, "free_bytes", lambda path: next(answers))
     save_steps(run, 20, settings=CheckpointConfig(on_full_disk="wait"))
     assert steps_of(run) == [20]
-    monkeypatch.setattr(diskspace, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(space, "free_bytes", lambda path: 0)
     with pytest.raises(SaveFailed):
         checkpoint.save(
             run, Progress(30), some_tensors(), {}, CheckpointConfig(on_full_disk="wait"), give_up=lambda: True

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.checkpointing import CHECKPOINT_STEPS, exempt_steps_of, recomputing_modules, set_checkpointing
-from train.exits import ExitCode, Halt
-from train.tools.bench_counts import loss_and_gradients, saved_bytes, tiny_inputs, tiny_unet
+from train.base.console import ExitCode, Halt
+from train.model.recomputation import CHECKPOINT_STEPS, exempt_steps_of, recomputing_modules, set_checkpointing
+from train.testing.counts import loss_and_gradients, saved_bytes, tiny_inputs, tiny_unet
 
 ALL_BLOCKS = {f"{way}_blocks.{level}" for way in ("down", "up") for level in range(3)} | {"mid_block"}
 

@@ -14,10 +14,14 @@ from diffusers import StableDiffusionXLPipeline
 from stages import Stage, losses
 from test_text import TAGS, B, E
 
-from train import cliptokens, hub, inference, modelfolder, models, prompts, singlefile, startcheck
-from train.config import ModelConfig, StageConfig
-from train.exits import ExitCode, Halt
-from train.text import TagTokenizer, load_tag_tokenizer
+from train.base.console import ExitCode, Halt
+from train.config import prompts
+from train.config.stage import ModelConfig, StageConfig
+from train.engine import refusals
+from train.model import clip_tokens, networks, single_file, source
+from train.model import folder as model_folder
+from train.model.text import TagTokenizer, load_tag_tokenizer
+from train.observe import inference
 
 NEGATIVE = (
     "nsfw, lowres, (bad), text, error, fewer, extra, missing, worst quality, jpeg artifacts, low quality, watermark, "
@@ -32,15 +36,15 @@ def clip() -> TagTokenizer:
 
 
 def test_the_list_is_clips(clip: TagTokenizer) -> None:
-    merges = cliptokens.merges()
+    merges = clip_tokens.merges()
     assert (len(merges), merges[0], merges[-1]) == (49152 - 256 - 2, ("i", "n"), ("jeky", "ll</w>"))
     text = "".join(f"{first} {second}\n" for first, second in merges)
     assert hashlib.sha256(text.encode()).hexdigest() == "d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af02"
-    assert len(clip.tokenizer) == cliptokens.ROWS
+    assert len(clip.tokenizer) == clip_tokens.ROWS
     assert (clip.bos, clip.eos, clip.pad_2) == (B, E, 0)
-    notice = cliptokens.ASSET.with_name("clip_merges.LICENSE.txt").read_text()
+    notice = clip_tokens.ASSET.with_name("clip_merges.LICENSE.txt").read_text()
     assert "Copyright (c) 2021 OpenAI" in notice and "MIT License" in notice
-    assert sum(path.stat().st_size for path in cliptokens.ASSET.parent.iterdir()) < 1_500_000
+    assert sum(path.stat().st_size for path in clip_tokens.ASSET.parent.iterdir()) < 1_500_000
 
 
 def test_ids_as_measured_on_the_published_tokenizers(clip: TagTokenizer) -> None:
@@ -76,7 +80,7 @@ def test_rows_of_both_encoders(count: int, clip: TagTokenizer) -> None:
 
 
 def test_written_folders_are_those_of_sdxl(clip: TagTokenizer, tmp_path: Path) -> None:
-    modelfolder.write_tokenizers(None, tmp_path)
+    model_folder.write_tokenizers(None, tmp_path)
     again = load_tag_tokenizer(tmp_path)
     assert again.identity() == clip.identity()
     assert again.content_ids(TAGS) == clip.content_ids(TAGS)
@@ -88,14 +92,14 @@ def test_written_folders_are_those_of_sdxl(clip: TagTokenizer, tmp_path: Path) -
         assert (tmp_path / name / "merges.txt").read_text().splitlines()[:3] == ["#version: 0.2", "i n", "t h"]
     first = {path.name: path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
     (tmp_path / "again").mkdir()
-    modelfolder.write_tokenizers(None, tmp_path / "again")
+    model_folder.write_tokenizers(None, tmp_path / "again")
     assert {path.name: path.read_bytes() for path in (tmp_path / "again/tokenizer").iterdir()} == first
 
 
 def test_a_model_of_another_vocabulary_is_told() -> None:
     configs = {"text_encoder": {"vocab_size": 523}, "text_encoder_2": {"vocab_size": 49408}}
-    assert "523 and 49408 rows" in str(cliptokens.unlike(configs))
-    assert cliptokens.unlike({"text_encoder": {}, "text_encoder_2": {"vocab_size": 49408}}) is None
+    assert "523 and 49408 rows" in str(clip_tokens.unlike(configs))
+    assert clip_tokens.unlike({"text_encoder": {}, "text_encoder_2": {"vocab_size": 49408}}) is None
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small SDXL with CLIP's vocabulary, as one file and nothing else: no folder, no tokenizers."""
     folder = tmp_path_factory.mktemp("single")
     tinysdxl.write(folder / "made", "least", clip=True)
-    singlefile.to_single_file(folder / "made", folder / "alone.safetensors", metadata={"modelspec.license": "CC0"})
+    single_file.to_single_file(folder / "made", folder / "alone.safetensors", metadata={"modelspec.license": "CC0"})
     shutil.rmtree(folder / "made")
     return folder / "alone.safetensors"
 
@@ -114,7 +118,7 @@ def test_a_single_file_alone_trains_samples_and_converts(single: Path, dataset: 
     stage = Stage(tmp_path, dataset, single)
     assert stage.run("max_updates=2") == ExitCode.DONE, stage.message
     assert len(losses(stage.output)) == 2
-    singlefile.to_folder(single, tmp_path / "folder")
+    single_file.to_folder(single, tmp_path / "folder")
     prompt = prompts.PromptsFile(steps=1, prompts=[prompts.Prompt(text="1girl, k-on!", width=32, height=32)])
     want = inference.draw(inference.open_model(single, device="cpu"), prompt)[0].tobytes()
     assert inference.draw(inference.open_model(tmp_path / "folder", device="cpu"), prompt)[0].tobytes() == want
@@ -125,20 +129,20 @@ def test_a_single_file_alone_trains_samples_and_converts(single: Path, dataset: 
         assert pipeline.tokenizer("a photo of a cat")["input_ids"] == [B, 320, 1125, 539, 320, 2368, E]
         assert pipeline("1girl", height=32, width=32, num_inference_steps=1).images[0].size == (32, 32)
     exported = stage.output / "pretrain.safetensors"
-    assert hub.resolve(ModelConfig(init_from=str(exported))).tokenizers is None
+    assert source.resolve(ModelConfig(init_from=str(exported))).tokenizers is None
     inference.open_model(exported, device="cpu")
 
 
 def test_tokenizers_of_another_model_are_refused_by_name(base_model: Path, single: Path, tmp_path: Path) -> None:
-    singlefile.to_single_file(base_model, tmp_path / "tiny.safetensors", metadata={"modelspec.license": "CC0"})
+    single_file.to_single_file(base_model, tmp_path / "tiny.safetensors", metadata={"modelspec.license": "CC0"})
     tiny = str(tmp_path / "tiny.safetensors")
     with pytest.raises(Halt, match=r"tiny\.safetensors carries no tokenizers.* 521 rows.*--tokenizers") as caught:
-        models.load_components(tiny)
+        networks.load_components(tiny)
     assert caught.value.code == ExitCode.MISMATCH
     config = replace(StageConfig(stage="s", seed=1, output_dir="o", epochs=1), model=ModelConfig(init_from=tiny))
     with pytest.raises(Halt, match=r"521 rows, CLIP's tokenizers 49408 tokens\. model\.tokenizers"):
-        startcheck.refuse_source(config, hub.resolve(config.model))
-    modelfolder.write_tokenizers(None, tmp_path)
+        refusals.refuse_source(config, source.resolve(config.model))
+    model_folder.write_tokenizers(None, tmp_path)
     with pytest.raises(Halt, match=r"tokenizer has 49408 tokens, text_encoder of .* 521 rows"):
-        models.load_components(tiny, tokenizers=str(tmp_path))
-    assert models.load_components(tiny, tokenizers=str(base_model)).unet is not None
+        networks.load_components(tiny, tokenizers=str(tmp_path))
+    assert networks.load_components(tiny, tokenizers=str(base_model)).unet is not None

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.exits import ExitCode, Halt
-from train.prepare.census import Census
-from train.prepare.columns import LOOK_ROWS
+from train.base.console import ExitCode, Halt
+from train.config.dataset import SourceConfig
+from train.prepare.formats.columns import LOOK_ROWS
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost
-from train.prepare.records import Quarantine
-from train.prepare.settings import SourceConfig
+from train.prepare.posts.census import Census
+from train.prepare.posts.normalise import RawPost
+from train.prepare.tables.schemas import Quarantine
 
 
 def read(path: Path, adapter: str = "imagefolder", **options: Any) -> list[RawPost | Quarantine]:

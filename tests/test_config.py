@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from train.config import config_hash, load_stage, to_yaml, unresolved_yaml
-from train.exits import ExitCode, Halt
-from train.schema import flatten
+from train.base.console import ExitCode, Halt
+from train.config.schema import flatten
+from train.config.stage import config_hash, load_stage, to_yaml, unresolved_yaml
 
 MINIMAL = """
 stage: pretrain

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from train.prepare.normalise import MAX_TAGS, RawPost, to_record
-from train.prepare.records import Quarantine
-from train.prepare.settings import SourceConfig
+from train.config.dataset import SourceConfig
+from train.prepare.posts.normalise import MAX_TAGS, RawPost, to_record
+from train.prepare.tables.schemas import Quarantine
 
 
 def record(on_bad_tag: Any = "error", **post: Any) -> dict[str, Any] | str:

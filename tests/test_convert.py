@@ -12,9 +12,9 @@ import pytest
 import tinysdxl
 from safetensors.torch import load_file
 
-from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.tools.convert_toml import convert, convert_file
+from train.base.console import ExitCode, Halt
+from train.config.stage import load_stage
+from train.tools.convert.toml import convert, convert_file
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.prepare.settings import load_settings
-from train.tools.convert_toml import convert_file
+from train.base.console import ExitCode, Halt
+from train.config.dataset import load_settings
+from train.config.stage import load_stage
+from train.tools.convert.toml import convert_file
 
 FOLDERS = """
 [general]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from test_ingest import BAD_CAPTIONS, BAD_LINES, BAD_POSTS, GOOD, _picture, run
 
-from train.prepare.settings import DatasetConfig, SourceConfig
+from train.config.dataset import DatasetConfig, SourceConfig
 
 BAD_ROWS = {  # of a CSV table with the columns id and tags
     "too few cells": b"2", "too many cells": b"3,x,y", "not utf-8": b"4,\xff", "no id": b",none",

@@ -14,9 +14,9 @@ import pytest
 import torch
 from test_checkpoint import expect, save_steps
 
-from train import checkpoint, diskspace, manifest, rundir
-from train.config import load_stage
-from train.exits import ExitCode, Halt
+from train.base.console import ExitCode, Halt
+from train.config.stage import load_stage
+from train.storage import checkpoint, manifest, rundir, space
 
 
 def signed(folder: Path, name: str, data: bytes, **changes: Any) -> None:
@@ -166,7 +166,7 @@ def test_every_damaged_checkpoint_is_named_in_one_pass_and_none_is_used(tmp_path
     for name, (what, reason) in wanted.items():
         assert reason in told[name], (what, told[name])
         assert len(told[name]) < 300
-    diskspace.lacking_space(run, 1, checkpoint.CheckpointConfig())  # looks at them too
+    space.lacking_space(run, 1, checkpoint.CheckpointConfig())  # looks at them too
     assert checkpoint.retain(run, 2, 99) == []  # what is damaged does not push out what is sound
     shutil.rmtree(sound)
     with pytest.raises(Halt) as caught:

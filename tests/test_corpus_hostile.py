@@ -31,12 +31,15 @@ from test_corpus_checkpoints import signed
 from test_ingest import GOOD, _picture, config
 from test_ingest import run as ingest
 
-from train import checkpoint, hub, latents, models, prompts, rundir
-from train.config import ModelConfig, load_stage
-from train.exits import ExitCode, Halt
+from train.base.console import ExitCode, Halt
+from train.config import prompts
+from train.config.dataset import dataset_dir, load_settings
+from train.config.stage import ModelConfig, load_stage
+from train.data import shards
+from train.model import networks, source
 from train.prepare import probe
-from train.prepare.settings import dataset_dir, load_settings
-from train.prepare.units import read_table
+from train.prepare.tables.units import read_table
+from train.storage import checkpoint, rundir
 
 PEAK_MB = 256
 SECRET = "the-secret-outside-the-root"
@@ -85,7 +88,7 @@ def refused(act: Callable[[], object], *codes: ExitCode) -> str:
 
 
 def model_refused(path: Path) -> str:
-    return refused(lambda: models.build(hub.resolve(ModelConfig(init_from=str(path)))))
+    return refused(lambda: networks.build(source.resolve(ModelConfig(init_from=str(path)))))
 
 
 # --- weights -------------------------------------------------------------------------------------------
@@ -165,7 +168,7 @@ def remote_code(place: Place) -> str:
         known = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps(known | {"auto_map": {"AutoModel": "evil.A", "AutoTokenizer": ["evil.A", "evil.A"]}}))
     try:
-        models.build(hub.resolve(ModelConfig(init_from=str(model))))
+        networks.build(source.resolve(ModelConfig(init_from=str(model))))
     except Halt as halt:
         return halt.message
     return "loaded without its code: evil"
@@ -191,18 +194,18 @@ def link_out(folder: Path, place: Place) -> None:
 
 
 def shard_outside(place: Place) -> str:
-    return refused(lambda: latents.ShardReader(place.root).read(["../secret"], [0]))
+    return refused(lambda: shards.ShardReader(place.root).read(["../secret"], [0]))
 
 
 def pickled_shard(place: Place) -> str:
     (place.root / "x.safetensors").write_bytes(place.payload())
-    return refused(lambda: latents.ShardReader(place.root).read(["x.safetensors"], [0]))
+    return refused(lambda: shards.ShardReader(place.root).read(["x.safetensors"], [0]))
 
 
 def object_array(place: Place) -> str:
     np.save(place.root / "x.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     (place.root / "x.npy").rename(place.root / "x.safetensors")
-    return refused(lambda: latents.ShardReader(place.root).read(["x.safetensors"], [0]))
+    return refused(lambda: shards.ShardReader(place.root).read(["x.safetensors"], [0]))
 
 
 # --- settings ------------------------------------------------------------------------------------------
@@ -397,7 +400,7 @@ CASES: dict[str, tuple[Case, str]] = {  # input: (case, what must be named)
 @pytest.fixture(scope="module")
 def small_model(base_model: Path) -> Path:
     rundir.free_bytes(base_model)
-    models.build(hub.resolve(ModelConfig(init_from=str(base_model))))  # the children find all imports done
+    networks.build(source.resolve(ModelConfig(init_from=str(base_model))))  # the children find all imports done
     return base_model
 
 

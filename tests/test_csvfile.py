@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from train.exits import ExitCode, Halt
+from train.base.console import ExitCode, Halt
+from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost
-from train.prepare.records import REST_UNREAD, Quarantine
-from train.prepare.settings import SourceConfig
+from train.prepare.posts.normalise import RawPost
+from train.prepare.tables.schemas import REST_UNREAD, Quarantine
 
 COLUMNS = {"uri": "file_name", "caption": "text"}
 

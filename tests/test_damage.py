@@ -14,9 +14,9 @@ from oddimages import deep, drawn, encoded
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from train.prepare.damage import jpeg_damage, png_damage, without_big_text
-from train.prepare.decode import Refused, decode
-from train.prepare.settings import ProbeConfig
+from train.config.dataset import ProbeConfig
+from train.prepare.images.damage import jpeg_damage, png_damage, without_big_text
+from train.prepare.images.decode import Refused, decode
 
 RULES = ProbeConfig()
 KINDS: dict[str, dict[str, Any]] = {

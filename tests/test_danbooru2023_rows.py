@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.exits import ExitCode, Halt
+from train.base.console import ExitCode, Halt
+from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost
-from train.prepare.settings import SourceConfig
+from train.prepare.posts.normalise import RawPost
 
 
 def found(path: Path) -> dict[str, Any]:

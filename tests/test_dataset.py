@@ -12,16 +12,16 @@ import torch
 from safetensors.torch import load_file
 from test_text import small_tokenizer
 
-from train import rng
-from train.captions import draw
-from train.config import DataConfig, NoiseConfig
-from train.dataset import Batch, TileDataset, _draw_moments, draw_options, trace_timesteps
-from train.exits import ExitCode, Halt
-from train.index import Index
-from train.latents import ShardReader, write_shard
-from train.plan import Plan, Tile
-from train.rng import Stream
-from train.text import TagTokenizer
+from train.base.console import ExitCode, Halt
+from train.config.stage import DataConfig, NoiseConfig
+from train.data.dataset import Batch, TileDataset, _draw_moments, draw_options, trace_timesteps
+from train.data.index import Index
+from train.data.shards import ShardReader, write_shard
+from train.model.text import TagTokenizer
+from train.recipe import rng
+from train.recipe.captions import draw
+from train.recipe.order import Plan, Tile
+from train.recipe.rng import Stream
 
 SEED = 31
 TENSORS = ("latents_BCHW", "noise_BCHW", "input_noise_BCHW", "timesteps_B", "ids_1_BN77", "ids_2_BN77", "size_B6")

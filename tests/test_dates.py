@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from train.prepare.dates import read_date
+from train.prepare.posts.dates import read_date
 
 S = 1246456800  # 2009-07-01T14:00:00+00:00
 FORMS: dict[str, Any] = {

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from lab import Lab
 
-from train import guard, loop, validation
-from train.tools import chaos
+from train.engine import guard, loop
+from train.observe import validation
+from train.testing import chaos
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TIMEOUT_S = 5

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from oddimages import Case, bomb, cases, deep, drawn, encoded
 from PIL import Image, ImageCms
 
-from train.buckets import assign, make_buckets, place
-from train.prepare.decode import Refused, decode, resize_crop
-from train.prepare.pictures import perceptual_hash
-from train.prepare.settings import ProbeConfig
+from train.config.dataset import ProbeConfig
+from train.prepare.images.decode import Refused, decode, resize_crop
+from train.prepare.images.looks import perceptual_hash
+from train.recipe.buckets import assign, make_buckets, place
 
 RULES = ProbeConfig()
 ALL = list(cases())
@@ -167,7 +167,7 @@ def test_phash_is_imagehash_on_a_known_picture() -> None:
 @pytest.mark.parametrize("size", [(1500, 2000), (1920, 1080), (900, 1300)])
 def test_faster_backend_agrees_with_the_reference(size: tuple[int, int]) -> None:
     pytest.importorskip("pyvips")
-    from train.prepare.vips import cut_plain
+    from train.prepare.images.vips import cut_plain
 
     image = drawn(size[0] // 6, size[1] // 6).resize(size, Image.Resampling.BICUBIC)
     put = place(*size, assign(*size, make_buckets()))
@@ -185,7 +185,7 @@ def test_faster_backend_agrees_with_the_reference(size: tuple[int, int]) -> None
 
 def test_faster_backend_leaves_what_is_not_plain_to_the_reference() -> None:
     pytest.importorskip("pyvips")
-    from train.prepare.vips import cut_plain
+    from train.prepare.images.vips import cut_plain
 
     image = drawn(300, 200)
     put = place(300, 200, (96, 64))

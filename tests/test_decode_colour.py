@@ -11,8 +11,8 @@ import pytest
 from oddimages import encoded, png_of
 from PIL import Image, ImageCms
 
-from train.prepare.decode import Refused, decode
-from train.prepare.settings import ProbeConfig
+from train.config.dataset import ProbeConfig
+from train.prepare.images.decode import Refused, decode
 
 RULES = ProbeConfig()
 

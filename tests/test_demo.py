@@ -18,9 +18,9 @@ import pytest
 from browser import Browser, find_chromium
 from PIL import Image
 
-from train.exits import ExitCode, Halt
-from train.inference import name_of
-from train.prompts import CARD_SIZES, NEGATIVE, QUALITY_PREFIX
+from train.base.console import ExitCode, Halt
+from train.config.prompts import CARD_SIZES, NEGATIVE, QUALITY_PREFIX
+from train.observe.inference import name_of
 from train.tools.demo import (
     AESTHETIC,
     NOTHING,
@@ -44,7 +44,7 @@ WISH = Wish(
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from train.tools.tiny_model import write_model
+    from train.tools.tiny.model import write_model
 
     made = tmp_path_factory.mktemp("demo") / "model"
     write_model(made)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.ema import Ema
+from train.optim.ema import Ema
 
 
 def weights(seed: int) -> dict[str, torch.Tensor]:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train import exclusions
-from train.exclusions import EXCLUSIONS_VERSION, R1_WORDS, R2_QUALIFIERS, R2_TAGS, R2_WORDS, excluded_by
-from train.prepare.settings import DatasetConfig, ExcludeConfig
+from train.config.dataset import DatasetConfig, ExcludeConfig
+from train.recipe import exclusions
+from train.recipe.exclusions import EXCLUSIONS_VERSION, R1_WORDS, R2_QUALIFIERS, R2_TAGS, R2_WORDS, excluded_by
 
 
 @pytest.mark.parametrize("word", sorted(R1_WORDS))

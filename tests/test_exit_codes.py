@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from lab import Lab
 
-from train.exits import ExitCode
-from train.tools import chaos
+from train.base.console import ExitCode
+from train.testing import chaos
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

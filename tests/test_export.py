@@ -19,15 +19,20 @@ from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from train import checkpoint, export, hub, inference, modelfolder, rundir, sdxl, singlefile
-from train.checkpoint import Progress
-from train.config import CheckpointConfig, ExportConfig, ModelConfig
-from train.exits import ExitCode, Halt
-from train.hub import LocalModel
-from train.resume import Expectations
-from train.sampling import TrainedAs
-from train.singlefile import FAIPL
-from train.tools import show_model
+from train.base.console import ExitCode, Halt
+from train.config.stage import CheckpointConfig, ExportConfig, ModelConfig
+from train.diffusion.sampling import TrainedAs
+from train.engine import export
+from train.model import folder as model_folder
+from train.model import sdxl, single_file
+from train.model import source as model_source
+from train.model.single_file import FAIPL
+from train.model.source import LocalModel
+from train.observe import inference
+from train.storage import checkpoint, rundir
+from train.storage.checkpoint import Progress
+from train.storage.resume import Expectations
+from train.tools.show import model as show_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
@@ -71,7 +76,7 @@ def finish(path: Path, source: LocalModel, trained: dict[str, torch.Tensor], **e
 
 @pytest.fixture(scope="module")
 def run(base: Path, trained: dict[str, torch.Tensor], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = hub.resolve(ModelConfig(init_from=str(base)))
+    source = model_source.resolve(ModelConfig(init_from=str(base)))
     return finish(tmp_path_factory.mktemp("runs") / "ft1", source, trained)
 
 
@@ -85,7 +90,7 @@ def test_exported_files_agree_and_hold_the_trained_weights(
     assert {sdxl.canonical("text_encoder", name): value.tolist() for name, value in first.items()} == {
         f"text_encoder.{name}": value.tolist() for name, value in encoder.items()
     }
-    singlefile.to_single_file(run / "model", run / "again.safetensors")
+    single_file.to_single_file(run / "model", run / "again.safetensors")
     digests = [
         hashlib.sha256((run / name).read_bytes()).hexdigest() for name in ("ft1.safetensors", "again.safetensors")
     ]
@@ -116,8 +121,8 @@ def test_metadata_tells_the_truth(run: Path, base: Path) -> None:
     assert metadata["modelspec.license"] == "CC0-1.0"
     assert metadata["modelspec.prediction_type"] == "epsilon"
     assert metadata["modelspec.timestep_range"] == "0,1000"
-    record = singlefile.record_in(metadata)
-    assert record["parent"]["sha256"] == hub.model_sha256(base)
+    record = single_file.record_in(metadata)
+    assert record["parent"]["sha256"] == model_source.model_sha256(base)
     assert (record["stage"], record["seed"], record["updates"], record["images"]) == ("ft1", 31, 5, 240)
     assert (record["dataset_fingerprint"], record["config_hash"]) == ("f" * 64, "c" * 64)
     assert record["code_revision"]
@@ -132,9 +137,9 @@ def test_a_copy_inside_another_project_has_no_revision(tmp_path: Path) -> None:
     subprocess.run([*git, "init", "-q"], check=True)
     subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
     shutil.copytree(Path(export.__file__).parent, tmp_path / "copied/train", ignore=shutil.ignore_patterns("__pycache__"))
-    ask = "import train.export as e, sys; print(e.__file__, e.code_revision())"
+    ask = "import train.engine.export as e, sys; print(e.__file__, e.code_revision())"
     said = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path / "copied", capture_output=True, text=True, check=True)
-    assert said.stdout.split() == [str(tmp_path / "copied/train/export.py"), "unknown"]
+    assert said.stdout.split() == [str(tmp_path / "copied/train/engine/export.py"), "unknown"]
 
 
 def test_files_are_readable_by_umask(run: Path) -> None:
@@ -147,7 +152,7 @@ def test_files_are_readable_by_umask(run: Path) -> None:
 def test_the_next_stage_reads_fp32_and_extends_the_lineage(
     run: Path, trained: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    source = hub.resolve(ModelConfig(init_from=str(run)))
+    source = model_source.resolve(ModelConfig(init_from=str(run)))
     assert source.kind == "run"
     assert all(source.weights[name].dtype == "F32" for name in trained)
     assert source.weights["text_encoder.text_model.final_layer_norm.weight"].dtype == "F16"
@@ -161,22 +166,22 @@ def test_the_next_stage_reads_fp32_and_extends_the_lineage(
 def test_a_parents_logit_scale_is_rounded_in_the_folder_too(
     base: Path, trained: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
-    singlefile.to_single_file(base, tmp_path / "plain.safetensors")
+    single_file.to_single_file(base, tmp_path / "plain.safetensors")
     tensors = load_file(tmp_path / "plain.safetensors") | {sdxl.LOGIT_SCALE: torch.tensor(4.3219)}
     save_file(tensors, tmp_path / "base.safetensors", export.read_metadata(tmp_path / "plain.safetensors"))
     start = ModelConfig(init_from=str(tmp_path / "base.safetensors"), tokenizers=str(base))
-    run = finish(tmp_path / "ft1", hub.resolve(start), trained)
-    singlefile.to_single_file(run / "model", tmp_path / "again.safetensors")
+    run = finish(tmp_path / "ft1", model_source.resolve(start), trained)
+    single_file.to_single_file(run / "model", tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == (run / "ft1.safetensors").read_bytes()
     assert load_file(run / "ft1.safetensors")[sdxl.LOGIT_SCALE] == torch.tensor(4.3219).half()
 
 
 def test_the_lineage_goes_on_through_an_exported_file_or_folder(run: Path, tmp_path: Path) -> None:
     """The original handed its stages on as files; whoever does so again must not lose where they came from."""
-    singlefile.to_folder(run / "ft1.safetensors", tmp_path / "converted", tokenizers=run / "model")
+    single_file.to_folder(run / "ft1.safetensors", tmp_path / "converted", tokenizers=run / "model")
     lineage = json.loads((run / "lineage.json").read_text())
     for start in (run / "ft1.safetensors", run / "model", tmp_path / "converted"):
-        source = hub.resolve(ModelConfig(init_from=str(start)))
+        source = model_source.resolve(ModelConfig(init_from=str(start)))
         record = export.lineage_record(
             stage="ft2", source=source, dataset_fingerprint="", config_hash="", seed=1, updates=1, images=1, versions={},
             license="CC0-1.0", weights_sha256="", conditioning={},
@@ -211,14 +216,14 @@ def test_export_may_be_repeated_and_writes_the_average_beside(
     record = json.loads((run / "model/lineage.json").read_text())
     final = next(run.glob("checkpoints/*/model.safetensors"))
     save_file({name: value * 0.5 for name, value in trained.items()}, tmp_path / "ema.safetensors")
-    source = hub.resolve(ModelConfig(init_from=str(base)))
+    source = model_source.resolve(ModelConfig(init_from=str(base)))
     export.export_stage(tmp_path / "ft1", final, source, record, ExportConfig(), average=tmp_path / "ema.safetensors")
     assert (tmp_path / "ft1/ft1.safetensors").read_bytes() == before
     averaged = load_file(tmp_path / "ft1/ft1-ema.safetensors")["model.diffusion_model.out.2.weight"]
     assert torch.equal(averaged, (trained["unet.conv_out.weight"] * 0.5).half())
     told = export.read_metadata(tmp_path / "ft1/ft1-ema.safetensors")
     assert told["modelspec.title"] == "ft1 (EMA)"
-    assert told["anix.weights_sha256"] == hub.file_sha256(tmp_path / "ema.safetensors")
+    assert told["anix.weights_sha256"] == model_source.file_sha256(tmp_path / "ema.safetensors")
 
 
 def test_show_prints_the_record(run: Path) -> None:
@@ -229,12 +234,12 @@ def test_show_prints_the_record(run: Path) -> None:
 
 
 def test_vae_identity_survives_the_export(base: Path, run: Path) -> None:
-    models = [hub.resolve(ModelConfig(init_from=str(p))) for p in (base, run, run / "ft1.safetensors")]
-    assert len({hub.vae_identity(model) for model in models}) == 1
+    models = [model_source.resolve(ModelConfig(init_from=str(p))) for p in (base, run, run / "ft1.safetensors")]
+    assert len({model_source.vae_identity(model) for model in models}) == 1
 
 
 def test_fp32_export_is_exact(base: Path, trained: dict[str, torch.Tensor], tmp_path: Path) -> None:
-    source = hub.resolve(ModelConfig(init_from=str(base)))
+    source = model_source.resolve(ModelConfig(init_from=str(base)))
     path = finish(tmp_path / "ft1", source, trained, dtype="fp32")
     unet = load_file(path / "model/unet/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(unet[name.removeprefix("unet.")], value) for name, value in trained.items())
@@ -281,48 +286,48 @@ def test_a_changed_parent_is_refused(change: Callable[[Path], None], words: str,
     shutil.copytree(run, tmp_path / "ft1")
     change(tmp_path / "ft1")
     with pytest.raises(Halt, match=words) as caught:
-        hub.resolve(ModelConfig(init_from=str(tmp_path / "ft1")))
+        model_source.resolve(ModelConfig(init_from=str(tmp_path / "ft1")))
     assert caught.value.code == ExitCode.MISMATCH
 
 
 def test_pins_are_checked(base: Path, run: Path) -> None:
     single = run / "ft1.safetensors"
     for path in (base, run, single):
-        good = hub.resolve(ModelConfig(init_from=str(path))).sha256
-        assert hub.resolve(ModelConfig(init_from=str(path), init_sha256=good)).sha256 == good
+        good = model_source.resolve(ModelConfig(init_from=str(path))).sha256
+        assert model_source.resolve(ModelConfig(init_from=str(path), init_sha256=good)).sha256 == good
         with pytest.raises(Halt, match=r"model\.init_sha256") as caught:
-            hub.resolve(ModelConfig(init_from=str(path), init_sha256="0" * 64))
+            model_source.resolve(ModelConfig(init_from=str(path), init_sha256="0" * 64))
         assert caught.value.code == ExitCode.MISMATCH
-    assert hub.resolve(ModelConfig(init_from=str(single))).sha256 == hashlib.sha256(single.read_bytes()).hexdigest()
+    assert model_source.resolve(ModelConfig(init_from=str(single))).sha256 == hashlib.sha256(single.read_bytes()).hexdigest()
     with pytest.raises(Halt, match=r"model\.vae_sha256"):
-        hub.resolve(ModelConfig(init_from=str(base), vae=str(base / "vae"), vae_sha256="0" * 64))
+        model_source.resolve(ModelConfig(init_from=str(base), vae=str(base / "vae"), vae_sha256="0" * 64))
 
 
 def test_another_vae_replaces_the_models_own(base: Path, tmp_path: Path) -> None:
     other = tinysdxl.write(tmp_path / "other", seed=4)
     wanted = load_file(other / "vae/diffusion_pytorch_model.safetensors")["quant_conv.weight"]
     for vae in (other / "vae", other):
-        model = hub.resolve(ModelConfig(init_from=str(base), vae=str(vae)))
+        model = model_source.resolve(ModelConfig(init_from=str(base), vae=str(vae)))
         assert model.weights["vae.quant_conv.weight"].read() == wanted.numpy().tobytes()
-        assert model.vae_sha256 == hub.file_sha256(other / "vae/diffusion_pytorch_model.safetensors")
+        assert model.vae_sha256 == model_source.file_sha256(other / "vae/diffusion_pytorch_model.safetensors")
 
 
 def test_the_record_names_the_vae_from_stage_to_stage(
     base: Path, trained: dict[str, torch.Tensor], tmp_path: Path
 ) -> None:
     vae = tinysdxl.write(tmp_path / "other", seed=4) / "vae"
-    run = finish(tmp_path / "ft1", hub.resolve(ModelConfig(init_from=str(base), vae=str(vae))), trained)
-    expected = hub.file_sha256(vae / "diffusion_pytorch_model.safetensors")
+    run = finish(tmp_path / "ft1", model_source.resolve(ModelConfig(init_from=str(base), vae=str(vae))), trained)
+    expected = model_source.file_sha256(vae / "diffusion_pytorch_model.safetensors")
     for path in (run, run / "model", run / "ft1.safetensors"):
         assert show_model.report(path)["training"]["vae_sha256"] == expected
-        assert hub.resolve(ModelConfig(init_from=str(path))).vae_sha256 == expected
-    assert hub.resolve(ModelConfig(init_from=str(base))).vae_sha256 is None
+        assert model_source.resolve(ModelConfig(init_from=str(path))).vae_sha256 == expected
+    assert model_source.resolve(ModelConfig(init_from=str(base))).vae_sha256 is None
 
 
 def test_single_vae_file_must_be_sdxls(base: Path, tmp_path: Path) -> None:
     save_file({"encoder.conv_in.weight": torch.zeros(8, 3, 3, 3)}, tmp_path / "vae.safetensors")
     with pytest.raises(Halt, match="247 tensors are missing"):
-        hub.resolve(ModelConfig(init_from=str(base), vae=str(tmp_path / "vae.safetensors")))
+        model_source.resolve(ModelConfig(init_from=str(base), vae=str(tmp_path / "vae.safetensors")))
 
 
 @pytest.mark.parametrize(
@@ -335,7 +340,7 @@ def test_single_vae_file_must_be_sdxls(base: Path, tmp_path: Path) -> None:
 )
 def test_names_that_lead_nowhere(name: str, words: str, code: ExitCode) -> None:
     with pytest.raises(Halt, match=words) as caught:
-        hub.find(name)
+        model_source.find(name)
     assert caught.value.code == code
 
 
@@ -347,11 +352,11 @@ def test_a_pinned_hub_model_comes_from_the_cache(base: Path, tmp_path: Path, mon
     (snapshot / "README.md").write_text(
         "---\nlicense: other\nlicense_name: faipl-1.0-sd\n---\n# a model\nlicense: no\n"
     )
-    model = hub.resolve(ModelConfig(init_from=f"cagliostrolab/animagine-xl-3.0@{COMMIT}"))
+    model = model_source.resolve(ModelConfig(init_from=f"cagliostrolab/animagine-xl-3.0@{COMMIT}"))
     assert model.path == snapshot
     assert model.license == FAIPL
     with pytest.raises(Halt, match="cannot be fetched") as caught:
-        hub.find(f"cagliostrolab/other@{COMMIT}")
+        model_source.find(f"cagliostrolab/other@{COMMIT}")
     assert caught.value.code == ExitCode.MISMATCH
 
 
@@ -361,9 +366,9 @@ def test_without_a_network_the_cache_serves(base: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--owner--name/snapshots" / COMMIT
     shutil.copytree(base, snapshot)
-    assert hub.find(f"owner/name@{COMMIT}") == snapshot
+    assert model_source.find(f"owner/name@{COMMIT}") == snapshot
     with pytest.raises(Halt, match=r"owner/other.* cannot be fetched") as caught:
-        hub.find(f"owner/other@{COMMIT}")
+        model_source.find(f"owner/other@{COMMIT}")
     assert caught.value.code == ExitCode.MISMATCH
 
 
@@ -372,7 +377,7 @@ def test_only_what_a_model_needs_is_fetched() -> None:
               "tokenizer/merges.txt", "scheduler/scheduler_config.json"]  # fmt: skip
     refused = ["animagine-xl-3.1.safetensors", "unet/diffusion_pytorch_model.bin", "vae_1_0/x.safetensors",
                "unet/diffusion_pytorch_model.fp16.safetensors", "handler.py", "unet/model.py"]  # fmt: skip
-    assert [name for name in wanted + refused if hub.wanted_of_hub(name)] == wanted
+    assert [name for name in wanted + refused if model_source.wanted_of_hub(name)] == wanted
 
 
 def declared(license: str | None, path: str = "m", title: str = "") -> LocalModel:
@@ -398,9 +403,9 @@ def test_a_licence_in_prose_is_not_a_declaration(base: Path, tmp_path: Path) -> 
     model = shutil.copytree(base, tmp_path / "model")
     for text, license in (("# a model\nlicense: as I said\n", None), ("---\r\nlicense: mit\r\n---\r\n", "mit")):
         (model / "README.md").write_text(text)
-        assert hub.resolve(ModelConfig(init_from=str(model))).license == license
+        assert model_source.resolve(ModelConfig(init_from=str(model))).license == license
 
 
 def test_tokenizers_must_be_there(base: Path, tmp_path: Path) -> None:
     with pytest.raises(Halt, match=r"model\.tokenizers"):
-        modelfolder.write_tokenizers(tmp_path, tmp_path)
+        model_folder.write_tokenizers(tmp_path, tmp_path)

@@ -10,23 +10,23 @@ import torch
 from stages import Stage
 from torch.nn.attention import SDPBackend
 
-from train import fast
-from train.buckets import make_buckets
-from train.exits import ExitCode, Halt
-from train.tools.bench_counts import loss_and_gradients, tiny_inputs, tiny_unet, unet_inputs
+from train.base.console import ExitCode, Halt
+from train.model import speed
+from train.recipe.buckets import make_buckets
+from train.testing.counts import loss_and_gradients, tiny_inputs, tiny_unet, unet_inputs
 
 
 def test_pin_attention_sets_the_kernels_and_restores_them() -> None:
     before = torch.backends.cuda.flash_sdp_enabled()
-    with fast.pin_attention("math"):
+    with speed.pin_attention("math"):
         assert not torch.backends.cuda.flash_sdp_enabled()
         assert torch.backends.cuda.math_sdp_enabled()
-    with fast.pin_attention("flash"):
+    with speed.pin_attention("flash"):
         assert torch.backends.cuda.flash_sdp_enabled()
         assert torch._C._get_sdp_priority_order()[0] == SDPBackend.FLASH_ATTENTION.value
-    with fast.pin_attention("auto", "cuda"):
+    with speed.pin_attention("auto", "cuda"):
         assert torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
-    with fast.pin_attention("auto", "cuda", deterministic=True):
+    with speed.pin_attention("auto", "cuda", deterministic=True):
         assert torch._C._get_sdp_priority_order()[:2] == [SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value]
         assert not torch.backends.cuda.mem_efficient_sdp_enabled()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
@@ -36,16 +36,16 @@ def test_pin_attention_sets_the_kernels_and_restores_them() -> None:
 @pytest.mark.parametrize(("name", "device"), [("xformers", "cuda"), ("cudnn", "cpu")])
 def test_pin_attention_refuses(name: str, device: str) -> None:
     with pytest.raises(Halt, match=r"model\.attention") as halt:
-        fast.pin_attention(name, device)
+        speed.pin_attention(name, device)
     assert halt.value.code == ExitCode.USAGE
 
 
 def test_attention_math_and_flash_agree_through_a_checkpointed_backward() -> None:
     unet, kwargs = tiny_unet(), tiny_inputs()
     unet.enable_gradient_checkpointing()
-    with fast.pin_attention("math"):
+    with speed.pin_attention("math"):
         loss, reference = loss_and_gradients(unet, kwargs)
-    with fast.pin_attention("flash"):
+    with speed.pin_attention("flash"):
         loss_now, found = loss_and_gradients(unet, kwargs)
     assert loss_now == pytest.approx(loss, rel=1e-6)
     for name, gradient in found.items():
@@ -54,24 +54,24 @@ def test_attention_math_and_flash_agree_through_a_checkpointed_backward() -> Non
 
 def test_attention_receives_what_autocast_gives_and_a_mask_is_seen() -> None:
     unet, kwargs = tiny_unet(), tiny_inputs()
-    assert fast.attention_inputs(unet, lambda: unet(**kwargs)) == {"float32"}
+    assert speed.attention_inputs(unet, lambda: unet(**kwargs)) == {"float32"}
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert fast.attention_inputs(unet, lambda: unet(**kwargs)) == {"bfloat16"}
+        assert speed.attention_inputs(unet, lambda: unet(**kwargs)) == {"bfloat16"}
         context = kwargs["encoder_hidden_states"]
         mask = torch.ones(context.shape[:2], dtype=torch.bool)  # type: ignore[attr-defined]
-        seen = fast.attention_inputs(unet, lambda: unet(**kwargs, encoder_attention_mask=mask))
+        seen = speed.attention_inputs(unet, lambda: unet(**kwargs, encoder_attention_mask=mask))
         assert "a mask" in seen and "bfloat16" in seen
-    outside = fast.attention_inputs(unet, lambda: torch.nn.functional.scaled_dot_product_attention(*[torch.ones(2, 2)] * 3))
+    outside = speed.attention_inputs(unet, lambda: torch.nn.functional.scaled_dot_product_attention(*[torch.ones(2, 2)] * 3))
     assert outside == set(), "the text encoders' attention is not the U-Net's"
 
 
 def test_a_fast_kernel_is_refused_for_what_it_cannot_take() -> None:
-    fast.check_attention({"float16", "bfloat16"}, "flash")
-    fast.check_attention({"float32", "a mask"}, "auto")
+    speed.check_attention({"float16", "bfloat16"}, "flash")
+    speed.check_attention({"float32", "a mask"}, "auto")
     for seen, word in (({"float32", "float16"}, "receives float32"), ({"float16", "a mask"}, "receives a mask")):
         for name in ("flash", "cudnn"):
             with pytest.raises(Halt, match=word) as halt:
-                fast.check_attention(seen, name)
+                speed.check_attention(seen, name)
             assert halt.value.code == ExitCode.USAGE
 
 
@@ -86,9 +86,9 @@ def test_a_stage_refuses_a_pin_that_would_be_passed_over(base_model: Path, datas
 def test_channels_last_equals_plain_to_1e5() -> None:
     unet, kwargs = tiny_unet(), tiny_inputs()
     loss, reference = loss_and_gradients(unet, kwargs)
-    fast.to_channels_last(unet)
+    speed.to_channels_last(unet)
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    kwargs["sample"] = fast.as_channels_last(kwargs["sample"])  # type: ignore[arg-type]
+    kwargs["sample"] = speed.as_channels_last(kwargs["sample"])  # type: ignore[arg-type]
     loss_now, found = loss_and_gradients(unet, kwargs)
     assert loss_now == pytest.approx(loss, rel=1e-5)
     for name, gradient in found.items():
@@ -103,7 +103,7 @@ def test_compiled_blocks_equal_plain_and_keep_the_state_keys(tmp_path: Path, mon
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch._dynamo.reset()
     # 17 resnets, 17 transformer blocks. aot_eager: traced and partitioned graphs without a C++ compiler run
-    assert fast.compile_blocks(unet, tmp_path, backend="aot_eager") == 17 + 17
+    assert speed.compile_blocks(unet, tmp_path, backend="aot_eager") == 17 + 17
     loss_now, found = loss_and_gradients(unet, kwargs)
     torch._dynamo.reset()
     assert list(unet.state_dict()) == keys
@@ -117,21 +117,21 @@ def test_compiled_blocks_equal_plain_and_keep_the_state_keys(tmp_path: Path, mon
 def test_float8_takes_large_linears_on_image_tokens_only() -> None:
     linear = torch.nn.Linear
     block = "down_blocks.1.attentions.0.transformer_blocks.0."
-    assert fast.float8_linear(linear(640, 640), block + "attn1.to_k")
-    assert fast.float8_linear(linear(640, 640), block + "attn2.to_q")
-    assert fast.float8_linear(linear(640, 5120), block + "ff.net.0.proj")
-    assert not fast.float8_linear(linear(2048, 640), block + "attn2.to_k")
-    assert not fast.float8_linear(linear(2048, 640), block + "attn2.to_v")
-    assert not fast.float8_linear(linear(2816, 1280), "add_embedding.linear_1")
-    assert not fast.float8_linear(linear(1280, 320), "down_blocks.0.resnets.0.time_emb_proj")
-    assert not fast.float8_linear(linear(640, 630), block + "ff.net.2")
-    assert not fast.float8_linear(torch.nn.Conv2d(16, 16, 1), "conv_in")
+    assert speed.float8_linear(linear(640, 640), block + "attn1.to_k")
+    assert speed.float8_linear(linear(640, 640), block + "attn2.to_q")
+    assert speed.float8_linear(linear(640, 5120), block + "ff.net.0.proj")
+    assert not speed.float8_linear(linear(2048, 640), block + "attn2.to_k")
+    assert not speed.float8_linear(linear(2048, 640), block + "attn2.to_v")
+    assert not speed.float8_linear(linear(2816, 1280), "add_embedding.linear_1")
+    assert not speed.float8_linear(linear(1280, 320), "down_blocks.0.resnets.0.time_emb_proj")
+    assert not speed.float8_linear(linear(640, 630), block + "ff.net.2")
+    assert not speed.float8_linear(torch.nn.Conv2d(16, 16, 1), "conv_in")
 
 
 def test_float8_without_hopper_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(Halt, match="Hopper") as halt:
-        fast.to_float8(tiny_unet())
+        speed.to_float8(tiny_unet())
     assert halt.value.code == ExitCode.MISMATCH
 
 
@@ -148,7 +148,7 @@ def test_two_graphs_per_area_and_no_limit_reached(monkeypatch: pytest.MonkeyPatc
     unet = tiny_unet()
     monkeypatch.setattr(torch.nn.Module, "compile", _transformers_only(torch.nn.Module.compile))
     torch._dynamo.reset()
-    fast.compile_blocks(unet, backend=counting)  # type: ignore[arg-type]
+    speed.compile_blocks(unet, backend=counting)  # type: ignore[arg-type]
     areas = {w * h: (w, h) for w, h in make_buckets()}.values()
     assert len(areas) == 12
     for width, height in areas:

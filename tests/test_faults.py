@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from train import faults
-from train.exits import ExitCode, Halt
-from train.faults import Fault, parse
+from train.base import faults
+from train.base.console import ExitCode, Halt
+from train.base.faults import Fault, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,10 +21,10 @@ from lab import UPDATES, Lab
 from safetensors.torch import load_file, save_file
 from stages import Stage, result, tree
 
-from train import session
-from train.exits import ExitCode
-from train.scaler import LossScale
-from train.tools import chaos
+from train.base.console import ExitCode
+from train.engine import session
+from train.optim.loss_scale import LossScale
+from train.testing import chaos
 
 SHARD = "latents/64x96-00000.safetensors"
 Rows = list[dict[str, Any]]

@@ -20,8 +20,9 @@ from types import SimpleNamespace
 import pytest
 from lab import CANARY, UPDATES, Lab
 
-from train import diskspace
-from train.tools import chaos, chaos_world, show_run
+from train.storage import space
+from train.testing import chaos, chaos_world
+from train.tools.show import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +125,7 @@ def test_f9_the_third_failure_in_a_row_is_exit_8(lab):
 
 
 def test_f10_a_disk_too_small_is_known_before_the_first_update(lab, monkeypatch):
-    monkeypatch.setattr(diskspace, "free_bytes", lambda path: 100_000)  # the children inherit it
+    monkeypatch.setattr(space, "free_bytes", lambda path: 100_000)  # the children inherit it
     assert lab.run("f10") == [7]
     assert re.search(r"checkpoints need .* the disk has 100 kB", lab.exit("f10")["reason"])
     assert chaos.metrics(lab.folder / "f10") == []
@@ -207,7 +208,7 @@ def test_f25_nan_on_one_rank_touches_no_weight_and_can_be_repeated(lab):
     assert bad["step"] == 7
     assert [slot["loss"] == "nan" for slot in bad["slots"]] == [False] * 4 + [True] * 4
     assert max(chaos.steps_of(lab.folder / "f25")) == 7  # update 6 was the last; its weights are kept
-    again = lab.in_fork(show_run.step, lab.folder / "f25", 7, recompute=True)
+    again = lab.in_fork(run.step, lab.folder / "f25", 7, recompute=True)
     assert again["replayed_from"] == 7
     assert [s["loss"] for s in again["slots"]][:4] == [s["loss"] for s in bad["slots"]][:4]  # to the last bit
     assert [(s["uid"], s["t"]) for s in again["slots"]] == [(s["uid"], s["t"]) for s in bad["slots"]]
@@ -216,7 +217,7 @@ def test_f25_nan_on_one_rank_touches_no_weight_and_can_be_repeated(lab):
 
 def test_any_update_of_a_finished_run_can_be_looked_at_and_repeated(lab):
     logged = chaos.metrics(lab.reference)
-    again = lab.in_fork(show_run.step, lab.reference, 6, recompute=True)
+    again = lab.in_fork(run.step, lab.reference, 6, recompute=True)
     assert again["replayed_from"] == 0  # the kept checkpoints are 8 and 10: the whole way is gone again
     assert again["recomputed_loss"] == again["loss"] == logged[6]["loss"]
     assert again["recomputed_grad_norm"] == logged[6]["grad_norm"]
@@ -224,7 +225,7 @@ def test_any_update_of_a_finished_run_can_be_looked_at_and_repeated(lab):
     assert [(s["bucket"], s["uid"], str(s["epoch"]), str(s["t"])) for s in again["slots"]] == [
         tuple(t[1:]) for t in traced
     ]
-    report = lab.in_fork(show_run.checkpoint, lab.reference)
+    report = lab.in_fork(run.checkpoint, lab.reference)
     assert (report["verified"], report["step"], report["permanent"]) == (True, UPDATES, True)
 
 
@@ -253,7 +254,7 @@ def test_a_gradient_that_is_not_finite_behind_finite_losses_touches_no_weight(la
     bad = json.loads((lab.folder / name / "bad_step.json").read_text())
     assert (bad["step"], bad["grad_norm"]) == (7, "nan")
     assert "the gradient" in lab.exit(name)["reason"]
-    again = lab.in_fork(show_run.step, lab.folder / name, 7, recompute=True)
+    again = lab.in_fork(run.step, lab.folder / name, 7, recompute=True)
     losses = [slot["loss"] for slot in again["slots"]]
     assert losses == ([slot["loss"] for slot in bad["slots"]] if determinism == "strict" else pytest.approx(
         [slot["loss"] for slot in bad["slots"]], rel=1e-6))  # fmt: skip

@@ -16,10 +16,10 @@ import pytest
 import torch
 from test_dataset import make
 
-from train.config import DataConfig
-from train.dataset import Batch
-from train.exits import ExitCode, Halt
-from train.feed import Feed, PlaceSampler, _shortage
+from train.base.console import ExitCode, Halt
+from train.config.stage import DataConfig
+from train.data.dataset import Batch
+from train.data.loader import Feed, PlaceSampler, _shortage
 
 CPU = torch.device("cpu")
 

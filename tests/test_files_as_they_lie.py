@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from train.exits import ExitCode, Halt
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare import ingest, probe
-from train.prepare.files import read_image
-from train.prepare.judge import Complaint
-from train.prepare.records import Quarantine
-from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
-from train.prepare.units import merge_quarantine, read_table
-from train.prepare.walking import walk
+from train.prepare.folders.files import read_image
+from train.prepare.folders.walking import walk
+from train.prepare.tables.quarantine import Complaint
+from train.prepare.tables.schemas import Quarantine
+from train.prepare.tables.units import merge_quarantine, read_table
 
 
 def picture(path: Path, caption: str | None = "1girl") -> None:

@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 from oddimages import drawn, encoded
 from preparedset import prepare
 
-from train.exits import ExitCode, Halt
-from train.prepare.judge import Complaint, too_many
-from train.prepare.predicates import evaluate, parse
-from train.prepare.repeats import visits_of
-from train.prepare.settingrules import MAX_REPEATS
-from train.prepare.settings import DatasetConfig, SourceConfig, load_settings
-from train.prepare.tagmatch import caption_lists, joined_lists, occurring, plain_tag, tagged
-from train.tools.show_quarantine import report
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, SourceConfig, load_settings
+from train.config.dataset_rules import MAX_REPEATS
+from train.prepare.choosing.predicates import evaluate, parse
+from train.prepare.choosing.repeats import visits_of
+from train.prepare.tables.quarantine import Complaint, too_many
+from train.prepare.tagging.matching import caption_lists, joined_lists, occurring, plain_tag, tagged
+from train.tools.show.quarantine import report
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = ("ingest", "probe", "score", "tag", "dedupe", "label", "select")

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 from stages import Stage, result, state, tree
 
-from train import finished, schedule
-from train.config import ScheduleConfig, load_stage
-from train.exits import ExitCode, Halt
-from train.finished import answer
-from train.modelfolder import new_folder
-from train.tools import plan_page, stages
+from train.base.console import ExitCode, Halt
+from train.config.stage import ScheduleConfig, load_stage
+from train.engine import finished
+from train.engine.finished import answer
+from train.model.folder import new_folder
+from train.recipe import schedule
+from train.tools import stages
+from train.tools.estimate import page
 
 TRY_OUT = ("max_updates=5",)
 
@@ -163,10 +165,10 @@ def test_recipe_and_plan_agree(try_out: Stage, capsys: pytest.CaptureFixture[str
         stages.run_stages([try_out.yaml], [*small, "seed=9"], None, 1)
     assert halted.value.code == ExitCode.MISMATCH
     for more, wanted in (((), (True, False)), (("max_updates=null",), (True, True)), (("seed=9",), (False, False))):
-        found = plan_page.finished_before(load_stage([try_out.yaml], [*small, *more]))
+        found = page.finished_before(load_stage([try_out.yaml], [*small, *more]))
         assert found is not None
         assert (found["allowed"], found["goes_on"]) == wanted
-    assert plan_page.finished_before(load_stage([try_out.yaml], [*small, "output_dir=elsewhere"])) is None
+    assert page.finished_before(load_stage([try_out.yaml], [*small, "output_dir=elsewhere"])) is None
 
 
 def test_the_states_of_a_stage_tell_what_went_before(try_out: Stage) -> None:
@@ -180,7 +182,7 @@ def test_a_renewed_folder_takes_the_place_of_the_earlier_one_which_is_whole_unti
     at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not at_once:  # a system, or a file system, that cannot exchange two names
-        monkeypatch.setattr("train.modelfolder.ctypes.CDLL", lambda *_, **__: object())
+        monkeypatch.setattr("train.model.folder.ctypes.CDLL", lambda *_, **__: object())
     out = tmp_path / "model"
     for text in ("first", "second"):
         with new_folder(out, renew=True) as new:

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from train import guard, rundir
-from train.exits import ExitCode, Halt
-from train.plan import Tile
+from train.base.console import ExitCode, Halt
+from train.engine import guard
+from train.recipe.order import Tile
+from train.storage import rundir
 
 
 def tiles():

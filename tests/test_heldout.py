@@ -14,10 +14,10 @@ import synthetic
 from stages import Stage, opened, result
 from test_worlds import launch
 
-from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.heldout import FILE, leak
-from train.prepare.records import SELECT
+from train.base.console import ExitCode, Halt
+from train.config.stage import load_stage
+from train.observe.heldout import FILE, leak
+from train.prepare.tables.schemas import SELECT
 
 SHARE = "validation.share=0.3"
 PROMPTS = "steps: 2\nprompts:\n  - {text: 1girl, width: 64, height: 64, seed: 3}\n"

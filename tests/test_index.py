@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic import make_dataset
 
-from train.exits import ExitCode, Halt
-from train.index import Index
-from train.indexing import build_index
-from train.prepare.records import SELECT
-from train.rng import uid_of
+from train.base.console import ExitCode, Halt
+from train.data.index import Index
+from train.data.index_writer import build_index
+from train.prepare.tables.schemas import SELECT
+from train.recipe.rng import uid_of
 
 META = {"vae_id": "v", "content": "sample", "buckets": "b"}
 
@@ -188,8 +188,8 @@ def test_opening_reads_no_captions(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_card_size(tmp_path: Path) -> None:
     """873,504 images: open within 2 s, and a worker that reads captions at random grows by 100 MB at most."""
-    from train.tools.bench_data import CARD_IMAGES, worker_memory
-    from train.tools.bench_refs import write_index
+    from train.testing.data import CARD_IMAGES, worker_memory
+    from train.testing.references import write_index
 
     write_index(tmp_path, CARD_IMAGES)
     before, started = _rss_mb(), time.process_time()

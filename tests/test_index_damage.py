@@ -14,12 +14,12 @@ import pyarrow as pa
 import pytest
 from stages import SMALL, Stage
 
-from train.config import StageConfig, load_stage
-from train.exits import ExitCode, Halt
-from train.index import Index
-from train.indexcheck import file_hashes
-from train.indexing import write_arrow
-from train.selection import open_selection
+from train.base.console import ExitCode, Halt
+from train.config.stage import StageConfig, load_stage
+from train.data.index import Index
+from train.data.index_check import file_hashes
+from train.data.index_writer import write_arrow
+from train.data.selection import open_selection
 
 
 def rewritten(path: Path, change: Callable[[pa.Table], pa.Table]) -> None:

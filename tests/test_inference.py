@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from train.exits import ExitCode, Halt
-from train.inference import adjusted, draw, open_model
-from train.prompts import NEGATIVE, QUALITY_PREFIX, Prompt, PromptsFile, checked
-from train.sampling import RECIPE
+from train.base.console import ExitCode, Halt
+from train.config.prompts import NEGATIVE, QUALITY_PREFIX, Prompt, PromptsFile, checked
+from train.diffusion.sampling import RECIPE
+from train.observe.inference import adjusted, draw, open_model
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = checked(PromptsFile(prompts=[Prompt(text="1girl", seed=3), Prompt(text="1boy", width=64, height=32)]))
@@ -22,7 +22,7 @@ SETTINGS = checked(PromptsFile(prompts=[Prompt(text="1girl", seed=3), Prompt(tex
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from train.tools.tiny_model import write_model
+    from train.tools.tiny.model import write_model
 
     made = tmp_path_factory.mktemp("tiny") / "model"
     write_model(made)

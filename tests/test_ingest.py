@@ -24,13 +24,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.exits import ExitCode, Halt
-from train.prepare import danbooru, e621, gelbooru, ingest, label
-from train.prepare.judge import Complaint
-from train.prepare.normalise import RawPost, to_record
-from train.prepare.records import RECORDS, Quarantine, quarantine_table
-from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir, load_settings
-from train.prepare.units import read_table
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir, load_settings
+from train.prepare import ingest, label
+from train.prepare.posts.normalise import RawPost, to_record
+from train.prepare.sources import danbooru, e621, gelbooru
+from train.prepare.tables.quarantine import Complaint
+from train.prepare.tables.schemas import RECORDS, Quarantine, quarantine_table
+from train.prepare.tables.units import read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = {"id": 1, "rating": "g", "score": 3, "tag_string_general": "1girl smile", "file_ext": "png"}

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.slow
 _CODE = """
 import sys; sys.path.insert(0, {root!r})
 from train.prepare import ingest, label
-from train.prepare.settings import load_settings
+from train.config.dataset import load_settings
 from train.prepare import ingest as module
 module._SPILL_ROWS = 500; module.ROW_GROUP_ROWS = 300
 settings = load_settings([{config!r}])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.prepare.jsonstream import Malformed, iter_members, iter_values
+from train.prepare.formats.jsonstream import Malformed, iter_members, iter_values
 
 
 def values(path: Path, text: str) -> list[object]:

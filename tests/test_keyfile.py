@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.exits import ExitCode, Halt
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, ScoreConfig, SourceConfig, TagConfig, dataset_dir
 from train.prepare import ingest, label, score, tag
-from train.prepare.normalise import BadRecord
-from train.prepare.settings import DatasetConfig, ScoreConfig, SourceConfig, TagConfig, dataset_dir
-from train.prepare.units import read_table
+from train.prepare.posts.normalise import BadRecord
+from train.prepare.tables.units import read_table
 
 
 def world(folder: Path, **more: Any) -> DatasetConfig:

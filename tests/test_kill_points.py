@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import checkpoint, manifest, rundir
-from train.checkpoint import Progress
-from train.config import CheckpointConfig
-from train.resume import Expectations
+from train.config.stage import CheckpointConfig
+from train.storage import checkpoint, manifest, rundir
+from train.storage.checkpoint import Progress
+from train.storage.resume import Expectations
 
 EXPECT = Expectations("s", {})
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "unlink", "rmdir")  # of the os module

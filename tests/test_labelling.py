@@ -15,22 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from train.captions import split
-from train.exits import ExitCode, Halt
-from train.labels import COUNT_TAGS, LabelError, Policy, Post, label_post, percentile_thresholds, preset
+from train.base.console import ExitCode, Halt
+from train.config.dataset import AestheticConfig, DatasetConfig, PolicyConfig, QualityConfig, SourceConfig, dataset_dir
 from train.prepare import ingest, label
-from train.prepare.labelling import Inputs, label_table
-from train.prepare.policy import counted_thresholds
-from train.prepare.records import LABELS, TAG_GROUPS
-from train.prepare.settings import (
-    AestheticConfig,
-    DatasetConfig,
-    PolicyConfig,
-    QualityConfig,
-    SourceConfig,
-    dataset_dir,
-)
-from train.prepare.units import read_table
+from train.prepare.tables.schemas import LABELS, TAG_GROUPS
+from train.prepare.tables.units import read_table
+from train.prepare.tagging.policy import counted_thresholds
+from train.prepare.tagging.vectorised import Inputs, label_table
+from train.recipe.captions import split
+from train.recipe.tag_policy import COUNT_TAGS, LabelError, Policy, Post, label_post, percentile_thresholds, preset
 
 TAGS = [
     *COUNT_TAGS[:4], "solo", "long_hair", "long hair", "^_^", "(o)_(o)", "", " ", "highres", "commentary_request",
@@ -298,7 +291,7 @@ def test_key_range_of_a_unit(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_benchmark_runs_in_small(tmp_path: Path) -> None:
-    from train.tools.bench_labels import label_rows, label_seconds, write_records
+    from train.testing.labels import label_rows, label_seconds, write_records
 
     (table, empirical) = label_rows(tmp_path, 60_000)  # two units
     assert read_table(tmp_path / "labels", "labels", ["key"])["key"].length() == 60_000

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.captions import render, split
-from train.labels import (
+from train.recipe.captions import render, split
+from train.recipe.tag_policy import (
     COUNT_TAGS,
     KAOMOJI,
     POOLED,

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from train.exits import ExitCode, Halt
-from train.latents import ShardReader, read_meta, write_shard
+from train.base.console import ExitCode, Halt
+from train.data.shards import ShardReader, read_meta, write_shard
 
 NAME = "latents/64x48-00000.safetensors"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from train.tools import chaos, chaos_world
+from train.testing import chaos, chaos_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from lab import UPDATES, Lab
 
-from train.rundir import _stable
-from train.tools import chaos, chaos_world
+from train.storage.rundir import _stable
+from train.testing import chaos, chaos_world
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,11 +11,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train import rng
-from train.config import LossConfig, NoiseConfig
-from train.loss import debiased_weights, huber_c, min_snr_weights, per_image, pseudo_huber, snr, target, weights
-from train.noise import add_noise, alphas_cumprod, slot_noise
-from train.rng import Stream
+from train.config.stage import LossConfig, NoiseConfig
+from train.diffusion.loss import (
+    debiased_weights,
+    huber_c,
+    min_snr_weights,
+    per_image,
+    pseudo_huber,
+    snr,
+    target,
+    weights,
+)
+from train.diffusion.noise import add_noise, alphas_cumprod, slot_noise
+from train.recipe import rng
+from train.recipe.rng import Stream
 
 ALPHAS = alphas_cumprod()
 

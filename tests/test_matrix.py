@@ -17,14 +17,14 @@ import pytest
 import synthetic
 from preparedset import prepare
 
-from train.config import DataConfig, NoiseConfig
-from train.dataset import Batch, TileDataset
-from train.index import Index
-from train.latents import ShardReader
-from train.plan import Plan
-from train.prepare.settings import load_settings
-from train.text import load_tag_tokenizer
-from train.tools import ranks
+from train.config.dataset import load_settings
+from train.config.stage import DataConfig, NoiseConfig
+from train.data.dataset import Batch, TileDataset
+from train.data.index import Index
+from train.data.shards import ShardReader
+from train.model.text import load_tag_tokenizer
+from train.recipe.order import Plan
+from train.testing import ranks
 
 MODEL = Path(__file__).parent / "fixtures" / "c93b03a" / "model"
 ROWS = [(adapter, lacks) for adapter in anysource.ADAPTERS for lacks in anysource.LACKS]
@@ -112,8 +112,8 @@ class Launched:
 
 
 def draw_one(model: Path, out: Path) -> None:
-    from train.inference import adjusted, draw, open_model
-    from train.prompts import load_prompts
+    from train.config.prompts import load_prompts
+    from train.observe.inference import adjusted, draw, open_model
 
     prompts = load_prompts(Path(__file__).parents[1] / "configs" / "prompts.yaml")
     settings = adjusted(prompts, texts=["smile"], size="64x64", steps=2)

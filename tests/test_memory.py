@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from train import memory
-from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.memory import GIB, Setup
-from train.plan import partial_sums
-from train.reduce import BinaryCounter
+from train.base.console import ExitCode, Halt
+from train.config.stage import load_stage
+from train.model import memory
+from train.model.memory import GIB, Setup
+from train.optim.collectives import BinaryCounter
+from train.recipe.order import partial_sums
 
 PRETRAIN = Setup(trains_text=True, optimizer="adamw", precision="fp16")
 FINETUNE = Setup(trains_text=False, optimizer="adafactor", precision="fp16")
@@ -180,5 +180,5 @@ def test_odd_bucket_is_refused() -> None:
 
 
 def test_memory_needs_no_torch() -> None:
-    code = "import sys, train.memory; sys.exit('torch' in sys.modules)"
+    code = "import sys, train.model.memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from oddimages import drawn, encoded
 from preparedset import prepare, settings_of, write_vae
 
-from train.buckets import assign, make_buckets, place
-from train.exits import ExitCode, Halt
-from train.prepare.judge import Complaint
-from train.prepare.merging import Cost, crop_losses, merge, told
-from train.prepare.settings import DatasetConfig, load_settings
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, load_settings
+from train.prepare.choosing.merging import Cost, crop_losses, merge, told
+from train.prepare.tables.quarantine import Complaint
+from train.recipe.buckets import assign, make_buckets, place
 
 RECIPE = make_buckets()
 SIDES = st.tuples(st.integers(40, 4000), st.integers(40, 4000)).filter(lambda s: 0.25 <= s[0] / s[1] <= 4)

@@ -14,10 +14,12 @@ import tinysdxl
 import torch
 from safetensors.torch import load_file, save_file
 
-from train import hub, modelfolder, otherkinds, sdxl, singlefile, spellings, vaefile, weightfile
-from train.config import ModelConfig
-from train.exits import ExitCode, Halt
-from train.prepare.encoder import find_vae, load_vae
+from train.base.console import ExitCode, Halt
+from train.config.stage import ModelConfig
+from train.model import folder as model_folder
+from train.model import other_kinds, sdxl, single_file, source, spellings, vae_file
+from train.prepare.encoding.encoder import find_vae, load_vae
+from train.storage import weightfile
 
 Tensors = dict[str, torch.Tensor]
 UNET, ONE, TWO, VAE = sdxl.PREFIXES.values()
@@ -27,12 +29,12 @@ UNET, ONE, TWO, VAE = sdxl.PREFIXES.values()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model, its single file beside it as model.safetensors."""
     folder = tinysdxl.write(tmp_path_factory.mktemp("model") / "folder", "least")
-    singlefile.to_single_file(folder, folder.parent / "model.safetensors", metadata={"modelspec.license": "CC0"})
+    single_file.to_single_file(folder, folder.parent / "model.safetensors", metadata={"modelspec.license": "CC0"})
     return folder
 
 
-def weights_of(path: Path, vae: Path | None = None) -> tuple[dict[str, bytes], hub.LocalModel]:
-    model = hub.resolve(ModelConfig(init_from=str(path), vae=None if vae is None else str(vae)))
+def weights_of(path: Path, vae: Path | None = None) -> tuple[dict[str, bytes], source.LocalModel]:
+    model = source.resolve(ModelConfig(init_from=str(path), vae=None if vae is None else str(vae)))
     return {name: blob.read() for name, blob in model.weights.items()}, model
 
 
@@ -74,7 +76,7 @@ def test_leftovers_are_passed_over_and_named_in_one_line(
     caplog.set_level(logging.INFO, "anix")
     file = written(folder, tmp_path / "x.safetensors", lambda tensors: tensors.update(LEFT))
     assert weights_of(file)[0] == weights_of(folder.parent / "model.safetensors")[0]
-    singlefile.to_folder(file, tmp_path / "out")
+    single_file.to_folder(file, tmp_path / "out")
     lines = [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()]
     assert len(lines) == 1
     assert f"x.safetensors: passed over {len(LEFT)} tensors" in lines[0]
@@ -124,7 +126,7 @@ def huggingface_names(prefix: str) -> Callable[[Tensors], None]:
 
 
 def tinysdxl_configs() -> sdxl.Configs:
-    return singlefile.configs_in(weightfile.open_file(huggingface_names.single))  # type: ignore[attr-defined]
+    return single_file.configs_in(weightfile.open_file(huggingface_names.single))  # type: ignore[attr-defined]
 
 
 SPELLINGS = {
@@ -168,15 +170,15 @@ def test_a_file_without_vae_needs_one(folder: Path, tmp_path: Path) -> None:
     other = tinysdxl.write(tmp_path / "other", "least", seed=3)
     want = {**weights_of(folder)[0], **{n: w for n, w in weights_of(other)[0].items() if n.startswith("vae.")}}
     assert weights_of(file, other / "vae")[0] == want
-    singlefile.to_folder(file, tmp_path / "out", vae=other)
+    single_file.to_folder(file, tmp_path / "out", vae=other)
     assert weights_of(tmp_path / "out")[0] == want
     shutil.copytree(folder, tmp_path / "bare")
     shutil.rmtree(tmp_path / "bare/vae")
     with pytest.raises(Halt, match=r"bare has no VAE: set model\.vae"):
         weights_of(tmp_path / "bare")
     assert weights_of(tmp_path / "bare", other)[0] == want
-    hub.glance(ModelConfig(init_from=str(tmp_path / "bare"), vae=str(other)))
-    singlefile.to_single_file(tmp_path / "bare", tmp_path / "y.safetensors", vae=other / "vae")
+    source.glance(ModelConfig(init_from=str(tmp_path / "bare"), vae=str(other)))
+    single_file.to_single_file(tmp_path / "bare", tmp_path / "y.safetensors", vae=other / "vae")
     assert weights_of(tmp_path / "y.safetensors")[0] == want
 
 
@@ -260,7 +262,7 @@ def test_mixed_precisions_join_without_loss(folder: Path, tmp_path: Path) -> Non
         elif ".v_proj." in name:
             tensors[name] = tensors[name].half()
     save_file(tensors, path)
-    singlefile.to_single_file(model, tmp_path / "x.safetensors")
+    single_file.to_single_file(model, tmp_path / "x.safetensors")
     reading = weights_of(tmp_path / "x.safetensors")[1].weights
     names = {sdxl.canonical("text_encoder_2", name): tensor for name, tensor in tensors.items() if "_proj.weight" in name}
     for name, tensor in names.items():
@@ -301,13 +303,13 @@ def test_a_vae_is_the_same_in_every_layout_and_place(folder: Path, tmp_path: Pat
     ids = set()
     for kind, path in vae_layouts(folder, tmp_path).items():
         vae = find_vae(str(path))
-        ids.add(vaefile.identity(vae.weights))
+        ids.add(vae_file.identity(vae.weights))
         assert {name: blob.read() for name, blob in vae.weights.items()} == want, kind
         network = load_vae(vae)
         assert torch.equal(network.quant_conv.weight, load_file(folder / "vae/diffusion_pytorch_model.safetensors")["quant_conv.weight"])
         replaced, _ = weights_of(other, path)
         assert {name: blob for name, blob in replaced.items() if name.startswith("vae.")} == want, kind
-        singlefile.to_single_file(other, tmp_path / f"{kind} in.safetensors", vae=path)
+        single_file.to_single_file(other, tmp_path / f"{kind} in.safetensors", vae=path)
         assert weights_of(tmp_path / f"{kind} in.safetensors")[0] == replaced, kind
     assert len(ids) == 1
 
@@ -342,8 +344,8 @@ def test_a_vae_nobody_could_apply_is_refused_in_every_place(kind: str, folder: P
     for place in (
         lambda: find_vae(str(model / "vae")), lambda: find_vae(str(model), "npz_vae of a"),
         lambda: weights_of(folder, model / "vae"), lambda: weights_of(model),
-        lambda: singlefile.to_single_file(model, tmp_path / "x.safetensors"),
-        lambda: singlefile.to_single_file(folder, tmp_path / "x.safetensors", vae=model),
+        lambda: single_file.to_single_file(model, tmp_path / "x.safetensors"),
+        lambda: single_file.to_single_file(folder, tmp_path / "x.safetensors", vae=model),
     ):  # fmt: skip
         with pytest.raises(Halt, match=words) as caught:
             place()
@@ -359,7 +361,7 @@ def test_the_vae_of_stable_diffusion_1_does_not_take_sdxls_place(folder: Path, t
     for factor in ({"scaling_factor": 0.18215}, {}):
         path.write_text(json.dumps({key: value for key, value in config.items() if key != "scaling_factor"} | factor))
         for place in (lambda: weights_of(folder, tmp_path / "vae"),
-                      lambda: singlefile.to_single_file(folder, tmp_path / "x.safetensors", vae=tmp_path / "vae")):  # fmt: skip
+                      lambda: single_file.to_single_file(folder, tmp_path / "x.safetensors", vae=tmp_path / "vae")):  # fmt: skip
             with pytest.raises(Halt, match=r"Stable Diffusion 1's VAE; the model's own is 0\.13025"):
                 place()
         assert find_vae(str(tmp_path / "vae")).config["scaling_factor"] == 0.18215  # alone it is what it is
@@ -404,12 +406,12 @@ def test_what_is_no_sdxl_says_what_it_is_and_what_to_do(kind: str, tmp_path: Pat
     tensors, words = KINDS[kind]
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(Halt, match=words) as caught:
-        hub.resolve(ModelConfig(init_from=str(tmp_path / "x.safetensors")))
+        source.resolve(ModelConfig(init_from=str(tmp_path / "x.safetensors")))
     assert caught.value.code == ExitCode.MISMATCH
     assert len(caught.value.message) < 600
     if kind != "VAE":
         with pytest.raises(Halt, match=r"no VAE|no SDXL"):
-            vaefile.open_vae(tmp_path / "x.safetensors", "model.vae")
+            vae_file.open_vae(tmp_path / "x.safetensors", "model.vae")
 
 
 HEADS = {
@@ -429,7 +431,7 @@ def test_what_is_no_safetensors_says_what_it_is(kind: str, tmp_path: Path) -> No
     data, words = HEADS[kind]
     (tmp_path / "x.safetensors").write_bytes(data)
     with pytest.raises(Halt, match=words) as caught:
-        hub.resolve(ModelConfig(init_from=str(tmp_path / "x.safetensors")))
+        source.resolve(ModelConfig(init_from=str(tmp_path / "x.safetensors")))
     assert caught.value.code == ExitCode.MISMATCH
 
 
@@ -438,7 +440,7 @@ def test_a_distilled_relative_and_a_cut_file_are_told_apart() -> None:
     unet = [link.single for link in links if link.single.startswith(UNET)]
     for missing, words in ((unet[:60], "distilled relatives"), (unet[:2], "nearly SDXL"), (unet, "SDXL without unet")):
         with pytest.raises(Halt, match=words):
-            otherkinds.refuse_unlike(Path("x"), missing, [], [], links)
+            other_kinds.refuse_unlike(Path("x"), missing, [], [], links)
 
 
 def test_folders_that_are_nearly_a_model(folder: Path, tmp_path: Path) -> None:
@@ -464,15 +466,15 @@ def test_a_hub_name_without_commit_gets_the_line_to_paste(tmp_path: Path, monkey
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(Halt, match="owner/name@<40-digit commit>") as caught:
-        hub.find("owner/name")
+        source.find("owner/name")
     assert caught.value.code == ExitCode.USAGE
     refs = tmp_path / "models--owner--name/refs"
     refs.mkdir(parents=True)
     (refs / "main").write_text("a" * 40)
     for name in ("owner/name", "owner/name@main"):
         with pytest.raises(Halt, match=f"model.init_from=owner/name@{'a' * 40}"):
-            hub.find(name)
+            source.find(name)
 
 
 def test_the_usual_files_of_a_folder(folder: Path) -> None:
-    assert [path.name for path in modelfolder.weight_files(folder / "vae")] == ["diffusion_pytorch_model.safetensors"]
+    assert [path.name for path in model_folder.weight_files(folder / "vae")] == ["diffusion_pytorch_model.safetensors"]

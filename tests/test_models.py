@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from train.exits import ExitCode, Halt
-from train.models import (
+from train.base.console import ExitCode, Halt
+from train.model.networks import (
     Components,
     Networks,
     canonical,
@@ -151,7 +151,7 @@ def test_trained_encoders_are_not_cast(components: Components) -> None:
 
 
 def test_the_forward_pass_is_the_stock_unets(components: Components, base_model: Path) -> None:
-    from train import text
+    from train.model import text
 
     networks = networks_of(components, train=False).eval()
     noisy, timesteps, ids_1, ids_2, sizes = inputs()

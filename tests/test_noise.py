@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import rng
-from train.config import NoiseConfig
-from train.noise import add_noise, alphas_cumprod, as_drawn, slot_noise, tile_noise
-from train.rng import Stream
+from train.config.stage import NoiseConfig
+from train.diffusion.noise import add_noise, alphas_cumprod, as_drawn, slot_noise, tile_noise
+from train.recipe import rng
+from train.recipe.rng import Stream
 
 UID = rng.uid_of("danbooru:6814120")
 SHAPE = (4, 16, 24)

@@ -16,11 +16,11 @@ from oddimages import drawn, encoded
 from PIL import Image
 from preparedset import prepare, settings_of, write_vae
 
-from train.exits import ExitCode, Halt
-from train.index import Index
-from train.latents import ShardReader
-from train.prepare.npz import Unusable, imported
-from train.prepare.settings import DatasetConfig, SourceConfig
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, SourceConfig
+from train.data.index import Index
+from train.data.shards import ShardReader
+from train.prepare.encoding.npz import Unusable, imported
 
 SIZE, BUCKET = (120, 72), (160, 96)  # every picture's, and the one it gets
 

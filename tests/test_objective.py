@@ -15,15 +15,18 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from stages import Stage
 
-from train import buckets, export, hub, objective, sdxl, singlefile
-from train.config import ExportConfig, ModelConfig, StageConfig, load_stage
-from train.exits import ExitCode, Halt
-from train.hub import LocalModel
-from train.inference import open_model
-from train.objective import Objective
-from train.prompts import Prompt
-from train.sampling import _condition, picture_noise, sample_images
-from train.text import TagTokenizer
+from train.base.console import ExitCode, Halt
+from train.config.prompts import Prompt
+from train.config.stage import ExportConfig, ModelConfig, StageConfig, load_stage
+from train.diffusion.sampling import _condition, picture_noise, sample_images
+from train.engine import export
+from train.model import prediction, sdxl, single_file
+from train.model import source as model_source
+from train.model.prediction import Objective
+from train.model.source import LocalModel
+from train.model.text import TagTokenizer
+from train.observe.inference import open_model
+from train.recipe import buckets
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -45,7 +48,7 @@ def stage_of(*overrides: str) -> StageConfig:
 
 
 def source_with(path: Path, scheduler: dict[str, Any], **more: Any) -> LocalModel:
-    return replace(hub.resolve(ModelConfig(init_from=str(path)), hashed=False), configs={"scheduler": scheduler}, **more)
+    return replace(model_source.resolve(ModelConfig(init_from=str(path)), hashed=False), configs={"scheduler": scheduler}, **more)
 
 
 def test_a_conversion_stands_in_the_lineage_and_a_child_goes_on(v_run: Path, dataset: Path, tmp_path: Path) -> None:
@@ -68,14 +71,14 @@ def test_a_conversion_stands_in_the_lineage_and_a_child_goes_on(v_run: Path, dat
 def test_every_reader_of_the_export_is_told(v_run: Path, tmp_path: Path) -> None:
     single = v_run / "pretrain.safetensors"
     assert {sdxl.V_MARK, sdxl.ZERO_SNR_MARK} <= load_file(single).keys()  # what ComfyUI and its relatives look for
-    singlefile.to_folder(single, tmp_path / "converted")
+    single_file.to_folder(single, tmp_path / "converted")
     for folder in (v_run / "model", tmp_path / "converted"):
         scheduler = EulerDiscreteScheduler.from_pretrained(folder, subfolder="scheduler")
         scheduler.set_timesteps(28)
         assert scheduler.config.prediction_type == "v_prediction" and scheduler.timesteps[0] == 999
         assert scheduler.sigmas[0] > 4000
     for path in (v_run, v_run / "model", single, tmp_path / "converted"):
-        assert objective.stated(hub.resolve(ModelConfig(init_from=str(path)))) == Objective("v", True), path
+        assert prediction.stated(model_source.resolve(ModelConfig(init_from=str(path)))) == Objective("v", True), path
 
 
 def test_the_way_back_to_epsilon_takes_the_spacing_along() -> None:
@@ -102,15 +105,15 @@ def test_the_way_back_to_epsilon_takes_the_spacing_along() -> None:
 def test_what_files_say(
     base_model: Path, scheduler: dict[str, Any], metadata: dict[str, str], lineage: Any, said: Objective
 ) -> None:
-    assert objective.stated(source_with(base_model, scheduler, metadata=metadata, lineage=lineage)) == said
+    assert prediction.stated(source_with(base_model, scheduler, metadata=metadata, lineage=lineage)) == said
 
 
 def test_a_single_file_of_another_maker(tmp_path: Path) -> None:
     """No marks: nothing is said, one line tells what is taken. `v_pred` alone leaves zero terminal SNR open."""
     folder = tinysdxl.write(tmp_path / "folder", "least")
-    singlefile.to_single_file(folder, tmp_path / "a.safetensors")
+    single_file.to_single_file(folder, tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
-    configs = json.loads(export.read_metadata(tmp_path / "a.safetensors")[singlefile.CONFIGS_KEY])
+    configs = json.loads(export.read_metadata(tmp_path / "a.safetensors")[single_file.CONFIGS_KEY])
     for marks, metadata, scheduler, own, words in (
         ((), {}, {}, (), "does not say what it predicts: taken as loss.prediction says, epsilon"),
         ((), {}, {}, V_ZERO, "taken as loss.prediction says, v with zero terminal SNR"),
@@ -122,20 +125,20 @@ def test_a_single_file_of_another_maker(tmp_path: Path) -> None:
         stored = {**configs, "scheduler": {**sdxl.STANDARD["scheduler"], **scheduler}}
         file = tmp_path / "b.safetensors"
         save_file({**tensors, **{mark: torch.empty(0) for mark in marks}}, file,
-                  {**metadata, singlefile.CONFIGS_KEY: json.dumps(stored)})  # fmt: skip
-        source = hub.resolve(ModelConfig(init_from=str(file)))
-        assert objective.conversion(stage_of(*own), source) is None
-        said = objective.unstated(stage_of(*own), source)
+                  {**metadata, single_file.CONFIGS_KEY: json.dumps(stored)})  # fmt: skip
+        source = model_source.resolve(ModelConfig(init_from=str(file)))
+        assert prediction.conversion(stage_of(*own), source) is None
+        said = prediction.unstated(stage_of(*own), source)
         assert said is None if words is None else words in str(said)
 
 
 @pytest.mark.parametrize("marks", [(), ("v_pred",), ("v_pred", "ztsnr"), ("ztsnr",)])
 def test_marks_of_a_full_size_file(marks: tuple[str, ...], tmp_path: Path) -> None:
-    from train import weightfile
+    from train.storage import weightfile
 
     save_file({"x": torch.zeros(1), **{mark: torch.empty(0) for mark in marks}}, tmp_path / "a.safetensors",
               {"modelspec.resolution": "768x768"})  # fmt: skip
-    configs = singlefile.configs_in(weightfile.open_file(tmp_path / "a.safetensors"))
+    configs = single_file.configs_in(weightfile.open_file(tmp_path / "a.safetensors"))
     assert (configs["scheduler"]["prediction_type"] == "v_prediction") == ("v_pred" in marks)
     assert configs["scheduler"].get("rescale_betas_zero_snr", False) == ({"v_pred", "ztsnr"} <= set(marks))
     assert configs["unet"]["sample_size"] == 96
@@ -187,7 +190,7 @@ def test_a_call_without_sizes_draws_what_was_trained(straight: Path) -> None:
     assert pipeline("1girl", num_inference_steps=1).images[0].size == (64, 64)
     single = straight / "pretrain.safetensors"
     assert export.read_metadata(single)["modelspec.resolution"] == "64x64"
-    assert hub.resolve(ModelConfig(init_from=str(single))).configs["unet"]["sample_size"] == 16  # this VAE's factor is 4
+    assert model_source.resolve(ModelConfig(init_from=str(single))).configs["unet"]["sample_size"] == 16  # this VAE's factor is 4
     assert export.metadata_of({"stage": "x", "date": "d", "license": "l"}, ExportConfig(), "epsilon", (0, 1000))[
         "modelspec.resolution"] == "1024x1024"  # fmt: skip
 

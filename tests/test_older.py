@@ -12,12 +12,13 @@ import torch
 from stages import clean_process
 from synthetic import metrics
 
-from train import manifest, run
-from train.checkpoint import open_checkpoint
-from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.index import Index
-from train.prepare.settings import load_settings
+from train import run
+from train.base.console import ExitCode, Halt
+from train.config.dataset import load_settings
+from train.config.stage import load_stage
+from train.data.index import Index
+from train.storage import manifest
+from train.storage.checkpoint import open_checkpoint
 
 FIRST = Path(__file__).parent / "fixtures" / "c93b03a"
 

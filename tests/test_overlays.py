@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from train import memory
-from train.buckets import make_buckets
-from train.config import load_stage
-from train.schema import flatten
-from train.tools.plan_machines import GPUS
+from train.config.schema import flatten
+from train.config.stage import load_stage
+from train.model import memory
+from train.recipe.buckets import make_buckets
+from train.tools.estimate.machines import GPUS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FITS = {  # overlay: card, stages

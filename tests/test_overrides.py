@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.prepare.settings import load_settings
+from train.base.console import ExitCode, Halt
+from train.config.dataset import load_settings
+from train.config.stage import load_stage
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO = """

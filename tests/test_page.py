@@ -19,14 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.exits import ExitCode, Halt
-from train.pictures import write_pictures
-from train.prompts import Prompt, PromptsFile, checked
-from train.tools.page import axis, write_page
-from train.tools.page_charts import bar_chart, extent, line_chart, log_ticks, number, smooth, thin, ticks
-from train.tools.page_data import config_differences, read_parameters, read_pictures, read_run
-from train.tools.page_heldout import held_out_section, in_order
-from train.tools.page_samples import shared_tags, spaced, strips
+from train.base.console import ExitCode, Halt
+from train.config.prompts import Prompt, PromptsFile, checked
+from train.observe.pictures import write_pictures
+from train.observe.runs import config_differences, read_parameters, read_pictures, read_run
+from train.tools.report.charts import bar_chart, extent, line_chart, log_ticks, number, smooth, thin, ticks
+from train.tools.report.heldout import held_out_section, in_order
+from train.tools.report.page import axis, write_page
+from train.tools.report.samples import shared_tags, spaced, strips
 
 ROOT = Path(__file__).resolve().parents[1]
 VOID = {"meta", "img"}

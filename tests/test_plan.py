@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import plan as plan_module
-from train import rng
-from train.buckets import make_buckets
-from train.exits import ExitCode, Halt
-from train.plan import (
+from train.base.console import ExitCode, Halt
+from train.recipe import order as plan_module
+from train.recipe import rng
+from train.recipe.buckets import make_buckets
+from train.recipe.order import (
     Plan,
     check_buckets,
     divisors,
@@ -27,7 +27,7 @@ from train.plan import (
     trace_lines,
     virtual_ranks,
 )
-from train.rng import Stream
+from train.recipe.rng import Stream
 
 CARD_IMAGES = 873_504
 SIZES = [(512, 2048), (832, 1216), (1024, 1024), (1216, 832), (1536, 640)]
@@ -168,7 +168,7 @@ def test_every_image_is_seen_as_often_as_there_are_epochs_one_more_or_less(count
     assert plan.total_updates <= epochs * plan.cycle_updates, "a schedule's cycles are no more than the epochs"
 
 
-# Recorded from train/plan.py of c93b03a: updates per epoch, in all, sha256 of the whole trace.
+# Recorded from train/recipe/order.py of c93b03a: updates per epoch, in all, sha256 of the whole trace.
 BEFORE_SHORT_TILES = [
     ([61, 26, 13], 31, 3, 4, 5, "carry", None, 8, 40, "19073fe24bbd45cdcc48fafa3ec0b643e74e83874817ebf633bcd6926291a366"),
     ([16, 17, 47], 7, 16, 1, 10, "carry", None, 5, 50, "ed56055a922b917a1664cab6778d398f37c0692150e8e7d36b8b3bb2edbcb4c3"),

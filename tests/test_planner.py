@@ -1,4 +1,4 @@
-"""plan.py: learning rates of the recipe to all digits, whole plans for the shipped configs, refusals."""
+"""order.py: learning rates of the recipe to all digits, whole plans for the shipped configs, refusals."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import synthetic
 
-from train.config import StageConfig, load_stage
-from train.exits import ExitCode, Halt
-from train.plan import Plan
-from train.tools import plan_images, plan_machines, plan_page, planner
-from train.tools.plan_images import Images
-from train.tools.planner import Request
+from train.base.console import ExitCode, Halt
+from train.config.stage import StageConfig, load_stage
+from train.recipe.order import Plan
+from train.tools.estimate import estimate, machines, page
+from train.tools.estimate import images as plan_images
+from train.tools.estimate.estimate import Request
+from train.tools.estimate.images import Images
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -60,7 +61,7 @@ def stage(name: str, *overrides: str) -> StageConfig:
     ],
 )
 def test_learning_rates_of_the_recipe(config: str, rates: tuple[str, ...], cycles: tuple[int, ...]) -> None:
-    plan = planner.plan_stage(stage(config), Request(updates=UPDATES, gpu="A100"))
+    plan = estimate.plan_stage(stage(config), Request(updates=UPDATES, gpu="A100"))
     assert plan["images"] == 873_504
     assert plan["images_source"] == "assumed: card"
     assert plan["updates_per_epoch"] == 9_099
@@ -76,7 +77,7 @@ def test_command_line_prints_one_json_object() -> None:
     plan = json.loads(done.stdout)
     assert [row["lr"] for row in plan["lr"]] == pytest.approx([1e-6, 9e-6])
     assert plan["memory"]["fits"] is True
-    no_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train.tools.planner, train.tools.plan_page; "
+    no_torch = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import train.tools.estimate.estimate, train.tools.estimate.page; "
     no_torch += "sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", no_torch], check=False).returncode == 0
 
@@ -95,16 +96,16 @@ def test_what_does_not_fit_exits_7_with_the_plan_printed(tmp_path: Path) -> None
 
 
 def test_finetune_plan() -> None:
-    plan = planner.plan_stage(stage("ft1.yaml"), Request(images=13_680, gpu="H200", updates=(0, 1, 50, 99, 100)))
+    plan = estimate.plan_stage(stage("ft1.yaml"), Request(images=13_680, gpu="H200", updates=(0, 1, 50, 99, 100)))
     assert (plan["updates_per_epoch"], plan["total_updates"]) == (285, 2_850)
     assert [row["lr"] for row in plan["lr"]] == pytest.approx([0, 2e-8, 1e-6, 1.98e-6, 2e-6])
     assert plan["batch"] == {"micro": 48, "accumulation": 1, "processes": 1, "effective": 48, "tiles_per_update": 1}
     assert plan["disk"]["checkpoint_bytes"] == pytest.approx(11.3e9, rel=0.01)
-    assert planner.plan_stage(stage("ft2.yaml"), Request(images=13_680, gpu="A100"))["total_updates"] == 4_275
+    assert estimate.plan_stage(stage("ft2.yaml"), Request(images=13_680, gpu="A100"))["total_updates"] == 4_275
 
 
 def test_time_cost_and_their_origin(tmp_path: Path) -> None:
-    given = planner.plan_stage(
+    given = estimate.plan_stage(
         stage("pretrain.yaml"), Request(gpu="A100", world=2, images_per_s=3.37, price_per_hour=2.0)
     )
     assert given["time"]["source"] == "given"
@@ -121,7 +122,7 @@ def test_time_cost_and_their_origin(tmp_path: Path) -> None:
     ]
     bench = tmp_path / "bench.json"
     bench.write_text(json.dumps({"variants": rows}))
-    measured = planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))["time"]
+    measured = estimate.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))["time"]
     assert (measured["images_per_s_per_gpu"], measured["source"]) == (8.0, "measured: cl in bench.json, NVIDIA A100")
     rows += [{"name": "cl_compile", "stage": 1, "images_per_s": 12.0, "compile": True, "channels_last": True}]
     rows += [{"name": "compile", "stage": 1, "images_per_s": 11.0, "compile": True, "channels_last": False}]
@@ -131,21 +132,21 @@ def test_time_cost_and_their_origin(tmp_path: Path) -> None:
         (("model.compile=true", "model.channels_last=true"), (12.0, "measured: cl_compile in bench.json, GPU unnamed")),
         (("model.compile=true", "model.float8=true"), (11.0, "measured: compile in bench.json, GPU unnamed")),
     ):
-        asked = planner.plan_stage(stage("pretrain.yaml", *overrides), Request(gpu="A100", bench=bench))["time"]
+        asked = estimate.plan_stage(stage("pretrain.yaml", *overrides), Request(gpu="A100", bench=bench))["time"]
         assert (asked["images_per_s_per_gpu"], asked["source"]) == told
     bench.write_text(json.dumps({"variants": [rows[-1]]}))
-    other = planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))["time"]
+    other = estimate.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))["time"]
     assert other["source"].endswith("this config differs in compile")
-    expected = planner.plan_stage(stage("pretrain.yaml"), A100)["time"]
+    expected = estimate.plan_stage(stage("pretrain.yaml"), A100)["time"]
     assert "nobody has measured" in expected["source"]
-    assert "guess" in planner.plan_stage(stage("pretrain.yaml"), Request(gpu="L40S", memory_gib=79))["time"]["source"]
+    assert "guess" in estimate.plan_stage(stage("pretrain.yaml"), Request(gpu="L40S", memory_gib=79))["time"]["source"]
     bench.write_text("[]")
     with pytest.raises(Halt, match=r"--bench"):
-        planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))
+        estimate.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", bench=bench))
 
 
 def test_memory_by_part_and_mode() -> None:
-    report = planner.plan_stage(stage("pretrain.yaml"), A100)["memory"]
+    report = estimate.plan_stage(stage("pretrain.yaml"), A100)["memory"]
     assert report["total_gib"] == pytest.approx(67, abs=0.6)
     assert sum(report["parts_gib"].values()) == pytest.approx(report["total_gib"], abs=0.05)
     assert report["modes"]["off mid, down 2"] == pytest.approx(109, abs=0.6)
@@ -153,28 +154,28 @@ def test_memory_by_part_and_mode() -> None:
     assert report["activation_bytes_per_image"]["1024x1024"][0] == 662_618_752
     assert report["activation_bytes_per_image"]["832x1216"][5] == 8_516_973_312
     auto = stage("pretrain.yaml", "model.gradient_checkpointing=auto", "batch.split=auto")
-    chosen = planner.plan_stage(auto, Request(gpu="H200"))["memory"]
+    chosen = estimate.plan_stage(auto, Request(gpu="H200"))["memory"]
     assert (chosen["checkpointing"], chosen["split"], chosen["images_at_once"]) == ("none", 2, 8)
 
 
 def test_shared_optimizer_state_and_the_average_are_counted() -> None:
     """12.6 GiB less on each of two cards; the checkpoint stays whole, and holds the average wherever that lies."""
     alone, shared = (
-        planner.plan_stage(stage("pretrain.yaml", f"optimizer.sharding={how}"), Request(gpu="A100", world=2))
+        estimate.plan_stage(stage("pretrain.yaml", f"optimizer.sharding={how}"), Request(gpu="A100", world=2))
         for how in ("none", "zero1")
     )
     parts = [plan["memory"]["parts_gib"]["optimizer"] for plan in (alone, shared)]
     assert parts[0] - parts[1] == pytest.approx(12.6, abs=0.05)
     assert alone["disk"]["checkpoint_bytes"] == shared["disk"]["checkpoint_bytes"]
-    averaged = planner.plan_stage(stage("pretrain.yaml", "ema.decay=0.999", "ema.device=cpu"), A100)
+    averaged = estimate.plan_stage(stage("pretrain.yaml", "ema.decay=0.999", "ema.device=cpu"), A100)
     assert averaged["disk"]["checkpoint_bytes"] - alone["disk"]["checkpoint_bytes"] == pytest.approx(13.5e9, rel=0.01)
     assert averaged["memory"]["parts_gib"]["ema"] == 0
 
 
 def test_a_disk_that_is_known_is_held_against_the_need(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    free = {gb: planner.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", disk_gb=gb))["disk"] for gb in (300, 600)}
+    free = {gb: estimate.plan_stage(stage("pretrain.yaml"), Request(gpu="A100", disk_gb=gb))["disk"] for gb in (300, 600)}
     assert [free[gb]["fits"] for gb in (300, 600)] == [False, True]  # 13 checkpoints of 40.5 GB, 14 GB of export
-    assert planner.plan_stage(stage("pretrain.yaml"), A100)["disk"]["fits"] is None, "another machine's disk"
+    assert estimate.plan_stage(stage("pretrain.yaml"), A100)["disk"]["fits"] is None, "another machine's disk"
     command = [sys.executable, "scripts/plan.py", "--config", "configs/pretrain.yaml", "--gpu", "A100", "--disk-gb", "300"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == ExitCode.MISMATCH
@@ -182,14 +183,14 @@ def test_a_disk_that_is_known_is_held_against_the_need(tmp_path: Path, capsys: p
 
 
 def test_options_that_change_numbers_are_named_with_their_limit() -> None:
-    told = planner.plan_stage(stage("pretrain.yaml", "model.compile=true", "batch.split=2"), A100)["tolerances"]
+    told = estimate.plan_stage(stage("pretrain.yaml", "model.compile=true", "batch.split=2"), A100)["tolerances"]
     assert {key: limit["loss"] for key, limit in told.items()} == {"batch.split": 1e-6, "model.compile": 1e-5}
-    assert planner.plan_stage(stage("pretrain.yaml"), A100)["tolerances"] == {}
+    assert estimate.plan_stage(stage("pretrain.yaml"), A100)["tolerances"] == {}
 
 
 def test_held_out_repeats_are_left_out_as_in_the_stage(tmp_path: Path) -> None:
-    from train.index import Index
-    from train.selection import held_out
+    from train.data.index import Index
+    from train.data.selection import held_out
 
     data = synthetic.make_dataset(tmp_path / "set", (40, 24))
     config = stage("pretrain.yaml", f"data.path={data}", "data.select=pretrain", "batch.micro=2", "batch.effective=4",
@@ -206,13 +207,13 @@ def test_prepared_buckets_are_counted_merged_and_dropped() -> None:
     config = stage("pretrain.yaml", "batch.micro=4", "batch.effective=8", "batch.remainder=drop", "checkpoint.every_steps=5")
     plan = Plan(np.arange(64), widths, heights, seed=1, tile_images=4, tiles_per_update=2, epochs=10, remainder="drop")
     images = Images(64, "here", counts, plan)
-    report = planner._bucket_report(config, images)
+    report = estimate._bucket_report(config, images)
     assert report["images"] == {"832x1216": 40, "1024x1024": 21, "1216x832": 3}
     assert report["short"] == {}, "what `drop` drops makes no tile"
     assert "drop never trains the 3 images of buckets smaller than batch.micro (1216x832: 3)" in report["short_note"]
     assert report["dropped_per_epoch"] == 0 + 1 + 3
-    assert planner._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (7, 75)
-    disk = planner._disk_report(config, planner.memory.setup_of(config), images, 7, 75, None)
+    assert estimate._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (7, 75)
+    disk = estimate._disk_report(config, estimate.memory.setup_of(config), images, 7, 75, None)
     assert disk["latents_bytes"] == 8 * (104 * 152 * 43 + 128 * 128 * 21)
     assert disk["permanent_checkpoints"] == 11  # past each of ten multiples of 7, and the end
 
@@ -221,10 +222,10 @@ def test_a_small_model_gets_no_prediction(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"block_out_channels": [32, 32, 64]}')
     config = stage("pretrain.yaml", f"model.init_from={tmp_path}")
-    plan = planner.plan_stage(config, A100)
+    plan = estimate.plan_stage(config, A100)
     report = plan["memory"]
     assert (plan["time"], plan["disk"]["checkpoint_bytes"]) == (None, None)
-    assert "pretrain" in plan_page.describe(plan)
+    assert "pretrain" in page.describe(plan)
     assert report["fits"] is None
     assert "[32, 32, 64]" in report["note"]
 
@@ -244,21 +245,21 @@ def test_a_small_model_gets_no_prediction(tmp_path: Path) -> None:
 )
 def test_refusals(overrides: list[str], request_: Request, code: ExitCode, text: str) -> None:
     with pytest.raises(Halt, match=text) as halt:
-        planner.plan_stage(stage("pretrain.yaml", *overrides), request_)
+        estimate.plan_stage(stage("pretrain.yaml", *overrides), request_)
     assert halt.value.code == code
 
 
 def test_gpu_names_and_the_one_present(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert plan_machines.find_gpu("h200", None)[0].free_gib == 139
-    assert plan_machines.find_gpu("A100", 38.5)[0].free_gib == 38.5
+    assert machines.find_gpu("h200", None)[0].free_gib == 139
+    assert machines.find_gpu("A100", 38.5)[0].free_gib == 38.5
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 4090, 23552'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    gpu, how = plan_machines.find_gpu(None, None)
+    gpu, how = machines.find_gpu(None, None)
     assert (gpu.name, gpu.free_gib, gpu.peak_tflops, how) == ("NVIDIA GeForce RTX 4090", 23.0, 165, "present")
     tool.write_text("#!/bin/sh\nexit 9\n")
-    assert plan_machines.find_gpu(None, None)[1].startswith("assumed")
+    assert machines.find_gpu(None, None)[1].startswith("assumed")
 
 
 # --- what a machine reports, what a benchmark file says, what makes no sense -------------------------------
@@ -279,16 +280,16 @@ def test_the_card_present_gets_its_own_peak_or_is_called_unknown(
     tool.write_text(f'#!/bin/sh\necho "{reported}, 23800"\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin")
-    gpu, how = plan_machines.find_gpu(None, None)
+    gpu, how = machines.find_gpu(None, None)
     assert (gpu.name, how) == (reported, "present")
     assert ("unknown card" in gpu.peak_source) == (peak is None)
     assert gpu.peak_tflops == (peak or 312)
 
 
 def test_a_card_that_nobody_knows_is_planned_for_with_its_memory() -> None:
-    assert plan_machines.find_gpu("V100", 31.0)[0].free_gib == 31
+    assert machines.find_gpu("V100", 31.0)[0].free_gib == 31
     with pytest.raises(Halt, match="--memory-gib"):
-        plan_machines.find_gpu("V100", None)
+        machines.find_gpu("V100", None)
 
 
 def bench_file(folder: Path, **row: object) -> Path:
@@ -303,7 +304,7 @@ def test_measured_speeds_name_the_other_card_and_take_the_row_most_alike(tmp_pat
     file = bench_file(tmp_path, name="strict", strict=True, images_per_s=9.4)
 
     def source(gpu: str, *overrides: str) -> str:
-        plan = planner.plan_stage(stage("pretrain.yaml", *overrides), Request(gpu=gpu, bench=file))
+        plan = estimate.plan_stage(stage("pretrain.yaml", *overrides), Request(gpu=gpu, bench=file))
         return f"{plan['time']['images_per_s_per_gpu']} {plan['time']['source']}"
 
     assert source("H200").startswith("9.8 measured: plain")
@@ -324,7 +325,7 @@ def test_measured_speeds_name_the_other_card_and_take_the_row_most_alike(tmp_pat
 def test_a_file_that_is_no_measurement_is_refused_by_name(text: str, tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(text)
     with pytest.raises(Halt, match=r"bench\.json") as caught:
-        planner.plan_stage(stage("pretrain.yaml"), Request(gpu="H200", bench=tmp_path / "bench.json"))
+        estimate.plan_stage(stage("pretrain.yaml"), Request(gpu="H200", bench=tmp_path / "bench.json"))
     assert caught.value.code == ExitCode.USAGE
 
 
@@ -338,34 +339,34 @@ def test_a_file_that_is_no_measurement_is_refused_by_name(text: str, tmp_path: P
 )  # fmt: skip
 def test_numbers_that_make_no_sense_name_their_flag(flag: str, asked: Request) -> None:
     with pytest.raises(Halt, match=flag) as caught:
-        planner.plan_stage(stage("pretrain.yaml"), asked)
+        estimate.plan_stage(stage("pretrain.yaml"), asked)
     assert caught.value.code == ExitCode.USAGE
 
 
 def test_processes_that_training_refuses_are_refused_here() -> None:
     for world, override in ((3, "batch.determinism=strict"), (2, "batch.accumulation=5")):
         with pytest.raises(Halt) as caught:
-            planner.plan_stage(stage("pretrain.yaml", override), Request(gpu="A100", world=world))
+            estimate.plan_stage(stage("pretrain.yaml", override), Request(gpu="A100", world=world))
         assert caught.value.code == ExitCode.MISMATCH
 
 
 def test_counts_follow_what_training_does() -> None:
-    held = planner.plan_stage(stage("pretrain.yaml", "validation.share=0.1"), A100)
+    held = estimate.plan_stage(stage("pretrain.yaml", "validation.share=0.1"), A100)
     assert held["updates_per_epoch"] == 786_154 // 96
     assert "validation.share" in held["images_source"]
-    as_run = planner.plan_stage(stage("as_run/pretrain.yaml"), A100)
+    as_run = estimate.plan_stage(stage("as_run/pretrain.yaml"), A100)
     assert as_run["schedule"]["updates_per_restart"] == 4549.5
     assert {4550, 9099, 13649} <= {row["update"] for row in as_run["lr"]}
-    assert "cycle of 4,549.5 updates" in plan_page.describe(as_run)
-    average = planner.plan_stage(stage("pretrain.yaml", "ema.decay=0.999"), A100)
-    none = planner.plan_stage(stage("pretrain.yaml"), A100)
+    assert "cycle of 4,549.5 updates" in page.describe(as_run)
+    average = estimate.plan_stage(stage("pretrain.yaml", "ema.decay=0.999"), A100)
+    none = estimate.plan_stage(stage("pretrain.yaml"), A100)
     assert average["disk"]["export_bytes"] == none["disk"]["export_bytes"] * 3 // 2
-    assert planner.plan_stage(stage("pretrain.yaml", "ema.decay=0"), A100)["memory"] == none["memory"]
+    assert estimate.plan_stage(stage("pretrain.yaml", "ema.decay=0"), A100)["memory"] == none["memory"]
     asked = ("model.gradient_checkpointing=none", "batch.split=2")
-    told = planner.plan_stage(stage("pretrain.yaml", *asked), Request(gpu="H200", memory_gib=139.0))["memory"]
+    told = estimate.plan_stage(stage("pretrain.yaml", *asked), Request(gpu="H200", memory_gib=139.0))["memory"]
     assert told["text_encoders_checkpointed"] is False
     with pytest.raises(Halt, match="a card with more memory is needed"):
-        planner.memory.choose(planner.memory.Setup(False, "adafactor", "bf16", "bf16"), 1 << 33, [(1024, 1024)], 16)
+        estimate.memory.choose(estimate.memory.Setup(False, "adafactor", "bf16", "bf16"), 1 << 33, [(1024, 1024)], 16)
 
 
 def test_short_tiles_repeats_and_moments_are_counted_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,6 +377,6 @@ def test_short_tiles_repeats_and_moments_are_counted_as_they_are(tmp_path: Path,
     )  # fmt: skip
     seen = sum(len(tile.rows) for update in range(plan.total_updates) for tile in plan.update(update))
     images = Images(22, "here", {(1024, 1024): 22}, plan, 12_345)
-    assert planner._visits(config, images, plan.updates_per_epoch, plan.total_updates) == seen == 220
-    setup = planner.memory.setup_of(config)
-    assert planner._disk_report(config, setup, images, 3, 30, None)["latents_bytes"] == 12_345
+    assert estimate._visits(config, images, plan.updates_per_epoch, plan.total_updates) == seen == 220
+    setup = estimate.memory.setup_of(config)
+    assert estimate._disk_report(config, setup, images, 3, 30, None)["latents_bytes"] == 12_345

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from train.prepare.pool import Lost, Pool
+from train.prepare.tables.pool import Lost, Pool
 
 
 def work(job: int) -> int:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from train.prepare import census
+from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost
-from train.prepare.records import Quarantine
-from train.prepare.settings import SourceConfig
-from train.prepare.taggroups import tag_groups
+from train.prepare.posts import census
+from train.prepare.posts.normalise import RawPost
+from train.prepare.posts.tag_groups import tag_groups
+from train.prepare.tables.schemas import Quarantine
 
 BY_GROUP = {
     "general": ["1girl", "long_hair"], "artist": ["someone"], "character": ["hero_(title)"], "copyright": ["title"],

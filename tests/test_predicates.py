@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.exits import ExitCode, Halt
-from train.prepare.predicates import Predicate, holds, parse
+from train.base.console import ExitCode, Halt
+from train.prepare.choosing.predicates import Predicate, holds, parse
 
 OPS = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le, "==": operator.eq}
 

@@ -9,10 +9,10 @@ import torch
 from stages import Stage, opened
 from test_dataset import make
 
-from train import preflight
-from train.dataset import Batch
-from train.exits import ExitCode, Halt
-from train.preflight import shapes_to_try, synthetic_part
+from train.base.console import ExitCode, Halt
+from train.data.dataset import Batch
+from train.engine import trial
+from train.engine.trial import shapes_to_try, synthetic_part
 
 
 def test_the_card_tries_every_bucket_and_the_host_the_largest(dataset: Path) -> None:
@@ -39,7 +39,7 @@ def test_it_leaves_nothing_behind(base_model: Path, dataset: Path, tmp_path: Pat
     with opened(Stage(tmp_path, dataset, base_model)) as session:
         before = {name: p.detach().clone() for name, p in session.parameters.items()}
         state = torch.get_rng_state()
-        preflight.check(session, session.feed.dataset.tokenizer)
+        trial.check(session, session.feed.dataset.tokenizer)
         assert torch.equal(torch.get_rng_state(), state)
         assert all(torch.equal(before[name], p) for name, p in session.parameters.items())
         assert all(p.grad is None or not p.grad.any() for p in session.parameters.values())
@@ -54,7 +54,7 @@ def test_a_disk_that_will_be_too_small_is_a_warning_and_the_run_goes_on(
         assert first.run("max_updates=1") == ExitCode.DONE, first.message
         assert "kept for ever" not in caplog.text
         one = sum(file.stat().st_size for file in (first.output / "checkpoints/step-00000001").iterdir())
-        monkeypatch.setattr("train.diskspace.free_bytes", lambda path: 4 * one)
+        monkeypatch.setattr("train.storage.space.free_bytes", lambda path: 4 * one)
         often = ("checkpoint.every_steps=1", "checkpoint.permanent_every_steps=1")
         assert second.run("max_updates=4", *often) == ExitCode.DONE, second.message
     assert "4 more checkpoints will be kept for ever (checkpoint.permanent_every_steps: 1)" in caplog.text
@@ -67,10 +67,10 @@ def test_a_shape_that_does_not_fit_is_named(
     def too_big(*_: object) -> None:
         raise kind("no more")
 
-    monkeypatch.setattr(preflight, "image_losses", too_big)
+    monkeypatch.setattr(trial, "image_losses", too_big)
     with opened(Stage(tmp_path, dataset, base_model), "batch.split=2") as session:
         with pytest.raises(Halt, match=r"bucket \d+x\d+ with 1 images") as halted:
-            preflight.check(session, session.feed.dataset.tokenizer)
+            trial.check(session, session.feed.dataset.tokenizer)
         assert halted.value.code == ExitCode.OUT_OF_MEMORY
 
 
@@ -90,9 +90,9 @@ def test_a_stop_is_seen_between_two_buckets(
         session.stop.ask("SIGTERM")
         return torch.zeros(2, requires_grad=True)
 
-    monkeypatch.setattr(preflight, "shapes_to_try", lambda plan, device: list(plan.buckets))
-    monkeypatch.setattr(preflight, "image_losses", losses)
+    monkeypatch.setattr(trial, "shapes_to_try", lambda plan, device: list(plan.buckets))
+    monkeypatch.setattr(trial, "image_losses", losses)
     with opened(Stage(tmp_path, dataset, base_model)) as session:
         assert len(session.plan.buckets) > 1
-        preflight.check(session, session.feed.dataset.tokenizer)
+        trial.check(session, session.feed.dataset.tokenizer)
         assert len(tried) == 1

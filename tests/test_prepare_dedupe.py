@@ -10,9 +10,10 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.prepare import dedupe, units
-from train.prepare.records import PROBE, RECORDS
-from train.prepare.settings import DatasetConfig, DedupeConfig, SourceConfig
+from train.config.dataset import DatasetConfig, DedupeConfig, SourceConfig
+from train.prepare import dedupe
+from train.prepare.tables import units
+from train.prepare.tables.schemas import PROBE, RECORDS
 
 near = st.lists(st.tuples(st.sampled_from([0, (1 << 64) - 1, 0x0F0F << 24]), st.lists(st.integers(0, 63), max_size=5)), max_size=14)
 

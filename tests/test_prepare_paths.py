@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from train.exits import ExitCode, Halt
-from train.prepare.settings import DatasetConfig, LatentsConfig, ScoreConfig, SelectConfig, SourceConfig, check_paths
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, LatentsConfig, ScoreConfig, SelectConfig, SourceConfig, check_paths
 
 
 def test_every_missing_path_is_named(tmp_path: Path) -> None:

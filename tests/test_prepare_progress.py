@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.exits import Halt
-from train.prepare import ingest, progress, units
-from train.prepare.peers import Peers
-from train.prepare.records import QUARANTINE
-from train.prepare.settings import DatasetConfig, SourceConfig
-from train.prepare.unchanged import sources_mark
+from train.base.console import Halt
+from train.config.dataset import DatasetConfig, SourceConfig
+from train.prepare import ingest
+from train.prepare.folders.unchanged import sources_mark
+from train.prepare.tables import progress, units
+from train.prepare.tables.schemas import QUARANTINE
+from train.prepare.tables.workers import Peers
 
 POST = {"tag_string_general": "smile " * 300, "rating": "g", "score": 1}
 COUNT = 400

@@ -13,15 +13,15 @@ import torch
 from oddimages import cases
 from preparedset import prepare, settings_of, write_posts, write_vae
 
-from train.exits import ExitCode, Halt
-from train.index import Index
-from train.latents import ShardReader
-from train.prepare.encoder import find_vae, load_vae
-from train.prepare.filekinds import is_image
-from train.prepare.judge import Complaint
-from train.prepare.records import ErrorReason
-from train.rng import Stream, normals, uid_of
-from train.tools.show_dataset import report
+from train.base.console import ExitCode, Halt
+from train.data.index import Index
+from train.data.shards import ShardReader
+from train.prepare.encoding.encoder import find_vae, load_vae
+from train.prepare.folders.kinds import is_image
+from train.prepare.tables.quarantine import Complaint
+from train.prepare.tables.schemas import ErrorReason
+from train.recipe.rng import Stream, normals, uid_of
+from train.tools.show.dataset import report
 
 pytestmark = pytest.mark.slow
 COUNT = 30
@@ -177,7 +177,7 @@ def test_picture_that_vanished_is_named_after_the_rest(copy: Path) -> None:
 @pytest.mark.parametrize("encode", ["fp16", "fp32"])
 def test_not_finite_latents(copy: Path, monkeypatch: pytest.MonkeyPatch, encode: str) -> None:
     """A VAE that overflows: in fp16 the picture is tried again in fp32; still not finite = quarantined, never zeros."""
-    from train.prepare import encoder
+    from train.prepare.encoding import encoder
 
     real = encoder.Encoder._moments
 

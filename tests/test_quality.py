@@ -20,13 +20,13 @@ from onnxmodel import wd_model
 from PIL import Image
 from test_text import small_tokenizer
 
-from train.exits import ExitCode, Halt
-from train.pictures import write_pictures
+from train.base.console import ExitCode, Halt
+from train.config.prompts import QUALITY_PREFIX, Prompt, PromptsFile, checked
+from train.observe.pictures import write_pictures
 from train.prepare import tag
-from train.prompts import QUALITY_PREFIX, Prompt, PromptsFile, checked
-from train.tools import bootstrap, judges, quality
-from train.tools.page import write_page
-from train.tools.tiny_draw import BACKGROUNDS, HAIR, SHIRTS, SKIN, Look, draw
+from train.tools.quality import intervals, judges, quality
+from train.tools.report.page import write_page
+from train.tools.tiny.draw import BACKGROUNDS, HAIR, SHIRTS, SKIN, Look, draw
 
 ROOT = Path(__file__).resolve().parents[1]
 Colour = tuple[int, int, int]
@@ -37,7 +37,7 @@ Colour = tuple[int, int, int]
 
 def test_interval_of_a_mean_is_the_analytic_one() -> None:
     values = np.random.default_rng(3).normal(5.0, 2.0, 400)
-    found = bootstrap.mean(values)
+    found = intervals.mean(values)
     half = 1.96 * values.std() / math.sqrt(len(values))
     assert found.value == pytest.approx(values.mean())
     assert found.low is not None
@@ -50,7 +50,7 @@ def test_nineteen_of_twenty_intervals_hold_the_truth() -> None:
     random = np.random.default_rng(5)
     held = 0
     for _ in range(200):
-        found = bootstrap.mean((random.random(60) < 0.3).astype(float))
+        found = intervals.mean((random.random(60) < 0.3).astype(float))
         assert found.low is not None
         assert found.high is not None
         held += found.low <= 0.3 <= found.high
@@ -59,22 +59,22 @@ def test_nineteen_of_twenty_intervals_hold_the_truth() -> None:
 
 def test_the_same_pictures_give_the_same_digits() -> None:
     parts, wholes = np.arange(30.0), np.arange(30.0) + 5
-    assert bootstrap.ratio(parts, wholes) == bootstrap.ratio(parts, wholes)
-    assert bootstrap.ratio(parts, wholes).value == pytest.approx(435 / 585)
+    assert intervals.ratio(parts, wholes) == intervals.ratio(parts, wholes)
+    assert intervals.ratio(parts, wholes).value == pytest.approx(435 / 585)
 
 
 def test_chunks_change_nothing_but_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     columns = np.random.default_rng(0).random((50, 2))
-    whole = bootstrap.resampled_sums(columns, draws=100)
-    monkeypatch.setattr(bootstrap, "_CHUNK", 700)
-    assert np.allclose(bootstrap.resampled_sums(columns, draws=100), whole, rtol=1e-12)
+    whole = intervals.resampled_sums(columns, draws=100)
+    monkeypatch.setattr(intervals, "_CHUNK", 700)
+    assert np.allclose(intervals.resampled_sums(columns, draws=100), whole, rtol=1e-12)
 
 
 def test_pairs_take_out_what_makes_one_prompt_harder() -> None:
     random = np.random.default_rng(1)
     hard = random.normal(0, 5, 100)
     before, after, ones = hard, hard + random.normal(0.5, 0.1, 100), np.ones(100)
-    found = bootstrap.change((before, ones), (after, ones))
+    found = intervals.change((before, ones), (after, ones))
     assert found.value == pytest.approx((after - before).mean())
     assert found.low is not None
     assert found.high is not None
@@ -85,25 +85,25 @@ def test_pairs_take_out_what_makes_one_prompt_harder() -> None:
 @given(st.lists(st.floats(-10, 10), max_size=12))
 @settings(deadline=None)
 def test_edges(values: list[float]) -> None:
-    found = bootstrap.mean(values)
+    found = intervals.mean(values)
     assert found.pictures == len(values)
     assert (found.value is None) == (not values)
     assert (found.low is None) == (len(values) < 2)
     if found.low is not None and found.high is not None:
         assert min(values) - 1e-9 <= found.low <= found.high <= max(values) + 1e-9
-    assert bootstrap.ratio([0.0] * len(values), [0.0] * len(values)).value is None
+    assert intervals.ratio([0.0] * len(values), [0.0] * len(values)).value is None
 
 
 def test_shares_have_wilsons_interval() -> None:
     """Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20, 1 of 29."""
     for hits, trials, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0, 0.1611), (1, 29, 0.0061, 0.1718)):
-        found = bootstrap.share(hits, trials)
+        found = intervals.share(hits, trials)
         assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
-    assert bootstrap.share(0, 0).value is None
+    assert intervals.share(0, 0).value is None
 
 
 def test_rare_wholes_leave_empty_resamples_out() -> None:
-    found = bootstrap.ratio([1.0, 0, 0, 0], [1.0, 0, 0, 0])
+    found = intervals.ratio([1.0, 0, 0, 0], [1.0, 0, 0, 0])
     assert (found.value, found.low, found.high) == (1.0, 1.0, 1.0)
 
 

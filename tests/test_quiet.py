@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 from stages import Stage
 
-from train import quiet, schedule
-from train.config import ScheduleConfig
+from train.base import quiet
+from train.config.stage import ScheduleConfig
+from train.recipe import schedule
 from train.tools import launcher, stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,7 +120,7 @@ def test_a_long_warmup_is_warned_of_by_the_run(
 def test_importing_the_pipelines_says_nothing() -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from train.exits import log_to_stderr; log_to_stderr()\n"
+        "from train.base.console import log_to_stderr; log_to_stderr()\n"
         "import bitsandbytes\nfrom diffusers import StableDiffusionXLPipeline\n"
         "from transformers import CLIPImageProcessor"
     )

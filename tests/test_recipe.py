@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train.config import StageConfig, load_stage
-from train.plan import Plan, tiles_per_update
-from train.prepare.settings import load_settings
-from train.schedule import lr_at
+from train.config.dataset import load_settings
+from train.config.stage import StageConfig, load_stage
+from train.recipe.order import Plan, tiles_per_update
+from train.recipe.schedule import lr_at
 
 ROOT = Path(__file__).resolve().parents[1]
 

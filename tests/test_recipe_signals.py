@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from train.tools import chaos, chaos_world
+from train.testing import chaos, chaos_world
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,8 +26,8 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path[0] = os.environ["ANIX_ROOT"]
 from train import signals
-from train.exits import Halt, run_cli
-from train.rundir import open_run_dir
+from train.base.console import Halt, run_cli
+from train.storage.rundir import open_run_dir
 
 def main():
     run = open_run_dir(os.environ["ANIX_OUTPUT"], "pretrain")
@@ -46,7 +46,7 @@ RECIPE = """
 import sys
 sys.path[0] = sys.argv[1]
 from pathlib import Path
-from train.exits import run_cli
+from train.base.console import run_cli
 from train.tools import stages
 stages.RUN_PY = Path(sys.argv[2])
 stages.launch_command = lambda launch, processes: [sys.executable, "-c", sys.argv[3]]

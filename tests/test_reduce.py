@@ -10,9 +10,9 @@ import torch
 from forked import run_ranks
 from torch import nn
 
-from train.exits import ExitCode, Halt
-from train.plan import check_strict_world, virtual_ranks
-from train.reduce import BinaryCounter, FlatGradients, pair_groups, reduce_pairwise
+from train.base.console import ExitCode, Halt
+from train.optim.collectives import BinaryCounter, FlatGradients, pair_groups, reduce_pairwise
+from train.recipe.order import check_strict_world, virtual_ranks
 
 
 def gradient(tile: int, size: int = 1000) -> torch.Tensor:

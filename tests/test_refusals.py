@@ -12,8 +12,8 @@ import tinysdxl
 from safetensors.torch import load_file, save_file
 from stages import Stage, result, tree
 
-from train.exits import ExitCode
-from train.rundir import open_run_dir
+from train.base.console import ExitCode
+from train.storage.rundir import open_run_dir
 
 # What a refused start may write: why it ended.
 NOTES = {"exit.json", ".lock", "attempts.json"}
@@ -176,7 +176,7 @@ def test_a_refusal_is_recorded_and_a_first_start_can_be_repeated(
 def test_a_disk_too_small_changes_nothing(stopped: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     before = kept(stopped.output)
     with monkeypatch.context() as patch:
-        patch.setattr("train.diskspace.free_bytes", lambda path: 1000)
+        patch.setattr("train.storage.space.free_bytes", lambda path: 1000)
         assert stopped.run("checkpoint.every_steps=3") == ExitCode.MISMATCH
     assert "the disk has 1 kB" in stopped.message
     assert kept(stopped.output) == before

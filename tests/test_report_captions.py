@@ -8,12 +8,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from train.prepare import report_captions, units
-from train.prepare.facts import between
-from train.prepare.records import LABELS, RECORDS
-from train.prepare.report_captions import caption_facts
-from train.prepare.report_page import counted, table
-from train.prepare.settings import DatasetConfig, SourceConfig
+from train.config.dataset import DatasetConfig, SourceConfig
+from train.prepare.choosing.facts import between
+from train.prepare.health import captions
+from train.prepare.health.captions import caption_facts
+from train.prepare.health.page import counted, table
+from train.prepare.tables import units
+from train.prepare.tables.schemas import LABELS, RECORDS
 
 
 def _labels(dataset: Path, rows: list[dict[str, Any]], per_unit: int) -> None:
@@ -40,7 +41,7 @@ def _records(dataset: Path, ratings: dict[str, str | None]) -> None:
 @pytest.mark.parametrize("per_unit", [2, 10])
 def test_captions_are_counted(tmp_path: Path, per_unit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # one token per letter, comma included
-    monkeypatch.setattr(report_captions, "token_counter", lambda folder: (len, "letters"))
+    monkeypatch.setattr(captions, "token_counter", lambda folder: (len, "letters"))
     rows = [
         {"key": "s:1", "fixed_tags": ["a" * 100, "b" * 125], "flex_tags": ["c"], "n_tokens": 228},  # 101 + 125 = 226
         {"key": "s:2", "fixed_tags": ["a" * 100, "b" * 124], "flex_tags": ["c" * 9], "n_tokens": 235},  # 225: fits

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from train import resume
-from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.resume import Expectations, compare, key_class
-from train.schema import flatten
+from train.base.console import ExitCode, Halt
+from train.config.schema import flatten
+from train.config.stage import load_stage
+from train.storage import resume
+from train.storage.resume import Expectations, compare, key_class
 
 # fmt: off
 FREE = set("""data.workers data.prefetch data.on_read_error data.worker_timeout_s output_dir tracking.wandb

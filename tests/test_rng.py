@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train import rng
-from train.rng import Stream
+from train.recipe import rng
+from train.recipe.rng import Stream
 
 U = rng.uid_of("danbooru:6814120")
 FULL = 0xFFFFFFFF

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from stages import Stage, losses, result, state, tree
 
-from train import signals
-from train.exits import ExitCode
-from train.tools.ranks import Ranks, warm_up
+from train.base import signals
+from train.base.console import ExitCode
+from train.testing.ranks import Ranks, warm_up
 
 
 def test_a_finished_stage_holds_what_is_promised(straight: Path) -> None:

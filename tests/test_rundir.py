@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from train import rundir
-from train.exits import ExitCode, Halt
-from train.masking import mask
+from train.base.console import ExitCode, Halt
+from train.base.secrets import mask
+from train.storage import rundir
 
 ROOT = Path(__file__).resolve().parents[1]
 HOLD = """

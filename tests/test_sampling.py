@@ -19,10 +19,8 @@ from test_text import small_tokenizer
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from train import text
-from train.exits import ExitCode, Halt
-from train.pictures import grid, require_folder, save_png, write_pictures, write_previews
-from train.prompts import (
+from train.base.console import ExitCode, Halt
+from train.config.prompts import (
     CARD_SIZES,
     NEGATIVE,
     QUALITY_PREFIX,
@@ -33,7 +31,17 @@ from train.prompts import (
     parameters_text,
     with_prefix,
 )
-from train.sampling import TrainedAs, captions_text, decode, denoise, noise_levels, picture_noise, sample_images
+from train.diffusion.sampling import (
+    TrainedAs,
+    captions_text,
+    decode,
+    denoise,
+    noise_levels,
+    picture_noise,
+    sample_images,
+)
+from train.model import text
+from train.observe.pictures import grid, require_folder, save_png, write_pictures, write_previews
 
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 ROOT = Path(__file__).resolve().parents[1]

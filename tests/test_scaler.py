@@ -8,7 +8,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.scaler import GROWTH_INTERVAL, LossScale, loss_scale
+from train.optim.loss_scale import GROWTH_INTERVAL, LossScale, loss_scale
 
 
 def test_halves_and_counts() -> None:

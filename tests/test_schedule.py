@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from train.config import ScheduleConfig
-from train.exits import ExitCode, Halt
-from train.schedule import check, cycle_length, lr_at
+from train.base.console import ExitCode, Halt
+from train.config.stage import ScheduleConfig
+from train.recipe.schedule import check, cycle_length, lr_at
 
 COSINE = ScheduleConfig(name="cosine_restarts", min_lr=1e-6, decay=0.9)
 PROCESS = replace(COSINE, unit="process_step", processes=2)

@@ -12,12 +12,12 @@ import pytest
 from onnxmodel import wd_model
 from PIL import Image
 
-from train.exits import ExitCode, Halt
-from train.labels import preset
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, ScoreConfig, SourceConfig, TagConfig, dataset_dir, load_settings
 from train.prepare import ingest, label, probe, score, tag
-from train.prepare.policy import resolve
-from train.prepare.settings import DatasetConfig, ScoreConfig, SourceConfig, TagConfig, dataset_dir, load_settings
-from train.prepare.units import read_table
+from train.prepare.tables.units import read_table
+from train.prepare.tagging.policy import resolve
+from train.recipe.tag_policy import preset
 
 ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = "tag_id,name,category,count\n1,general,9,0\n2,explicit,9,0\n3,smile,0,9\n4,long_hair,0,9\n5,hero_(x),4,9\n"

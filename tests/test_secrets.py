@@ -16,8 +16,8 @@ import pytest
 from lab import Lab
 from omegaconf import OmegaConf
 
-from train import masking
-from train.masking import MaskingFilter, mask, mask_settings
+from train.base import secrets
+from train.base.secrets import MaskingFilter, mask, mask_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 HEX40 = "c0ffee" * 6 + "beef"
@@ -51,7 +51,7 @@ def test_no_canary_in_any_byte_of_a_run(tmp_path: Path, monkeypatch: pytest.Monk
     more = (*settings, "tracking.wandb=offline", "max_updates=6")
     # A failure whose text holds secrets, a stop, a resume with other values in the environment, the end.
     text = "https://me:canaryuserinfo@example.org hf_CanaryCanaryCanary"
-    monkeypatch.setattr("train.handoff.open_source", raising(text, lab))
+    monkeypatch.setattr("train.engine.handoff.open_source", raising(text, lab))
     assert lab.run("leaky", *more, world=1) == [1]
     assert "Traceback" in lab.last.text()
     assert "https://***@example.org" in lab.last.text()
@@ -80,7 +80,7 @@ def raising(text: str, lab: Lab):
 
 def test_an_unexpected_traceback_is_masked(tmp_path: Path) -> None:
     code = (
-        "from train.exits import run_cli\n"
+        "from train.base.console import run_cli\n"
         "def main(): raise KeyError('hf_CanaryCanaryCanary', 'ftp://u:canaryuserinfo@h')\n"
         "run_cli(main)"
     )
@@ -155,4 +155,4 @@ def test_settings_keep_what_a_run_needs_to_be_repeated() -> None:
     assert mask_settings(settings, environment) == settings
     assert mask_settings(["canary-1234", HEX40], environment) == ["***", "***"]
     assert mask(f"see owner/model@{HEX40}", {}) == f"see owner/model@{HEX40}"
-    assert masking.secret_values({"A_TOKEN": "x", "B_TOKEN": "longer-one", "C_TOKEN": "longest-one"})[0] == "longest-one"
+    assert secrets.secret_values({"A_TOKEN": "x", "B_TOKEN": "longer-one", "C_TOKEN": "longest-one"})[0] == "longest-one"

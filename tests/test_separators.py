@@ -12,8 +12,8 @@ from stages import clean_process, result
 from test_matrix import MODEL, prepared_from
 
 from train import run
-from train.exits import ExitCode
-from train.index import Index
+from train.base.console import ExitCode
+from train.data.index import Index
 
 
 def trained(folder: Path, separator: str, *overrides: str) -> Path:

@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from stages import Stage, result
 from torch import nn
 
-from train import preflight
-from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.memory import setup_of
-from train.plan import Plan
-from train.rundir import open_run_dir
-from train.sharding import Shares, assign
-from train.tools.ranks import Ranks, warm_up
-from train.update import Place
+from train.base.console import ExitCode, Halt
+from train.config.stage import load_stage
+from train.engine import trial
+from train.engine.step import Place
+from train.model.memory import setup_of
+from train.optim.zero1 import Shares, assign
+from train.recipe.order import Plan
+from train.storage.rundir import open_run_dir
+from train.testing.ranks import Ranks, warm_up
 
 OPTIMIZERS = {
     "adamw": (),
@@ -203,12 +203,12 @@ def test_a_host_and_a_disk_too_small_are_refused_together_before_the_first_updat
     run = open_run_dir(tmp_path, "pretrain")
     plan = Plan([1, 2], [64, 64], [64, 64], seed=1, tile_images=1, tiles_per_update=2, epochs=1)
     shares = Shares(parameters, Place(0, 2, torch.device("cpu")))
-    monkeypatch.setattr(preflight, "available_host_bytes", lambda: 10)
-    preflight.check_room(config, run, plan, parameters, None)
+    monkeypatch.setattr(trial, "available_host_bytes", lambda: 10)
+    trial.check_room(config, run, plan, parameters, None)
     with pytest.raises(Halt, match="zero1 gathers") as halt:
-        preflight.check_room(config, run, plan, parameters, shares)
+        trial.check_room(config, run, plan, parameters, shares)
     assert halt.value.code == ExitCode.MISMATCH
-    monkeypatch.setattr("train.diskspace.free_bytes", lambda path: 10)
+    monkeypatch.setattr("train.storage.space.free_bytes", lambda path: 10)
     with pytest.raises(Halt, match=r"(?s)checkpoints need .*\n.*zero1 gathers"):
-        preflight.check_room(config, run, plan, parameters, shares)
+        trial.check_room(config, run, plan, parameters, shares)
     run.close()

@@ -15,10 +15,11 @@ import tinysdxl
 from safetensors.torch import load_file, save_file
 from test_text import TABLE, small_tokenizer
 
-from train import singlefile
-from train.exits import ExitCode, Halt
-from train.text import TagTokenizer, size_vector
-from train.tools import show_buckets, show_caption, show_dispatch, show_model
+from train.base.console import ExitCode, Halt
+from train.model import single_file
+from train.model.text import TagTokenizer, size_vector
+from train.tools.show import buckets, dispatch, model
+from train.tools.show import caption as show_caption
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULTS = (1024 * 1024, 512, 2048, 64)
@@ -36,7 +37,7 @@ ROWS = [  # size, bucket, resized, actual (top, left), kohya (top, left), origin
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_buckets_of_the_table(row: tuple[Any, ...]) -> None:
     size, bucket, resized, actual, kohya, original, target, kept = row
-    report = show_buckets.report(size, *DEFAULTS)
+    report = buckets.report(size, *DEFAULTS)
     assert (report["bucket"], report["resized"], report["buckets"]) == (bucket, resized, 33)
     assert report["crop_top_left"] == {"actual": actual, "kohya": kohya, "zero": [0, 0]}
     assert (report["original_hw"], report["target_hw"]) == (original, target)
@@ -49,7 +50,7 @@ def test_buckets_of_the_table(row: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("size", ["", "10", "0x5", "5x0", "axb", "-1x5", "1500x2000x3"])
 def test_bad_sizes_are_refused(size: str) -> None:
     with pytest.raises(Halt, match="--size") as caught:
-        show_buckets.parse_size(size)
+        buckets.parse_size(size)
     assert caught.value.code == ExitCode.USAGE
 
 
@@ -119,25 +120,25 @@ def test_a_damaged_tokenizer_is_named(tokenizers: Path, tmp_path: Path) -> None:
 
 def test_model_report_of_every_kind(tmp_path: Path) -> None:
     folder = tinysdxl.write(tmp_path / "model")
-    singlefile.to_single_file(
+    single_file.to_single_file(
         folder, tmp_path / "m.safetensors", metadata={"modelspec.license": "CC0", "x": "a\x1b[2J"}
     )
     for path, kind in ((folder, "folder"), (tmp_path / "m.safetensors", "single_file")):
-        report = show_model.report(path)
+        report = model.report(path)
         assert report["kind"] == kind
         assert report["architecture"] != "SDXL"
         assert report["networks"]["unet"]["dtypes"] == {"F32": report["networks"]["unet"]["tensors"]}
     assert (report["license"], report["training"]) == ("CC0", None)
-    assert "\x1b" not in "\n".join(show_dispatch.lines(report))
+    assert "\x1b" not in "\n".join(dispatch.lines(report))
     (tmp_path / "bad.safetensors").write_bytes((tmp_path / "m.safetensors").read_bytes()[:-8])
     with pytest.raises(Halt, match="truncated"):
-        show_model.report(tmp_path / "bad.safetensors")
+        model.report(tmp_path / "bad.safetensors")
     unet = folder / "unet/diffusion_pytorch_model.safetensors"
     tensors = load_file(unet)
     tensors["conv_in.bias"][0] = float("nan")
     save_file(tensors, unet)
     with pytest.raises(Halt, match=r"not finite .* in 1 tensors: .*conv_in\.bias"):
-        show_model.report(folder)
+        model.report(folder)
 
 
 def script(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -162,12 +163,12 @@ def test_a_reader_that_has_seen_enough_is_no_error() -> None:
 
 
 def test_json_stays_json_whatever_a_file_claims(capsys: pytest.CaptureFixture[str]) -> None:
-    show_dispatch.show({"updates": float("nan"), "title": "\ud800", "tag": "東"}, as_json=True)
+    dispatch.show({"updates": float("nan"), "title": "\ud800", "tag": "東"}, as_json=True)
     assert json.loads(capsys.readouterr().out) == {"updates": "NaN", "title": "\ud800", "tag": "東"}
 
 
 def test_lines_nest_and_fold() -> None:
     report = {"short": [1, 2], "long": [{"a": "x" * 120}], "object": {"k": ["y" * 60, "z" * 60]}}
-    assert list(show_dispatch.lines(report)) == [
+    assert list(dispatch.lines(report)) == [
         "short: [1, 2]", "long:", "  -", f"    a: {'x' * 120}", "object:", "  k:", f"    - {'y' * 60}", f"    - {'z' * 60}",
     ]  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 import preparedset
 import pytest
 
-from train import signals
+from train.base import signals
 
 ROOT = Path(__file__).resolve().parents[1]
 

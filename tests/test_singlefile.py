@@ -19,8 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from train import modelfolder, sdxl, singlefile, weightfile
-from train.exits import ExitCode, Halt
+from train.base.console import ExitCode, Halt
+from train.model import folder as model_folder
+from train.model import sdxl, single_file
+from train.storage import weightfile
 
 # diffusers 0.42's own schedulers on numpy 2.4
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -37,14 +39,14 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def single(folder: Path) -> Path:
     out = folder.parent / "model.safetensors"
-    singlefile.to_single_file(folder, out, metadata={"modelspec.license": "CC0", "note": "straße"})
+    single_file.to_single_file(folder, out, metadata={"modelspec.license": "CC0", "note": "straße"})
     return out
 
 
 @pytest.fixture(scope="module")
 def back(single: Path) -> Path:
     out = single.parent / "back"
-    singlefile.to_folder(single, out, tokenizers=single.parent / "folder")
+    single_file.to_folder(single, out, tokenizers=single.parent / "folder")
     return out
 
 
@@ -52,7 +54,7 @@ def back(single: Path) -> Path:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One folder, with its single file beside it, for what does not depend on the architecture."""
     folder = tinysdxl.write(tmp_path_factory.mktemp("plain") / "folder")
-    singlefile.to_single_file(folder, folder.parent / "model.safetensors", metadata={"modelspec.license": "CC0"})
+    single_file.to_single_file(folder, folder.parent / "model.safetensors", metadata={"modelspec.license": "CC0"})
     return folder
 
 
@@ -66,7 +68,7 @@ def same(one: Tensors, two: Tensors) -> None:
 
 def networks(folder: Path) -> Tensors:
     found: Tensors = {}
-    for network, file in modelfolder.FILES.items():
+    for network, file in model_folder.FILES.items():
         tensors = load_file(folder / network / file)
         found |= {sdxl.canonical(network, name): value for name, value in tensors.items()}
     return found
@@ -103,7 +105,7 @@ def test_layout_of_the_published_model() -> None:
 def test_round_trip_is_bit_equal(folder: Path, single: Path, back: Path) -> None:
     same(networks(folder), networks(back))
     again = single.parent / "again.safetensors"
-    singlefile.to_single_file(back, again)
+    single_file.to_single_file(back, again)
     same(load_file(single), load_file(again))
     assert weightfile.open_file(again).metadata == weightfile.open_file(single).metadata
     again.unlink()
@@ -112,8 +114,8 @@ def test_round_trip_is_bit_equal(folder: Path, single: Path, back: Path) -> None
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_round_trip(dtype: torch.dtype, tmp_path: Path) -> None:
     source = tinysdxl.write(tmp_path / "source", dtype=dtype)
-    singlefile.to_single_file(source, tmp_path / "file.safetensors")
-    singlefile.to_folder(tmp_path / "file.safetensors", tmp_path / "back", config=source)
+    single_file.to_single_file(source, tmp_path / "file.safetensors")
+    single_file.to_folder(tmp_path / "file.safetensors", tmp_path / "back", config=source)
     same(networks(source), networks(tmp_path / "back"))
 
 
@@ -124,8 +126,8 @@ def test_logit_scale_and_foreign_metadata_survive(plain: Path, tmp_path: Path) -
     tensors[POSITION_IDS] = torch.arange(77)[None]  # some files have it; it is no weight
     metadata = weightfile.open_file(plain.parent / "model.safetensors").metadata
     save_file(tensors, tmp_path / "in.safetensors", metadata)
-    singlefile.to_folder(tmp_path / "in.safetensors", tmp_path / "folder")
-    singlefile.to_single_file(tmp_path / "folder", tmp_path / "out.safetensors")
+    single_file.to_folder(tmp_path / "in.safetensors", tmp_path / "folder")
+    single_file.to_single_file(tmp_path / "folder", tmp_path / "out.safetensors")
     del tensors[POSITION_IDS]
     same(tensors, load_file(tmp_path / "out.safetensors"))
     assert weightfile.open_file(tmp_path / "out.safetensors").metadata == metadata
@@ -152,7 +154,7 @@ def test_stock_diffusers_reads_both(folder: Path, single: Path, back: Path) -> N
 def test_our_folder_keeps_the_prefix_of_encoder_1_and_the_slow_vocabulary(back: Path) -> None:
     names = load_file(back / "text_encoder/model.safetensors")
     assert all(name.startswith("text_model.") for name in names)
-    for name in modelfolder.TOKENIZERS:
+    for name in model_folder.TOKENIZERS:
         vocabulary = json.loads((back / name / "vocab.json").read_text())
         merges = (back / name / "merges.txt").read_text().splitlines()
         assert vocabulary["<|endoftext|>"] == len(vocabulary) - 1
@@ -176,11 +178,11 @@ def test_joined_projections_are_q_k_v_in_this_order(folder: Path, single: Path) 
 
 def test_other_vae_takes_the_place_of_the_models_own(plain: Path, tmp_path: Path) -> None:
     other = tinysdxl.write(tmp_path / "other", seed=9)
-    singlefile.to_single_file(plain, tmp_path / "out.safetensors", vae=other / "vae")
+    single_file.to_single_file(plain, tmp_path / "out.safetensors", vae=other / "vae")
     name = "first_stage_model.quant_conv.weight"
     assert torch.equal(load_file(tmp_path / "out.safetensors")[name], networks(other)["vae.quant_conv.weight"])
-    singlefile.to_single_file(plain, tmp_path / "own.safetensors")
-    singlefile.to_folder(tmp_path / "own.safetensors", tmp_path / "folder", vae=other)
+    single_file.to_single_file(plain, tmp_path / "own.safetensors")
+    single_file.to_folder(tmp_path / "own.safetensors", tmp_path / "folder", vae=other)
     same(networks(tmp_path / "folder"), load_all(plain, other))
 
 
@@ -194,11 +196,11 @@ def test_a_vae_file_takes_the_place_of_the_models_own(plain: Path, tmp_path: Pat
     links = [link for link in sdxl.links(sdxl.STANDARD) if link.single.startswith("first_stage_model.")]
     save_file({link.single: torch.full(link.shape, 0.5, dtype=torch.float16) for link in links}, tmp_path / "vae.safetensors")
     told = {"anix.vae_sha256": "that of another", "anix.stage": "ft1"}
-    singlefile.to_single_file(plain, tmp_path / "out.safetensors", vae=tmp_path / "vae.safetensors", metadata=told)
+    single_file.to_single_file(plain, tmp_path / "out.safetensors", vae=tmp_path / "vae.safetensors", metadata=told)
     opened = weightfile.open_file(tmp_path / "out.safetensors")
     assert {opened.blobs[link.single].shape for link in links} == {link.shape for link in links}
-    assert singlefile.record_in(opened.metadata) == {"stage": "ft1"}
-    singlefile.single_weights(opened, singlefile.configs_in(opened))  # whole, with the configs it carries
+    assert single_file.record_in(opened.metadata) == {"stage": "ft1"}
+    single_file.single_weights(opened, single_file.configs_in(opened))  # whole, with the configs it carries
 
 
 def test_sharded_folder_and_fp16_variant(plain: Path, tmp_path: Path) -> None:
@@ -216,8 +218,8 @@ def test_sharded_folder_and_fp16_variant(plain: Path, tmp_path: Path) -> None:
     for network in ("text_encoder", "text_encoder_2"):  # one shard or two: the library names them alike
         whole = tmp_path / "model" / network / "model.safetensors"
         os.rename(whole, whole.with_name("model.fp16-00001-of-00001.safetensors"))
-    singlefile.to_single_file(tmp_path / "model", tmp_path / "out.safetensors")
-    singlefile.to_single_file(plain, tmp_path / "want.safetensors")
+    single_file.to_single_file(tmp_path / "model", tmp_path / "out.safetensors")
+    single_file.to_single_file(plain, tmp_path / "want.safetensors")
     same(load_file(tmp_path / "want.safetensors"), load_file(tmp_path / "out.safetensors"))
 
 
@@ -225,7 +227,7 @@ def test_a_network_by_its_own_name_goes_before_a_variant_beside_it(plain: Path, 
     shutil.copytree(plain, tmp_path / "model")
     file = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file.with_suffix(".ema.safetensors"))
-    assert modelfolder.weight_files(file.parent) == [file]
+    assert model_folder.weight_files(file.parent) == [file]
 
 
 def test_v_prediction_is_marked_for_other_programs_and_read_back(plain: Path, tmp_path: Path) -> None:
@@ -234,14 +236,14 @@ def test_v_prediction_is_marked_for_other_programs_and_read_back(plain: Path, tm
     path = model / "scheduler/scheduler_config.json"
     told = {**json.loads(path.read_text()), "prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     path.write_text(json.dumps(told))
-    singlefile.to_single_file(model, tmp_path / "v.safetensors", metadata={})
+    single_file.to_single_file(model, tmp_path / "v.safetensors", metadata={})
     tensors = load_file(tmp_path / "v.safetensors")
     assert (tensors["v_pred"].shape, tensors["ztsnr"].shape) == ((0,), (0,))
     bare = weightfile.Tensors(tmp_path, {}, weightfile.open_file(tmp_path / "v.safetensors").blobs)
-    for configs in (singlefile.configs_in(bare), modelfolder.read_configs(model)):
+    for configs in (single_file.configs_in(bare), model_folder.read_configs(model)):
         assert configs["scheduler"]["prediction_type"] == "v_prediction"
         assert configs["scheduler"]["rescale_betas_zero_snr"] is True
-    singlefile.to_folder(tmp_path / "v.safetensors", tmp_path / "back")
+    single_file.to_folder(tmp_path / "v.safetensors", tmp_path / "back")
     same(networks(model), networks(tmp_path / "back"))
 
 
@@ -335,7 +337,7 @@ def test_refused_by_name_and_reason(kind: str, plain: Path, tmp_path: Path) -> N
     file = tmp_path / "bad.safetensors"
     make(plain.parent / "model.safetensors", file)
     with pytest.raises(Halt, match=message) as caught:
-        singlefile.to_folder(file, tmp_path / "out", config=plain)
+        single_file.to_folder(file, tmp_path / "out", config=plain)
     assert caught.value.code == ExitCode.MISMATCH
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.safetensors"]  # nothing left behind
 
@@ -345,13 +347,13 @@ def test_pickled_folder_is_refused(plain: Path, tmp_path: Path) -> None:
     file = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
     file.rename(file.with_suffix(".bin"))
     with pytest.raises(Halt, match="pickle"):
-        singlefile.to_single_file(tmp_path / "model", tmp_path / "out.safetensors")
+        single_file.to_single_file(tmp_path / "model", tmp_path / "out.safetensors")
 
 
 def test_nothing_is_written_over(plain: Path, tmp_path: Path) -> None:
     for out in (plain.parent / "model.safetensors", plain):
         with pytest.raises(Halt, match="exists") as caught:
-            singlefile.to_single_file(plain, out)
+            single_file.to_single_file(plain, out)
         assert caught.value.code == ExitCode.USAGE
 
 
@@ -359,8 +361,8 @@ def test_what_a_user_calls_tmp_stays(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "back.tmp").mkdir()
     for mine in (tmp_path / "back.tmp/mine", tmp_path / "out.safetensors.tmp"):
         mine.write_text("mine")
-    singlefile.to_single_file(plain, tmp_path / "out.safetensors")
-    singlefile.to_folder(tmp_path / "out.safetensors", tmp_path / "back")
+    single_file.to_single_file(plain, tmp_path / "out.safetensors")
+    single_file.to_folder(tmp_path / "out.safetensors", tmp_path / "back")
     assert (tmp_path / "back.tmp/mine").read_text() == (tmp_path / "out.safetensors.tmp").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 4
 
@@ -428,18 +430,18 @@ def test_configs_that_describe_nothing_are_refused(
     """In a file's metadata and in a folder alike: a number of layers must not keep us busy for ever."""
     single = plain.parent / "model.safetensors"
     metadata = weightfile.open_file(single).metadata
-    configs = json.loads(metadata[singlefile.CONFIGS_KEY])
+    configs = json.loads(metadata[single_file.CONFIGS_KEY])
     configs[network] |= {key: value}
     if value is None:
         del configs[network][key]
-    save_file(load_file(single), tmp_path / "x.safetensors", {**metadata, singlefile.CONFIGS_KEY: json.dumps(configs)})
+    save_file(load_file(single), tmp_path / "x.safetensors", {**metadata, single_file.CONFIGS_KEY: json.dumps(configs)})
     shutil.copytree(plain, tmp_path / "folder")
     (tmp_path / "folder" / network / "config.json").write_text(json.dumps(configs[network]))
     with pytest.raises(Halt, match=f"x.safetensors is no SDXL model: .*{words}") as caught:
-        singlefile.to_folder(tmp_path / "x.safetensors", tmp_path / "out")
+        single_file.to_folder(tmp_path / "x.safetensors", tmp_path / "out")
     assert caught.value.code == ExitCode.MISMATCH
     with pytest.raises(Halt, match=f"folder is no SDXL model: .*{words}") as caught:
-        singlefile.to_single_file(tmp_path / "folder", tmp_path / "out.safetensors")
+        single_file.to_single_file(tmp_path / "folder", tmp_path / "out.safetensors")
     assert caught.value.code == ExitCode.MISMATCH
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "x.safetensors"]
 
@@ -447,7 +449,7 @@ def test_configs_that_describe_nothing_are_refused(
 def test_names_from_files_cannot_steer_the_terminal(tmp_path: Path) -> None:
     save_file({"a\x1b[31mred": torch.zeros(2)}, tmp_path / "x.safetensors")
     with pytest.raises(Halt, match=r"first tensors: a\\x1b\[31mred") as caught:
-        singlefile.to_folder(tmp_path / "x.safetensors", tmp_path / "out")
+        single_file.to_folder(tmp_path / "x.safetensors", tmp_path / "out")
     assert "\x1b" not in caught.value.message
 
 
@@ -456,14 +458,14 @@ def test_a_damaged_sidecar_or_scheduler_is_refused(stored: str, plain: Path, tmp
     shutil.copytree(plain, tmp_path / "model")
     (tmp_path / "model/single_file.json").write_text(f'{{"metadata": {{}}, "logit_scale": {stored}}}')
     with pytest.raises(Halt, match="logit_scale is damaged"):
-        singlefile.to_single_file(tmp_path / "model", tmp_path / "x.safetensors")
+        single_file.to_single_file(tmp_path / "model", tmp_path / "x.safetensors")
     (tmp_path / "model/scheduler/scheduler_config.json").write_text("[]")
     with pytest.raises(Halt, match=r"scheduler_config\.json is damaged"):
-        singlefile.to_single_file(tmp_path / "model", tmp_path / "x.safetensors")
+        single_file.to_single_file(tmp_path / "model", tmp_path / "x.safetensors")
 
 
 def test_a_link_is_not_written_over(plain: Path, tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").symlink_to("elsewhere")
     with pytest.raises(Halt, match="exists"):
-        singlefile.to_single_file(plain, tmp_path / "x.safetensors")
+        single_file.to_single_file(plain, tmp_path / "x.safetensors")
     assert (tmp_path / "x.safetensors").is_symlink()

@@ -12,16 +12,18 @@ from stages import Stage, opened, result, state
 from test_update import gradients, one_update, relative
 from test_worlds import launch
 
-from train import memory, preflight
-from train.config import load_stage
-from train.dataset import Batch
-from train.exits import ExitCode, Halt
-from train.index import Index
-from train.memory import GIB
-from train.plan import plan_fingerprint
-from train.selection import make_plan, open_selection, short_tiles_note
-from train.tools import plan_images, planner
-from train.update import image_losses
+from train.base.console import ExitCode, Halt
+from train.config.stage import load_stage
+from train.data.dataset import Batch
+from train.data.index import Index
+from train.data.selection import make_plan, open_selection, short_tiles_note
+from train.engine import trial
+from train.engine.step import image_losses
+from train.model import memory
+from train.model.memory import GIB
+from train.recipe.order import plan_fingerprint
+from train.tools.estimate import estimate
+from train.tools.estimate import images as plan_images
 
 BUCKETS = ((64, 64), (64, 96), (96, 64))
 CARD = ("batch.micro=48", "batch.effective=48")  # ft1 and ft2
@@ -81,14 +83,14 @@ def test_each_shape_is_tried_with_as_many_images_as_its_tiles_have(
         tried[part.tile.width, part.tile.height] = len(part.latents_BCHW)
         return torch.zeros(1, requires_grad=True)
 
-    monkeypatch.setattr(preflight, "image_losses", losses)
+    monkeypatch.setattr(trial, "image_losses", losses)
     data = synthetic.make_dataset(tmp_path / "set", (9, 3, 1), buckets=BUCKETS)
-    shapes = preflight.shapes_to_try
+    shapes = trial.shapes_to_try
     with opened(Stage(tmp_path, data, base_model), "batch.micro=4", "batch.effective=4", "batch.split=2") as session:
         assert shapes(session.plan, torch.device("cuda")) == [(64, 96), (64, 64), (96, 64)], "3 images of 64x96 are more than 4"
         assert shapes(session.plan, torch.device("cpu")) == [(64, 96)]
-        monkeypatch.setattr(preflight, "shapes_to_try", lambda plan, device: shapes(plan, torch.device("cuda")))
-        preflight.check(session, session.feed.dataset.tokenizer)
+        monkeypatch.setattr(trial, "shapes_to_try", lambda plan, device: shapes(plan, torch.device("cuda")))
+        trial.check(session, session.feed.dataset.tokenizer)
     assert tried == {(64, 64): 2, (64, 96): 2, (96, 64): 1}
 
 
@@ -155,12 +157,12 @@ def test_the_planner_counts_short_tiles(base_model: Path, tmp_path: Path) -> Non
     config = load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "epochs=7"])
     plan = make_plan(Index.open(data, "pretrain"), config)
     images = plan_images.find_images(config, None)
-    assert planner._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (2, 15)
+    assert estimate._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (2, 15)
     visits = sum(len(tile.rows) for update in range(15) for tile in plan.update(update))
-    assert abs(planner._visits(config, images, 2, 15) - visits) <= 8
-    report = planner._bucket_report(config, images)
+    assert abs(estimate._visits(config, images, 2, 15) - visits) <= 8
+    report = estimate._bucket_report(config, images)
     assert report["short"] == {"64x96": 3, "96x64": 1}
-    assert planner._cycle(config, images) == plan.cycle_updates == 3
+    assert estimate._cycle(config, images) == plan.cycle_updates == 3
     with pytest.raises(Halt, match=r"batch\.min_bucket is 4"):
         plan_images.find_images(load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "batch.min_bucket=4"]), None)
 

@@ -7,12 +7,13 @@ import os
 import pytest
 import torch
 
-from train import checkpoint, diskspace, manifest, rundir, snapshot
-from train.checkpoint import Progress
-from train.config import CheckpointConfig
-from train.exits import ExitCode, Halt
-from train.resume import Expectations
-from train.snapshot import Saver
+from train.base.console import ExitCode, Halt
+from train.config.stage import CheckpointConfig
+from train.storage import checkpoint, manifest, rundir, space
+from train.storage import saver as saver_module
+from train.storage.checkpoint import Progress
+from train.storage.resume import Expectations
+from train.storage.saver import Saver
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def test_state_is_taken_at_the_time_of_the_save(run, monkeypatch):
 
 
 def test_buffers_are_reused_and_follow_the_tensors():
-    copy = snapshot.HostCopy()
+    copy = saver_module.HostCopy()
     first = copy.take(tensors(1.0))
     assert copy.missing_bytes(tensors()) == 0
     second = copy.take(tensors(2.0))
@@ -173,7 +174,7 @@ def test_an_error_of_ours_in_the_thread_is_not_a_full_disk(run, monkeypatch):
 
 
 def test_too_little_host_memory_means_a_foreground_save(run, monkeypatch):
-    monkeypatch.setattr(snapshot, "available_host_bytes", lambda: 1000)
+    monkeypatch.setattr(saver_module, "available_host_bytes", lambda: 1000)
     mine = saver(run)
     mine.save(Progress(1, 1), tensors(), {})
     assert mine._thread is None
@@ -194,7 +195,7 @@ def test_permanent_is_the_first_save_past_a_multiple_which_saves_seldom_meet(run
         mine.save_now(Progress(step, step), tensors(), {})
     left = {manifest.step_of(n): manifest.read(run.checkpoints / n).permanent for n in os.listdir(run.checkpoints)}
     assert left == {8: True, 16: True, 24: True, 28: True}
-    count = diskspace.permanent_count(CheckpointConfig(every_steps=4, permanent_every_steps=7), 28, 100)
+    count = space.permanent_count(CheckpointConfig(every_steps=4, permanent_every_steps=7), 28, 100)
     assert count == sum(left.values())
 
 
@@ -203,7 +204,7 @@ def test_a_folder_that_cannot_be_listed_is_a_failed_save_and_not_the_end(run, mo
         raise OSError(5, "Input/output error")
 
     mine = saver(run)
-    monkeypatch.setattr(snapshot, "committed", broken)
+    monkeypatch.setattr(saver_module, "committed", broken)
     assert mine.save(Progress(1, 1), tensors(), {})
     mine.finish()
     mine.raise_failures()
@@ -211,8 +212,8 @@ def test_a_folder_that_cannot_be_listed_is_a_failed_save_and_not_the_end(run, mo
 
 
 def test_waiting_for_space_ends_when_a_stop_is_asked(run, monkeypatch):
-    monkeypatch.setattr(diskspace, "_DISK_POLL_S", 0.01)
-    monkeypatch.setattr(diskspace, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(space, "_DISK_POLL_S", 0.01)
+    monkeypatch.setattr(space, "free_bytes", lambda path: 0)
     asked: list[int] = []
     mine = Saver(run, CheckpointConfig(on_full_disk="wait"), permanent_every=9, stopping=lambda: bool(asked))
     mine.save(Progress(1, 1), tensors(), {})
@@ -222,4 +223,4 @@ def test_waiting_for_space_ends_when_a_stop_is_asked(run, monkeypatch):
 
 
 def test_available_memory_is_a_sane_number():
-    assert 1 << 20 < snapshot.available_host_bytes() < 1 << 62
+    assert 1 << 20 < saver_module.available_host_bytes() < 1 << 62

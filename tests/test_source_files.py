@@ -6,13 +6,13 @@ import dataclasses
 import tarfile
 from pathlib import Path
 
-from train.prepare.decode import Refused
+from train.config.dataset import ProbeConfig, SourceConfig
+from train.prepare.folders.walking import walk
+from train.prepare.images.decode import Refused
+from train.prepare.images.looks import Look, probe_one
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost
-from train.prepare.pictures import Look, probe_one
-from train.prepare.records import Quarantine
-from train.prepare.settings import ProbeConfig, SourceConfig
-from train.prepare.walking import walk
+from train.prepare.posts.normalise import RawPost
+from train.prepare.tables.schemas import Quarantine
 
 
 def source(path: Path) -> SourceConfig:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from train.exits import ExitCode, Halt
-from train.prepare.settings import SourceConfig, load_settings
-from train.prepare.sourcerules import READS
+from train.base.console import ExitCode, Halt
+from train.config.dataset import SourceConfig, load_settings
+from train.config.source_rules import READS
 
 OTHER: dict[str, Any] = {  # a value of each key that is not its default
     "images": "elsewhere", "columns": "{caption: text}", "tag_separator": "' '", "dictionary": "d.csv", "rating_scheme": "sqe",

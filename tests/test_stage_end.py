@@ -11,10 +11,11 @@ import pytest
 from lab import UPDATES, Lab
 from safetensors.torch import load_file, save_file
 
-from train import hub, resume
-from train.config import ModelConfig
-from train.exits import ExitCode
-from train.tools import chaos
+from train.base.console import ExitCode
+from train.config.stage import ModelConfig
+from train.model import source
+from train.storage import resume
+from train.testing import chaos
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_a_damaged_checkpoint_of_a_later_step_does_not_spoil_a_shorter_run(lab: 
     (folder / "step-00000008" / "manifest.json").write_text("")
     assert lab.run("shorter", "max_updates=6") == [0], lab.last.text()
     assert (folder / "step-00000008").is_dir(), "what is damaged is left for its owner to look at"
-    model = hub.resolve(ModelConfig(init_from=str(lab.folder / "shorter")))
+    model = source.resolve(ModelConfig(init_from=str(lab.folder / "shorter")))
     assert model.sha256 == json.loads((lab.folder / "shorter" / "lineage.json").read_text())["weights_sha256"]
 
 
@@ -93,7 +94,7 @@ def test_model_vae_and_data_may_move(lab: Lab) -> None:
     assert lab.run("moved", *moved) == [0], lab.last.text()
     assert chaos.compare_runs(lab.reference, lab.folder / "moved") == []
     half(lab, "named")
-    pin = f"model.vae_sha256={hub.file_sha256(lab.folder / 'vae2' / 'diffusion_pytorch_model.safetensors')}"
+    pin = f"model.vae_sha256={source.file_sha256(lab.folder / 'vae2' / 'diffusion_pytorch_model.safetensors')}"
     lab.must_equal_reference("named", 1, f"model.vae={lab.folder / 'vae2'}", pin)  # the model's own, under a name
 
 

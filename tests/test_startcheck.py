@@ -13,16 +13,16 @@ from pathlib import Path
 import pytest
 from stages import SMALL, Stage
 
-from train import startcheck
-from train.config import load_stage
-from train.exits import ExitCode, Halt
-from train.rundir import open_run_dir
+from train.base.console import ExitCode, Halt
+from train.config.stage import load_stage
+from train.engine import refusals
+from train.storage.rundir import open_run_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 WITHOUT_TORCH = """
 import sys
 from train import run
-from train.exits import Halt
+from train.base.console import Halt
 try:
     run.main(sys.argv[1:])
 except Halt as halt:
@@ -81,10 +81,10 @@ def test_what_only_the_files_can_tell_is_told_together_too(stage: Stage, dataset
 
 
 def test_a_disk_too_small_is_known_from_the_headers(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("train.diskspace.free_bytes", lambda path: 1000)
+    monkeypatch.setattr("train.storage.space.free_bytes", lambda path: 1000)
     config = load_stage([stage.yaml], [*SMALL, "model.tokenizers=/nowhere"])
     run = open_run_dir(config.output_dir, "pretrain")
-    messages = [halt.message for halt in startcheck.refusals(config, run, 1)]
+    messages = [halt.message for halt in refusals.refusals(config, run, 1)]
     run.close()
     assert any("checkpoints need" in message and "the disk has 1 kB" in message for message in messages)
     assert any("model.tokenizers" in message for message in messages)
@@ -96,7 +96,7 @@ def test_the_estimate_never_exceeds_what_a_checkpoint_takes(
 ) -> None:
     more = ("ema.decay=0.9",) if optimizer == "adamw" else ()
     seen = []
-    monkeypatch.setattr("train.diskspace.lacking_space", lambda run, one, settings: seen.append(one))
+    monkeypatch.setattr("train.storage.space.lacking_space", lambda run, one, settings: seen.append(one))
     assert stage.run(f"optimizer.name={optimizer}", *more, "max_updates=1") == ExitCode.DONE, stage.message
     held = sum(f.stat().st_size for f in (stage.output / "checkpoints/step-00000001").glob("*.safetensors"))
     least = seen[0] * 1.05
@@ -126,7 +126,7 @@ def test_what_is_read_and_what_is_written_lie_apart(
 
 def test_a_start_ends_with_the_code_that_waiting_does_not_mend() -> None:
     locked, wrong = Halt(ExitCode.LOCKED, "in use"), Halt(ExitCode.MISMATCH, "no dataset")
-    assert startcheck.together([locked]) is locked
-    assert startcheck.together([locked, wrong]).code == ExitCode.MISMATCH
-    assert startcheck.together([wrong, Halt(ExitCode.MISMATCH, "no dataset")]) is wrong
-    assert startcheck.together([locked, wrong]).message.splitlines()[1:] == ["  1. in use", "  2. no dataset"]
+    assert refusals.together([locked]) is locked
+    assert refusals.together([locked, wrong]).code == ExitCode.MISMATCH
+    assert refusals.together([wrong, Halt(ExitCode.MISMATCH, "no dataset")]) is wrong
+    assert refusals.together([locked, wrong]).message.splitlines()[1:] == ["  1. in use", "  2. no dataset"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from train import optim, stochastic
-from train.config import OptimizerConfig
+from train.config.stage import OptimizerConfig
+from train.optim import optimizers as optimizers_module
+from train.optim import rounding
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -18,7 +19,7 @@ def test_rounding_takes_a_neighbour_and_is_right_on_average() -> None:
     low, high = torch.tensor(1.0), torch.tensor(1.0 + 2**-7)  # neighbours in bf16
     for share in (0.0, 0.1, 0.5, 0.9):
         values = (low + share * (high - low)).expand(200_000).contiguous()
-        rounded = stochastic.round_stochastic(values, generator())
+        rounded = rounding.round_stochastic(values, generator())
         assert rounded.dtype == torch.bfloat16
         assert set(rounded.unique().tolist()) <= {low.item(), high.item()}
         # four standard deviations of 200,000 draws
@@ -27,17 +28,17 @@ def test_rounding_takes_a_neighbour_and_is_right_on_average() -> None:
 
 def test_what_bf16_can_hold_stays_and_so_do_signs_and_infinities() -> None:
     exact = torch.tensor([0.0, -0.0, 1.5, -2.0, 1e-30, float("inf"), -float("inf")]).bfloat16().float()
-    assert torch.equal(stochastic.round_stochastic(exact, generator()), exact.bfloat16())
+    assert torch.equal(rounding.round_stochastic(exact, generator()), exact.bfloat16())
     values = -torch.rand(1000, generator=generator(1)) - 0.1
-    rounded = stochastic.round_stochastic(values, generator(2)).float()
+    rounded = rounding.round_stochastic(values, generator(2)).float()
     assert ((rounded - values).abs() <= values.abs() * 2**-7).all()
     assert (rounded < 0).all()
-    assert torch.isnan(stochastic.round_stochastic(torch.tensor([float("nan")]), generator())).all()
+    assert torch.isnan(rounding.round_stochastic(torch.tensor([float("nan")]), generator())).all()
 
 
 def test_memory_format_survives() -> None:
     weights = torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)
-    assert stochastic.round_stochastic(weights, generator()).is_contiguous(memory_format=torch.channels_last)
+    assert rounding.round_stochastic(weights, generator()).is_contiguous(memory_format=torch.channels_last)
 
 
 def config(name: str) -> OptimizerConfig:
@@ -54,12 +55,12 @@ def train(weights: str, name: str, updates: int, seed: int = 1) -> list[nn.Param
     if weights == "bf16":
         for parameter in parameters:
             parameter.data = parameter.data.bfloat16()
-    optimizer = optim.make_optimizer([("unet", parameters, 1e-5)], config(name))
+    optimizer = optimizers_module.make_optimizer([("unet", parameters, 1e-5)], config(name))
     for update in range(updates):
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 0.01)
         if weights == "bf16":
-            stochastic.step(optimizer, named(parameters), seed=seed, update=update)
+            rounding.step(optimizer, named(parameters), seed=seed, update=update)
         else:
             optimizer.step()
     return parameters
@@ -83,14 +84,14 @@ def test_equal_seed_and_update_round_alike() -> None:
 
 def test_state_is_fp32_and_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = train("bf16", "adamw", 5)
-    monkeypatch.setattr(stochastic, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(rounding, "CHUNK_BYTES", 1)
     parts = train("bf16", "adamw", 5)
     for one, other in zip(whole, parts, strict=True):
         assert torch.equal(one, other)
     parameters = [nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))]
-    optimizer = optim.make_optimizer([("unet", parameters, 1e-5)], config("adamw"))
+    optimizer = optimizers_module.make_optimizer([("unet", parameters, 1e-5)], config("adamw"))
     parameters[0].grad = torch.ones_like(parameters[0])
-    stochastic.step(optimizer, named(parameters), seed=1, update=0)
+    rounding.step(optimizer, named(parameters), seed=1, update=0)
     assert optimizer.state[parameters[0]]["exp_avg"].dtype == torch.float32
     assert parameters[0].grad is None
 
@@ -99,12 +100,12 @@ def test_a_share_of_the_parameters_rounds_as_the_whole() -> None:
     """Two optimizers over one parameter each, as on two processes, against one optimizer over both."""
     whole = train("bf16", "adamw", 5)
     shared = [nn.Parameter(torch.ones(96, 64).bfloat16()), nn.Parameter(torch.ones(64).bfloat16())]
-    optimizers = [optim.make_optimizer([("unet", [p], 1e-5)], config("adamw")) for p in shared]
+    optimizers = [optimizers_module.make_optimizer([("unet", [p], 1e-5)], config("adamw")) for p in shared]
     for update in range(5):
         for optimizer in optimizers:
             for parameter in shared:
                 parameter.grad = torch.full_like(parameter, 0.01)
-            stochastic.step(optimizer, named(shared), seed=1, update=update)
+            rounding.step(optimizer, named(shared), seed=1, update=update)
     for one, other in zip(whole, shared, strict=True):
         assert torch.equal(one, other)
 
@@ -112,14 +113,14 @@ def test_a_share_of_the_parameters_rounds_as_the_whole() -> None:
 def test_a_step_leaves_the_parameter_itself_in_place() -> None:
     """Same memory, same gradient accumulator: DDP's hooks hang on it, and a lost hook is a gradient never reduced."""
     parameter = nn.Parameter(torch.ones(8, 8).bfloat16())
-    optimizer = optim.make_optimizer([("unet", [parameter], 1e-5)], config("adamw"))
+    optimizer = optimizers_module.make_optimizer([("unet", [parameter], 1e-5)], config("adamw"))
     accumulator = parameter.expand_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     called: list[int] = []
     accumulator.register_hook(lambda *_: called.append(1))
     place = parameter.data_ptr()
     for update in range(3):
         (parameter.float() * 0.01).sum().backward()
-        stochastic.step(optimizer, {"a": parameter}, seed=1, update=update)
+        rounding.step(optimizer, {"a": parameter}, seed=1, update=update)
         assert parameter.data_ptr() == place
         assert parameter.dtype == torch.bfloat16
         assert optimizer.param_groups[0]["params"] == [parameter]

@@ -17,9 +17,9 @@ import preparedset
 import pytest
 from lab import UPDATES, Lab
 
-from train import signals
-from train.exits import ExitCode, Halt
-from train.tools import chaos
+from train.base import signals
+from train.base.console import ExitCode, Halt
+from train.testing import chaos
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

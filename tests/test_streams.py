@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from stages import Stage, result
 
-from train.streams import LastingStream
+from train.base.streams import LastingStream
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = {  # how the command is started: code and stderr of the command stand on descriptor 3
@@ -24,7 +24,7 @@ WAYS = {  # how the command is started: code and stderr of the command stand on 
     "all closed": "CMD <&- >&- 2>&-; echo $? >&3",
     "stderr full": "CMD >/dev/null 2>/dev/full; echo $? >&3",
 }
-SPEAKING = "import sys, logging\nfrom train.exits import ExitCode, Halt, run_cli\n"
+SPEAKING = "import sys, logging\nfrom train.base.console import ExitCode, Halt, run_cli\n"
 MAINS = {  # a command: its exit code
     "def main(): print('x' * 99999); print('y' * 99999, file=sys.stderr); return 0": 0,
     "def main(): logging.getLogger('anix').warning('w' * 99999); raise Halt(ExitCode.MISMATCH, 'm' * 99999)": 7,

@@ -13,10 +13,10 @@ import torch
 from stages import Stage, opened
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.config import load_stage
-from train.loop import Session
-from train.tools.bench_loop import micro_step_syncs
-from train.update import compute_update
+from train.config.stage import load_stage
+from train.engine.loop import Session
+from train.engine.step import compute_update
+from train.testing.loop import micro_step_syncs
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 # What decides the work of a micro-step, taken over from the shipped stages.

@@ -13,9 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from train.checkpointing import set_text_checkpointing
-from train.exits import ExitCode, Halt
-from train.text import TagTokenizer, chunk_ids, chunk_ids_many, encode, load_tag_tokenizer, load_tokenizer, size_vector
+from train.base.console import ExitCode, Halt
+from train.model.recomputation import set_text_checkpointing
+from train.model.text import (
+    TagTokenizer,
+    chunk_ids,
+    chunk_ids_many,
+    encode,
+    load_tag_tokenizer,
+    load_tokenizer,
+    size_vector,
+)
 
 B, E, T = 49406, 49407, 7  # begin, end, some text id
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from train.exits import ExitCode, Halt
-from train.text import TagTokenizer, load_tokenizer
-from train.tools import tiny_model, tiny_vae
-from train.tools.tiny_check import hair_of
-from train.tools.tiny_draw import draw
-from train.tools.tiny_posts import make_post
-from train.tools.tiny_tokenizer import BOS, EOS, build_vocabulary, byte_letters
+from train.base.console import ExitCode, Halt
+from train.model.text import TagTokenizer, load_tokenizer
+from train.tools.tiny import model as tiny_model
+from train.tools.tiny import vae as tiny_vae
+from train.tools.tiny.check import hair_of
+from train.tools.tiny.draw import draw
+from train.tools.tiny.posts import make_post
+from train.tools.tiny.tokenizer import BOS, EOS, build_vocabulary, byte_letters
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -112,7 +113,7 @@ def test_tokenizers_behave_like_clips(model: Path) -> None:
 def test_vae_is_small_and_keeps_hair_colours(model: Path) -> None:
     from diffusers import AutoencoderKL
 
-    from train.sampling import decode
+    from train.diffusion.sampling import decode
 
     assert tiny_vae.WEIGHTS.stat().st_size <= 1_000_000
     vae = AutoencoderKL.from_pretrained(str(model / "vae")).eval()

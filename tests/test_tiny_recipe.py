@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from train.tools.tiny_check import STAGES, check_model, first_and_last_loss
+from train.tools.tiny.check import STAGES, check_model, first_and_last_loss
 
 ROOT = Path(__file__).resolve().parents[1]
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' schedulers
@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`runs/tiny` after drawing, preparing and the three stages, as the quickstart does it."""
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "configs").symlink_to(ROOT / "configs")
-    run(folder, "tiny_world.py")
+    run(folder, "world.py")
     run(folder, "prepare.py", "all", "--config", "configs/tiny/dataset.yaml")
     run(folder, "recipe.py", "--configs", *(f"configs/tiny/{stage}.yaml" for stage in STAGES))
     return folder / "runs" / "tiny"

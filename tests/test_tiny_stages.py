@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from train.tools.page_data import read_run
-from train.tools.tiny_check import STAGES
-from train.validation import paired_change
+from train.observe.runs import read_run
+from train.observe.validation import paired_change
+from train.tools.tiny.check import STAGES
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.slow, pytest.mark.long]

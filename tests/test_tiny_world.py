@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train import exclusions, labels
-from train.buckets import assign, make_buckets, place
-from train.exits import ExitCode, Halt
-from train.prepare.settings import load_settings
-from train.tools import tiny_posts, tiny_world
-from train.tools.tiny_check import Agreement, agreement, first_and_last_loss, hair_of, summary
-from train.tools.tiny_draw import HAIR
-from train.tools.tiny_posts import HELD_OUT, CheckPrompt, check_prompts, make_post
+from train.base.console import ExitCode, Halt
+from train.config.dataset import load_settings
+from train.recipe import exclusions, tag_policy
+from train.recipe.buckets import assign, make_buckets, place
+from train.tools.tiny import posts as tiny_posts
+from train.tools.tiny import world as tiny_world
+from train.tools.tiny.check import Agreement, agreement, first_and_last_loss, hair_of, summary
+from train.tools.tiny.draw import HAIR
+from train.tools.tiny.posts import HELD_OUT, CheckPrompt, check_prompts, make_post
 
 COUNT = 640
 SMALL = 30
@@ -202,9 +203,9 @@ def test_the_aesthetic_table_has_every_key(world: Path) -> None:
 
 
 def test_quality_words_follow_the_shares(posts: list[tiny_posts.Post]) -> None:
-    policy = labels.preset("default")
+    policy = tag_policy.preset("default")
     words = collections.Counter(
-        labels.quality_tag(post.fields["score"], post.fields["rating"], None, None, policy) for post in posts
+        tag_policy.quality_tag(post.fields["score"], post.fields["rating"], None, None, policy) for post in posts
     )
     assert set(words) >= {"masterpiece", "best quality", "great quality", "good quality", "normal quality",
                           "low quality", "worst quality"}

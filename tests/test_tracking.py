@@ -21,11 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from train import outlets
-from train.config import TrackingConfig
-from train.outlet_process import flatten
-from train.outlets import Outlet, outlet_modes
-from train.tracking import MetricsFile, StarvationWatch, Tracker, loss_by_decile, read_metrics
+from train.config.stage import TrackingConfig
+from train.observe import outlets
+from train.observe.outlet_process import flatten
+from train.observe.outlets import Outlet, outlet_modes
+from train.observe.tracker import MetricsFile, StarvationWatch, Tracker, loss_by_decile, read_metrics
 
 ECHO = "import sys; print('ready', flush=True); open({out!r}, 'a').writelines(sys.stdin.readlines()[1:])"
 

@@ -17,9 +17,9 @@ import synthetic
 from stages import Stage, result
 from test_tracking import fake_child
 
-from train import outlets
-from train.exits import ExitCode
-from train.tracking import Tracker
+from train.base.console import ExitCode
+from train.observe import outlets
+from train.observe.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 

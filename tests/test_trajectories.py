@@ -1,7 +1,7 @@
 """Twenty updates with each speed or memory option against the plain path: what each may change, and that it does not more.
 
 `loss`: largest relative difference of an update's loss. `weights`: distance from the plain run's final weights over the
-distance those have travelled; 0 means the same bits. The limits are train/tools/tolerances.py's; the table stands in
+distance those have travelled; 0 means the same bits. The limits are train/tools/estimate/tolerances.py's; the table stands in
 docs/speed.md. `optimizer.sharding: zero1`
 (same bits, two processes) stands in test_sharding.py.
 """
@@ -19,10 +19,11 @@ import tinysdxl
 import torch
 from stages import Stage, losses, weights
 
-from train import fast, stage
-from train.models import Networks, load_components, trained_parameters
-from train.tools.ranks import Ranks, warm_up
-from train.tools.tolerances import COARSE, REORDERED, RETILED, ROUNDED, SAME_BITS, Tolerance
+from train.engine import setup
+from train.model import speed
+from train.model.networks import Networks, load_components, trained_parameters
+from train.testing.ranks import Ranks, warm_up
+from train.tools.estimate.tolerances import COARSE, REORDERED, RETILED, ROUNDED, SAME_BITS, Tolerance
 
 RUN = ("batch.micro=16", "batch.effective=16", "epochs=8", "max_updates=20", "checkpoint.every_steps=20")
 BF16 = "precision=bf16"
@@ -176,9 +177,9 @@ def test_float8_linears_follow_the_plain_path(larger: Plain, tmp_path: Path, mon
     swapped: list[int] = []
 
     def emulated(unet: torch.nn.Module) -> None:
-        swapped.append(fast.swap_float8(unet, emulate=True))
+        swapped.append(speed.swap_float8(unet, emulate=True))
 
-    monkeypatch.setattr(stage.fast, "to_float8", emulated)
+    monkeypatch.setattr(setup.fast, "to_float8", emulated)
     follows(larger, tmp_path, (BF16, "model.float8=true"), COARSE)
     assert swapped[0] > 10
     assert "torchao" in sys.modules

@@ -15,11 +15,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.exits import Halt
-from train.prepare import peers as peers_module
-from train.prepare.peers import Peers
-from train.prepare.records import Quarantine
-from train.prepare.units import (
+from train.base.console import Halt
+from train.prepare.tables import workers as peers_module
+from train.prepare.tables.schemas import Quarantine
+from train.prepare.tables.units import (
     Step,
     cut,
     finalize,
@@ -31,6 +30,7 @@ from train.prepare.units import (
     run_whole,
     write_parquet,
 )
+from train.prepare.tables.workers import Peers
 
 SCHEMA = pa.schema([("key", pa.string()), ("value", pa.int64())])
 

@@ -17,12 +17,13 @@ from lab import UPDATES, Lab
 from safetensors.numpy import save as save_arrays
 from stages import Stage, result
 
-from train import guard, rundir
-from train.exits import ExitCode, Halt
-from train.rundir import open_run_dir
-from train.scaler import loss_scale
-from train.tools import chaos
-from train.tracking import MetricsFile
+from train.base.console import ExitCode, Halt
+from train.engine import guard
+from train.observe.tracker import MetricsFile
+from train.optim.loss_scale import loss_scale
+from train.storage import rundir
+from train.storage.rundir import open_run_dir
+from train.testing import chaos
 
 # --- the run directory before the start ----------------------------------------------------------------
 

@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from stages import Stage, opened
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from train import loop, rng
-from train.exits import ExitCode, Halt
-from train.loop import Session
-from train.plan import Tile
-from train.rng import Stream
-from train.update import Outcome, compute_update, image_losses
+from train.base.console import ExitCode, Halt
+from train.engine import loop
+from train.engine.loop import Session
+from train.engine.step import Outcome, compute_update, image_losses
+from train.recipe import rng
+from train.recipe.order import Tile
+from train.recipe.rng import Stream
 
 
 def one_update(session: Session, step: int = 0) -> Outcome:

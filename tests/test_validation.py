@@ -12,12 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_text import small_tokenizer
 
-from train import validation
-from train.exits import ExitCode, Halt
-from train.rng import uid_of
-from train.selection import held_out
-from train.text import TagTokenizer
-from train.validation import (
+from train.base.console import ExitCode, Halt
+from train.data.selection import held_out
+from train.model.text import TagTokenizer
+from train.observe import validation
+from train.observe.validation import (
     Making,
     batches,
     chosen,
@@ -30,6 +29,7 @@ from train.validation import (
     summary,
     t_975,
 )
+from train.recipe.rng import uid_of
 
 LABELS = [
     {"quality": "best quality", "rating_tags": ["explicit", "nsfw"], "year": "newest", "aesthetic": None},

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from train.exits import ExitCode, Halt
-from train.prepare.census import Census
+from train.base.console import ExitCode, Halt
+from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
-from train.prepare.normalise import RawPost
-from train.prepare.records import Quarantine
-from train.prepare.settings import SourceConfig
+from train.prepare.posts.census import Census
+from train.prepare.posts.normalise import RawPost
+from train.prepare.tables.schemas import Quarantine
 
 Members = list[tuple[str, bytes]]
 PNG = b"\x89PNG"

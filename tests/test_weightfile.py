@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from train.exits import ExitCode, Halt
-from train.latents import ShardReader, write_shard
-from train.weightfile import open_file, read_header
+from train.base.console import ExitCode, Halt
+from train.data.shards import ShardReader, write_shard
+from train.storage.weightfile import open_file, read_header
 
 
 def written(path: Path, header: bytes, data: bytes = bytes(16)) -> Path:

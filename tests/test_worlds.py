@@ -11,8 +11,8 @@ import pytest
 import torch
 from stages import Stage, losses, result, state, weights
 
-from train.exits import ExitCode
-from train.tools.ranks import Ranks, warm_up
+from train.base.console import ExitCode
+from train.testing.ranks import Ranks, warm_up
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[1]

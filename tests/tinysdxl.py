@@ -16,7 +16,7 @@ from diffusers import (
 from test_text import small_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from train import cliptokens
+from train.model import clip_tokens
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "like SDXL": {
@@ -40,7 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def build(variant: str = "two levels", seed: int = 0, *, clip: bool = False) -> StableDiffusionXLPipeline:
     """The stock pipeline over random weights; with CLIP's whole vocabulary where `clip`."""
     if clip:
-        tokenizer, tokenizer_2 = cliptokens.tokenizer("tokenizer"), cliptokens.tokenizer("tokenizer_2")
+        tokenizer, tokenizer_2 = clip_tokens.tokenizer("tokenizer"), clip_tokens.tokenizer("tokenizer_2")
     else:
         tokenizer, tokenizer_2 = small_tokenizer(), small_tokenizer("!")
     tokenizer.model_max_length = tokenizer_2.model_max_length = 77

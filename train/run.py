@@ -2,8 +2,8 @@
 """One stage of the recipe: `accelerate launch --quiet train/run.py --config configs/ft1.yaml [key=value ...]`.
 
 Reads as the recipe, top to bottom in `train_stage`:
-the selection and its plan (plan.py), captions with their separator (captions.py, dataset.py), the predecessor's
-weights (hub.py), U-Net and text encoders as one module (models.py), AdamW or Adafactor (optim.py), noise offset
+the selection and its plan (order.py), captions with their separator (captions.py, dataset.py), the predecessor's
+weights (source.py), U-Net and text encoders as one module (networks.py), AdamW or Adafactor (optimizers.py), noise offset
 (noise.py), restart schedule (schedule.py), the loop (loop.py), checkpoints (checkpoint.py) and the hand-off to the
 next stage (export.py).
 """
@@ -24,10 +24,11 @@ if not __package__:  # started as a file: train/ is first on sys.path, and its m
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Only the light core here: a locked or read-only run directory must answer before torch is loaded.
-from train import faults, finished, signals, startcheck
-from train.config import StageConfig, config_hash, load_stage, unresolved_yaml
-from train.exits import ExitCode, Halt, run_cli
-from train.rundir import RunDir, open_run_dir
+from train.base import faults, signals
+from train.base.console import ExitCode, Halt, run_cli
+from train.config.stage import StageConfig, config_hash, load_stage, unresolved_yaml
+from train.engine import finished, refusals
+from train.storage.rundir import RunDir, open_run_dir
 
 # Of whatever was being written: the disk is full, over quota, read-only or broken.
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
@@ -44,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     faults.warn_if_set()
     rank, world = own_place()
     try:
-        startcheck.refuse_entangled(config)
+        refusals.refuse_entangled(config)
         run = open_run_dir(config.output_dir, config.stage, rank=rank)
     except Halt as refusal:  # what else is wrong is told with it
-        raise startcheck.together([refusal, *startcheck.refusals(config, None, world)]) from refusal
+        raise refusals.together([refusal, *refusals.refusals(config, None, world)]) from refusal
     if run.done is not None and (answer := finished.answer(config)) is not None:
         print(answer.text, file=sys.stderr)
         if not answer.goes_on:
@@ -77,13 +78,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def refuse_start(config: StageConfig, run: RunDir, world: int) -> None:
     """One Halt with everything that is wrong with this start, as far as it shows before torch is loaded."""
-    found = startcheck.refusals(config, run, world)
+    found = refusals.refusals(config, run, world)
     try:
         run.check_attempts(config_hash(config), config.resume.accept)
     except Halt as halt:
         found.append(halt)
     if found:
-        raise startcheck.together(found)
+        raise refusals.together(found)
 
 
 def record_end(run: RunDir, config: StageConfig, halt: Halt, stop: signals.StopFlag, update: int) -> None:
@@ -121,28 +122,28 @@ def as_halt(error: BaseException, update: int = 0) -> Halt:
 
 def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: str, reached: dict[str, int]) -> None:
     """The recipe of one stage, from the dataset to the files the next stage starts from."""
-    from train import guard, handoff, loop, peers, preflight, session, stage
+    from train.engine import guard, handoff, loop, processes, session, setup, trial
 
     # Processes: the update's tiles divide among them.
     if signals.orphaned():  # all are; a stop that only some have heard of is agreed upon after they met
         raise Halt(ExitCode.STOPPED, "the launcher is gone, before the first update: the same command goes on")
-    with peers.joining(lambda code, reason: record_end(run, config, Halt(code, reason), stop, 0)):
-        machine = stage.open_machine(config)
+    with processes.joining(lambda code, reason: record_end(run, config, Halt(code, reason), stop, 0)):
+        machine = setup.open_machine(config)
     run.met = True
 
     # From here on a process that fails is named by the others, and work of one is waited for.
-    with peers.watching(machine.place.rank, machine.place.world) as watch:
+    with processes.watching(machine.place.rank, machine.place.world) as watch:
         watch.last_words = lambda code, reason: record_end(run, config, Halt(code, reason), stop, watch.step)
 
         # Model: the predecessor's weights, hash checked; its tokenizers and VAE.
         source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
 
         # Data: the stage's selection, held-out images apart, in the order of the plan; captions behind the separator.
-        data = stage.open_data(config, source)
+        data = setup.open_data(config, source)
 
         # Networks: U-Net and text encoders as one module, recomputing as much as memory asks for.
-        execution = stage.settle(config, machine, data.plan, source)
-        networks = stage.open_networks(config, components, machine, execution)
+        execution = setup.settle(config, machine, data.plan, source)
+        networks = setup.open_networks(config, components, machine, execution)
 
         # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
         running = session.open_session(config, run, machine, data, source, components, networks, execution, stop)
@@ -150,7 +151,7 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
         with session.closing(running):
             run.write_config(yaml)
             guard.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
-            preflight.check(running, data.tokenizer)
+            trial.check(running, data.tokenizer)
             guard.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
 
             # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.

@@ -14,12 +14,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from train.prepare.peers import Peers
+from train.config.dataset import DatasetConfig, dataset_dir
 from train.prepare.probe import ok_files
-from train.prepare.progress import bar
-from train.prepare.records import DUPES, Quarantine
-from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.units import Step, config_id, merge_quarantine, run_whole, stream_table
+from train.prepare.tables.progress import bar
+from train.prepare.tables.schemas import DUPES, Quarantine
+from train.prepare.tables.units import Step, config_id, merge_quarantine, run_whole, stream_table
+from train.prepare.tables.workers import Peers
 
 DEDUPE_VERSION = 1
 _PROBE_COLUMNS = ("key", "width", "height", "sha256", "pixel_hash", "phash")

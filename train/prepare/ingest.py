@@ -20,22 +20,37 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.exclusions import EXCLUSIONS_VERSION
-from train.exits import ExitCode, Halt
-from train.prepare.captionremarks import CaptionTally, remarks
-from train.prepare.captiontext import caption_rules
-from train.prepare.census import Census, tell
-from train.prepare.judge import Complaint, set_aside, too_many
-from train.prepare.mapped import check_columns
-from train.prepare.normalise import RawPost, printable, to_record
-from train.prepare.places import check_place
-from train.prepare.progress import bar, reading
-from train.prepare.records import RECORDS, REST_UNREAD, ROW_GROUP_ROWS, SCHEMA_VERSION, Quarantine, quarantine_table
-from train.prepare.repeats import tell_unread_folders
-from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
-from train.prepare.unchanged import sources_mark
-from train.prepare.units import Step, config_id, finalize, merge_quarantine, read_manifest, write_parquet, write_text
-from train.rundir import read_json
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
+from train.prepare.choosing.repeats import tell_unread_folders
+from train.prepare.folders.places import check_place
+from train.prepare.folders.unchanged import sources_mark
+from train.prepare.formats.mapping import check_columns
+from train.prepare.posts.caption_remarks import CaptionTally, remarks
+from train.prepare.posts.caption_text import caption_rules
+from train.prepare.posts.census import Census, tell
+from train.prepare.posts.normalise import RawPost, printable, to_record
+from train.prepare.tables.progress import bar, reading
+from train.prepare.tables.quarantine import Complaint, set_aside, too_many
+from train.prepare.tables.schemas import (
+    RECORDS,
+    REST_UNREAD,
+    ROW_GROUP_ROWS,
+    SCHEMA_VERSION,
+    Quarantine,
+    quarantine_table,
+)
+from train.prepare.tables.units import (
+    Step,
+    config_id,
+    finalize,
+    merge_quarantine,
+    read_manifest,
+    write_parquet,
+    write_text,
+)
+from train.recipe.exclusions import EXCLUSIONS_VERSION
+from train.storage.rundir import read_json
 
 INGEST_VERSION = 2  # 2: links, spellings, layouts, dates and categories of dumps
 _MARK = "sources.json"
@@ -140,7 +155,7 @@ def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """What the source's adapter finds."""
     check_columns(source)
     check_place(source)
-    adapter = importlib.import_module(f"train.prepare.{source.adapter}")
+    adapter = importlib.import_module(f"train.prepare.sources.{source.adapter}")
     yield from adapter.read(source)
 
 

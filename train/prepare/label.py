@@ -16,16 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.exclusions import EXCLUSIONS_VERSION, excluded_by
-from train.exits import ExitCode, Halt
-from train.labels import LabelError, Policy
-from train.prepare import units
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, TagConfig, dataset_dir
 from train.prepare.ingest import update_dataset_json
-from train.prepare.labelling import Inputs, TokenCount, label_table
-from train.prepare.peers import Peers
-from train.prepare.policy import freeze, post_days
-from train.prepare.records import LABELS, Quarantine, quarantine_table
-from train.prepare.settings import DatasetConfig, TagConfig, dataset_dir
+from train.prepare.tables import units
+from train.prepare.tables.schemas import LABELS, Quarantine, quarantine_table
+from train.prepare.tables.workers import Peers
+from train.prepare.tagging.policy import freeze, post_days
+from train.prepare.tagging.vectorised import Inputs, TokenCount, label_table
+from train.recipe.exclusions import EXCLUSIONS_VERSION, excluded_by
+from train.recipe.tag_policy import LabelError, Policy
 
 LABEL_VERSION = 1
 _COLUMNS = [
@@ -81,7 +81,7 @@ def token_counter(folder: str | None) -> tuple[TokenCount | None, str | None]:
     """(tokens of a text, identity of the tokenizer), both None without `tokenizers`."""
     if folder is None:
         return None, None
-    from train.text import load_tag_tokenizer
+    from train.model.text import load_tag_tokenizer
 
     tokenizer = load_tag_tokenizer(Path(folder))
     return (lambda text: len(tokenizer.content_ids([text]))), tokenizer.identity()

@@ -18,27 +18,27 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from train import vaefile
-from train.buckets import place
-from train.exits import ExitCode, Halt
-from train.latents import read_meta, write_shard
-from train.prepare.decode import DECODE_VERSION, Refused
-from train.prepare.encoder import Encoder, find_vae, load_vae, pick_device
-from train.prepare.facts import Facts, facts_of
-from train.prepare.finish import finish
-from train.prepare.judge import Complaint, judge
-from train.prepare.npz import Unusable, imported, tally
-from train.prepare.peers import Peers
-from train.prepare.pictures import Cut, Look, cut_one
-from train.prepare.pool import Lost, Pool
-from train.prepare.records import Quarantine, quarantine_table
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, dataset_dir
+from train.data.shards import read_meta, write_shard
+from train.model import vae_file
+from train.model.vae_file import Vae
+from train.prepare.choosing.facts import Facts, facts_of
+from train.prepare.encoding.encoder import Encoder, find_vae, load_vae, pick_device
+from train.prepare.encoding.index_tables import finish
+from train.prepare.encoding.npz import Unusable, imported, tally
+from train.prepare.encoding.shard_plan import Recipe, Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
+from train.prepare.images.decode import DECODE_VERSION, Refused
+from train.prepare.images.looks import Cut, Look, cut_one
+from train.prepare.images.vips import VIPS_VERSION
 from train.prepare.select import selection_mark, selection_path
-from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.shardplan import Recipe, Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
-from train.prepare.units import Step, config_id, finalize, merge_quarantine, write_parquet
-from train.prepare.vips import VIPS_VERSION
-from train.rng import uid_of
-from train.vaefile import Vae
+from train.prepare.tables.pool import Lost, Pool
+from train.prepare.tables.quarantine import Complaint, judge
+from train.prepare.tables.schemas import Quarantine, quarantine_table
+from train.prepare.tables.units import Step, config_id, finalize, merge_quarantine, write_parquet
+from train.prepare.tables.workers import Peers
+from train.recipe.buckets import place
+from train.recipe.rng import uid_of
 
 PLACE = ["key", "bucket_w", "bucket_h"]
 
@@ -66,7 +66,7 @@ def run(settings: DatasetConfig) -> None:
     """
     dataset = dataset_dir(settings)
     vae = find_vae(settings.latents.vae)
-    recipe = make_recipe(settings, vaefile.identity(vae.weights))
+    recipe = make_recipe(settings, vae_file.identity(vae.weights))
     _check_npz_vae(settings, recipe.vae_id)
     _drop_other_index(dataset, recipe)
     wanted, facts = _wanted(settings)
@@ -104,7 +104,7 @@ def _check_npz_vae(settings: DatasetConfig, vae_id: str) -> None:
     for source in settings.sources:
         if source.npz_vae is None:
             continue
-        if vaefile.identity(find_vae(source.npz_vae, f"npz_vae of {source.name}").weights) != vae_id:
+        if vae_file.identity(find_vae(source.npz_vae, f"npz_vae of {source.name}").weights) != vae_id:
             raise Halt(
                 ExitCode.MISMATCH,
                 f"sources: npz_vae of {source.name}, {source.npz_vae}, is not the VAE of latents.vae, {settings.latents.vae}"

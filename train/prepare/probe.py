@@ -13,17 +13,26 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from train.prepare.decode import DECODE_VERSION, Refused
-from train.prepare.judge import judge
-from train.prepare.layouts import tried
-from train.prepare.peers import Peers
-from train.prepare.pictures import Look, file_stamp, probe_one
-from train.prepare.pool import Lost, Pool
-from train.prepare.progress import bar
-from train.prepare.records import PROBE, Quarantine
-from train.prepare.settings import DatasetConfig, SourceConfig, dataset_dir
-from train.prepare.tagmatch import GROUP_COLUMNS, occurring, record_lists, tagged
-from train.prepare.units import Step, config_id, cut, merge_quarantine, read_table, row_hash, run_units, stream_table
+from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
+from train.prepare.folders.layouts import tried
+from train.prepare.images.decode import DECODE_VERSION, Refused
+from train.prepare.images.looks import Look, file_stamp, probe_one
+from train.prepare.tables.pool import Lost, Pool
+from train.prepare.tables.progress import bar
+from train.prepare.tables.quarantine import judge
+from train.prepare.tables.schemas import PROBE, Quarantine
+from train.prepare.tables.units import (
+    Step,
+    config_id,
+    cut,
+    merge_quarantine,
+    read_table,
+    row_hash,
+    run_units,
+    stream_table,
+)
+from train.prepare.tables.workers import Peers
+from train.prepare.tagging.matching import GROUP_COLUMNS, occurring, record_lists, tagged
 
 PROBE_VERSION = 2  # 2: damage that decoders pass over, PNGs with large texts
 UNIT_FILES = 2000

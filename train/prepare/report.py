@@ -10,21 +10,21 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from train.captions import DrawOptions, draw, render
-from train.exits import ExitCode
-from train.prepare.facts import between
-from train.prepare.judge import Complaint, too_many
-from train.prepare.peers import Peers
-from train.prepare.pictures import Look, Thumb, thumbnail
-from train.prepare.pool import Pool
+from train.base.console import ExitCode
+from train.config.dataset import DatasetConfig, dataset_dir
+from train.prepare.choosing.facts import between
+from train.prepare.health.facts import Facts, gather
+from train.prepare.health.page import counted, number, page
+from train.prepare.images.looks import Look, Thumb, thumbnail
 from train.prepare.probe import ok_files
-from train.prepare.progress import bar
-from train.prepare.records import RECORDS
-from train.prepare.report_facts import Facts, gather
-from train.prepare.report_page import counted, number, page
-from train.prepare.settings import DatasetConfig, dataset_dir
-from train.prepare.units import merge_quarantine, read_table, row_hash, stream_table, sweep, write_text
-from train.rng import uid_of
+from train.prepare.tables.pool import Pool
+from train.prepare.tables.progress import bar
+from train.prepare.tables.quarantine import Complaint, too_many
+from train.prepare.tables.schemas import RECORDS
+from train.prepare.tables.units import merge_quarantine, read_table, row_hash, stream_table, sweep, write_text
+from train.prepare.tables.workers import Peers
+from train.recipe.captions import DrawOptions, draw, render
+from train.recipe.rng import uid_of
 
 SAMPLES = 24  # pictures in the grid of random ones
 SHUFFLES = 5  # captions shown with their shuffles

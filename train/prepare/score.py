@@ -17,15 +17,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from train.exits import ExitCode, Halt
-from train.prepare import units
-from train.prepare.decode import Refused, decode
-from train.prepare.files import read_image
-from train.prepare.judge import judge
-from train.prepare.keyfile import numbers, of_records, read_column
-from train.prepare.peers import Peers
-from train.prepare.records import AESTHETIC, Quarantine
-from train.prepare.settings import DatasetConfig, ScoreConfig, dataset_dir
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, ScoreConfig, dataset_dir
+from train.prepare.folders.files import read_image
+from train.prepare.formats.keyed import numbers, of_records, read_column
+from train.prepare.images.decode import Refused, decode
+from train.prepare.tables import units
+from train.prepare.tables.quarantine import judge
+from train.prepare.tables.schemas import AESTHETIC, Quarantine
+from train.prepare.tables.workers import Peers
 
 SCORE_VERSION = 1
 UNIT_FILES = 2000

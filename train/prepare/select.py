@@ -18,20 +18,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.buckets import make_buckets
-from train.exclusions import EXCLUSIONS_VERSION
-from train.exits import ExitCode, Halt
-from train.prepare.candidates import Candidates
-from train.prepare.filters import by_quota, capped, where
-from train.prepare.judge import Complaint, judge
-from train.prepare.merging import Cost, merge, told
-from train.prepare.peers import Peers
-from train.prepare.predicates import parse
-from train.prepare.progress import bar
-from train.prepare.records import SELECT, Quarantine, quarantine_table
-from train.prepare.settingrules import MAX_REPEATS
-from train.prepare.settings import DatasetConfig, SelectConfig, dataset_dir
-from train.prepare.units import (
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, SelectConfig, dataset_dir
+from train.config.dataset_rules import MAX_REPEATS
+from train.prepare.choosing.candidates import Candidates
+from train.prepare.choosing.filters import by_quota, capped, where
+from train.prepare.choosing.merging import Cost, merge, told
+from train.prepare.choosing.predicates import parse
+from train.prepare.tables.progress import bar
+from train.prepare.tables.quarantine import Complaint, judge
+from train.prepare.tables.schemas import SELECT, Quarantine, quarantine_table
+from train.prepare.tables.units import (
     Step,
     config_id,
     finalize,
@@ -40,6 +37,9 @@ from train.prepare.units import (
     table_fingerprint,
     write_parquet,
 )
+from train.prepare.tables.workers import Peers
+from train.recipe.buckets import make_buckets
+from train.recipe.exclusions import EXCLUSIONS_VERSION
 
 SELECT_VERSION = 2
 INPUTS = ("records", "probe", "dupes", "labels", "aesthetic")

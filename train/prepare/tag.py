@@ -17,17 +17,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from train.exits import ExitCode, Halt
-from train.prepare import units
-from train.prepare.captiontext import bad_in_tag
-from train.prepare.cells import collection, tags_with_values, texts_of
-from train.prepare.judge import judge
-from train.prepare.keyfile import of_records, read_column
-from train.prepare.normalise import BadRecord
-from train.prepare.peers import Peers
-from train.prepare.records import TAG_GROUPS, TAGS
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, dataset_dir
+from train.prepare.formats.cells import collection, tags_with_values, texts_of
+from train.prepare.formats.keyed import of_records, read_column
+from train.prepare.posts.caption_text import bad_in_tag
+from train.prepare.posts.normalise import BadRecord
 from train.prepare.score import run_model
-from train.prepare.settings import DatasetConfig, dataset_dir
+from train.prepare.tables import units
+from train.prepare.tables.quarantine import judge
+from train.prepare.tables.schemas import TAG_GROUPS, TAGS
+from train.prepare.tables.workers import Peers
 
 TAG_VERSION = 1
 FLOOR = 0.1  # lowest probability worth keeping; thresholds below it are refused

@@ -18,11 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from train import hub, weightfile
-from train.exits import ExitCode, Halt
-from train.inference import Model, draw, name_of, open_model
-from train.pictures import require_folder, save_png
-from train.prompts import (
+from train.base.console import ExitCode, Halt
+from train.config.prompts import (
     CARD_SIZES,
     NEGATIVE,
     QUALITY_PREFIX,
@@ -32,7 +29,11 @@ from train.prompts import (
     checked,
     parameters_text,
 )
-from train.sampling import captions_text
+from train.diffusion.sampling import captions_text
+from train.model import source
+from train.observe.inference import Model, draw, name_of, open_model
+from train.observe.pictures import require_folder, save_png
+from train.storage import weightfile
 
 NOTHING = "(none)"
 QUALITY = {  # card: Special tags, and its quality prefix
@@ -108,11 +109,11 @@ class Studio:
 
 def require_model(path: str) -> None:
     """Raises Halt for what is certainly no model, without reading one."""
-    found = hub.find(path)
+    found = source.find(path)
     if found.is_file():
         weightfile.open_file(found)
     elif not (found / "DONE").exists():
-        hub.refuse_no_model(found)
+        source.refuse_no_model(found)
 
 
 def settings_of(wish: Wish) -> PromptsFile:

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from train.config import load_stage
-from train.exits import EXIT_NOTE, ExitCode, Halt
-from train.finished import answer
-from train.rundir import read_json
+from train.base.console import EXIT_NOTE, ExitCode, Halt
+from train.config.stage import load_stage
+from train.engine.finished import answer
+from train.storage.rundir import read_json
 
 RUN_PY = Path(__file__).resolve().parents[1] / "run.py"
 LAUNCHER = Path(__file__).with_name("launcher.py")

@@ -1,0 +1,95 @@
+"""Exit codes of every command, and the one exception that carries them. Standard library only."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from enum import IntEnum
+from pathlib import Path
+from typing import NoReturn
+
+from train.base import quiet, streams
+from train.base.secrets import MaskingFilter, mask
+
+EXIT_NOTE = "ANIX_EXIT_NOTE"  # environment: a file for the main process's exit code, which launchers replace by 1
+
+
+class ExitCode(IntEnum):
+    """What a command's end means; the same list stands in README and in `exit.json`."""
+
+    DONE = 0
+    UNEXPECTED = 1
+    USAGE = 2  # bad usage or config
+    NO_CHECKPOINT = 3  # checkpoints exist, none is valid
+    NON_FINITE = 4
+    OUT_OF_MEMORY = 5
+    LOCKED = 6  # another process owns the run directory
+    MISMATCH = 7  # config, data or model do not fit together, or cannot fit the machine
+    CANNOT_WRITE = 8
+    PEER_LOST = 9
+    STOPPED = 85  # by a signal; saved; start again to resume. Not 0, so that `ft1 && ft2` does not go on
+
+
+class Halt(Exception):
+    """Ends the command with `code`; the message names the key or file at fault and the fix."""
+
+    def __init__(self, code: ExitCode, message: str) -> None:
+        super().__init__(message)
+        self.code = ExitCode(code)
+        self.message = message
+
+    def __reduce__(self) -> tuple[type[Halt], tuple[ExitCode, str]]:
+        """Halts travel from data workers to the trainer, so they must survive pickling by multiprocessing."""
+        return Halt, (self.code, self.message)
+
+
+def _printable(text: str) -> str:
+    """Names from untrusted files may hold what would steer a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def log_to_stderr() -> None:
+    """What our modules log, from INFO on, goes to stderr, without other libraries' idle notices; secrets are masked."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.addFilter(MaskingFilter())
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    log = logging.getLogger("anix")
+    log.handlers = [handler]
+    log.setLevel(logging.INFO)
+    quiet.install()
+
+
+def run_cli(main: Callable[[], int | None], *, answers: bool = True) -> NoReturn:
+    """Run `main` and exit with its code; a Halt becomes one message on stderr, not a traceback. Secrets are masked.
+
+    Nobody listening is no failure. With `answers` (the result stands on stdout) a full disk under stdout is one: 8.
+    """
+    streams.install()
+    log_to_stderr()
+    try:
+        code = main() or 0
+    except Halt as halt:
+        print(f"error: {_printable(mask(halt.message))}", file=sys.stderr)
+        code = int(halt.code)
+    except Exception:
+        print(mask(traceback.format_exc()), file=sys.stderr)
+        code = int(ExitCode.UNEXPECTED)
+    lost = streams.finish()
+    if lost is not None and answers and code == 0:
+        print(f"error: the answer could not be written to stdout: {lost.strerror}", file=sys.stderr)
+        code = int(ExitCode.CANNOT_WRITE)
+        streams.finish()
+    _leave_note(code)
+    sys.exit(code)
+
+
+def _leave_note(code: int) -> None:
+    """The code where scripts/recipe.py looks for it: a run that is refused its directory has no exit.json."""
+    note = os.environ.get(EXIT_NOTE)
+    if note and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            Path(note).write_text(str(code))

@@ -1,0 +1,243 @@
+"""One tile of the plan as tensors: latents, noise, timesteps, token ids and size numbers.
+
+Everything random about a slot is a function of (seed, uid, epoch), so it does not matter which process or worker
+makes it. Shape legend: B images of a tile, C latent channels, H W latent rows and columns, N text chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from train.base import faults
+from train.base.console import ExitCode, Halt
+from train.config.stage import DataConfig, NoiseConfig
+from train.data.index import Index
+from train.data.shards import ShardReader
+from train.diffusion.noise import tile_noise
+from train.model.text import TagTokenizer, size_vector
+from train.recipe import rng
+from train.recipe.buckets import crop_condition
+from train.recipe.captions import DrawOptions, draw_many, warmup_length
+from train.recipe.order import Plan, Tile
+from train.recipe.rng import Stream
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A tile, or a part of one. Tensors first; the rest says where it came from."""
+
+    latents_BCHW: torch.Tensor  # fp32, scaled as the U-Net sees them
+    noise_BCHW: torch.Tensor  # fp32, the target's noise (offset included)
+    input_noise_BCHW: torch.Tensor  # fp32, what is added; differs from noise only with input perturbation
+    timesteps_B: torch.Tensor  # int64
+    ids_1_BN77: torch.Tensor  # int64, encoder 1
+    ids_2_BN77: torch.Tensor  # int64, encoder 2
+    size_B6: torch.Tensor  # fp32: original h w, crop top left, target h w
+    slots_B: torch.Tensor  # int64, place of each image in its update
+    step: int  # plan step
+    tile: Tile
+    tags_dropped: int  # cut at the token limit
+    substituted: tuple[str, ...] = ()  # keys that could not be read and were replaced
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with its tensors on `device`; asynchronous from pinned memory."""
+        return self._with({n: t.to(device, non_blocking=True) for n, t in self.tensors().items()})
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by the data loader on CUDA machines)."""
+        return self._with({name: tensor.pin_memory() for name, tensor in self.tensors().items()})
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Field name to tensor."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def _with(self, tensors: dict[str, Any]) -> Batch:
+        return replace(self, **tensors)
+
+    def parts(self, count: int) -> list[Batch]:
+        """The tile cut into `count` equal runs of images, in order (a short tile: as equal as it goes)."""
+        if count == 1:
+            return [self]
+        images = len(self.slots_B)
+        bounds = [images * i // count for i in range(count + 1)]
+        pieces = [
+            self._with({name: tensor[a:b] for name, tensor in self.tensors().items()})
+            for a, b in zip(bounds, bounds[1:], strict=False)
+            if b > a
+        ]
+        # What is counted per tile is carried by its first piece alone.
+        return [pieces[0], *(replace(piece, tags_dropped=0, substituted=()) for piece in pieces[1:])]
+
+
+class TileDataset(Dataset[Batch | Halt]):
+    """Map-style dataset over (plan step, tile of the update)."""
+
+    def __init__(
+        self,
+        index: Index,
+        plan: Plan,
+        reader: ShardReader,
+        tokenizer: TagTokenizer,
+        *,
+        seed: int,
+        data: DataConfig,
+        noise: NoiseConfig,
+        scaling: float,
+        total_updates: int,
+    ) -> None:
+        self.index, self.plan, self.reader, self.tokenizer = index, plan, reader, tokenizer
+        self.seed, self.data, self.noise, self.scaling = seed, data, noise, scaling
+        self.options = draw_options(data, total_updates)
+
+    def __getitem__(self, place: tuple[int, int]) -> Batch | Halt:
+        """Tile `place[1]` of plan step `place[0]`, or the reason why it cannot be made.
+
+        A Halt is returned, not raised: the loader rebuilds a worker's exception from its text and loses the code.
+        """
+        step, number = place
+        try:
+            if torch.utils.data.get_worker_info() is not None:
+                faults.at("worker", step)
+            tiles = self.plan.update(step)
+            first_slot = sum(len(tile.rows) for tile in tiles[:number])
+            return self.make(tiles[number], step, first_slot)
+        except Halt as halt:
+            return halt
+
+    def make(self, tile: Tile, step: int, first_slot: int) -> Batch:
+        """The tensors of one tile whose images occupy slots first_slot.. of update `step`."""
+        latents_BCHW, substituted = self._latents(tile, step)
+        shape = tuple(latents_BCHW.shape[1:])
+        low, high = self.noise.timesteps
+        means_BC = latents_BCHW.mean(dim=(2, 3)).numpy() if self.noise.offset_adaptive else None
+        target_BCHW, added_BCHW = tile_noise(
+            self.noise, self.seed, tile.uids.tolist(), tile.epochs.tolist(), shape, latent_means_BC=means_BC
+        )
+        ids_1_BN77, ids_2_BN77, dropped = self._token_ids(tile, step)
+        return Batch(
+            latents_BCHW=latents_BCHW,
+            noise_BCHW=torch.from_numpy(target_BCHW),
+            input_noise_BCHW=torch.from_numpy(added_BCHW),
+            timesteps_B=torch.from_numpy(rng.timesteps(self.seed, tile.uids, tile.epochs, low, high)),
+            ids_1_BN77=torch.from_numpy(ids_1_BN77),
+            ids_2_BN77=torch.from_numpy(ids_2_BN77),
+            size_B6=torch.tensor([self._size(row, tile) for row in tile.rows.tolist()], dtype=torch.float32),
+            slots_B=torch.arange(first_slot, first_slot + len(tile.rows)),
+            step=step,
+            tile=tile,
+            tags_dropped=dropped,
+            substituted=substituted,
+        )
+
+    def _latents(self, tile: Tile, step: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+        faults.at("read", step)
+        rows: list[int] = tile.rows.tolist()
+        substituted: list[str] = []
+        try:
+            raw_BCHW, first = self._read(rows)
+        except Halt as halt:
+            if self.data.on_read_error == "stop":
+                raise naming_the_picture(halt, self.index, self.reader, rows) from halt
+            rows, substituted = self._readable(rows, tile)
+            raw_BCHW, first = self._read(rows)
+        expected = (tile.height // 8, tile.width // 8)
+        if tuple(raw_BCHW.shape[2:]) != expected:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"latents of bucket {tile.width}x{tile.height} in {first} are {tuple(raw_BCHW.shape[2:])}, "
+                f"not {expected}: run scripts/prepare.py latents again",
+            )
+        if self.index.content == "moments":
+            raw_BCHW = _draw_moments(raw_BCHW, self.seed, tile)
+        return raw_BCHW * self.scaling, tuple(substituted)
+
+    def _read(self, rows: Sequence[int]) -> tuple[torch.Tensor, str]:
+        places = [self.index.latent(row) for row in rows]
+        return self.reader.read([shard for shard, _ in places], [place for _, place in places]), places[0][0]
+
+    def _readable(self, rows: list[int], tile: Tile) -> tuple[list[int], list[str]]:
+        """Each unreadable row replaced by the next uid of its bucket, in uid order; the slot's key stays."""
+        in_bucket = np.flatnonzero((self.index.bucket_w == tile.width) & (self.index.bucket_h == tile.height))
+        order = in_bucket[np.argsort(self.index.uids[in_bucket])].tolist()
+        result, replaced = [], []
+        for row in rows:
+            start = order.index(row)
+            candidates = order[start:] + order[:start]
+            good = next((c for c in candidates if self._can_read(c)), None)
+            if good is None:
+                raise Halt(
+                    ExitCode.MISMATCH,
+                    f"no readable latents in bucket {tile.width}x{tile.height}, such as those of {self.index.named(row)}: run "
+                    "scripts/prepare.py latents again",
+                )
+            if good != row:
+                replaced.append(self.index.named(row))
+            result.append(good)
+        return result, replaced
+
+    def _can_read(self, row: int) -> bool:
+        try:
+            self._read([row])
+        except Halt:
+            return False
+        return True
+
+    def _token_ids(self, tile: Tile, step: int) -> tuple[np.ndarray, np.ndarray, int]:
+        captions = [self.index.caption(row) for row in tile.rows.tolist()]
+        uids, epochs = tile.uids.tolist(), tile.epochs.tolist()
+        drawn = draw_many(captions, self.options, seed=self.seed, uids=uids, epochs=epochs, update=step)
+        fitted = [self.tokenizer.fit(fixed, flex, self.data.max_tokens, self.data.overflow) for fixed, flex in drawn]
+        ids_1_BN77, ids_2_BN77 = self.tokenizer.chunk_ids_many([content for content, _ in fitted], self.data.max_tokens)
+        return ids_1_BN77, ids_2_BN77, sum(cut for _, cut in fitted)
+
+    def _size(self, row: int, tile: Tile) -> tuple[int, ...]:
+        index = self.index
+        original = (int(index.orig_w[row]), int(index.orig_h[row]))
+        crop = (int(index.crop_top[row]), int(index.crop_left[row]))
+        top, left = crop_condition(self.data.crop_conditioning, *original, tile.width, tile.height, *crop)
+        return size_vector(*original, top, left, tile.width, tile.height)
+
+
+def naming_the_picture(halt: Halt, index: Index, reader: ShardReader, rows: Sequence[int]) -> Halt:
+    """The refusal of one of `rows` with the picture that it is about: shard and row say nothing to who looks for it."""
+    for row in rows:
+        shard, place = index.latent(row)
+        try:
+            reader.read([shard], [place])
+        except Halt:
+            instead = "with data.on_read_error=substitute a run goes on without it"
+            return Halt(halt.code, f"{index.named(row)}: {halt.message}; {instead}")
+    return halt
+
+
+def draw_options(data: DataConfig, total_updates: int) -> DrawOptions:
+    """What is drawn from a caption; a warmup below 1 is a share of all updates."""
+    return DrawOptions(
+        shuffle=data.shuffle_tags,
+        tag_dropout=data.tag_dropout,
+        caption_dropout=data.caption_dropout,
+        caption_dropout_every_epochs=data.caption_dropout_every_epochs,
+        warmup_min=data.token_warmup_min,
+        warmup_updates=warmup_length(data.token_warmup_steps, total_updates),
+    )
+
+
+def trace_timesteps(seed: int, noise: NoiseConfig, tiles: Sequence[Tile]) -> list[np.ndarray]:
+    """Timesteps of each tile, as the dataset draws them: for traces made without reading data."""
+    low, high = noise.timesteps
+    return [rng.timesteps(seed, tile.uids, tile.epochs, low, high) for tile in tiles]
+
+
+def _draw_moments(moments_BCHW: torch.Tensor, seed: int, tile: Tile) -> torch.Tensor:
+    """A fresh VAE sample for each (image, epoch) from stored mean and log-variance."""
+    mean, logvar = moments_BCHW.chunk(2, dim=1)
+    shape = tuple(mean.shape[1:])
+    normals = rng.normals_many(seed, Stream.VAE_SAMPLE, tile.uids.tolist(), tile.epochs.tolist(), shape)
+    return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * torch.from_numpy(normals)

@@ -1,0 +1,286 @@
+"""The training set as memory-mapped columns: who is selected, where the latents lie, what the captions say.
+
+`index.arrow` (uncompressed Arrow IPC) holds one row per (image, bucket) with its caption; `index_<stage>.arrow` names
+the rows that a stage trains on. Both are derived from the parquet tables beside them, whose hashes they carry. Opening
+them reads no caption and hashes no key: under a second for a million images. Numbers are mapped, texts are read row by
+row, so a process that has seen every caption holds some megabytes of the file, not all of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import safetensors.numpy
+
+from train.base.console import ExitCode, Halt
+from train.data.cells import CellError, CellFile
+from train.data.index_check import refuse_changed, refuse_damaged
+from train.storage.rundir import read_json, replace_file
+
+INDEX, VERSION = "index.arrow", "1"
+CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
+LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
+NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
+U64 = npt.NDArray[np.uint64]
+_TEXTS, _DIGESTS = ("key", "shard"), ("image_digest", "caption_digest")
+
+
+def _numbers(name: str) -> cached_property[npt.NDArray[Any]]:
+    """A column of numbers of the selected rows, gathered when it is first asked for: many are asked by nobody.
+
+    Where every row is selected it is the file's own pages.
+    """
+    return cached_property(lambda index: _gathered(column_of(index._file.table, name), index._rows))
+
+
+class Index:
+    """The selected images of one stage, in the order of their keys; position i is what the plan calls a row."""
+
+    orig_w = _numbers("orig_w")
+    orig_h = _numbers("orig_h")
+    bucket_w = _numbers("bucket_w")
+    bucket_h = _numbers("bucket_h")
+    resized_w = _numbers("resized_w")
+    resized_h = _numbers("resized_h")
+    crop_top = _numbers("crop_top")
+    crop_left = _numbers("crop_left")
+
+    def __init__(
+        self, file: CellFile, rows: npt.NDArray[np.integer[Any]], uids: U64, meta: Mapping[str, str]
+    ) -> None:
+        self._file, self._rows, self._meta = file, rows, meta
+        self.uids = uids
+        self.vae_id, self.content = meta["vae_id"], meta["content"]
+
+    @classmethod
+    def open(cls, dataset_dir: str | Path, stage: str) -> Index:
+        """The selection `stage` of a prepared dataset. Raises Halt(MISMATCH) naming the step to run."""
+        folder = Path(dataset_dir)
+        if not (folder / "dataset.json").is_file():
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"data.path {folder} is not a prepared dataset (no dataset.json): run "
+                "scripts/prepare.py all --config <dataset.yaml>",
+            )
+        selection = folder / f"index_{stage}.arrow"
+        if not selection.is_file():
+            known = sorted(path.stem.removeprefix("index_") for path in folder.glob("index_*.arrow"))
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"data.path {folder} has no selection {stage!r} (it has {', '.join(known) or 'none'}): add "
+                f"select.{stage} to its dataset.yaml and run scripts/prepare.py select and latents, or set data.select",
+            )
+        refuse_changed(folder, (INDEX, selection.name))
+        file, whole = _map(folder / INDEX)
+        rows, meta = _map(selection)
+        _require_fresh(folder, stage, whole, meta)
+        refuse_damaged(file.path, file.table, file.give_back, lists=CAPTION_COLUMNS, texts=_TEXTS, numbers=(*NUMBERS, "row", *_DIGESTS))
+        refuse_damaged(rows.path, rows.table, rows.give_back, numbers=("row", "uid"), rows_below=file.table.num_rows)
+        return cls(file, column_of(rows.table, "row"), np.array(column_of(rows.table, "uid")), {**whole, **meta})
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def key(self, i: int) -> str:
+        """`<source>:<id>` of image i."""
+        return str(self._cell("key", i))
+
+    def caption(self, i: int) -> tuple[list[str], list[str]]:
+        """(fixed tags, flex tags) of image i."""
+        fixed, flex = (self._cell(name, i) or [] for name in CAPTION_COLUMNS)
+        return fixed, flex
+
+    def latent(self, i: int) -> tuple[str, int]:
+        """(shard relative to the dataset directory, row in it) of image i."""
+        return str(self._cell("shard", i)), int(self._cell("row", i))
+
+    def labels(self, i: int) -> dict[str, Any]:
+        """quality, rating_tags, year and aesthetic of image i."""
+        return {name: self._cell(name, i) for name in LABEL_COLUMNS}
+
+    def named(self, i: int) -> str:
+        """What a message calls image i: its key, or its uid where not even that can be read."""
+        try:
+            return str(self._file.cell("key", int(self._rows[i])))
+        except CellError:
+            return f"the image of uid {int(self.uids[i]):016x}"
+
+    def _cell(self, name: str, i: int) -> Any:
+        try:
+            return self._file.cell(name, int(self._rows[i]))
+        except CellError as error:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{self._file.path}: column {name} of {self.named(i)} cannot be read ({error}): run scripts/prepare.py "
+                "latents (seconds; nothing is encoded twice)",
+            ) from error
+
+    def digests(self) -> tuple[U64, U64]:
+        """(image digest, caption digest) per image: what tells an edited dataset from the one trained on."""
+        image, caption = (column_of(self._file.table, name)[self._rows] for name in ("image_digest", "caption_digest"))
+        self._file.give_back()
+        return image, caption
+
+    def shards(self) -> list[str]:
+        """The latent shards that these images lie in."""
+        column = self._file.table.column("shard").chunk(0)
+        try:
+            if not pa.types.is_dictionary(column.type):
+                return sorted(set(column.take(pa.array(self._rows)).to_pylist()))
+            used = np.unique(column.indices.to_numpy()[self._rows])
+            return sorted(column.dictionary.take(pa.array(used)).to_pylist())
+        except (IndexError, TypeError, ValueError) as error:  # a number that names no row or word, a shard that is null
+            raise Halt(ExitCode.MISMATCH, f"{self._file.path} is damaged ({error}): run scripts/prepare.py latents") from error
+
+    @property
+    def images(self) -> npt.NDArray[np.int64]:
+        """A number per entry that is equal for the repeats of one image."""
+        return self._rows.astype(np.int64)
+
+    def select(self, which: npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Index:
+        """Those images alone."""
+        if which.dtype == np.bool_ and which.all():
+            return self
+        meta = {name: value for name, value in self._meta.items() if name != "fingerprint"}
+        return Index(self._file, self._rows[which], self.uids[which], meta)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over uid, bucket, size, crop, content and caption of every image, and the VAE.
+
+        That of a whole selection stands in its file's header.
+        """
+        return self._meta.get("fingerprint") or selection_fingerprint(self.uids, *self.digests(), self._meta)
+
+    @property
+    def selection_hash(self) -> str:
+        """sha256 over which images stand in which bucket."""
+        order = np.argsort(self.uids)
+        digest = hashlib.sha256()
+        for column in (self.uids, self.bucket_w.astype(np.int32), self.bucket_h.astype(np.int32)):
+            digest.update(np.ascontiguousarray(column[order]).tobytes())
+        return digest.hexdigest()
+
+
+def selection_fingerprint(uids: U64, image: U64, caption: U64, meta: Mapping[str, str]) -> str:
+    """What `Index.fingerprint` says of these images; `meta` holds vae_id, content and buckets."""
+    order = np.argsort(uids)
+    digest = hashlib.sha256(f"{meta['vae_id']} {meta['content']} {meta.get('buckets', '')}".encode())
+    for column in (uids, image, caption):
+        digest.update(np.ascontiguousarray(column[order]).data)
+    return digest.hexdigest()
+
+
+def save_selection(path: Path, index: Index) -> None:
+    """Remember which images with which captions a run trains on: what `changes_since` compares with."""
+    image, caption = index.digests()
+    columns = {"uid": index.uids, "image": np.array(image), "caption": np.array(caption)}
+    replace_file(path, safetensors.numpy.save({name: value.view(np.int64) for name, value in columns.items()}))
+
+
+def _in_both(first: U64, second: U64) -> int:
+    """How many values the two have in common, each as often as both have it."""
+    (one, ones), (two, twos) = np.unique(first, return_counts=True), np.unique(second, return_counts=True)
+    _, i, j = np.intersect1d(one, two, return_indices=True)
+    return int(np.minimum(ones[i], twos[j]).sum())
+
+
+def changes_since(path: Path, index: Index) -> str:
+    """What changed in the selection since `save_selection`, in counts per kind; empty when nothing did, or is known."""
+    if not path.is_file():
+        return ""
+    try:
+        saved = safetensors.numpy.load(path.read_bytes())
+        before, old_image, old_caption = (saved[name].view(np.uint64) for name in ("uid", "image", "caption"))
+    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError):
+        return ""  # only a note: whether the data changed at all, the checkpoint says
+    if before.ndim != 1 or not before.shape == old_image.shape == old_caption.shape:
+        return ""
+    now = index.uids
+    image, caption = index.digests()
+    _, old, new = np.intersect1d(before, now, return_indices=True)
+    same_image = old_image[old] == image[new]
+    same_caption = old_caption[old] == caption[new]
+    gone = np.setdiff1d(np.arange(len(before)), old, assume_unique=True)
+    came = np.setdiff1d(np.arange(len(now)), new, assume_unique=True)
+    renamed = _in_both(old_image[gone], image[came])
+    counts = {
+        "images added": len(came) - renamed,
+        "images removed": len(gone) - renamed,
+        "images renamed": renamed,
+        "images changed": int((~same_image).sum()),
+        "captions edited": int((~same_caption).sum()),
+    }
+    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
+
+def source_hashes(folder: Path, stage: str | None) -> dict[str, str]:
+    """Hashes of the tables an arrow file is made from."""
+    names = ["index.parquet"] if stage is None else [f"select_{stage}.parquet"]
+    found = {}
+    for name in names:
+        path = folder / name
+        if path.is_file():
+            with open(path, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    if stage is None:
+        labels = sorted(path.name for path in (folder / "labels").glob("*.parquet"))
+        found["labels"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()
+    return found
+
+
+def _require_fresh(folder: Path, stage: str, whole: Mapping[str, str], meta: Mapping[str, str]) -> None:
+    if whole.get("version") != VERSION or meta.get("version") != VERSION or not {"vae_id", "content"} <= whole.keys():
+        raise Halt(ExitCode.MISMATCH, f"{folder}: its index is of another version: run scripts/prepare.py latents")
+    for found, wanted in ((whole, source_hashes(folder, None)), (meta, source_hashes(folder, stage))):
+        changed = sorted(name for name, value in _sources(folder, found).items() if wanted.get(name) != value)
+        if changed:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{folder}: {', '.join(changed)} changed after the index was made: run scripts/prepare.py latents "
+                "(seconds; nothing is encoded twice)",
+            )
+    state = read_json(folder / "dataset.json") or {}
+    if re.fullmatch(r"\d+", str(state.get("schema_version", ""))) is None:
+        raise Halt(ExitCode.MISMATCH, f"{folder}/dataset.json is damaged: run scripts/prepare.py latents")
+
+
+def _sources(folder: Path, meta: Mapping[str, str]) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError, KeyError):
+        if isinstance(found := json.loads(meta["sources"]), dict):
+            return found
+    raise Halt(ExitCode.MISMATCH, f"{folder}: the header of an index file is damaged: run scripts/prepare.py latents")
+
+
+def _map(path: Path) -> tuple[CellFile, dict[str, str]]:
+    try:
+        if not path.is_file():  # to open a pipe is to wait for who writes into it
+            raise FileNotFoundError(path)
+        file = CellFile(path)
+        meta = {key.decode(): value.decode() for key, value in (file.table.schema.metadata or {}).items()}
+    except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: an empty file, metadata that is no text
+        raise Halt(ExitCode.MISMATCH, f"{path} is missing or damaged: run scripts/prepare.py latents") from error
+    return file, meta
+
+
+def column_of(table: pa.Table, name: str) -> npt.NDArray[Any]:
+    """A column of numbers, without a copy where it lies in one piece."""
+    column: npt.NDArray[Any] = table.column(name).to_numpy()
+    return column
+
+
+def _gathered(column: npt.NDArray[Any], rows: npt.NDArray[np.integer[Any]]) -> npt.NDArray[Any]:
+    if len(rows) == len(column) and np.array_equal(rows, np.arange(len(rows), dtype=rows.dtype)):
+        return column
+    gathered: npt.NDArray[Any] = column[rows]
+    return gathered

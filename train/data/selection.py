@@ -1,0 +1,157 @@
+"""The images a stage trains on: its selection opened, those held out set apart, the plan over the rest. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from train.base.console import ExitCode, Halt
+from train.config.stage import DataConfig, StageConfig
+from train.data.index import U64, Index
+from train.model.source import LocalModel, vae_identity
+from train.recipe.captions import SEPARATOR
+from train.recipe.order import Plan, Size, check_buckets
+from train.storage.rundir import read_json
+
+
+@dataclass(frozen=True)
+class Selection:
+    """`index` is the whole selection, `kept` what trains of it, `held_out` what is measured."""
+
+    index: Index
+    kept: Index
+    held_out: Index
+    plan: Plan
+
+
+def open_selection(config: StageConfig) -> Selection:
+    """The stage's images and their plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
+    index = Index.open(config.data.path, config.selection)
+    refuse_other_separator(config.data)
+    kept = index.select(~held_out(index.uids, config.validation.share, index.images))
+    measured = Index.open(config.data.path, config.validation.select) if config.validation.select else index
+    check_buckets(bucket_counts(index), config.batch.min_bucket)
+    _check_what_is_kept(bucket_counts(kept), config.batch.min_bucket, config.validation.share)
+    refuse_missing_shards(config.data.path, index.shards())
+    held = measured.select(held_out(measured.uids, config.validation.share, measured.images))
+    _, first = np.unique(held.images, return_index=True)  # an image that is repeated is measured once
+    held = held.select(np.sort(first))
+    return Selection(index, kept, held, make_plan(kept, config))
+
+
+def refuse_other_separator(data: DataConfig) -> None:
+    """Halt(MISMATCH) where the stage names another separator than the one that the set's captions were read with."""
+    known = (read_json(Path(data.path) / "dataset.json") or {}).get("separator", SEPARATOR)
+    if data.separator not in (None, known):
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"data.separator is {data.separator!r}, but the captions of data.path {data.path} were read with {known!r}: set "
+            f"data.separator=null, which means the set's, or prepare it with separator: {data.separator!r} in its dataset.yaml",
+        )
+
+
+def bucket_counts(index: Index) -> Counter[Size]:
+    """Images per bucket (width, height)."""
+    return Counter(zip(index.bucket_w.tolist(), index.bucket_h.tolist(), strict=True))
+
+
+def _check_what_is_kept(counts: Counter[Size], least: int | None, share: float) -> None:
+    """Halt(MISMATCH) where only holding images out leaves a bucket too small, which preparing again would not mend."""
+    try:
+        check_buckets(counts, least)
+    except Halt as halt:
+        small = ", ".join(f"{w}x{h}: {count}" for (w, h), count in sorted(counts.items()) if count < (least or 1))
+        raise Halt(
+            halt.code,
+            f"validation.share {share:g} leaves buckets with fewer images than batch.min_bucket, {least} ({small}): set "
+            f"batch.min_bucket=null or batch.min_bucket={min(counts.values())}, a smaller share, or prepare with a larger "
+            "select.<stage>.min_bucket",
+        ) from halt
+
+
+def held_out(uids: U64, share: float, images: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.bool_]:
+    """Which entries never train: bool[N], true where the key's hash lies in the lowest `share` of all hashes.
+
+    A uid is such a hash, so the answer depends on the key alone: the same in every stage, and a larger share holds
+    out the same images and more. `images` (any number per image, equal for its repeats) makes the repeats of an
+    image follow its first entry. Raises Halt(USAGE) for a share outside [0, 1).
+    """
+    if not 0.0 <= share < 1.0:
+        raise Halt(ExitCode.USAGE, f"validation.share is {share}, must be at least 0 and below 1")
+    uids = np.asarray(uids, dtype=np.uint64)
+    if images is not None:
+        _, first, inverse = np.unique(images, return_index=True, return_inverse=True)
+        uids = uids[first][inverse]
+    return uids < np.uint64(int(share * 2.0**64))
+
+
+def make_plan(index: Index, config: StageConfig) -> Plan:
+    """The plan of a stage over its selection."""
+    return Plan(
+        index.uids,
+        index.bucket_w,
+        index.bucket_h,
+        seed=config.seed,
+        tile_images=config.batch.micro,
+        tiles_per_update=config.tiles_per_update,
+        epochs=config.epochs,
+        remainder=config.batch.remainder,
+        max_updates=config.max_updates,
+    )
+
+
+def short_tiles_note(config: StageConfig, plan: Plan) -> str | None:
+    """What the start and the planner say of buckets smaller than a tile; None where there is nothing to say.
+
+    loss.average: images weighs every image of an update alike, so their size shows only where an update is one tile.
+    """
+    micro, largest = config.batch.micro, max(plan.largest_tiles.values())
+    small = {size: count for size, count in plan.largest_tiles.items() if count < micro}
+    names = ", ".join(f"{w}x{h}: {count}" for (w, h), count in small.items())
+    if small and config.batch.remainder == "drop":
+        return f"batch.remainder: drop never trains the {sum(small.values())} images of buckets smaller than batch.micro ({names})"
+    if not (short := plan.short_buckets):
+        return None
+    note = (
+        f"{len(short)} of {len(plan.buckets)} buckets hold fewer images than a tile, {micro} (batch.micro), and make one "
+        f"short tile an epoch ({names})"
+    )
+    alone = config.tiles_per_update == 1
+    weights = sorted({largest / count for count in short.values() if count < largest})
+    if not weights or (not alone and config.loss.average == "images"):
+        return note
+    times = " to ".join(f"{weight:.3g}" for weight in dict.fromkeys((weights[0], weights[-1])))
+    why = "an update is one tile and averages over its images" if alone else "loss.average: micro_batches"
+    than = "a full tile" if largest == micro else f"the largest, of {largest}"
+    return f"{note}: {why}, so a picture in a smaller one weighs {times} times as much as one in {than}"
+
+
+def refuse_missing_shards(folder: str, shards: Iterable[str]) -> None:
+    """Halt(MISMATCH) naming latent shards that are not there; what a shard holds is checked where it is read."""
+    missing = sorted(shard for shard in shards if not (Path(folder) / shard).is_file())
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise Halt(
+            ExitCode.MISMATCH, f"data.path {folder} lacks {len(missing)} latent shards: {shown}: run scripts/prepare.py latents"
+        )
+
+
+def refuse_other_vae(config: StageConfig, index: Index, source: LocalModel) -> None:
+    """Halt(MISMATCH) when the latents were made with another VAE than the stage's."""
+    own_vae = vae_identity(source) if index.vae_id else ""
+    if index.vae_id != own_vae:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"data.path {config.data.path}: its latents were made with another VAE (identity {index.vae_id[:12]}) than "
+            f"the stage's ({own_vae[:12]}): set model.vae to that VAE, or run scripts/prepare.py latents with this one",
+        )
+
+
+def vae_mark(source: LocalModel) -> str:
+    """What a model's VAE is, wherever it lies: its weights' identity and its scaling factor."""
+    return f"{vae_identity(source)}/{source.configs['vae']['scaling_factor']}"

@@ -1,0 +1,260 @@
+"""What a finished stage leaves behind: a diffusers folder, a single file, and the record of what made them.
+
+Weights are streamed from the last checkpoint, tensor by tensor; nothing of a model is held in memory.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from train.base import faults
+from train.base.console import ExitCode, Halt
+from train.base.secrets import mask_settings
+from train.config.stage import ExportConfig
+from train.model import folder as model_folder
+from train.model import sdxl, single_file
+from train.model.source import LocalModel, file_sha256, model_sha256
+from train.storage import weightfile
+from train.storage.rundir import replace_file, write_json
+from train.storage.weightfile import Blob
+
+log = logging.getLogger("anix")
+DTYPES = {"fp16": "F16", "fp32": "F32"}
+_SPEC = "https://github.com/Stability-AI/generative-models"  # the implementation that the layout belongs to
+
+
+def license_of(settings: ExportConfig, source: LocalModel) -> str:
+    """The licence to declare: the config's, else the parent's, else the family's. Never empty.
+
+    Raises Halt(USAGE) when nobody states one. A config that replaces an inherited licence is warned about.
+    """
+    own, inherited, stated = (settings.license or "").strip(), _inherited(source), stated_license(settings, source)
+    if own and inherited and own != inherited:
+        log.warning("export.license is %r, the parent's is %r: make sure you may", own, inherited)
+    if not stated:
+        raise Halt(
+            ExitCode.USAGE,
+            f"{source.path} declares no licence: set export.license to the one its weights are under",
+        )
+    return stated
+
+
+def stated_license(settings: ExportConfig, source: LocalModel) -> str | None:
+    """The licence that `license_of` takes, None where nobody states one."""
+    return (settings.license or "").strip() or _inherited(source)
+
+
+def _inherited(source: LocalModel) -> str | None:
+    return source.license or (single_file.FAIPL if _is_animagine(source) else None)
+
+
+def _is_animagine(source: LocalModel) -> bool:
+    names = (str(source.path), source.metadata.get("modelspec.title", ""))
+    return any(re.search(r"animagine[ _-]?xl[ _-]?v?3", name.lower()) for name in names)
+
+
+def code_revision() -> str:
+    """Commit of this code, `+changes` when the tree differs from it, `unknown` outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        top, head = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"],
+            capture_output=True, text=True, check=True, timeout=10,
+        ).stdout.splitlines()  # fmt: skip
+        if Path(top).resolve() != root:  # a copy inside another project: that one's commit says nothing of this code
+            return "unknown"
+        changed = subprocess.run(
+            ["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, check=True, timeout=30,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return "unknown"
+    return head + ("+changes" if changed else "")
+
+
+def metadata_of(
+    record: Mapping[str, Any],
+    settings: ExportConfig,
+    prediction: str,
+    timesteps: tuple[int, int],
+    side_px: int = 1024,
+) -> dict[str, str]:
+    """`__metadata__` of the single file: the modelspec fields and our training record."""
+    fields = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": "stable-diffusion-xl-v1-base",
+        "modelspec.implementation": _SPEC,
+        "modelspec.title": mask_settings(settings.title or str(record["stage"])),
+        "modelspec.resolution": f"{side_px}x{side_px}",
+        "modelspec.date": str(record["date"]),
+        "modelspec.prediction_type": "v" if prediction == "v" else "epsilon",
+        "modelspec.timestep_range": f"{timesteps[0]},{timesteps[1]}",
+        "modelspec.license": str(record["license"]),
+        "modelspec.author": mask_settings(settings.author),
+        "modelspec.description": mask_settings(settings.description),
+        "modelspec.tags": mask_settings(settings.tags),
+        **{single_file.RECORD_PREFIX + key: _as_text(value) for key, value in record.items()},
+    }
+    return {key: value for key, value in fields.items() if value}
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """`__metadata__` of a single file, its header checked."""
+    return weightfile.open_file(path).metadata
+
+
+def lineage_record(
+    *,
+    stage: str,
+    source: LocalModel,
+    dataset_fingerprint: str,
+    config_hash: str,
+    seed: int,
+    updates: int,
+    images: int,
+    versions: Mapping[str, str],
+    license: str,
+    weights_sha256: str,
+    conditioning: Mapping[str, Any],
+    accepted: Sequence[str] = (),
+    conversion: Mapping[str, Any] | None = None,
+    extended: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Who made these weights from what. `ancestors` carries the records of the stages before; `conditioning` is what
+    inference must share with the training, because a file that was moved has no config beside it; `accepted` is what
+    `resume.accept` let change under way, `conversion` what was taught anew, `extended` how often the stage was finished
+    before and then made longer."""
+    parent = source.lineage or {}
+    stated = {key: value for key, value in parent.items() if key != "ancestors"}
+    older = parent.get("ancestors")  # from a file that anybody may have written
+    return {
+        "stage": stage,
+        "parent": {
+            "stage": parent.get("stage"),
+            "sha256": source.sha256,
+            "title": source.metadata.get("modelspec.title") or parent.get("stage") or source.path.stem,
+        },
+        "dataset_fingerprint": dataset_fingerprint,
+        "config_hash": config_hash,
+        "code_revision": code_revision(),
+        "seed": seed,
+        "updates": updates,
+        "images": images,
+        "versions": dict(versions),
+        "license": license,
+        "weights_sha256": weights_sha256,
+        **({"vae_sha256": source.vae_sha256} if source.vae_sha256 else {}),
+        "conditioning": dict(conditioning),
+        **({"conversion": dict(conversion)} if conversion else {}),
+        **({"extended": list(extended)} if extended else {}),
+        **({"accepted": [_without_home(mask_settings(text)) for text in accepted]} if accepted else {}),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "ancestors": [*(older if isinstance(older, list) else []), stated] if stated else [],
+    }
+
+
+def export_stage(
+    run_path: Path,
+    trained: Path,
+    source: LocalModel,
+    record: Mapping[str, Any],
+    settings: ExportConfig,
+    *,
+    prediction: str = "epsilon",
+    zero_terminal_snr: bool = False,
+    timesteps: tuple[int, int] = (0, 1000),
+    side_px: int | None = None,
+    average: Path | None = None,
+    poll: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `model/`, `<stage>.safetensors`, `lineage.json`, and with EMA `<stage>-ema.safetensors`.
+
+    `trained` is the final checkpoint's model.safetensors, `average` its ema.safetensors; `side_px` is the side of the
+    square that was trained (null = as the parent says), which diffusers draws where a call names no size. Repeatable: what an
+    interrupted export left is replaced. `poll` is called between pieces of tensors and may raise. Raises Halt(CANNOT_WRITE), or Halt(MISMATCH) when a file reads back wrong.
+    """
+    faults.at("export")
+    dtype, stage = DTYPES[settings.dtype], str(record["stage"])
+    factor = sdxl.vae_factor(source.configs["vae"])
+    side_px = side_px or int(source.configs["unet"].get("sample_size") or 1024 // factor) * factor
+    metadata = metadata_of(record, settings, prediction, timesteps, side_px)
+    weights = _polled({**source.weights, **weightfile.open_file(trained).blobs}, poll)
+    configs = {
+        **source.configs,
+        "unet": sdxl.drawn_at(source.configs["unet"], side_px, factor),
+        "scheduler": sdxl.told_scheduler(
+            source.configs["scheduler"], v=prediction == "v", zero_terminal_snr=zero_terminal_snr
+        ),
+    }
+    folder = run_path / "model"
+    with model_folder.new_folder(folder, renew=True) as new:
+        hashes = model_folder.write_networks(new, weights, configs, dtype=dtype)
+        model_folder.write_tokenizers(source.tokenizers, new)
+        model_folder.write_pipeline(new, configs["scheduler"])
+        scale = source.logit_scale and weightfile.cast(source.logit_scale, dtype, "logit_scale")
+        single_file.write_sidecar(new, metadata, scale)  # as in the single file, so that converting gives that file
+        replace_file(new / "training.yaml", _without_home((run_path / "config.yaml").read_text(encoding="utf-8")))
+        write_json(new / "lineage.json", record)
+        for name, digest in hashes.items():  # before it takes the place of an earlier one
+            _require_hash(new / name, digest)
+    _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
+    if average is not None:
+        averaged = {**weights, **_polled(weightfile.open_file(average).blobs, poll)}
+        told = {
+            **metadata,
+            "modelspec.title": metadata["modelspec.title"] + " (EMA)",
+            f"{single_file.RECORD_PREFIX}weights_sha256": file_sha256(average),
+        }
+        _write_single(run_path / f"{stage}-ema.safetensors", averaged, configs, told, source, dtype)
+    poll()
+    write_json(run_path / "lineage.json", {**record, "model_sha256": model_sha256(folder)})
+
+
+def _polled(weights: Mapping[str, Blob], poll: Callable[[], None]) -> dict[str, Blob]:
+    """The same tensors; reading one calls `poll` before every piece."""
+
+    def pieces(blob: Blob) -> Iterator[memoryview]:
+        for piece in blob.pieces():
+            poll()
+            yield piece
+
+    return {name: replace(blob, pieces=partial(pieces, blob)) for name, blob in weights.items()}
+
+
+def _without_home(text: str) -> str:
+    """No user's name in what is passed on."""
+    home = str(Path.home())
+    return text.replace(home, "~") if len(home) > 1 else text
+
+
+def _write_single(
+    path: Path,
+    weights: Mapping[str, Blob],
+    configs: Mapping[str, Mapping[str, Any]],
+    metadata: Mapping[str, str],
+    source: LocalModel,
+    dtype: str,
+) -> None:
+    digest = single_file.write_single_file(path, weights, configs, metadata, logit_scale=source.logit_scale, dtype=dtype)
+    _require_hash(path, digest)
+
+
+def _require_hash(path: Path, digest: str) -> None:
+    """Read back what was written: a bad disk must not pass as a finished stage."""
+    if file_sha256(path) != digest:
+        os.unlink(path)
+        raise Halt(ExitCode.CANNOT_WRITE, f"{path} reads back otherwise than it was written: check that disk")

@@ -1,0 +1,87 @@
+"""The seams between stages: opening the predecessor, and finishing so that the next one can start."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+from train.base import faults
+from train.base.console import ExitCode, Halt
+from train.config.stage import StageConfig, config_hash
+from train.engine import export
+from train.engine.loop import Session
+from train.engine.refusals import refuse_source
+from train.model import networks, prediction, single_file
+from train.model import source as model_source
+from train.model.networks import Components
+from train.model.source import LocalModel
+from train.recipe import buckets
+from train.storage import checkpoint
+
+log = logging.getLogger("anix")
+
+
+def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Components]:
+    """The model a stage starts from, checked, and its networks. The licence is settled before anything is spent."""
+    faults.at("handoff")
+    source = model_source.resolve(config.model)
+    refuse_source(config, source)
+    prediction.conversion(config, source)
+    note = prediction.unstated(config, source)
+    if note and os.environ.get("RANK", "0") == "0":
+        log.info("%s", note)
+    export.license_of(config.export, source)
+    if os.environ.get("RANK", "0") == "0":
+        single_file.tell(source.path, source.notes)
+    return source, networks.build(source, with_vae=with_vae)
+
+
+def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versions: dict[str, str]) -> None:
+    """Export, lineage, DONE; on the main process. Each step may be repeated after a kill.
+
+    Raises Halt(STOPPED) when asked to stop under way: the next start makes the export, no update.
+    """
+    if not session.place.is_main:
+        return
+    config, run = session.config, session.run
+
+    def poll() -> None:
+        if session.stop.asked:
+            raise Halt(ExitCode.STOPPED, "stopped by a signal during the export: the same command makes it anew")
+
+    final = checkpoint.of_step(run.path, session.progress.step)
+    record = export.lineage_record(
+        stage=config.stage,
+        source=source,
+        dataset_fingerprint=dataset_fingerprint,
+        config_hash=config_hash(config),
+        seed=config.seed,
+        updates=session.progress.updates,
+        images=session.progress.images,
+        versions=versions,
+        license=export.license_of(config.export, source),
+        weights_sha256=final.manifest.files["model.safetensors"].sha256,
+        conditioning={
+            "max_tokens": config.data.max_tokens,
+            "context": config.model.context,
+            "pooled_projection": config.model.pooled_projection,
+        },
+        accepted=session.state(session)["accepted"],
+        conversion=prediction.conversion(config, source),
+        extended=session.state(session)["extended"],
+    )
+    export.export_stage(
+        run.path,
+        final.path / "model.safetensors",
+        source,
+        record,
+        config.export,
+        prediction=config.loss.prediction,
+        zero_terminal_snr=config.noise.zero_terminal_snr,
+        timesteps=config.noise.timesteps,
+        side_px=buckets.square_of(session.plan.buckets),
+        average=final.path / "ema.safetensors" if "ema" in final.groups else None,
+        poll=poll,
+    )
+    done = {"stage": config.stage, "step": session.progress.step}
+    run.write_done({**done, "updates": session.progress.updates, "images": session.progress.images})

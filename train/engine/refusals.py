@@ -1,0 +1,173 @@
+"""What is wrong with a start, all of it in one message, seconds after the command and before torch is loaded.
+
+Headers, records and listings are read, no weights and no images; what only the weights themselves can tell (values
+that are not finite, a checkpoint of another run) is refused later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from train.base.console import ExitCode, Halt
+from train.config.prompts import load_prompts
+from train.config.schema import flatten
+from train.config.stage import StageConfig
+from train.data.selection import open_selection, refuse_other_vae
+from train.engine.export import stated_license
+from train.model import clip_tokens, prediction
+from train.model import source as model_source
+from train.model.folder import TOKENIZERS
+from train.model.source import HUB_NAME, LocalModel
+from train.recipe import schedule
+from train.recipe.order import Plan, check_strict_world, tiles_per_update
+from train.storage import resume, space
+from train.storage.rundir import RunDir
+
+T = TypeVar("T")
+# A start with several faults ends with the code of the one that waiting does not mend.
+_FIRST = (ExitCode.USAGE, ExitCode.MISMATCH, ExitCode.CANNOT_WRITE, ExitCode.LOCKED)
+
+
+def together(halts: Sequence[Halt]) -> Halt:
+    """One Halt for all of them; a message that several share is told once."""
+    messages = list(dict.fromkeys(halt.message for halt in halts))
+    if len(messages) == 1:
+        return halts[0]
+    code = min((halt.code for halt in halts), key=lambda code: _FIRST.index(code) if code in _FIRST else len(_FIRST))
+    lines = "\n".join(f"  {number}. {message}" for number, message in enumerate(messages, 1))
+    return Halt(code, f"{len(messages)} things are wrong with this start:\n{lines}")
+
+
+def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
+    """Everything that refuses this start. `run` is None where it could not be opened.
+
+    First all that shows without torch; where that is sound, all that the model's shapes, licence and VAE tell.
+    """
+    found: list[Halt] = []
+
+    def tried(check: Callable[[], T]) -> T | None:
+        try:
+            return check()
+        except Halt as halt:
+            found.append(halt)
+        return None
+
+    tried(lambda: resume.check_accept(config.resume.accept, flatten(config)))
+    tried(lambda: check_processes(config, world))
+    tried(refuse_foreign_engines)
+    # A hub model is fetched once everything else is known to be right.
+    local = Path(config.model.init_from).exists() or HUB_NAME.match(config.model.init_from) is None
+    if local:
+        tried(lambda: model_source.glance(config.model))
+    selection = tried(lambda: open_selection(config))
+    if selection is not None:
+        tried(lambda: check_schedule(config, selection.plan))
+    if config.sampling.every_steps:
+        tried(lambda: load_prompts(config.sampling.prompts))
+    if found or run is None or not local:
+        return found
+    # What the networks' shapes tell needs the libraries that build them, which a start that ends here never loads.
+    source = tried(lambda: model_source.resolve(config.model, hashed=False))
+    if source is not None and selection is not None:
+        tried(lambda: refuse_source(config, source))
+        tried(lambda: prediction.conversion(config, source))
+        tried(lambda: refuse_other_vae(config, selection.index, source))
+        if run.rank == 0 and (problem := _lacking(config, run, source)):
+            found.append(Halt(ExitCode.MISMATCH, problem))
+    return found
+
+
+def check_processes(config: StageConfig, world: int) -> tuple[int, int]:
+    """(tiles of every update per process, virtual ranks per process: strict only).
+
+    Raises Halt(MISMATCH) with the valid choices when the tiles do not divide among `world` processes.
+    """
+    batch = config.batch
+    tiles, accumulation = tiles_per_update(batch.micro, batch.effective, world)
+    if batch.accumulation not in (None, accumulation):
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"batch.accumulation {batch.accumulation} x micro {batch.micro} x {world} processes is not "
+            f"batch.effective {batch.effective}: leave it null, or give {accumulation}",
+        )
+    return accumulation, check_strict_world(tiles, world) if batch.determinism == "strict" else 1
+
+
+def refuse_foreign_engines() -> None:
+    """Halt(USAGE) for a launch config that wants the model wrapped by FSDP or DeepSpeed, or compiled as a whole."""
+    instead = {
+        "ACCELERATE_USE_FSDP": "FSDP is not built; optimizer.sharding: zero1 shares the optimizer's state",
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not built; optimizer.sharding: zero1 shares the optimizer's state",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not built",
+    }
+    for variable, answer in instead.items():
+        if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
+            raise Halt(ExitCode.USAGE, f"the launch config asks for it, but {answer}. Use one of configs/launch/")
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
+        raise Halt(
+            ExitCode.USAGE,
+            "the launch config sets dynamo_config, which would compile the whole model: remove it, and set "
+            "model.compile: true for the repeated blocks",
+        )
+
+
+def refuse_source(config: StageConfig, source: LocalModel) -> None:
+    """Halt(USAGE) for a model that the stage's other settings do not go with, naming the setting."""
+    problems = []
+    if config.model.pooled_projection == "sd_scripts" and source.kind != "single_file":
+        problems.append(
+            "model.pooled_projection: sd_scripts reproduces a trainer that read single files: give a .safetensors"
+        )
+    folders = [] if source.tokenizers is None else [source.tokenizers / name for name in TOKENIZERS]
+    if not folders and (why := clip_tokens.unlike(source.configs)):
+        problems.append(
+            f"{source.path} carries no tokenizers, and the shipped ones do not go with it: {why}. model.tokenizers "
+            "names a folder with the model's own tokenizer/ and tokenizer_2/"
+        )
+    problems += [f"model.tokenizers: {folder} is no folder" for folder in folders if not folder.is_dir()]
+    if not stated_license(config.export, source):
+        problems.append(f"{source.path} declares no licence: set export.license to the one its weights are under")
+    if problems:
+        raise Halt(ExitCode.USAGE, "; ".join(problems))
+
+
+def check_schedule(config: StageConfig, plan: Plan) -> int:
+    """Updates per cycle of the schedule, which is refused here if it means something else than it says."""
+    updates = plan.cycle_updates if config.schedule.cycle_steps == "epoch" else config.schedule.cycle_steps
+    peaks = {"optimizer.unet_lr": config.optimizer.unet_lr}
+    if config.model.train_text_encoders and config.optimizer.text_encoder_lr is not None:
+        peaks["optimizer.text_encoder_lr"] = config.optimizer.text_encoder_lr
+    schedule.check(config.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=config.epochs)
+    return updates
+
+
+def refuse_entangled(config: StageConfig) -> None:
+    """Halt(MISMATCH) where the run would write or clear among what it reads. Comes before anything is made there."""
+    problems = []
+    output = Path(os.path.realpath(config.output_dir))
+    model = config.model
+    named = [("model.init_from", model.init_from), ("model.vae", model.vae), ("data.path", config.data.path)]
+    named += [("model.tokenizers", os.path.join(model.tokenizers, name)) for name in TOKENIZERS if model.tokenizers]
+    for key, value in named:
+        if value is None or not os.path.exists(value):
+            continue
+        read = Path(os.path.realpath(value))
+        if read.is_relative_to(output):
+            problems.append(
+                f"{key} {value} lies in output_dir {config.output_dir}, where the run writes and clears: move one of them"
+            )
+        elif output.is_relative_to(read):
+            problems.append(f"output_dir {config.output_dir} lies in {key} {value}, which a run only reads: choose another")
+    if problems:
+        raise Halt(ExitCode.MISMATCH, "; ".join(problems))
+
+
+def _lacking(config: StageConfig, run: RunDir, source: LocalModel) -> str | None:
+    """What is wrong when the checkpoints will not fit, judged by the shapes of the trained weights."""
+    trained = ("unet.", "text_encoder.", "text_encoder_2.") if config.model.train_text_encoders else ("unet.",)
+    shapes = [blob.shape for name, blob in source.weights.items() if name.startswith(trained)]
+    least = space.least_checkpoint_bytes(config, shapes)
+    return space.lacking_space(run, least / space.SPACE_FACTOR, config.checkpoint)

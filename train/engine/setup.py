@@ -1,0 +1,203 @@
+"""Assembles what a stage trains with: processes, data, networks, optimizer, and the state of an interrupted run."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+from train.config.stage import StageConfig
+from train.data.index import Index
+from train.data.selection import open_selection, refuse_other_vae, vae_mark
+from train.engine import loop
+from train.engine.refusals import check_processes, refuse_foreign_engines
+from train.engine.step import DTYPES, Place, autocast
+from train.model import memory, single_file, speed, text
+from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
+from train.model.recomputation import exempt_steps_of, set_checkpointing, set_text_checkpointing
+from train.model.source import LocalModel
+from train.optim import optimizers, rounding
+from train.optim.zero1 import Shares
+from train.recipe.order import Plan, plan_fingerprint
+from train.storage.saver import available_host_bytes
+
+log = logging.getLogger("anix")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The processes of this run and how the update's tiles divide among them."""
+
+    place: Place
+    accelerator: Accelerator
+    tiles_here: range  # tiles of every update that this process runs
+    virtual_per_rank: int  # strict only
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a tile runs: blocks that keep their activations (0 = recompute all .. 5 = none), parts, text encoders."""
+
+    exempt_steps: int
+    split: int
+    text_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Data:
+    """The stage's images in plan order, and those held out."""
+
+    index: Index
+    held_out: Index
+    plan: Plan
+    tokenizer: text.TagTokenizer
+    fingerprint: str  # of the plan
+    vae: str  # `vae_mark` of the stage's
+
+
+def open_machine(config: StageConfig) -> Machine:
+    """Join the process group. Raises Halt(MISMATCH) when the tiles do not divide among the processes."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    accumulation, virtual_per_rank = check_processes(config, world)
+    refuse_foreign_engines()
+    if config.batch.determinism == "strict":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    timeout = datetime.timedelta(seconds=config.launch.collective_timeout_s)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="no",  # autocast and loss scaling are ours: step.py, loss_scale.py
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=timeout),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
+    )
+    rank = accelerator.process_index
+    place = Place(rank, accelerator.num_processes, accelerator.device)
+    return Machine(place, accelerator, range(rank * accumulation, (rank + 1) * accumulation), virtual_per_rank)
+
+
+def open_data(config: StageConfig, source: LocalModel) -> Data:
+    """Selection, held-out split and plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
+    selection = open_selection(config)
+    refuse_other_vae(config, selection.index, source)
+    kept = selection.kept
+    tokenizer = text.load_tag_tokenizer(source.tokenizers)
+    fingerprint = plan_fingerprint(
+        seed=config.seed,
+        tile_images=config.batch.micro,
+        tiles_per_update=config.tiles_per_update,
+        remainder=config.batch.remainder,
+        min_bucket=config.batch.min_bucket or config.batch.micro,
+        dataset=selection.index.fingerprint,
+        selection=kept.selection_hash,
+        tokenizers=tokenizer.identity(),
+        version=selection.plan.version,
+    )
+    return Data(kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae_mark(source))
+
+
+def settle(config: StageConfig, machine: Machine, plan: Plan, source: LocalModel) -> Execution:
+    """How tiles are executed: the config's words, with `auto` settled by the memory that is free right now.
+
+    The prediction knows SDXL's own architecture; for another, `auto` means full recomputation and whole tiles.
+    """
+    mode, split = config.model.gradient_checkpointing, config.batch.split
+    if "auto" not in (mode, split):
+        return Execution(exempt_steps_of(mode), int(split), mode != "none")
+    if not single_file.is_standard(source.configs):
+        log.warning("auto settles for full checkpointing and whole tiles: this is not SDXL's own architecture")
+        steps = 0 if mode == "auto" else exempt_steps_of(mode)
+        return Execution(steps, 1 if split == "auto" else int(split), True)
+    free, most = free_bytes(machine.place), max(plan.largest_tiles.values())
+    choice = memory.settle(config, free, plan.buckets, machine.place.world, tile_images=most)
+    log.info(
+        "auto: %d blocks kept, tiles in %d parts; predicted peak %.1f GiB of %.1f usable",
+        choice.exempt_steps,
+        choice.split,
+        choice.prediction.total / memory.GIB,
+        choice.usable_bytes / memory.GIB,
+    )
+    return Execution(choice.exempt_steps, choice.split, choice.text_checkpointing)
+
+
+def free_bytes(place: Place) -> int:
+    """Memory that may still be taken on the device, the least of all processes."""
+    if place.device.type == "cuda":
+        free = torch.cuda.mem_get_info(place.device)[0]
+    else:
+        free = available_host_bytes() // place.world
+    if place.world > 1:
+        least = torch.tensor([free], dtype=torch.int64, device=place.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        free = int(least)
+    return free
+
+
+def open_networks(
+    config: StageConfig, components: Components, machine: Machine, execution: Execution
+) -> Networks:
+    """The trained module on its device, with the memory and speed options of the config."""
+    settings = config.model
+    networks = Networks(
+        components,
+        train_text_encoders=settings.train_text_encoders,
+        context=settings.context,
+        pooled_projection=settings.pooled_projection,
+    )
+    set_checkpointing(networks.unet, "partial", execution.exempt_steps)
+    if settings.train_text_encoders:
+        for encoder in (networks.text_encoder, networks.text_encoder_2):
+            set_text_checkpointing(encoder, execution.text_checkpointing)
+    cast_frozen(networks, DTYPES[config.precision])
+    if settings.weights == "bf16":
+        rounding.to_16_bit(trained_parameters(networks).values())
+    networks.to(machine.place.device)
+    if settings.attention in ("flash", "cudnn"):
+        speed.check_attention(speed.attention_inputs(networks.unet, lambda: probe(networks, config)), settings.attention)
+    if settings.channels_last:
+        speed.to_channels_last(networks.unet)
+    if settings.float8:
+        if not settings.compile:
+            log.warning("model.float8 without model.compile casts one by one and is slower than bf16: set model.compile=true")
+        speed.to_float8(networks.unet)
+    if settings.compile:
+        speed.compile_blocks(networks.unet)
+    set_train_mode(networks)
+    return networks
+
+
+def probe(networks: Networks, config: StageConfig) -> None:
+    """One forward as in training, as small as the architecture allows; its values mean nothing."""
+    device = next(networks.parameters()).device
+    side = 2 ** len(networks.unet.config.block_out_channels)  # every level halves it but the last
+    ids_1_BN77 = torch.zeros(1, config.data.max_tokens // 75, 77, dtype=torch.int64, device=device)
+    latents_BCHW = torch.zeros(1, 4, side, side, dtype=DTYPES[config.precision], device=device)
+    timesteps_B, size_B6 = torch.tensor([500], device=device), torch.zeros(1, 6, device=device)
+    with torch.no_grad(), autocast(device.type, config.precision):
+        networks(latents_BCHW, timesteps_B, ids_1_BN77, ids_1_BN77, size_B6)
+
+
+def make_optimizer(config: StageConfig, networks: Networks, shares: Shares | None) -> torch.optim.Optimizer:
+    """AdamW or Adafactor over one group per trained network, or over this process's share of each."""
+    peaks = loop.peaks(config)
+    groups = []
+    for name, parameters in parameter_groups(networks).items():
+        members = list((parameters if shares is None else shares.mine(parameters)).values())
+        if members:
+            groups.append((name, members, peaks[name]))
+    return optimizers.make_optimizer(groups, config.optimizer)
+
+
+def open_shares(config: StageConfig, networks: Networks, place: Place) -> Shares | None:
+    """Which process keeps which part of the optimizer's state; None when each keeps all of it."""
+    if config.optimizer.sharding == "none" or place.world == 1:
+        return None
+    return Shares(trained_parameters(networks), place)
+

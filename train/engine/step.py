@@ -1,0 +1,262 @@
+"""One optimizer step: the tiles of this process, the sum over processes, the decision, the step.
+
+loss = sum over the update's images of the per-image mean / number of images in the update, so neither the number
+of processes nor the cutting of tiles changes it. Shape legend: B images, C H W latent, G images of an update.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from train.base import faults
+from train.base.console import ExitCode, Halt
+from train.config.stage import LossConfig, NoiseConfig
+from train.data.dataset import Batch
+from train.diffusion import loss, noise
+from train.model import speed
+from train.optim import optimizers
+from train.optim.collectives import BinaryCounter, FlatGradients, reduce_pairwise
+from train.optim.loss_scale import LossScale
+from train.recipe.order import partial_sums
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, and what it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """What forward and loss need beside the batch."""
+
+    alphas_T: torch.Tensor  # float64, cumulative products of 1 - beta
+    noise: NoiseConfig
+    loss: LossConfig
+    precision: str
+    split: int = 1  # parts in which a tile is executed
+    attention: str = "auto"  # kernel of scaled-dot-product attention
+    deterministic: bool = False  # only kernels that give the same bits every time
+    channels_last: bool = False
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one control vector told every process alike."""
+
+    losses_G: torch.Tensor  # float64 on the host, plan order
+    grad_norm: float  # before clipping, unscaled
+    stop_asked: bool
+    tags_cut: int  # tags of this update's captions that lost tokens at the limit
+
+    @property
+    def losses_finite(self) -> bool:
+        """False when any image of any process gave NaN or Inf."""
+        return bool(torch.isfinite(self.losses_G).all())
+
+    @property
+    def mean_loss(self) -> float:
+        """Mean over the update's images, summed in plan order: the same digits for any number of processes."""
+        return float(self.losses_G.sum() / len(self.losses_G))
+
+
+class Gradients:
+    """Owner of an update's gradients: DDP's in fast mode, a flat buffer with a fixed order of sums in strict mode."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Iterable[nn.Parameter],
+        place: Place,
+        *,
+        strict_groups: dict[int, dict[int, dist.ProcessGroup]] | None = None,
+        virtual_per_rank: int = 1,
+        control: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.model, self.place, self.control = model, place, control
+        self.parameters = list(parameters)
+        self.groups, self.virtual_per_rank = strict_groups, virtual_per_rank
+        self.flat = FlatGradients(self.parameters) if strict_groups is not None else None
+
+    @property
+    def factor(self) -> int:
+        """DDP averages over processes; our constant is the number of images, so its division is undone."""
+        return self.place.world if self.flat is None else 1
+
+    @property
+    def partial_sums_bytes(self) -> int:
+        """What `strict` keeps beside the gradients while a tile is run."""
+        return self.flat.flat.nbytes * partial_sums(self.virtual_per_rank) if self.flat is not None else 0
+
+    def clear(self) -> None:
+        """Forget what was accumulated."""
+        if self.flat is not None:
+            self.flat.zero()
+        else:
+            for parameter in self.parameters:
+                parameter.grad = None
+
+    def accumulate(self, batches: Iterable[Batch], tiles: int, step: int, backward: TileBackward) -> None:
+        """Run every tile forward and backward and leave the sum over all processes in `.grad`."""
+        if self.flat is None:
+            self._accumulate_ddp(batches, tiles, step, backward)
+        else:
+            self._accumulate_strict(batches, tiles, step, backward, self.flat)
+
+    def _accumulate_ddp(self, batches: Iterable[Batch], tiles: int, step: int, backward: TileBackward) -> None:
+        self.clear()
+        for number, batch in enumerate(batches, 1):
+            parts = batch.parts(backward.diffusion.split)
+            for part_number, part in enumerate(parts, 1):
+                last = number == tiles and part_number == len(parts)
+                skip = last and faults.skips("reduce", step)
+                wrapped = self.model if isinstance(self.model, nn.parallel.DistributedDataParallel) else None
+                with wrapped.no_sync() if wrapped and (not last or skip) else contextlib.nullcontext():
+                    backward(self.model, part, factor=self.factor)
+
+    def _accumulate_strict(
+        self, batches: Iterable[Batch], tiles: int, step: int, backward: TileBackward, flat: FlatGradients
+    ) -> None:
+        counter = BinaryCounter()
+        per_virtual = tiles // self.virtual_per_rank
+        flat.zero()
+        for number, batch in enumerate(batches, 1):
+            for part in batch.parts(backward.diffusion.split):
+                backward(self.model, part, factor=1)
+            if self.virtual_per_rank > 1 and number % per_virtual == 0:
+                counter.push(flat.flat.clone())
+                flat.zero()
+        if self.virtual_per_rank > 1:
+            flat.flat.copy_(counter.total())
+        flat.check()
+        if not faults.skips("reduce", step):
+            reduce_pairwise(flat.flat, self.place.rank, self.groups or {})
+
+
+class TileBackward:
+    """Forward, loss and backward of one part of a tile; collects the per-image losses on the device."""
+
+    def __init__(
+        self, diffusion: Diffusion, scale: LossScale, images: int, tiles: int, device: torch.device, *, average: str
+    ) -> None:
+        self.diffusion, self.scale, self.images, self.tiles, self.average = diffusion, scale, images, tiles, average
+        self.losses_G = torch.zeros(images, dtype=torch.float32, device=device)
+        self.tags_cut = 0
+
+    def __call__(self, model: nn.Module, part: Batch, *, factor: int) -> None:
+        """Adds to the gradients the share of this part in the update's loss, times the loss scale and `factor`.
+
+        Raises Halt(OUT_OF_MEMORY) naming update and bucket.
+        """
+        try:
+            self._run(model, part, factor)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            tile = part.tile
+            raise Halt(
+                ExitCode.OUT_OF_MEMORY,
+                f"update {part.step}: out of memory in bucket {tile.width}x{tile.height} with {len(part.slots_B)} images: "
+                f"{error}; raise batch.split, set model.gradient_checkpointing=full, or use an overlay of configs/memory/",
+            ) from error
+
+    def _run(self, model: nn.Module, part: Batch, factor: int) -> None:
+        faults.at("forward", part.step)
+        self.tags_cut += part.tags_dropped
+        losses_B = image_losses(model, part, self.diffusion)
+        losses_B = faults.bend("loss", losses_B, part.step)
+        self.losses_G[part.slots_B] = losses_B.detach()
+        if self.average == "micro_batches":  # the original: a short last batch weighs as much as a full one
+            share = 1.0 / (len(part.tile.rows) * self.tiles)
+        else:
+            share = 1.0 / self.images
+        total = losses_B.sum() * (share * factor * self.scale.scale)
+        total.backward(faults.bend("backward", torch.ones_like(total), part.step))
+
+
+def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.Tensor:
+    """Weighted loss of each image [B], fp32."""
+    dtype = DTYPES[diffusion.precision]
+    half = dtype if diffusion.noise.dtype == "compute" and dtype != torch.float32 else None
+    target_noise_BCHW = noise.as_drawn(part.noise_BCHW, diffusion.noise, half)
+    input_noise_BCHW = noise.as_drawn(part.input_noise_BCHW, diffusion.noise, half)
+    noisy_BCHW = noise.add_noise(
+        part.latents_BCHW, input_noise_BCHW, part.timesteps_B, diffusion.alphas_T, dtype=half
+    )
+    noisy_BCHW = noisy_BCHW.to(dtype)
+    if diffusion.channels_last:
+        noisy_BCHW = speed.as_channels_last(noisy_BCHW)
+    with autocast(part.latents_BCHW.device.type, diffusion.precision):
+        prediction_BCHW = model(
+            noisy_BCHW, part.timesteps_B, part.ids_1_BN77, part.ids_2_BN77, part.size_B6
+        )
+    return loss.per_image(
+        prediction_BCHW.float(),
+        part.latents_BCHW,
+        target_noise_BCHW.float(),
+        part.timesteps_B,
+        diffusion.alphas_T,
+        diffusion.loss,
+    )
+
+
+def autocast(device_type: str, precision: str) -> torch.autocast:
+    """Every forward of the training runs in this."""
+    dtype = DTYPES[precision]
+    # No cache: every weight is used once per forward, and cached casts would hold 5 GiB until it ends.
+    return torch.autocast(device_type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
+
+
+def compute_update(
+    gradients: Gradients,
+    batches: Iterator[Batch],
+    *,
+    diffusion: Diffusion,
+    scale: LossScale,
+    images: int,
+    tiles_here: int,
+    tiles_in_update: int,
+    step: int,
+    max_grad_norm: float,
+    stop_asked: Callable[[], bool],
+) -> Outcome:
+    """Gradients of one update, clipped and ready, and what all processes agree on. Changes no weight."""
+    place = gradients.place
+    backward = TileBackward(
+        diffusion, scale, images, tiles_in_update, place.device, average=diffusion.loss.average
+    )
+    with speed.pin_attention(diffusion.attention, place.device.type, deterministic=diffusion.deterministic):
+        gradients.accumulate(batches, tiles_here, step, backward)
+    faults.at("control", step)
+    # [per-image losses | stop flag | tags cut]: zeros elsewhere and whole numbers, so the sum is exact.
+    flags = torch.tensor([float(stop_asked()), float(backward.tags_cut)], device=place.device)
+    control = torch.cat([backward.losses_G, flags])
+    if place.world > 1 and not faults.skips("control", step):
+        dist.all_reduce(control, group=gradients.control)
+    faults.at("clip", step)
+    if scale.enabled:
+        torch._foreach_mul_([p.grad for p in gradients.parameters if p.grad is not None], 1.0 / scale.scale)
+    norm = optimizers.clip_grad_norm(gradients.parameters, max_grad_norm)
+    # The one read of device memory per update.
+    read = torch.cat([control, norm.reshape(1).to(control.dtype)]).cpu().double()
+    return Outcome(
+        losses_G=read[:images],
+        grad_norm=float(read[-1]),
+        stop_asked=bool(read[images] > 0),
+        tags_cut=int(read[images + 1]),
+    )
+

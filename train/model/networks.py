@@ -1,0 +1,234 @@
+"""The networks of one stage: loading, the one module that accelerate wraps, and what of it is trained.
+
+Shape legend: B images, C latent channels, H W latent rows and columns, N text chunks, L context vectors, D width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.base.console import ExitCode, Halt
+from train.config.stage import ModelConfig
+from train.model import clip_tokens, text
+from train.model import source as model_source
+from train.model.other_kinds import some
+from train.model.source import LocalModel
+from train.storage import weightfile
+from train.storage.weightfile import Blob
+
+GROUPS = ("unet", "text_encoder", "text_encoder_2")  # parameter groups, in the order of the optimizer
+TOKENIZERS_KEY = "Name the model's own folder with tokenizer/ and tokenizer_2/ (model.tokenizers, or --tokenizers)"
+
+
+@dataclass(frozen=True)
+class Components:
+    """Everything an SDXL model holds, in fp32 on the CPU. `vae` is None where only the denoiser is needed."""
+
+    unet: Any
+    text_encoder: Any
+    text_encoder_2: Any
+    tokenizer: Any
+    tokenizer_2: Any
+    vae: Any
+
+
+def load_components(path: str | Path, *, with_vae: bool = True, tokenizers: str | None = None) -> Components:
+    """The components of a model path: run directory, diffusers folder or single file."""
+    return build(model_source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers)), with_vae=with_vae)
+
+
+def build(model: LocalModel, *, with_vae: bool = True) -> Components:
+    """Networks with exactly the model's weights. Raises Halt(MISMATCH) naming tensors that are not finite."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizers = text.load_tokenizers(model.tokenizers)
+    refuse_vocabulary(model, tokenizers)
+    configs = {name: copy.deepcopy(dict(config)) for name, config in model.configs.items()}
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "unet": lambda: UNet2DConditionModel.from_config(configs["unet"]),
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"])),
+        "vae": lambda: AutoencoderKL.from_config(configs["vae"]),
+    }
+    wanted = [name for name in makers if with_vae or name != "vae"]
+    networks = {name: fill(name, makers[name], model.weights, model.path) for name in wanted}
+    return Components(
+        unet=networks["unet"],
+        text_encoder=networks["text_encoder"],
+        text_encoder_2=networks["text_encoder_2"],
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        vae=networks.get("vae"),
+    )
+
+
+def refuse_vocabulary(model: LocalModel, tokenizers: Sequence[Any]) -> None:
+    """Halt(MISMATCH) where a tokenizer gives ids that an encoder's embedding has no row for."""
+    if model.tokenizers is None and (why := clip_tokens.unlike(model.configs)):
+        raise Halt(ExitCode.MISMATCH, f"{model.path} carries no tokenizers, and the shipped ones do not go with it: {why}. {TOKENIZERS_KEY}")
+    for tokenizer, encoder in zip(tokenizers, GROUPS[1:], strict=True):
+        rows = model.configs[encoder].get("vocab_size", clip_tokens.ROWS)
+        if len(tokenizer) > rows:
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{model.tokenizers}: its tokenizer has {len(tokenizer)} tokens, {encoder} of {model.path} {rows} rows: "
+                f"they are of two models. {TOKENIZERS_KEY}",
+            )
+
+
+def fill(network: str, make: Callable[[], nn.Module], weights: Mapping[str, Blob], whose: Path) -> nn.Module:
+    """A network without random weights at any time: what the file lacks is an error, not a surprise."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        module = make()
+    state, bad = {}, []
+    for key in module.state_dict():
+        if key.endswith("position_ids"):
+            continue
+        name = canonical(f"{network}.{key}")
+        state[key] = to_tensor(weights[name])
+        if not bool(torch.isfinite(state[key]).all()):
+            bad.append(weightfile.named(name, weights[name]))
+    if bad:
+        raise Halt(
+            ExitCode.MISMATCH, f"{whose} holds weights that are not finite in {len(bad)} tensors: {some(bad)}"
+        )
+    module.load_state_dict(state, strict=False, assign=True)
+    return module.eval()
+
+
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def to_tensor(blob: Blob) -> torch.Tensor:
+    """The tensor of a blob, in fp32."""
+    if not blob.size_bytes:
+        return torch.empty(blob.shape)
+    data = torch.frombuffer(bytearray(blob.read()), dtype=_TORCH_DTYPES[blob.dtype])
+    return data.reshape(blob.shape).to(torch.float32)
+
+
+class Networks(nn.Module):
+    """U-Net and both text encoders as one module, so that DDP sees one model and syncs once per update."""
+
+    def __init__(
+        self, components: Components, *, train_text_encoders: bool, context: text.Context, pooled_projection: text.PooledProjection
+    ) -> None:
+        super().__init__()
+        self.unet = components.unet
+        self.text_encoder = components.text_encoder
+        self.text_encoder_2 = components.text_encoder_2
+        self.train_text_encoders = train_text_encoders
+        self.context = context
+        self.pooled_projection = pooled_projection
+        self.requires_grad_(False)
+        self.unet.requires_grad_(True)
+        if train_text_encoders:
+            self.text_encoder.requires_grad_(True)
+            self.text_encoder_2.requires_grad_(True)
+            _freeze_unused(self.text_encoder)
+
+    def forward(
+        self,
+        noisy_BCHW: torch.Tensor,
+        timesteps_B: torch.Tensor,
+        ids_1_BN77: torch.Tensor,
+        ids_2_BN77: torch.Tensor,
+        size_B6: torch.Tensor,
+    ) -> torch.Tensor:
+        """The U-Net's prediction [B,C,H,W] for noisy latents, timesteps, token ids and the six size numbers."""
+        with torch.set_grad_enabled(self.train_text_encoders and torch.is_grad_enabled()):
+            context_BLD, pooled_BP = text.encode(
+                self.text_encoder,
+                self.text_encoder_2,
+                ids_1_BN77,
+                ids_2_BN77,
+                context=self.context,
+                pooled_projection=self.pooled_projection,
+            )
+        added = {"text_embeds": pooled_BP, "time_ids": size_B6}
+        return self.unet(
+            noisy_BCHW, timesteps_B, encoder_hidden_states=context_BLD, added_cond_kwargs=added, return_dict=False
+        )[0]
+
+
+def _freeze_unused(text_encoder: nn.Module) -> None:
+    """Encoder 1 is read before its last layer, so that layer and the final norm get no gradient."""
+    names = [name for name, _ in text_encoder.named_parameters() if "layers." in name]
+    last = max(int(name.split("layers.")[1].split(".")[0]) for name in names)
+    for name, parameter in text_encoder.named_parameters():
+        if f"layers.{last}." in name or "final_layer_norm" in name:
+            parameter.requires_grad_(False)
+
+
+def canonical(name: str) -> str:
+    """Parameter name as it stands in our files, equal for every supported transformers version.
+
+    transformers 5.6 dropped the `text_model.` prefix of encoder 1; files keep it, because older readers
+    fill the tensors they do not find with random numbers.
+    """
+    head, _, rest = name.partition(".")
+    if head in ("text_encoder", "text_encoder_2") and not rest.startswith(("text_model.", "text_projection")):
+        return f"{head}.text_model.{rest}"
+    return name
+
+
+def trained_parameters(networks: nn.Module) -> dict[str, nn.Parameter]:
+    """Canonical name to parameter, trained ones only, in module order."""
+    return {canonical(n): p for n, p in networks.named_parameters() if p.requires_grad}
+
+
+def parameter_groups(networks: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Trained parameters by group; groups without any are left out."""
+    trained = trained_parameters(networks)
+    grouped = {g: {n: p for n, p in trained.items() if n.startswith(f"{g}.")} for g in GROUPS}
+    return {group: parameters for group, parameters in grouped.items() if parameters}
+
+
+def overlay(networks: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
+    """Copy named fp32 tensors (a checkpoint's model file) over the loaded parameters, in place."""
+    own = {canonical(name): parameter for name, parameter in networks.named_parameters()}
+    foreign = sorted(set(tensors) - set(own))
+    wrong = sorted(n for n, t in tensors.items() if n in own and t.shape != own[n].shape)
+    if foreign or wrong:
+        raise Halt(ExitCode.MISMATCH, f"{source} is of another model: foreign {foreign[:5]}, wrong shape {wrong[:5]}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+
+
+def cast_frozen(networks: Networks, dtype: torch.dtype) -> None:
+    """Frozen encoders run in the compute dtype; trained weights stay fp32 masters."""
+    if not networks.train_text_encoders:
+        networks.text_encoder.to(dtype)
+        networks.text_encoder_2.to(dtype)
+
+
+def set_train_mode(networks: Networks) -> None:
+    """Trained parts in train mode; refuses dropout, because it would draw from the global generator."""
+    networks.eval()
+    networks.unet.train()
+    if networks.train_text_encoders:
+        networks.text_encoder.train()
+        networks.text_encoder_2.train()
+    dropping = [name for name, probability in _dropouts(networks) if probability > 0]
+    if dropping:
+        raise Halt(ExitCode.MISMATCH, f"the model uses dropout in {dropping[:3]}: set it to 0 in its config.json")
+
+
+def _dropouts(networks: nn.Module) -> Iterator[tuple[str, float]]:
+    for name, module in networks.named_modules():
+        if isinstance(module, nn.Dropout):
+            yield name, module.p
+        config: Any = getattr(module, "config", None)
+        if getattr(config, "attention_dropout", 0.0):
+            yield name, float(config.attention_dropout)

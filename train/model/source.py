@@ -1,0 +1,349 @@
+"""Where a stage starts from: a finished run, a diffusers folder, a single file, or a pinned revision of a hub model.
+
+Everything becomes a `LocalModel`: configs, weights by canonical name that are not read yet, and who they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+from train.base.console import ExitCode, Halt
+from train.config.stage import ModelConfig
+from train.model import folder as model_folder
+from train.model import sdxl, single_file, vae_file
+from train.storage import manifest, weightfile
+from train.storage.rundir import read_done, read_json
+from train.storage.weightfile import Blob
+
+HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@(.+)$")
+HUB_LIMIT_BYTES = 40 * 10**9  # of one download; SDXL in fp32 is 14 GB
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A model on this machine."""
+
+    kind: Literal["run", "folder", "single_file"]
+    path: Path  # what the config names
+    sha256: str  # of the weights file read; of a folder: of its U-Net's and encoders' files together
+    configs: sdxl.Configs
+    weights: Mapping[str, Blob]  # canonical name to tensor; the configured VAE's in place of the model's own
+    tokenizers: Path | None  # folder with tokenizer/ and tokenizer_2/; None = the shipped CLIP ones (cliptokens)
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of the single file
+    lineage: Mapping[str, Any] | None = None  # our record of the run that made it, where there is one
+    logit_scale: Blob | None = None
+    notes: tuple[str, ...] = ()  # what was passed over or adapted in its files
+    vae_sha256: str | None = None  # of the file of `model.vae`, else what the lineage says; None = the VAE it came with
+
+    @property
+    def license(self) -> str | None:
+        """The licence that the model declares."""
+        stated = (self.lineage or {}).get("license") or self.metadata.get("modelspec.license")
+        return str(stated).strip() or None if stated else None
+
+
+def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
+    """The model that `model.init_from` names, complete and with the hashes the config pins.
+
+    Without `hashed` only files whose hash the config pins are read to their end; other hashes are empty then.
+
+    Raises Halt: USAGE (no such path, malformed name), MISMATCH (unfinished or changed run, pickle, damaged or
+    foreign file, wrong sha256).
+    """
+    path = find(settings.init_from)
+    read_all = hashed or settings.init_sha256 is not None
+    networks = single_file.networks_without(settings.vae)
+    if (path / "DONE").exists() or (path / "run.json").exists() or (path / "config.yaml").exists():
+        model = _open_run(path, hashed, networks)
+    else:
+        opened = open_folder if path.is_dir() else open_single_file
+        model = opened(path, read_all, networks)
+    if settings.tokenizers:
+        model = replace(model, tokenizers=Path(settings.tokenizers))
+    model = replace(model, vae_sha256=(model.lineage or {}).get("vae_sha256"))
+    if settings.vae is not None:
+        vae, digest = _vae(settings, hashed or settings.vae_sha256 is not None, model.configs.get("vae", sdxl.STANDARD["vae"]))
+        kept = {name: blob for name, blob in model.weights.items() if not name.startswith("vae.")}
+        notes = (*model.notes, *(f"model.vae: {note}" for note in vae.notes))
+        configs, weights = {**model.configs, "vae": vae.config}, {**kept, **vae.weights}
+        model = replace(model, configs=configs, weights=weights, vae_sha256=digest, notes=notes)
+    factor, usual = model.configs["vae"]["scaling_factor"], sdxl.STANDARD["vae"]["scaling_factor"]
+    if factor != usual:
+        told = f"trains and samples with its VAE's scaling_factor {factor}; other programs take {usual} for a single file"
+        model = replace(model, notes=(*model.notes, told))
+    if settings.init_sha256 and settings.init_sha256 != model.sha256:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"model.init_from {path} has sha256 {model.sha256}, model.init_sha256 says {settings.init_sha256}",
+        )
+    model_folder.check_weights(
+        {name: blob.shape for name, blob in model.weights.items()}, sdxl.folder_shapes(model.configs), str(path)
+    )
+    return model
+
+
+def glance(settings: ModelConfig) -> None:
+    """What shows before the libraries that build networks are loaded: files, headers, records, pinned hashes.
+
+    Raises the Halts of `resolve`; names and shapes of the tensors are its affair.
+    """
+    path = find(settings.init_from)
+    digest = None
+    if (path / "DONE").exists() or (path / "run.json").exists() or (path / "config.yaml").exists():
+        if read_done(path) is None:
+            raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
+        digest = _final_of(path, hashed=False)[1].files["model.safetensors"].sha256
+    elif path.is_dir():
+        refuse_no_model(path)
+        for file in (file for network in single_file.networks_without(settings.vae) for file in model_folder.weight_files(path / network)):
+            weightfile.open_file(file)
+        digest = model_sha256(path) if settings.init_sha256 else None
+    else:
+        weightfile.open_file(path)
+        digest = _sha256_of_source(path) if settings.init_sha256 else None
+    if settings.init_sha256 and settings.init_sha256 != digest:
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"model.init_from {path} has sha256 {digest}, model.init_sha256 says {settings.init_sha256}",
+        )
+
+
+def find(init_from: str, key: str = "model.init_from") -> Path:
+    """The local path of a model; a hub name is looked up in, or fetched into, the library's cache."""
+    path = Path(init_from)
+    if path.exists():
+        weightfile.refuse_pickle(path)
+        return path
+    hub = HUB_NAME.match(init_from)
+    if hub is None:
+        weightfile.refuse_pickle(path)  # says the more useful thing first
+        ways = "a finished run's directory, a diffusers folder, a .safetensors file, or owner/name@<40-digit commit>"
+        raise Halt(ExitCode.USAGE, f"{key} {init_from} does not exist{_pinned(init_from, key)}: give {ways}")
+    if not re.fullmatch(r"[0-9a-f]{40}", hub.group(1)):
+        raise Halt(
+            ExitCode.USAGE,
+            f"{key} {init_from}: a hub model needs its full 40-digit commit, because a branch may change"
+            + _pinned(init_from, key),
+        )
+    return _fetch(init_from)
+
+
+def _pinned(name: str, key: str) -> str:
+    """The line to paste for a hub name without its commit, as far as the library's cache knows the commit."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
+    if match is None or match[1].startswith((".", "/")):
+        return ""
+    from huggingface_hub import constants
+
+    repository, branch = match[1], match[2] or "main"
+    ref = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / branch
+    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else ""
+    if re.fullmatch(r"[0-9a-f]{40}", commit):
+        return f" on this machine; the model of the hub as it lies in the cache is {key}={repository}@{commit}"
+    if match[2] is None:
+        return f" on this machine; a model of the hub is named with its commit ({key}={repository}@<40-digit commit>)"
+    return ""
+
+
+def refuse_no_model(folder: Path) -> None:
+    """Halt(MISMATCH) for a folder that is no diffusers folder, saying what it is and what to name."""
+    if (folder / "model_index.json").is_file():
+        return
+    said = f"{folder} is neither a finished run (DONE) nor a diffusers folder (model_index.json)"
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if (folder / "manifest.json").is_file():
+        said += f": it is a checkpoint of a run; name the run, {folder.parent.parent}"
+    elif (folder.parent / "model_index.json").is_file():
+        said += f": it is one network of a folder; name the folder, {folder.parent}"
+    elif files:
+        said += f": name the file in it, as {folder / files[0]}"
+    raise Halt(ExitCode.MISMATCH, said)
+
+
+def _fetch(name: str) -> Path:
+    """Folder of a hub model at one commit: safetensors and text files, no variants, within the size limit.
+
+    Without a network the copy in the library's cache serves, if there is one.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=30)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if wanted_of_hub(file.rfilename)}
+        if "model_index.json" not in sizes:
+            raise Halt(
+                ExitCode.MISMATCH, f"{name} is no diffusers model; download its single file and name that instead"
+            )
+        if sum(sizes.values()) > HUB_LIMIT_BYTES:
+            raise Halt(
+                ExitCode.MISMATCH, f"{name} holds {sum(sizes.values()) / 1e9:.0f} GB, too much for an SDXL model"
+            )
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(sizes)))
+    except Halt:
+        raise
+    except Exception as error:  # no network, no such model: each raises what its HTTP library does, which changes
+        try:
+            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+        except (LocalEntryNotFoundError, OSError, ValueError):
+            raise Halt(ExitCode.MISMATCH, f"model.init_from {name} cannot be fetched: {error}") from error
+
+
+def wanted_of_hub(file: str) -> bool:
+    """True for what an SDXL folder needs: configs, tokenizers, full-precision safetensors, the licence's README."""
+    folder, _, name = file.rpartition("/")
+    if not folder:
+        return name in ("model_index.json", "README.md")
+    if folder not in (*sdxl.NETWORKS, *model_folder.TOKENIZERS, "scheduler"):
+        return False
+    return name.endswith((".json", ".txt")) or (name.endswith(".safetensors") and ".fp16." not in name)
+
+
+def open_folder(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.NETWORKS) -> LocalModel:
+    """A diffusers SDXL folder."""
+    refuse_no_model(path)
+    metadata = _folder_metadata(path)
+    configs = model_folder.read_configs(path, networks)
+    reading = model_folder.read(path, configs, networks)
+    return LocalModel(
+        kind="folder",
+        path=path,
+        sha256=model_sha256(path) if hashed else "",
+        configs=configs,
+        weights=reading.weights,
+        tokenizers=path if (path / "tokenizer").is_dir() else None,
+        metadata=metadata,
+        lineage=read_json(path / "lineage.json") or single_file.record_in(metadata) or None,
+        logit_scale=single_file.stored_scale(path),
+        notes=reading.notes,
+    )
+
+
+def open_single_file(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.NETWORKS) -> LocalModel:
+    """An original-layout SDXL checkpoint."""
+    source = weightfile.open_file(path)
+    configs = single_file.configs_in(source, networks)
+    reading = single_file.single_weights(source, configs, networks)
+    lineage = single_file.record_in(source.metadata) or None
+    digest = _sha256_of_source(path) if hashed else ""
+    return LocalModel(
+        "single_file", path, digest, configs, reading.weights, None, source.metadata, lineage, reading.scale, reading.notes
+    )
+
+
+def _open_run(path: Path, hashed: bool, networks: Sequence[str]) -> LocalModel:
+    """Trained weights in fp32 from the run's last checkpoint, the rest from its export."""
+    if read_done(path) is None:
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
+    lineage = read_json(path / "lineage.json")
+    if lineage is None:
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: lineage.json is missing or damaged")
+    exported = open_folder(path / "model", hashed, networks)
+    if hashed and lineage.get("model_sha256") not in (None, exported.sha256):
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"model.init_from {path} changed since it was finished: model/ has sha256 {exported.sha256}, "
+            f"lineage.json says {lineage['model_sha256']}",
+        )
+    final, record = _final_of(path, hashed)
+    weights_hash = record.files["model.safetensors"].sha256
+    if weights_hash != lineage.get("weights_sha256"):
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"model.init_from {path} changed since it was finished: {final.name}/model.safetensors has sha256 "
+            f"{weights_hash}, lineage.json says {lineage.get('weights_sha256')}",
+        )
+    trained = weightfile.open_file(final / "model.safetensors")
+    foreign = sorted(set(trained.blobs) - set(exported.weights))
+    if foreign:
+        raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to {path / 'model'}: {foreign[:5]}")
+    return LocalModel(
+        "run",
+        path,
+        weights_hash,
+        exported.configs,
+        {**exported.weights, **trained.blobs},
+        exported.tokenizers,
+        exported.metadata,
+        lineage,
+        exported.logit_scale,
+    )
+
+
+def _final_of(path: Path, hashed: bool) -> tuple[Path, manifest.Manifest]:
+    """The checkpoint that a finished run ended with; its bytes are held against the manifest where `hashed`.
+
+    Not simply the newest: damaged ones of later steps may lie beside it, and stay where they are.
+    """
+    folder = path / "checkpoints"
+    names = os.listdir(folder) if folder.is_dir() else []
+    steps = {step: name for name in names if (step := manifest.step_of(name)) is not None}
+    if not steps:
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: holds no checkpoint")
+    last = (read_done(path) or {}).get("step", max(steps))
+    if last not in steps:
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: the checkpoint of its last step {last} is gone")
+    try:
+        return folder / steps[last], manifest.verify(folder / steps[last], full=hashed)
+    except manifest.Damaged as damage:
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: {steps[last]} is damaged: {damage}") from damage
+
+
+def _vae(settings: ModelConfig, hashed: bool, like: Mapping[str, Any] | None) -> tuple[vae_file.Vae, str]:
+    """`model.vae` and the sha256 of its file."""
+    vae = vae_file.open_vae(find(str(settings.vae), "model.vae"), "model.vae", like)
+    digest = _sha256_of_source(vae.file) if hashed else ""
+    if settings.vae_sha256 and settings.vae_sha256 != digest:
+        raise Halt(
+            ExitCode.MISMATCH, f"model.vae {vae.file} has sha256 {digest}, model.vae_sha256 says {settings.vae_sha256}"
+        )
+    return vae, digest
+
+
+def vae_identity(model: LocalModel) -> str:
+    """Identity of the model's VAE, as the latents made with it carry it."""
+    return vae_file.identity(dict(network_weights(model, "vae")))
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_source(path: Path) -> str:
+    """`file_sha256`, read once for as long as the file stays as it is: a start looks at its model twice."""
+    status = os.stat(path)
+    return _sha256_while(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=64)
+def _sha256_while(path: Path, inode: int, size_bytes: int, changed_ns: int) -> str:
+    return file_sha256(path)
+
+
+def model_sha256(folder: Path) -> str:
+    """sha256 over the lines "<sha256>  <file>" (as sha256sum prints them) of a folder's U-Net and encoder files."""
+    files = [file for network in sdxl.NETWORKS[:3] for file in model_folder.weight_files(folder / network)]
+    lines = [f"{_sha256_of_source(file)}  {os.path.relpath(file, folder)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _folder_metadata(path: Path) -> dict[str, str]:
+    """What a folder says about itself, our lineage first."""
+    lineage = read_json(path / "lineage.json") or read_json(path.parent / "lineage.json") or {}
+    stated = {"modelspec.license": str(lineage["license"])} if lineage.get("license") else {}
+    return {**single_file.metadata_of_folder(path), **stated}
+
+
+def network_weights(model: LocalModel, network: str) -> Iterator[tuple[str, Blob]]:
+    """(canonical name, tensor) of one network."""
+    return ((name, blob) for name, blob in model.weights.items() if name.startswith(f"{network}."))

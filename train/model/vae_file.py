@@ -1,0 +1,102 @@
+"""A VAE wherever one is asked for: its folder, a model that has one, or a file in any of its three layouts.
+
+The layouts of a file: diffusers' names (as in the folder), the first release's names alone, and the same names behind
+`first_stage_model.`, alone or in a whole checkpoint. Whose latents nobody here could read is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.base.console import ExitCode, Halt
+from train.model import folder as model_folder
+from train.model import other_kinds, sdxl, spellings
+from train.storage import weightfile
+from train.storage.rundir import read_json
+from train.storage.weightfile import Blob
+
+_WAYS = "name a VAE folder, a model folder with vae/, or a .safetensors file"
+
+
+@dataclass(frozen=True)
+class Vae:
+    """A VAE on this machine, its weights not read yet."""
+
+    config: Mapping[str, Any]
+    weights: model_folder.Weights  # by canonical name, "vae.quant_conv.weight"
+    file: Path
+    notes: tuple[str, ...] = ()  # what was passed over or adapted
+
+
+def open_vae(path: Path, asked_by: str, like: Mapping[str, Any] | None = None) -> Vae:
+    """The VAE at `path`, complete; `asked_by` is the key or option that names it.
+
+    `like` is the config of the VAE whose place it takes in a model, None where it stands for itself.
+    A file says nothing of its config: it is that of the config.json beside it, or of its metadata, else `like`
+    where the shapes are the same, else SDXL's.
+    Raises Halt: USAGE (no such path), MISMATCH (no VAE of SDXL's kind; says what it is).
+    """
+    if not path.exists():
+        raise Halt(ExitCode.USAGE, f"{asked_by} {path} does not exist: {_WAYS}")
+    file = path if path.is_file() else _file_in(path, asked_by)
+    source = weightfile.open_file(file)
+    beside = read_json(file.parent / "config.json") or {}
+    stored = sdxl.configs_of(source.metadata, source.blobs, str(file))["vae"]
+    if str(beside.get("_class_name", "")).startswith(("Autoencoder", "Asymmetric", "VQ", "Consistency")):
+        config: Mapping[str, Any] = beside
+    elif like is not None and sdxl.CONFIGS_KEY not in source.metadata and _fits(source, like):
+        config = like
+    else:
+        config = stored
+    config = other_kinds.checked_vae(config, f"{asked_by} {path}")
+    if like is not None:
+        other_kinds.refuse_other_scale(config, like, f"{asked_by} {path}")
+    other_kinds.refuse_as_vae(file, source.blobs, asked_by)
+    reading = read_weights(source, config)
+    return Vae(config, reading.weights, file, reading.notes)
+
+
+def read_weights(source: weightfile.Tensors, config: Mapping[str, Any]) -> spellings.Reading:
+    """The VAE of `config` in a file's tensors, behind a prefix or not. Raises Halt(MISMATCH) as `spellings.read`."""
+    behind_prefix = any(spellings.placed(name)[0] == "vae" for name in source.blobs)
+    configs = {**sdxl.STANDARD, "vae": config}
+    return spellings.read(source.path, source.blobs, configs, ("vae",), alone=not behind_prefix)
+
+
+def _fits(source: weightfile.Tensors, config: Mapping[str, Any]) -> bool:
+    try:
+        read_weights(source, config)
+    except Halt:
+        return False
+    return True
+
+
+def _file_in(folder: Path, asked_by: str) -> Path:
+    """The weights file in a VAE's folder, in a model's, or in a finished run's model."""
+    for place in (folder / "vae", folder / "model" / "vae", folder):
+        if place != folder and place.is_dir():
+            return model_folder.weight_files(place)[0]
+    if (folder / "model_index.json").is_file():
+        raise Halt(ExitCode.MISMATCH, f"{asked_by} {folder} is a model folder without vae/: {_WAYS}")
+    found = sorted(folder.glob("*.safetensors"))
+    if not found and not (folder / "config.json").is_file():
+        raise Halt(ExitCode.USAGE, f"{asked_by} {folder} holds no VAE (no config.json, no .safetensors): {_WAYS}")
+    return model_folder.weight_files(folder)[0]
+
+
+def identity(weights: Mapping[str, Blob]) -> str:
+    """sha256 over weights rounded to fp16: the same for a model, its fp16 export and its single file."""
+    digest = hashlib.sha256()
+    for name, blob in sorted(weights.items()):
+        digest.update(f"{name} {list(blob.shape)}\n".encode())
+        for piece in _rounded(name, blob):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _rounded(name: str, blob: Blob) -> Iterator[memoryview]:
+    return weightfile.cast(blob, "F16", name).pieces()

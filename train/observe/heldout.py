@@ -1,0 +1,131 @@
+"""Held-out loss of a stage under way: which images, how often, and where the record goes."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from train.base.console import Halt
+from train.base.signals import StopFlag
+from train.config.stage import LossConfig, NoiseConfig, StageConfig, load_stage
+from train.data.dataset import Batch
+from train.data.index import Index
+from train.data.shards import ShardReader
+from train.diffusion.noise import alphas_cumprod
+from train.diffusion.sampling import without_training
+from train.engine.step import Diffusion, Place, image_losses
+from train.model.networks import Networks
+from train.model.text import TagTokenizer
+from train.observe.tracker import Tracker
+from train.observe.validation import Making, chosen, evaluate, strata_of
+from train.storage.rundir import replace_file
+
+log = logging.getLogger("anix")
+FILE = "held_out.json"  # in the run directory: which images never trained, and the strata of each
+
+
+class HeldOut:
+    """Owner of the images that never train. `measure` must be called by every process alike."""
+
+    def __init__(
+        self,
+        config: StageConfig,
+        index: Index,
+        tokens: TagTokenizer,
+        networks: Networks,
+        place: Place,
+        *,
+        scaling: float,
+    ) -> None:
+        self.index = index.select(chosen(index.uids, config.validation.images))
+        if config.validation.every_steps and len(self.index) == 0:
+            log.warning("validation.share %g holds out no image of this selection", config.validation.share)
+        if config.validation.every_steps and place.is_main and (leaky := leak(config)):
+            log.warning(leaky)
+        self.reader = ShardReader(config.data.path)
+        self.tokens, self.networks, self.place = tokens, networks, place
+        self.micro = config.batch.micro
+        self.skip_unreadable = config.data.on_read_error == "substitute"
+        self.making = Making(scaling, config.data.max_tokens, config.data.crop_conditioning)
+        # Neither weights nor offset of the stage's own loss: the stages are compared with one measure.
+        self.diffusion = Diffusion(
+            alphas_cumprod(config.noise.zero_terminal_snr).to(place.device),
+            NoiseConfig(),
+            replace(LossConfig(), prediction=config.loss.prediction),
+            config.precision,
+            attention=config.model.attention,
+        )
+
+    def remember(self, run_path: Path) -> None:
+        """Write which images are held out beside the run's other files."""
+        if len(self.index):
+            try:
+                replace_file(run_path / FILE, members(self.index))
+            except OSError as error:  # a report without strata is not worth the run
+                log.warning("%s: cannot be written: %s", FILE, error)
+
+    def measure(self, step: int, update: int, tracker: Tracker, stop: StopFlag) -> None:
+        """Measure the weights of now and write a line of validation.jsonl; no random state is touched."""
+        if len(self.index) == 0:
+            return
+        with without_training((self.networks,)):
+            record = evaluate(
+                self._loss_of,
+                self.index,
+                self.reader,
+                self.tokens,
+                self.making,
+                micro=self.micro,
+                device=self.place.device,
+                rank=self.place.rank,
+                world=self.place.world,
+                stop=lambda: stop.asked,
+                skip_unreadable=self.skip_unreadable,
+            )
+        if record is not None:
+            if missing := record.get("unreadable"):
+                first = self.index.named(int(np.flatnonzero(self.index.uids == np.uint64(int(missing[0], 16)))[0]))
+                tracker.alert(f"held-out loss without {len(missing)} images whose latents cannot be read: {first} ...")
+            tracker.validation({"step": step, "update": update, **record})
+
+    def _loss_of(self, batch: Batch) -> torch.Tensor:
+        return image_losses(self.networks, batch, self.diffusion)
+
+
+def leak(config: StageConfig) -> str | None:
+    """What to say when a predecessor held out less than this stage does, so that it trained on some of its images."""
+    parent, seen = Path(config.model.init_from), set[Path]()
+    while (file := _config_of(parent)) is not None and parent not in seen:
+        seen.add(parent)
+        try:
+            found = load_stage([file])
+        except Halt:
+            return None  # another version's: nothing is known
+        if found.validation.share < config.validation.share:
+            return (
+                f"{parent} was trained with validation.share {found.validation.share:g}, this stage holds out "
+                f"{config.validation.share:g}: the held-out loss is measured on images that it saw. "
+                "Give every stage the same share"
+            )
+        parent = Path(found.model.init_from)
+    return None
+
+
+def _config_of(model: Path) -> Path | None:
+    """The config that a run, its exported folder or its single file was made with; None where none lies there."""
+    beside = model.parent / "config.yaml" if model.is_file() else model / "training.yaml"
+    return next((file for file in (model / "config.yaml", beside) if file.is_file()), None)
+
+
+def members(index: Index) -> str:
+    """JSON text {uid: {"key", "strata"}}: what a report needs to compare two runs stratum by stratum."""
+    found = {
+        f"{uid:016x}": {"key": index.key(row), "strata": strata_of(index.labels(row))}
+        for row, uid in enumerate(index.uids.tolist())
+    }
+    return json.dumps(found, ensure_ascii=False, indent=0) + "\n"

@@ -1,0 +1,131 @@
+"""A finished model made ready to draw: run directory, diffusers folder or single file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from train.base.console import ExitCode, Halt
+from train.config.prompts import Prompt, PromptsFile, checked
+from train.config.stage import ModelConfig, load_stage
+from train.diffusion.sampling import RECIPE, TrainedAs, sample_images
+from train.model import networks, single_file, source
+from train.model.networks import Components
+from train.observe.previews import trained_as
+
+CONDITIONING: dict[str, tuple[Any, ...]] = {
+    "max_tokens": (75, 150, 225),
+    "context": ("stitched", "chunks"),
+    "pooled_projection": ("correct", "sd_scripts"),
+}
+
+
+@dataclass(frozen=True)
+class Model:
+    """Networks on their device, and what a picture's record says about them."""
+
+    components: Components
+    name: str
+    sha256: str
+    trained_as: TrainedAs
+    device: torch.device
+    dtype: torch.dtype
+
+
+def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None = None) -> Model:
+    """The model at `path`, in half precision on a GPU, in fp32 on the CPU; conventions as it was trained.
+
+    Raises Halt: USAGE (no such path, unknown device), MISMATCH (damaged model, tokenizers of another).
+    """
+    place = open_device(device)
+    dtype = torch.float16 if place.type == "cuda" else torch.float32
+    local = source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers))
+    single_file.tell(local.path, local.notes)
+    components = networks.build(local)
+    for network in (components.unet, components.text_encoder, components.text_encoder_2):
+        nn.Module.to(network, place, dtype)  # past the library's own .to, which warns at every dtype
+    nn.Module.to(components.vae, place, torch.float32 if components.vae.config.get("force_upcast") else dtype)
+    told = _conventions(Path(path), local)
+    name = str(local.metadata.get("modelspec.title") or name_of(path))
+    return Model(components, name, local.sha256, told, place, dtype)
+
+
+def draw(model: Model, settings: PromptsFile, *, stop: Callable[[], bool] = lambda: False) -> list[Image.Image]:
+    """One picture for each prompt of `settings`."""
+    return sample_images(
+        model.components,
+        settings.prompts,
+        sampler=settings.sampler,
+        steps=settings.steps,
+        guidance=settings.guidance,
+        negative=settings.negative,
+        prefix=settings.quality_prefix,
+        device=model.device,
+        dtype=model.dtype,
+        trained_as=model.trained_as,
+        stop=stop,
+    )
+
+
+def adjusted(settings: PromptsFile, **changes: Any) -> PromptsFile:
+    """`settings` with what the command line gave; None changes nothing.
+
+    texts: prompts in place of the file's; size "WxH" and seed: for every prompt; steps, guidance, negative,
+    quality_prefix, sampler: as in the file. Raises Halt(USAGE) naming what is out of range.
+    """
+    texts, size, seed = (changes.pop(name, None) for name in ("texts", "size", "seed"))
+    prompts = [Prompt(text=text) for text in texts] if texts else list(settings.prompts)
+    if size is not None:
+        width, _, height = str(size).lower().partition("x")
+        if not (width.isdecimal() and height.isdecimal()):
+            raise Halt(ExitCode.USAGE, f"--size {size} is not of the form 832x1216")
+        prompts = [replace(prompt, width=int(width), height=int(height)) for prompt in prompts]
+    if seed is not None:
+        prompts = [replace(prompt, seed=seed) for prompt in prompts]
+    given = {name: value for name, value in changes.items() if value is not None}
+    return checked(replace(settings, prompts=prompts, **given))
+
+
+def _conventions(path: Path, local: source.LocalModel) -> TrainedAs:
+    """As the config beside the weights says; without one as the model's record and scheduler, else the recipe's."""
+    for file in (path / "training.yaml", path / "config.yaml", path.parent / "config.yaml"):
+        finished = (file.parent / "DONE").exists() or file.name == "training.yaml"
+        if file.is_file() and finished:
+            return trained_as(load_stage([file]))
+    scheduler, stated = local.configs["scheduler"], (local.lineage or {}).get("conditioning")
+    known = {
+        name: stated[name]
+        for name, choices in CONDITIONING.items()
+        if isinstance(stated, dict) and stated.get(name) in choices  # from a file that anybody may have written
+    }
+    if not str(scheduler.get("prediction_type", "")).startswith("v"):
+        return replace(RECIPE, **known)
+    return replace(RECIPE, prediction="v", zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")), **known)
+
+
+def name_of(path: str | Path) -> str:
+    """`ft2` for runs/ft2, runs/ft2/model and ft2.safetensors alike."""
+    resolved = Path(path).resolve()
+    if resolved.name == "model":
+        return resolved.parent.name
+    # The end of a directory's name is no file type: animagine-xl-3.1.
+    return resolved.stem if resolved.suffix == ".safetensors" else resolved.name
+
+
+def open_device(name: str) -> torch.device:
+    """`auto`, `cpu` or `cuda[:N]` as a device. Raises Halt(USAGE) for anything else or a GPU that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise Halt(ExitCode.USAGE, f"--device {name} is not one of auto, cpu, cuda, cuda:N") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise Halt(ExitCode.USAGE, f"--device {name}: this machine has no usable GPU; --device cpu works")
+    return device

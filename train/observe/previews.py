@@ -1,0 +1,95 @@
+"""Preview pictures of a stage under way: the raw weights and, with EMA, the average beside them.
+
+The main process draws them; the others wait for it outside any collective, so no timeout runs. Nothing random is
+shared with the training, and the weights are only read.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from train.base.signals import StopFlag
+from train.config.prompts import PromptsFile, load_prompts
+from train.config.stage import StageConfig
+from train.diffusion.sampling import TrainedAs
+from train.engine.step import DTYPES, Place
+from train.model.networks import Components, Networks, canonical
+from train.observe.pictures import write_previews
+from train.observe.tracker import Tracker
+from train.optim.ema import Ema
+
+log = logging.getLogger("anix")
+
+
+class Previews:
+    """Owner of the prompts and the VAE; `write` makes the pictures of one update. A failure is only reported."""
+
+    def __init__(self, config: StageConfig, components: Components, networks: Networks, place: Place) -> None:
+        self.config, self.components, self.networks, self.place = config, components, networks, place
+        self.settings: PromptsFile | None = None
+        if config.sampling.every_steps:
+            self.settings = load_prompts(config.sampling.prompts)  # a bad file is refused before the first update
+
+    def write(self, update: int, ema: Ema | None, tracker: Tracker, stop: StopFlag) -> None:
+        """`samples/step-N/`; the rank-0 process only."""
+        if self.settings is None or not self.place.is_main:
+            return
+        try:
+            files = write_previews(
+                self._variants(ema),
+                self.settings,
+                self.config.output_dir,
+                update,
+                device=self.place.device,
+                dtype=DTYPES[self.config.precision],
+                model_name=self.config.stage,
+                trained_as=trained_as(self.config),
+                stop=lambda: stop.asked,
+            )
+            tracker.images(update, files)
+        except Exception as error:  # pictures are never worth the run
+            tracker.alert(f"no previews at update {update}: {type(error).__name__}: {error}")
+
+    def _variants(self, ema: Ema | None) -> Mapping[str, Any]:
+        vae = self.components.vae.to(self.place.device)
+        parts = {
+            "unet": self.networks.unet,
+            "text_encoder": self.networks.text_encoder,
+            "text_encoder_2": self.networks.text_encoder_2,
+        }
+        raw = replace(self.components, vae=vae, **parts)
+        if ema is None:
+            return {"": raw}
+        averaged = {name: with_average(module, name, ema) for name, module in parts.items()}
+        return {"": raw, "-ema": replace(self.components, vae=vae, **averaged)}
+
+
+@torch.no_grad()
+def with_average(module: Any, name: str, ema: Ema) -> Any:
+    """A copy of one network that holds the averaged weights; the network itself where it is not trained."""
+    averages = {inner: ema.average.get(canonical(f"{name}.{inner}")) for inner, _ in module.named_parameters()}
+    if not any(average is not None for average in averages.values()):
+        return module
+    twin = copy.deepcopy(module)
+    for inner, parameter in twin.named_parameters():
+        average = averages[inner]
+        if average is not None:
+            parameter.copy_(average)
+    return twin
+
+
+def trained_as(config: StageConfig) -> TrainedAs:
+    """The conventions under which this stage's weights make sense."""
+    return TrainedAs(
+        max_tokens=config.data.max_tokens,
+        context=config.model.context,
+        pooled_projection=config.model.pooled_projection,
+        prediction=config.loss.prediction,
+        zero_terminal_snr=config.noise.zero_terminal_snr,
+    )

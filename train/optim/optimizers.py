@@ -1,0 +1,211 @@
+"""Optimizers, their groups and their state as named tensors.
+
+The classes are the libraries': torch's AdamW, bitsandbytes' 8-bit AdamW, transformers' Adafactor. Their state is
+saved under parameter names, not positions, so it can be checked against the model and read by anybody.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from train.base.console import ExitCode, Halt
+from train.config.stage import OptimizerConfig
+
+Groups = Sequence[tuple[str, Sequence[nn.Parameter], float]]  # (name, parameters, peak learning rate)
+
+# bitsandbytes' own defaults, pinned because the saved state's shapes depend on them: parameters below the limit keep
+# fp32 moments, the others one scale per block.
+_MIN_8BIT_VALUES, _BLOCK_8BIT = 4096, 256
+
+
+def make_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over named groups; `set_lrs` finds them by name.
+
+    With `decay: matrices` norms, biases and other vectors are kept out of the weight decay; the recipe's original
+    decayed everything. Raises Halt(USAGE) when bitsandbytes is needed and missing, or a peak learning rate is.
+    """
+    if without := [name for name, _, peak in groups if peak is None]:
+        raise Halt(
+            ExitCode.USAGE,
+            f"parameter group {without[0]} has no learning rate: set optimizer.unet_lr or, for "
+            "an encoder, optimizer.text_encoder_lr",
+        )
+    parts: list[dict[str, Any]] = []
+    for name, parameters, peak in groups:
+        for decay, members in _by_decay(parameters, config):
+            parts.append({"params": members, "lr": peak, "weight_decay": decay, "name": name})
+    if config.name == "adamw":
+        # Pinned, because the implementations differ in their last bits. All are fp32 on our fp32 weights.
+        fused = parts[0]["params"][0].device.type == "cuda"
+        return torch.optim.AdamW(parts, betas=config.betas, eps=_eps(config, 1e-8), fused=fused, foreach=False)
+    if config.name == "adafactor":
+        return _adafactor(parts, config)
+    return _adamw8bit(parts, config)
+
+
+def _by_decay(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[tuple[float, list[nn.Parameter]]]:
+    if config.decay == "all" or config.weight_decay == 0:
+        return [(config.weight_decay, list(parameters))]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    return [(decay, members) for decay, members in ((config.weight_decay, matrices), (0.0, vectors)) if members]
+
+
+def _eps(config: OptimizerConfig, default: Any) -> Any:
+    return default if config.eps is None else config.eps
+
+
+def _adafactor(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    from transformers.optimization import Adafactor
+
+    return Adafactor(
+        parts,
+        lr=parts[0]["lr"],  # required: without it and without relative_step the class fails at the first step only
+        eps=tuple(_eps(config, (1e-30, 1e-3))),
+        clip_threshold=config.clip_threshold,
+        decay_rate=config.decay_rate,
+        beta1=None,
+        weight_decay=config.weight_decay,
+        scale_parameter=config.scale_parameter,
+        relative_step=False,
+        warmup_init=False,
+    )
+
+
+def _adamw8bit(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise Halt(
+            ExitCode.USAGE, f"optimizer.name adamw8bit needs bitsandbytes, which does not import: {error}"
+        ) from error
+    return AdamW8bit(
+        parts,
+        lr=parts[0]["lr"],
+        betas=config.betas,
+        eps=_eps(config, 1e-8),
+        weight_decay=config.weight_decay,
+        min_8bit_size=_MIN_8BIT_VALUES,
+    )
+
+
+def set_lrs(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
+    """Write each group's learning rate. Raises KeyError for a group without one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rates[group["name"]]
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale all gradients so that their joint norm is at most `max_norm` (0 = leave them); the norm before, 0-dim.
+
+    Nothing is read back by the host: a non-finite norm is the caller's to judge.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+    return norm
+
+
+def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """`<parameter name>/<state key>` to tensor; host numbers become 0-dim int64 or float64 tensors."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}/{key}"] = value.detach()
+            elif isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"optimizer state {name}/{key} is a {type(value).__name__}")
+            else:
+                tensors[f"{name}/{key}"] = torch.tensor(
+                    value, dtype=torch.int64 if isinstance(value, int) else torch.float64
+                )
+    return tensors
+
+
+def load_state_tensors(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    name: str,
+    source: Path | str = "checkpoint",
+) -> None:
+    """Put saved state back, exactly; `name` is the config's optimizer. No tensors at all: no step was taken yet.
+
+    `parameters` and `tensors` are whole; of parameters that this optimizer does not hold (ZeRO-1: another process's
+    does) the state is checked and left. Raises Halt(MISMATCH) naming foreign, missing or misshapen entries: a moment that is silently zero ruins a run
+    slowly.
+    """
+    if not tensors:
+        return
+    expected = {
+        f"{owner}/{key}": shape
+        for owner, parameter in parameters.items()
+        for key, shape in _state_shapes(name, parameter).items()
+    }
+    problems = {
+        "foreign": sorted(set(tensors) - set(expected)),
+        "missing": sorted(set(expected) - set(tensors)),
+        "of another shape": sorted(k for k in set(tensors) & set(expected) if tuple(tensors[k].shape) != expected[k]),
+    }
+    if any(problems.values()):
+        listed = "; ".join(
+            f"{len(keys)} {kind}: {', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''}"
+            for kind, keys in problems.items()
+            if keys
+        )
+        raise Halt(ExitCode.MISMATCH, f"{source} is not the state of optimizer {name} for this model: {listed}")
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    states: dict[str, dict[str, Any]] = {owner: {} for owner, p in parameters.items() if id(p) in held}
+    for full, tensor in tensors.items():
+        owner, _, key = full.rpartition("/")
+        if owner in states:
+            states[owner][key] = _placed(key, tensor, parameters[owner])
+    for owner, state in states.items():
+        optimizer.state[parameters[owner]] = state
+
+
+def _state_shapes(name: str, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
+    """State key -> shape that optimizer `name` keeps for a parameter after a step; host numbers have shape ()."""
+    shape = tuple(parameter.shape)
+    if name == "adamw":
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    if name == "adafactor":
+        if len(shape) < 2:
+            return {"step": (), "RMS": (), "exp_avg_sq": shape}
+        return {"step": (), "RMS": (), "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
+    moments: dict[str, tuple[int, ...]] = {"step": (), "state1": shape, "state2": shape}
+    if parameter.numel() < _MIN_8BIT_VALUES:
+        return moments
+    blocks = (-(-parameter.numel() // _BLOCK_8BIT),)
+    return moments | {"qmap1": (256,), "qmap2": (256,), "absmax1": blocks, "absmax2": blocks}
+
+
+def state_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
+    """Bytes of state that optimizer `name` keeps for `parameters` after a step, at most: what a checkpoint stores."""
+    total = 0
+    for parameter in parameters:
+        in_8_bit = name == "adamw8bit" and parameter.numel() >= _MIN_8BIT_VALUES
+        for key, shape in _state_shapes(name, parameter).items():
+            size = 8 if not shape else 1 if in_8_bit and key.startswith("state") else 4
+            total += size * math.prod(shape)
+    return total
+
+
+def _placed(key: str, value: torch.Tensor, parameter: nn.Parameter) -> Any:
+    if value.ndim == 0 and value.dtype in (torch.int64, torch.float64):
+        return value.item()
+    if key == "step":  # torch keeps AdamW's counter on the host unless fused
+        return value.clone() if parameter.device.type == "cpu" else value.to(parameter.device, copy=True)
+    placed = value.to(parameter.device, copy=True)
+    if placed.shape == parameter.shape and not parameter.is_contiguous():
+        placed = placed.contiguous(memory_format=torch.channels_last) if placed.ndim == 4 else placed
+    return placed

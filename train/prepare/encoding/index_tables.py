@@ -1,0 +1,161 @@
+"""From shards and tables to what training opens: index.parquet, the memory-mapped index, dataset.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, dataset_dir
+from train.data.index import Index
+from train.data.index_check import file_hashes
+from train.data.index_writer import build_index, encoded
+from train.data.shards import read_meta
+from train.prepare.choosing.facts import Facts, between
+from train.prepare.encoding.npz import NPZ_PREPROCESSING, tally
+from train.prepare.encoding.shard_plan import Recipe, Slot, by_shard
+from train.prepare.select import selection_counts, selection_merges, selection_path
+from train.prepare.tables.schemas import INDEX, SCHEMA_VERSION
+from train.prepare.tables.units import config_id, stream_table, table_fingerprint, write_parquet, write_text
+from train.recipe.buckets import place
+from train.recipe.exclusions import EXCLUSIONS_VERSION
+from train.recipe.rng import uid_of
+
+_LABELS = ["key", "policy_hash", "fixed_tags", "flex_tags", "quality", "rating_tags", "year", "aesthetic"]
+
+
+def finish(
+    settings: DatasetConfig, recipe: Recipe, used: list[Slot], facts: Facts, without: set[str]
+) -> None:
+    """Write index.parquet, the arrow files and dataset.json. `without`: keys selected but not stored."""
+    dataset = dataset_dir(settings)
+    index = index_table(dataset, recipe, used, facts)
+    write_parquet(dataset / "index.parquet", index)
+    joined = _join(settings, index, facts)
+    selections = {}
+    for stage in settings.select:
+        table = pq.read_table(selection_path(dataset, stage))
+        if without:
+            gone = pa.array(sorted(without), pa.string())
+            table = table.filter(pc.invert(pc.is_in(table.column("key"), value_set=gone)))
+        selections[stage] = table
+    policy = sorted(pc.unique(joined.column("policy_hash").cast(pa.string())).to_pylist())
+    buckets = config_id(buckets=asdict(settings.buckets), exclusions=EXCLUSIONS_VERSION)
+    meta = {"vae_id": recipe.vae_id, "content": recipe.content, "buckets": buckets}
+    for old in dataset.glob("index_*.arrow"):  # of stages that are gone
+        if old.stem.removeprefix("index_") not in selections:
+            old.unlink()
+    _write_dataset_json(settings, recipe, policy, index)  # an index opens only beside a dataset.json
+    build_index(dataset, joined.drop_columns(["policy_hash"]), selections, meta)
+    fingerprints = {stage: Index.open(dataset, stage).fingerprint for stage in selections}
+    _write_dataset_json(settings, recipe, policy, index, fingerprints)
+
+
+def index_table(dataset: Path, recipe: Recipe, used: list[Slot], facts: Facts) -> pa.Table:
+    """One row per stored picture and bucket, sorted by (key, bucket)."""
+    parts = [INDEX.empty_table()]
+    for name, slots in by_shard(used):
+        meta = read_meta(dataset / name)
+        stored = {slot: row for row, slot in enumerate(json.loads(meta["slots"]))}
+        imported = set(json.loads(meta.get("npz", "[]")))
+        rows = []
+        for slot in slots:
+            if slot.slot in stored:
+                row = _row(recipe, slot, stored[slot.slot], facts[slot.key])
+                rows.append(row | {"preproc_hash": NPZ_PREPROCESSING} if slot.slot in imported else row)
+        parts.append(pa.Table.from_pylist(rows, schema=INDEX))
+    return pa.concat_tables(parts).sort_by([(column, "ascending") for column in ("key", "bucket_w", "bucket_h")])
+
+
+def _row(recipe: Recipe, slot: Slot, row: int, fact: Mapping[str, Any]) -> dict[str, Any]:
+    placement = place(fact["width"], fact["height"], (slot.bucket_w, slot.bucket_h))
+    return {
+        "key": slot.key, "uid": uid_of(slot.key), "orig_w": fact["width"], "orig_h": fact["height"],
+        "bucket_w": slot.bucket_w, "bucket_h": slot.bucket_h, "resized_w": placement.resized_w,
+        "resized_h": placement.resized_h, "crop_top": placement.crop_top, "crop_left": placement.crop_left,
+        "shard": slot.shard, "row": row, "vae_id": recipe.vae_id, "dtype": recipe.dtype, "content": recipe.content,
+        "preproc_hash": recipe.preproc_hash,
+    }  # fmt: skip
+
+
+def _join(settings: DatasetConfig, index: pa.Table, facts: Facts) -> pa.Table:
+    """The index with captions and labels, the file's hash, and the rating that the last gate goes by."""
+    dataset = dataset_dir(settings)
+    keys = index.column("key").combine_chunks()
+    wanted = pc.unique(keys)
+    # Unit by unit, each word once: the captions of a million images as plain text would be a gigabyte.
+    labels = _encoded(stream_table(dataset, "labels", _LABELS), wanted)
+    at = pc.index_in(keys, value_set=labels.column("key").combine_chunks())
+    if at.null_count:
+        raise Halt(ExitCode.MISMATCH, f"{at.null_count} images have no labels: run scripts/prepare.py label and select")
+    for name in _LABELS[1:]:
+        index = index.append_column(name, labels.column(name).combine_chunks().take(at))
+    records = _encoded(_gate_columns(settings), wanted)
+    at = pc.index_in(keys, value_set=records.column("key").combine_chunks())
+    source = records.column("source").combine_chunks().cast(pa.string()).take(at)
+    gate = records.column("rating").combine_chunks().cast(pa.string()).take(at)
+    for config in settings.sources:
+        if config.assume_rating is not None:
+            gate = pc.if_else(pc.and_(pc.is_null(gate), pc.equal(source, config.name)), config.assume_rating, gate)
+    index = index.append_column("gate_rating", gate)
+    index = index.append_column("gate_fixed", records.column("unnamed").combine_chunks().take(at))
+    return index.append_column("content_hash", facts.column("sha256", keys))
+
+
+def _gate_columns(settings: DatasetConfig) -> Iterator[pa.Table]:
+    """key, source, rating, and `unnamed`: the fixed tags come from a caption, so nothing tells names from tags."""
+    names = ["tags_character", "tags_copyright", "tags_artist"]
+    names_of_tagger = settings.tag.source != "none" and settings.tag.use == "all"
+    for part in stream_table(dataset_dir(settings), "records", ["key", "source", "rating", "caption", *names]):
+        unnamed = pc.is_valid(part["caption"])
+        for name in names:
+            unnamed = pc.and_(unnamed, pc.equal(pc.list_value_length(part[name]), 0))
+        unnamed = pc.and_(unnamed, not names_of_tagger)
+        yield part.select(["key", "source", "rating"]).append_column("unnamed", unnamed)
+
+
+def _encoded(parts: Iterable[pa.Table], wanted: pa.Array) -> pa.Table:
+    """Rows of the wanted keys, texts by number."""
+    found = []
+    for part in parts:
+        part = part.filter(pc.is_in(part.column("key"), value_set=between(wanted, part.column("key")))).combine_chunks()
+        columns = {name: part.column(name).combine_chunks() for name in part.column_names}
+        found.append(pa.table({name: c if name == "key" else encoded(c) for name, c in columns.items()}))
+    return pa.concat_tables(found).unify_dictionaries().combine_chunks()
+
+
+def _write_dataset_json(
+    settings: DatasetConfig,
+    recipe: Recipe,
+    policy: list[str],
+    index: pa.Table,
+    fingerprints: Mapping[str, str] | None = None,
+) -> None:
+    dataset = dataset_dir(settings)
+    path = dataset / "dataset.json"
+    shards = pc.unique(index.column("shard")).to_pylist()
+    npz = {"npz": tally(dataset, shards)} if any(source.npz_vae for source in settings.sources) else {}
+    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    state |= {
+        "schema_version": SCHEMA_VERSION, "name": settings.name,
+        "fingerprint": config_id(**dict(fingerprints or {})), "fingerprints": dict(fingerprints or {}),
+        "policy_hash": policy[0] if len(policy) == 1 else policy, "hard_exclusion_version": EXCLUSIONS_VERSION,
+        "latents": {**asdict(recipe), "images": len(index), **npz},
+        "index": fingerprints and file_hashes(dataset, sorted(path.name for path in dataset.glob("index*.arrow"))),
+        "tables": {name: table_fingerprint(dataset, name) for name in
+                   ("records", "probe", "aesthetic", "tags", "dupes", "labels")},
+        "select": {stage: {"counts": selection_counts(dataset, stage), "merged": selection_merges(dataset, stage)}
+                   for stage in settings.select},
+        "sources": [
+            {key: value for key, value in asdict(source).items() if key not in ("path", "images", "dictionary", "npz_vae")}
+            for source in settings.sources
+        ],
+    }  # fmt: skip
+    write_text(path, json.dumps(state, indent=1, sort_keys=True) + "\n")

@@ -1,0 +1,85 @@
+"""What is said once per source about its captions: what was joined or left out, and what they look like but are not read as."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from train.config.dataset import SourceConfig
+from train.recipe.captions import SEPARATOR
+
+_NEARLY_ALL = 0.9
+_LIKELY = ("，", "、", "；", ";", "|", "\t")  # between tags, in files that people bring
+_MARK = re.compile(r"(?<![^\s,])(([^\w\s,.!?])\2+)(?![^\s,])")  # two or more of a sign, alone between tags
+_SENTENCE = frozenset(
+    ["a", "an", "the", "of", "in", "on", "with", "and", "is", "are", "at", "to", "his", "her", "their", "this", "that",
+     "from", "by", "for"]
+)  # fmt: skip
+
+
+@dataclass
+class CaptionTally:
+    """Counts over the captions of one source."""
+
+    captions: int = 0  # that are not empty
+    several_lines: int = 0
+    separated: int = 0
+    likely: Counter[str] = field(default_factory=Counter)  # of captions that are one tag: what might part more of them
+    marks: Counter[str] = field(default_factory=Counter)  # of captions without separator: what might be one
+    beside: Counter[str] = field(default_factory=Counter)  # endings of texts beside captions that are not read
+    without: Counter[str] = field(default_factory=Counter)  # the same beside pictures that are taken without a caption
+
+    def add_picture(self, beside: str | None, *, taken_without: bool) -> None:
+        """One picture; `beside` is the ending of a text next to it that is not read."""
+        if beside is not None:
+            (self.without if taken_without else self.beside)[beside] += 1
+
+    def add(self, parts: Sequence[str], *, several: bool, single: bool) -> None:
+        """One caption, parted at its separators; `single`: none of the parts has more than one tag."""
+        if not any(parts):
+            return
+        self.captions += 1
+        self.several_lines += several
+        self.separated += len(parts) > 1
+        if len(parts) == 1:
+            self.marks.update({found[1] for found in _MARK.finditer(parts[0])})
+        if single and (likely := next(filter(None, map(likely_separator, parts)), None)) is not None:
+            self.likely[likely] += 1
+
+
+def likely_separator(text: str) -> str | None:
+    """What parts the tags of a text without commas, as far as one can tell; None for a tag or a sentence."""
+    found = next((mark for mark in _LIKELY if mark in text), None)
+    words = text.split()
+    spaced = len(words) > 1 and ("_" in text or (len(words) > 2 and _SENTENCE.isdisjoint(text.lower().split())))
+    return found or (" " if spaced else None)
+
+
+def remarks(tally: CaptionTally, source: SourceConfig, separator: str) -> Iterator[str]:
+    """One sentence each, with the key that changes it."""
+    if tally.several_lines and source.caption_lines == "first":
+        yield f"{tally.several_lines} captions go on beyond line 1, which caption_lines: first does not read"
+    elif tally.several_lines:
+        yield f'{tally.several_lines} captions have several lines, which are joined with ", " (caption_lines: join)'
+    enough = max(_NEARLY_ALL * tally.captions, 1)
+    for mark, count in tally.likely.most_common(1):
+        if count >= enough and mark != source.tag_separator:
+            yield (
+                f"{count} of {tally.captions} captions hold no comma and are read as one tag each: "
+                f"if {mark!r} is what stands between tags, set tag_separator: {mark!r}"
+            )
+    for mark, count in tally.marks.most_common(1):
+        if count >= enough and mark != separator:
+            yield f"{count} of {tally.captions} captions hold {mark}: if fixed tags end there, set separator: {mark!r}"
+    idle = [key for key, plain in (("keep_tokens", 0), ("caption_lines", "join")) if getattr(source, key) != plain]
+    if idle and not tally.captions:
+        yield f"no caption was found, so {' and '.join(idle)} changes nothing"
+    elif source.keep_tokens and tally.captions == tally.separated:
+        yield f"every caption holds the separator {separator!r}, so keep_tokens changes nothing"
+    if separator != SEPARATOR and tally.captions and not tally.separated:
+        yield f"none of {tally.captions} captions holds the separator {separator!r}"
+    for counts, what in ((tally.beside, "have"), (tally.without, "are taken without a caption but have")):
+        for ending, count in counts.items():
+            yield f"{count} pictures {what} a {ending} beside them, which is not read (caption_ext names what is)"

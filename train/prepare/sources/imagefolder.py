@@ -1,0 +1,234 @@
+"""Hugging Face layouts already on disk: imagefolder with metadata files, parquet with embedded images, saved datasets.
+
+`file_name` is relative to the metadata file. Columns are mapped by `columns`; `text` is the caption unless mapped.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import unicodedata
+from array import array
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from train.base.console import ExitCode, Halt
+from train.config.dataset import SourceConfig
+from train.prepare.folders.files import require_source, source_root
+from train.prepare.folders.kinds import is_image
+from train.prepare.folders.walking import walk
+from train.prepare.formats.columns import (
+    LOOK_ROWS,
+    Columns,
+    check_caption,
+    check_header,
+    check_mapped,
+    check_names,
+    wants_caption,
+)
+from train.prepare.formats.csvfile import csv_form, require_text
+from train.prepare.formats.jsonstream import Malformed, iter_values
+from train.prepare.formats.mapping import below, mapped_post
+from train.prepare.posts.census import Census
+from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost
+from train.prepare.sources.table import Row, captionless, check_pictures, csv_rows, parquet_rows, refused
+from train.prepare.tables.progress import read_so_far, say
+from train.prepare.tables.schemas import REST_UNREAD, Quarantine
+
+_EMBEDDED = (".parquet", ".arrow")
+_METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+
+
+def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+    """Every image of the folder's metadata files, parquet files and Arrow files."""
+    require_source(source)
+    root = source_root(source)
+    seen, pictures, named, files, other = Columns(), array("q"), array("q"), 0, None
+    path = Path(source.path)
+    for found in walk(source, root) if path.is_dir() else [path.name]:
+        if isinstance(found, Quarantine):
+            yield found
+        elif _is_metadata(found, alone=path.is_file()) and not _embedded(root / found):
+            files += 1
+            for post in _metadata(source, root, found, seen):
+                if isinstance(post, RawPost):
+                    named.append(_mark(post.uri))
+                yield post
+        elif found.lower().endswith(_EMBEDDED) and not _left_by_datasets(root / found):
+            files += 1
+            yield from _embedded_rows(source, root, found)
+        elif is_image(found):
+            pictures.append(_mark(found))
+        elif other is None and found.lower().endswith((".jsonl", ".json", ".csv", ".tsv")):
+            other = found
+    if seen.rows:
+        check_mapped(source, "any row of its .jsonl files", seen)
+    if not files:
+        hint = f"{other} has another name: name it in path, or rename it" if other else "Pictures with .txt beside them are adapter: sidecar"
+        raise Halt(ExitCode.MISMATCH, f"sources {source.name}: {len(pictures)} pictures, and no {', '.join(_METADATA)} and no "
+                   f"parquet or Arrow file: no record. {hint}")  # fmt: skip
+    if len(named):
+        _say_forgotten(source, root, pictures, named)
+
+
+def _mark(uri: str) -> int:
+    """A number for a path: names of millions of pictures would not fit into memory."""
+    return hash(unicodedata.normalize("NFC", uri))
+
+
+def _say_forgotten(source: SourceConfig, root: Path, pictures: array[int], named: array[int]) -> None:
+    """Print how many pictures no metadata file names."""
+    known = set(named)
+    forgotten = sum(mark not in known for mark in pictures)
+    if forgotten:
+        names = (found for found in walk(source, root) if isinstance(found, str) and is_image(found))
+        with Census(source).open():  # what the walk notes is counted already
+            first = next(found for found in names if _mark(found) not in known)
+        say(f"sources {source.name}: {forgotten} of {len(pictures)} pictures are not in the metadata files and are not taken, "
+            f"such as {first}")  # fmt: skip
+
+
+def _is_metadata(name: str, *, alone: bool) -> bool:
+    """Whether a file may list pictures: by its name, or any kind but Arrow where the user named it."""
+    return PurePosixPath(name).name in _METADATA or (alone and not name.lower().endswith(".arrow"))
+
+
+def _left_by_datasets(file: Path) -> bool:
+    """Whether `datasets` cached a result of its own (`map`, `filter`) beside the data files that it saved."""
+    try:
+        state = json.loads((file.parent / "state.json").read_text(encoding="utf-8"))
+        return file.suffix == ".arrow" and file.name not in [part["filename"] for part in state["_data_files"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _with_defaults(source: SourceConfig, names: list[str]) -> SourceConfig:
+    """The source with the layout's own column names filled in where the map leaves them out."""
+    columns = dict(source.columns)
+    for ours, theirs in (("caption", "text"), ("uri", "file_name"), ("image", "image")):
+        if theirs in names:
+            columns.setdefault(ours, theirs)
+    return dataclasses.replace(source, columns=columns)
+
+
+def _metadata(source: SourceConfig, root: Path, name: str, seen: Columns) -> Iterator[RawPost | Quarantine]:
+    """Posts of a metadata file; `seen` takes in the columns of one without header."""
+    mapped = _with_defaults(source, ["text", "file_name"])
+    folder = str(PurePosixPath(name).parent)
+    for number, row in _checked(source, mapped, name, root / name, seen):
+        try:
+            if isinstance(row, Quarantine):
+                yield row
+                continue
+            if isinstance(row, Malformed):
+                raise BadRecord(row.message)
+            file = row.get(mapped.columns["uri"]) if isinstance(row, dict) else None
+            if not isinstance(file, str) or not file:
+                raise BadRecord(f"no {mapped.columns['uri']}: see columns.uri")
+            post = mapped_post(mapped, row, f"{name} row {number}", root, below(root, file, folder))
+            yield post if post.caption is not None or not wants_caption(source) else captionless(source, name, number)
+        except REFUSALS as error:
+            yield refused(source, name, number, error)
+
+
+def _checked(
+    source: SourceConfig, mapped: SourceConfig, name: str, file: Path, seen: Columns
+) -> Iterator[tuple[int, Any]]:
+    """(number, row) of a metadata file, whose columns are asked about before the end of its rows is met.
+
+    Raises Halt(USAGE) where no column has the file names or the captions.
+    """
+    lines, asked = name.endswith(".jsonl"), False
+    columns = Columns() if lines else _columns(source, name, file)
+
+    def ask() -> None:
+        check_names(source, name, columns, "file_name")
+        check_caption(source, name, columns, "text")
+
+    if columns.words and not lines:
+        check_header(source, name, list(columns.words))
+    if lines:
+        require_text(f"sources {source.name}", file)
+    for number, row in _metadata_rows(mapped, name, file):
+        if isinstance(row, dict) and not name.endswith(".parquet"):
+            columns.add(row)
+            if lines:
+                seen.add(row)
+        if not asked and columns.rows == LOOK_ROWS:
+            ask()
+            asked = True
+        yield number, row
+    if not asked and columns.words:
+        ask()
+
+
+def _columns(source: SourceConfig, name: str, file: Path) -> Columns:
+    """Those of a file with a header; none where it cannot be read, which is reported when its rows are."""
+    try:
+        if name.endswith(".parquet"):
+            return Columns.of_schema(pq.read_schema(file))
+        return Columns(csv_form(f"sources {source.name}", file).names)
+    except (OSError, pa.ArrowInvalid, csv.Error):
+        return Columns()
+
+
+def _metadata_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Any]]:
+    if name.endswith(".jsonl"):
+        return iter_values(file)
+    return csv_rows(source, name, file) if name.endswith(".csv") else parquet_rows(source, name, file)
+
+
+def _embedded(file: Path) -> bool:
+    if file.suffix != ".parquet":
+        return False
+    try:
+        return "file_name" not in pq.read_schema(file).names
+    except (OSError, pa.ArrowInvalid):
+        return False
+
+
+def _embedded_rows(source: SourceConfig, root: Path, name: str) -> Iterator[RawPost | Quarantine]:
+    file, told = root / name, source
+    try:
+        schema = pq.read_schema(file) if file.suffix == ".parquet" else pa.ipc.open_stream(str(file)).schema
+    except (OSError, pa.ArrowInvalid) as error:
+        yield refused(source, name, 0, error)
+        return
+    source = _with_defaults(source, schema.names)
+    image = source.columns.get("image", "image")
+    check_pictures(source, name, file, image)
+    check_header(told, name, schema.names)
+    check_caption(told, name, Columns.of_schema(schema), "text")
+    source = dataclasses.replace(source, columns={k: v for k, v in source.columns.items() if k != "uri"})
+    rows = parquet_rows(source, name, file) if file.suffix == ".parquet" else _arrow_rows(source, name, file)
+    for number, row in rows:
+        if isinstance(row, Quarantine):
+            yield row
+            continue
+        try:
+            member = f"row:{number}:{image}"
+            post = mapped_post(source, row, f"{name} row {number}", root, name, member, f"{name}#{number}")
+            yield post if post.caption is not None or not wants_caption(told) else captionless(told, name, number)
+        except REFUSALS as error:
+            yield refused(source, name, number, error)
+
+
+def _arrow_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
+    """Rows of an Arrow stream as `datasets` saves it, without the pixels."""
+    number = 0
+    wanted = {theirs for ours, theirs in source.columns.items() if ours != "image"}
+    try:
+        with pa.memory_map(str(file)) as data, pa.ipc.open_stream(data) as stream:
+            columns = [column for column in stream.schema.names if column in wanted]
+            for batch in stream:
+                read_so_far(batch.nbytes)
+                for row in batch.select(columns).to_pylist() if columns else [{}] * batch.num_rows:
+                    yield number, row
+                    number += 1
+    except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
+        yield number, refused(source, name, number, BadRecord(f"{error}; {REST_UNREAD}"))

@@ -1,0 +1,66 @@
+"""When too much is in quarantine, or a finished step found something that must not go unnoticed: exit 7 at the end.
+
+A step writes all it can first. `prepare.py all` stops there; the later steps can still be run one by one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from train.base.console import ExitCode, Halt
+from train.config.dataset import DatasetConfig, dataset_dir
+from train.prepare.tables.schemas import Quarantine
+from train.prepare.tables.units import merge_quarantine, read_manifest
+
+FLOOR_RECORDS, FLOOR_SHARE = 2, 0.1  # of a set: see too_many
+
+
+class Complaint(Halt):
+    """The step finished and wrote its table; the data is not as it should be."""
+
+    def __reduce__(self) -> tuple[type[Complaint], tuple[ExitCode, str]]:
+        return Complaint, (self.code, self.message)
+
+
+def too_many(count: float, total: float, share: float) -> bool:
+    """Whether `count` of `total` breaks a limit that is a share of the total.
+
+    In a small set a share stands for less than one record, so up to two are never too many, while they are a tenth of
+    the set at most: two is what the usual 2 % allows of a hundred. A share of 0 means none.
+    """
+    floor = min(FLOOR_RECORDS, FLOOR_SHARE * total) if share > 0 else 0
+    return count > max(share * total, floor)
+
+
+def set_aside(entries: Sequence[Quarantine], dataset: Path) -> str:
+    """One line for errors that break no limit: the first, and where all are listed."""
+    first = entries[0]
+    more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
+    return f"set aside: {first.key}: {first.reason}: {first.message}{more}: scripts/show.py quarantine {dataset} lists them"
+
+
+def judge(settings: DatasetConfig, step: str) -> None:
+    """Print the step's quarantine counts. Raises Complaint(MISMATCH) when errors exceed max_quarantine_fraction."""
+    dataset = dataset_dir(settings)
+    path = dataset / "quarantine.parquet"
+    table = pq.read_table(path) if path.exists() else merge_quarantine(dataset)
+    rows = [row for row in table.to_pylist() if row["step"] == step]
+    counts = Counter(row["reason"] for row in rows)
+    if counts:
+        print(f"{step}: in quarantine: " + ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items())))
+    found = [Quarantine(row["key"], row["step"], row["reason"], row["message"]) for row in rows if row["kind"] == "error"]
+    errors = len(found)
+    manifest = read_manifest(dataset, "records")
+    total = manifest["rows"] if manifest else 0
+    if too_many(errors, total, settings.max_quarantine_fraction):
+        raise Complaint(
+            ExitCode.MISMATCH,
+            f"{step}: {errors} of {total} records are broken, more than max_quarantine_fraction "
+            f"{settings.max_quarantine_fraction:g}: see {path} for each file and reason",
+        )
+    if found:
+        print(f"{step}: {set_aside(found, dataset)}")

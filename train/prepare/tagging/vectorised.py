@@ -1,0 +1,270 @@
+"""The tagging policy over a table: each distinct tag is looked at once, the rest is arithmetic on its number.
+
+Equal to `train.recipe.tag_policy.label_post`, row by row; a property test holds them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from train.recipe.captions import split
+from train.recipe.tag_policy import (
+    AESTHETIC_TAGS,
+    COUNT_TAGS,
+    META_BLACKLIST,
+    QUALITY_TAGS,
+    RATING_TAGS,
+    LabelError,
+    Policy,
+    keep_artists,
+    spaced,
+    thresholds_of,
+    year_tag,
+)
+
+_RATINGS = tuple(RATING_TAGS)
+TokenCount = Callable[[str], int]
+
+
+class Vocabulary:
+    """Numbers for the tags of one table, as written in captions."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.numbers: dict[str, int] = {}
+
+    def number(self, tag: str) -> int:
+        """Number of a raw tag's written form."""
+        return self.numbers.setdefault(spaced(tag, self.policy), len(self.numbers))
+
+    def texts(self) -> list[str]:
+        """The written forms in the order of their numbers."""
+        return list(self.numbers)
+
+
+@dataclass
+class Tags:
+    """Tags of many rows: `rows` int64[n] rising, `tags` int64[n] numbers in a Vocabulary."""
+
+    rows: np.ndarray
+    tags: np.ndarray
+
+    def where(self, mask: np.ndarray) -> Tags:
+        """Those of the tags where the mask is set."""
+        return Tags(self.rows[mask], self.tags[mask])
+
+
+@dataclass
+class Inputs:
+    """What the policy reads of the records that no list column holds; float64[n] with NaN for a missing value."""
+
+    rating: np.ndarray  # int64[n], number in g s q e, -1 for none
+    score: np.ndarray
+    created_year: np.ndarray
+    media_year: np.ndarray
+    age_days: np.ndarray
+    aesthetic: np.ndarray
+
+
+def label_table(
+    records: pa.Table, inputs: Inputs, policy: Policy, count_tokens: TokenCount | None = None
+) -> dict[str, pa.Array]:
+    """Columns fixed_tags, flex_tags, quality, rating_tags, year, aesthetic, n_tokens.
+
+    Raises LabelError naming the first key that the policy refuses.
+    """
+    _refuse_missing(records, inputs, policy)
+    vocabulary = Vocabulary(policy)
+    year_number = _year_numbers(inputs, policy)
+    quality = _quality(inputs, year_number, policy)
+    years, year = _years(year_number, policy)
+    fixed, flex = _lists(records, policy, vocabulary, inputs, quality, _words(years, year))
+    aesthetic = _aesthetic(inputs.aesthetic, policy)
+    if policy.aesthetic_skip_substring:
+        hit = np.array(["aesthetic" in text for text in vocabulary.texts()], bool)
+        for part in (fixed, flex):
+            aesthetic[part.rows[hit[part.tags]]] = -1
+    flex = merged([flex, _special(_words(AESTHETIC_TAGS, aesthetic), vocabulary)])
+    fixed, flex = _clean(fixed, flex, policy, vocabulary)
+    size, texts = len(records), vocabulary.texts()
+    rating_tags = [list(RATING_TAGS[letter]) for letter in _RATINGS] + [[]]
+    return {
+        "fixed_tags": _list_array(fixed, texts, size),
+        "flex_tags": _list_array(flex, texts, size),
+        "quality": pa.array(_words(QUALITY_TAGS, quality), pa.string()),
+        "rating_tags": pa.array([rating_tags[code] for code in inputs.rating.tolist()], pa.list_(pa.string())),
+        "year": pa.array(_words(years, year), pa.string()),
+        "aesthetic": pa.array(_words(AESTHETIC_TAGS, aesthetic), pa.string()),
+        "n_tokens": _n_tokens(fixed, flex, texts, size, count_tokens),
+    }
+
+
+def _refuse_missing(records: pa.Table, inputs: Inputs, policy: Policy) -> None:
+    if policy.missing_rating_or_score != "raise":
+        return
+    for name, missing in (("rating", inputs.rating < 0), ("score", np.isnan(inputs.score) & policy.quality)):
+        if missing.any():
+            key = records["key"][int(np.argmax(missing))].as_py()
+            raise LabelError(f"{key} has no {name}")
+
+
+def _year_numbers(inputs: Inputs, policy: Policy) -> np.ndarray:
+    if policy.year_source == "media":
+        return inputs.media_year
+    return np.where(np.isnan(inputs.media_year), inputs.created_year, inputs.media_year)
+
+
+def _quality(inputs: Inputs, year: np.ndarray, policy: Policy) -> np.ndarray:
+    """Number in QUALITY_TAGS, -1 for none."""
+    result = np.full(len(inputs.score), -1)
+    usable = (inputs.rating >= 0) & ~np.isnan(inputs.score)
+    if policy.quality_min_age_days > 0:
+        usable &= ~(inputs.age_days < policy.quality_min_age_days)
+    if not policy.quality:
+        return result
+    year_codes = np.where(np.isnan(year) | (not policy.quality_by_year), -1, year).astype(np.int64)
+    for code, letter in enumerate(_RATINGS):
+        mine = usable & (inputs.rating == code)
+        for number in np.unique(year_codes[mine]).tolist():
+            thresholds = thresholds_of(letter, None if number == -1 else number, policy)
+            group = mine & (year_codes == number)
+            if thresholds is not None:
+                above = np.searchsorted(np.asarray(thresholds, np.float64), inputs.score[group], side="left")
+                result[group] = len(QUALITY_TAGS) - 1 - above
+    return result
+
+
+def _years(year: np.ndarray, policy: Policy) -> tuple[list[str], np.ndarray]:
+    """(year tags, number of each row's among them or -1)."""
+    distinct, codes = np.unique(np.where(np.isnan(year), -1e9, year), return_inverse=True)
+    tags = [year_tag(None if value == -1e9 else int(value), policy) for value in distinct.tolist()]
+    names = list(dict.fromkeys(tag for tag in tags if tag))
+    return names, np.array([names.index(tag) if tag else -1 for tag in tags], np.int64)[codes]
+
+
+def _aesthetic(score: np.ndarray, policy: Policy) -> np.ndarray:
+    """Number in AESTHETIC_TAGS, -1 for none."""
+    high, middle, low = policy.aesthetic_thresholds
+    result = np.select([np.isnan(score), score > high, score > middle, score > low], [-1, 0, 1, 2], 3)
+    if policy.aesthetic_edges == "very_displeasing":
+        result[(score == high) | (score == middle)] = 3
+    return result
+
+
+def _lists(
+    records: pa.Table, policy: Policy, vocabulary: Vocabulary, inputs: Inputs, quality: np.ndarray,
+    years: Sequence[str | None],
+) -> tuple[Tags, Tags]:  # fmt: skip
+    """(fixed, flex) in written order, before cleaning and without the aesthetic tag."""
+    fixed_text, flex_text = _captions(records, vocabulary)
+    general, is_count = _group(records, "general", vocabulary, set(COUNT_TAGS).__contains__)
+    artist, kept = _group(records, "artist", vocabulary, lambda tag: bool(keep_artists([tag], policy)))
+    meta, bad = _group(records, "meta", vocabulary, lambda tag: any(word in tag for word in META_BLACKLIST))
+    if policy.meta_blacklist == "whole_group":
+        bad = np.isin(meta.rows, meta.rows[bad])
+    plain = {name: _group(records, name, vocabulary)[0] for name in ("character", "copyright", "species")}
+    fixed = merged(
+        [fixed_text, general.where(is_count), plain["character"], plain["copyright"], artist.where(kept)]
+    )
+    ratings = [
+        _special([tags[place] if place < len(tags) else None for tags in _rating_tags(inputs.rating)], vocabulary)
+        for place in (0, 1)
+    ]
+    flex = merged(
+        [
+            *ratings, flex_text, general.where(~is_count), plain["species"], _special(years, vocabulary),
+            meta.where(~bad), _special(_words(QUALITY_TAGS, quality), vocabulary),
+        ]
+    )  # fmt: skip
+    return fixed, flex
+
+
+def _rating_tags(rating: np.ndarray) -> list[tuple[str, ...]]:
+    table = [RATING_TAGS[letter] for letter in _RATINGS] + [()]
+    return [table[code] for code in rating.tolist()]
+
+
+def _group(
+    records: pa.Table, name: str, vocabulary: Vocabulary, test: Callable[[str], bool] | None = None
+) -> tuple[Tags, np.ndarray]:
+    """(tags of one list column, mask of those whose raw form passes the test)."""
+    column = records[f"tags_{name}"].combine_chunks()
+    rows = np.repeat(np.arange(len(column)), column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False))
+    encoded = column.flatten().dictionary_encode()
+    raw = encoded.dictionary.to_pylist()
+    codes = encoded.indices.to_numpy(zero_copy_only=False)
+    numbers = np.array([vocabulary.number(tag) for tag in raw], np.int64)
+    passed = np.array([test(tag) if test else True for tag in raw], bool)
+    return Tags(rows, numbers[codes]), passed[codes]
+
+
+def _captions(records: pa.Table, vocabulary: Vocabulary) -> tuple[Tags, Tags]:
+    """(fixed, flex) of the imported captions."""
+    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
+    column = records["caption"]
+    if column.null_count < len(column):
+        for row, text in enumerate(column.to_pylist()):
+            for pairs, tags in zip(found, split(text) if text else ([], []), strict=True):
+                pairs += [(row, vocabulary.number(tag)) for tag in tags]
+    fixed, flex = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in found)
+    return Tags(fixed[:, 0], fixed[:, 1]), Tags(flex[:, 0], flex[:, 1])
+
+
+def _words(names: Sequence[str], numbers: np.ndarray) -> list[str | None]:
+    table = [*names, None]
+    return [table[number] for number in numbers.tolist()]
+
+
+def _special(words: Sequence[str | None], vocabulary: Vocabulary) -> Tags:
+    """At most one tag per row."""
+    numbers = np.array([-1 if word is None else vocabulary.number(word) for word in words], np.int64)
+    rows = np.flatnonzero(numbers >= 0)
+    return Tags(rows, numbers[rows])
+
+
+def merged(parts: Sequence[Tags]) -> Tags:
+    """All parts, row by row, inside a row in the order of the parts."""
+    rows = np.concatenate([part.rows for part in parts])
+    order = np.argsort(rows, kind="stable")
+    return Tags(rows[order], np.concatenate([part.tags for part in parts])[order])
+
+
+def _clean(fixed: Tags, flex: Tags, policy: Policy, vocabulary: Vocabulary) -> tuple[Tags, Tags]:
+    if policy.empty_tags == "remove":
+        written = np.array([bool(text.strip()) for text in vocabulary.texts()], bool)
+        fixed, flex = fixed.where(written[fixed.tags]), flex.where(written[flex.tags])
+    if policy.duplicate_tags == "first":
+        width = max(len(vocabulary.numbers), 1)
+        pairs = np.concatenate([fixed.rows * width + fixed.tags, flex.rows * width + flex.tags])
+        first = np.zeros(len(pairs), bool)
+        first[np.unique(pairs, return_index=True)[1]] = True
+        fixed, flex = fixed.where(first[: len(fixed.rows)]), flex.where(first[len(fixed.rows) :])
+    return fixed, flex
+
+
+def _list_array(tags: Tags, texts: list[str], size: int) -> pa.Array:
+    offsets = np.searchsorted(tags.rows, np.arange(size + 1)).astype(np.int32)
+    values = pa.array(texts, pa.string()).take(pa.array(tags.tags))
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _n_tokens(
+    fixed: Tags, flex: Tags, texts: list[str], size: int, count_tokens: TokenCount | None
+) -> pa.Array:
+    """Tokens of the written order without the separator; a tag counts together with its comma, the last one bare."""
+    if count_tokens is None:
+        return pa.nulls(size, pa.int16())
+    every = merged([fixed, flex])
+    last = np.ones(len(every.rows), bool)
+    last[:-1] = every.rows[1:] != every.rows[:-1]
+    with_comma = np.array([count_tokens(text + ",") for text in texts], np.int64)
+    bare = np.zeros(len(texts), np.int64)
+    for number in np.unique(every.tags[last]).tolist():
+        bare[number] = count_tokens(texts[number])
+    counts = np.where(last, bare[every.tags], with_comma[every.tags]) if len(every.rows) else np.zeros(0)
+    sums = np.bincount(every.rows, weights=counts, minlength=size)
+    return pa.array(np.minimum(sums, np.iinfo(np.int16).max).astype(np.int16))

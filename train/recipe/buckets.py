@@ -1,0 +1,134 @@
+"""Training sizes, which of them an image gets, how it is resized and cropped, and what the network is told about it.
+
+The rules are those of the original trainer, floors and float comparisons included: rounding elsewhere would move
+border images into another bucket. Standard library only, so all sizes are (width, height) of plain integers.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from train.base.console import ExitCode, Halt
+
+Size = tuple[int, int]
+CropCondition = Literal["actual", "kohya", "zero"]
+
+
+@dataclass(frozen=True)
+class Placement:
+    """An image of `bucket_w` x `bucket_h` cut out of the image resized to `resized_w` x `resized_h`."""
+
+    bucket_w: int
+    bucket_h: int
+    resized_w: int
+    resized_h: int
+    crop_top: int
+    crop_left: int
+    kept: float  # share of the resized picture inside the crop
+
+
+def make_buckets(
+    area_px: int = 1024 * 1024, min_px: int = 512, max_px: int = 2048, step_px: int = 64
+) -> tuple[Size, ...]:
+    """Sorted (width, height) with sides from `min_px` to `max_px` in `step_px` and at most `area_px`; defaults give 33.
+
+    Raises Halt(USAGE) naming the `buckets` key when no bucket is possible.
+    """
+    if step_px < 1 or step_px % 8:
+        raise Halt(ExitCode.USAGE, f"buckets.step_px is {step_px}, must be a multiple of 8 (pixels per latent)")
+    if not step_px <= min_px <= max_px:
+        raise Halt(
+            ExitCode.USAGE, f"buckets.min_px is {min_px}, must lie between step_px {step_px} and max_px {max_px}"
+        )
+    if min_px % step_px:
+        raise Halt(ExitCode.USAGE, f"buckets.min_px is {min_px}, must be a multiple of step_px {step_px}")
+    square = math.isqrt(max(area_px, 0)) // step_px * step_px
+    if square < min_px:
+        raise Halt(ExitCode.USAGE, f"buckets.area_px is {area_px}, too small for a square of min_px {min_px}")
+    sizes = {(square, square)}
+    for width in range(min_px, max_px + 1, step_px):
+        height = min(max_px, area_px // width // step_px * step_px)
+        if height >= min_px:
+            sizes |= {(width, height), (height, width)}
+    return tuple(sorted(sizes))
+
+
+def assign(width: int, height: int, buckets: Sequence[Size]) -> Size:
+    """The bucket of an image: its own size if that is one, else the least |difference of width/height|.
+
+    `buckets` sorted as make_buckets returns them: the first wins a tie. The difference is absolute, so a wide image
+    and its upright twin need not get mirrored buckets.
+    """
+    _check_size(width, height)
+    at = bisect_left(buckets, (width, height))
+    if at < len(buckets) and buckets[at] == (width, height):
+        return buckets[at]
+    aspect = width / height
+    return min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))
+
+
+def assign_many(widths: Sequence[int], heights: Sequence[int], buckets: Sequence[Size]) -> list[int]:
+    """`assign` for many images: list[N] of positions in `buckets`, each distinct size looked up once."""
+    position = {bucket: number for number, bucket in enumerate(buckets)}
+    sizes = [(int(w), int(h)) for w, h in zip(widths, heights, strict=True)]
+    found = {size: position[assign(*size, buckets)] for size in set(sizes)}
+    return [found[size] for size in sizes]
+
+
+def place(width: int, height: int, bucket: Size) -> Placement:
+    """Resize until the image just covers the bucket, then crop the centre."""
+    _check_size(width, height)
+    bucket_w, bucket_h = bucket
+    scale = bucket_h / height if width / height > bucket_w / bucket_h else bucket_w / width
+    resized_w, resized_h = math.floor(width * scale + 0.5), math.floor(height * scale + 0.5)
+    return Placement(
+        bucket_w=bucket_w,
+        bucket_h=bucket_h,
+        resized_w=resized_w,
+        resized_h=resized_h,
+        crop_top=(resized_h - bucket_h) // 2,
+        crop_left=(resized_w - bucket_w) // 2,
+        kept=bucket_w * bucket_h / (resized_w * resized_h),
+    )
+
+
+def crop_condition(
+    mode: CropCondition, orig_w: int, orig_h: int, bucket_w: int, bucket_h: int, crop_top: int, crop_left: int
+) -> tuple[int, int]:
+    """(top, left) given to the network as the crop.
+
+    `actual`: the real crop, `crop_top` and `crop_left`. `kohya`: what the released run was told, the margins of the
+    image letterboxed inside the bucket, wrong in axis and size (kohya-ss/sd-scripts#1443). `zero`: (0, 0).
+    """
+    if mode == "actual":
+        return crop_top, crop_left
+    if mode == "zero":
+        return 0, 0
+    if mode != "kohya":
+        raise Halt(ExitCode.USAGE, f"data.crop_conditioning is {mode!r}, must be actual, kohya or zero")
+    aspect = orig_w / orig_h
+    if bucket_w / bucket_h > aspect:
+        inside_w, inside_h = bucket_h * aspect, float(bucket_h)
+    else:
+        inside_w, inside_h = float(bucket_w), bucket_w / aspect
+    return int((bucket_h - inside_h) // 2), int((bucket_w - inside_w) // 2)
+
+
+def square_of(buckets: Sequence[Size]) -> int:
+    """Side in px of the square that stands for what was trained: its largest square, else one of its largest area.
+
+    SDXL's table gives 1024, whichever of its buckets hold images; sides in between are rounded to the table's step.
+    """
+    area_px = max(w * h for w, h in buckets)
+    squares = [w for w, h in buckets if w == h and w * h > area_px / 2]  # a smaller one is of another resolution
+    step_px = math.gcd(64, *(side for bucket in buckets for side in bucket))
+    return max(squares, default=max(round(math.sqrt(area_px) / step_px), 1) * step_px)
+
+
+def _check_size(width: int, height: int) -> None:
+    if width < 1 or height < 1:
+        raise ValueError(f"image size {width}x{height} is not positive")

@@ -1,0 +1,321 @@
+"""What a stage will do and cost, before anything is spent: updates, learning rates, memory, disk, time. No torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from train.base.console import ExitCode, Halt
+from train.config.stage import StageConfig, config_hash
+from train.engine.refusals import check_processes
+from train.model import memory
+from train.model.memory import GIB, Prediction, Setup
+from train.recipe import schedule
+from train.recipe.buckets import make_buckets
+from train.storage.space import permanent_count
+from train.tools.estimate import tolerances
+from train.tools.estimate.images import Images, find_images, lengths, visits
+from train.tools.estimate.machines import IMPLIED_BY_CARD, Gpu, find_gpu, find_speed
+
+log = logging.getLogger("anix")
+
+MODES = (
+    "full",
+    "off mid",
+    "off mid, down 2",
+    "off 1280 channels",
+    "off 1280 and 640 channels",
+    "none",
+)  # by exempt steps
+EXPORT_BYTES = 2 * 6_940_000_000  # fp16 single file and folder; fp32 twice that
+TABLE_ROWS = 11
+
+
+@dataclass(frozen=True)
+class Request:
+    """What order.py was asked beside the config."""
+
+    updates: tuple[int, ...] = ()
+    images: int | None = None
+    gpu: str | None = None
+    memory_gib: float | None = None
+    world: int = 1
+    images_per_s: float | None = None
+    bench: Path | None = None
+    price_per_hour: float | None = None
+    disk_gb: float | None = None
+
+
+def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
+    """The whole plan as JSON values. `memory.fits` is False when it cannot run; the caller turns that into exit 7.
+
+    Raises Halt(MISMATCH) for a dataset that is not prepared and whose size nobody gave, or for a number of
+    processes that training refuses; Halt(USAGE) for updates outside the run and for numbers that make no sense.
+    """
+    check_request(request)
+    accumulation, _ = check_processes(config, request.world)
+    images = find_images(config, request.images)
+    per_epoch, total = lengths(config, images)
+    cycle = _cycle(config, images)
+    restarts = config.schedule.name == "cosine_restarts"
+    schedule.check(config.schedule, _peak_keys(config), cycle_updates=cycle, total_updates=total, epochs=config.epochs)
+    if warning := schedule.long_warmup(config.schedule, total_updates=total):
+        log.warning("%s", warning)
+    gpu, how = find_gpu(request.gpu, request.memory_gib)
+    setup = memory.setup_of(config, request.world)
+    foreign = _foreign_size(config.model.init_from)  # what is counted below is SDXL's own size
+    memory_plan = memory_report(config, request.world, images, gpu, how)
+    checkpointing = memory_plan.get("checkpointing")
+    return {
+        "stage": config.stage,
+        "config_hash": config_hash(config),
+        "images": images.count,
+        "images_source": images.source,
+        "epochs": config.epochs,
+        "batch": {
+            "micro": config.batch.micro,
+            "accumulation": accumulation,
+            "processes": request.world,
+            "effective": config.batch.effective,
+            "tiles_per_update": accumulation * request.world,
+        },
+        "updates_per_epoch": per_epoch,
+        "total_updates": total,
+        "image_visits": visits(config, images, per_epoch, total),
+        "buckets": _bucket_report(config, images),
+        "schedule": {
+            "name": config.schedule.name,
+            "cycle_updates": cycle if restarts else None,
+            "updates_per_restart": cycle / _ticks(config) if restarts else None,
+            "unit": config.schedule.unit,
+        },
+        "lr": [lr_row(config, update, cycle) for update in _rows(request.updates, total, cycle / _ticks(config) if restarts else total)],
+        "tolerances": {key: limit._asdict() for key, limit in tolerances.of(config).items()},
+        "memory": memory_plan,
+        "disk": _disk_report(config, None if foreign else setup, images, per_epoch, total, _free_disk(config, request, how)),
+        "time": _time_report(config, setup, images, request, gpu, per_epoch, total, checkpointing) if foreign is None else None,
+    }
+
+
+def check_request(request: Request) -> None:
+    """Halt(USAGE) naming the flag whose number is none, not finite or not above 0."""
+    numbers = {
+        "--world": request.world, "--memory-gib": request.memory_gib, "--images-per-s": request.images_per_s,
+        "--price-per-hour": request.price_per_hour, "--disk-gb": request.disk_gb,
+    }  # fmt: skip
+    free = ("--price-per-hour", "--disk-gb")  # these may be 0
+    for flag, number in numbers.items():
+        if number is not None and not (math.isfinite(number) and (number > 0 or (number == 0 and flag in free))):
+            raise Halt(ExitCode.USAGE, f"{flag} is {number:g}, must be a number {'of 0 or more' if flag in free else 'above 0'}")
+
+
+def _cycle(config: StageConfig, images: Images) -> int:
+    """Updates per cycle of the schedule."""
+    if images.plan is not None and config.schedule.cycle_steps == "epoch":
+        return images.plan.cycle_updates
+    return schedule.cycle_length(config.schedule, images=images.count, effective=config.batch.effective)
+
+
+def _ticks(config: StageConfig) -> int:
+    """By how much an update moves the schedule."""
+    return config.schedule.processes if config.schedule.unit == "process_step" else 1
+
+
+def _peak_keys(config: StageConfig) -> dict[str, float]:
+    peaks = {"optimizer.unet_lr": config.optimizer.unet_lr}
+    if config.optimizer.text_encoder_lr is not None:
+        peaks["optimizer.text_encoder_lr"] = config.optimizer.text_encoder_lr
+    return peaks
+
+
+def _rows(asked: Sequence[int], total: int, cycle: float) -> list[int]:
+    """Updates to tabulate: those asked for, else an even spread with the restarts' first updates."""
+    outside = [update for update in asked if not 0 <= update < total]
+    if outside:
+        raise Halt(ExitCode.USAGE, f"--updates {outside[0]} is outside the run's 0..{total - 1}")
+    if asked:
+        return list(asked)
+    spread = {round(i * (total - 1) / (TABLE_ROWS - 1)) for i in range(TABLE_ROWS)}
+    restarts = {math.ceil(cycle * c) for c in range(1, min(int(total / cycle), TABLE_ROWS) + 1)}
+    return sorted(update for update in spread | restarts | {0, 1} if update < total)
+
+
+def lr_row(config: StageConfig, update: int, cycle: int) -> dict[str, Any]:
+    """Learning rates of one update (its 0-based number = updates applied before it) and its restart cycle."""
+    rates = {
+        key.removeprefix("optimizer."): schedule.lr_at(update, peak=peak, config=config.schedule, cycle_updates=cycle)
+        for key, peak in _peak_keys(config).items()
+    }
+    row: dict[str, Any] = {"update": update, "lr": rates["unet_lr"], **rates}
+    if config.schedule.name == "cosine_restarts":
+        row["cycle"] = update * _ticks(config) // cycle
+    return row
+
+
+def _bucket_report(config: StageConfig, images: Images) -> dict[str, Any]:
+    """Images per bucket, which are smaller than a tile, and what an epoch drops."""
+    if images.buckets is None or images.plan is None:
+        return {"images": None, "short": None, "dropped_per_epoch": None, "note": "needs the prepared dataset"}
+    from train.data.selection import short_tiles_note  # needs pyarrow, which a plan for a bare number does not
+
+    micro = config.batch.micro
+    drop = config.batch.remainder == "drop"
+    return {
+        "images": {_name(bucket): count for bucket, count in images.buckets.items()},
+        "short": {_name(bucket): count for bucket, count in images.plan.short_buckets.items()},
+        "short_note": short_tiles_note(config, images.plan),
+        "dropped_per_epoch": sum(count % micro for count in images.buckets.values()) if drop else 0,
+    }
+
+
+def memory_report(config: StageConfig, world: int, images: Images, gpu: Gpu, how: str) -> dict[str, Any]:
+    """Peak memory by part for the mode in force, and the total of every mode, on one card."""
+    report: dict[str, Any] = {"gpu": gpu.name, "gpu_source": how, "free_gib": gpu.free_gib}
+    if (size := _foreign_size(config.model.init_from)) is not None:
+        return report | {"fits": None, "note": f"predicted for full-size SDXL only; this model's blocks are {size}"}
+    setup = memory.setup_of(config, world)
+    buckets = list(images.buckets or make_buckets())
+    split = config.batch.split
+    micro = config.batch.micro if images.plan is None else max(images.plan.largest_tiles.values())
+    at_once = -(-micro // (1 if isinstance(split, str) else split))
+    bucket = memory.largest(buckets)
+    report |= {
+        "usable_share": memory.USABLE_SHARE,
+        "largest_bucket": _name(bucket),
+        "modes": {
+            name: _gib(
+                memory.predict(setup, bucket, at_once, exempt, text_checkpointing=exempt < memory.ALL_STEPS).total
+            )
+            for exempt, name in enumerate(MODES)
+        },
+        "modes_images_at_once": at_once,
+        "activation_bytes_per_image": {
+            _name(b): [memory.kept_bytes(*b, exempt, setup)[0] for exempt in range(len(MODES))] for b in buckets
+        },
+    }
+    try:
+        choice = memory.settle(config, int(gpu.free_gib * GIB), buckets, world, tile_images=micro)
+    except Halt as halt:
+        return report | {"fits": False, "problem": halt.message}
+    return report | {
+        "fits": True,
+        "checkpointing": MODES[choice.exempt_steps],
+        "split": choice.split,
+        "images_at_once": -(-micro // choice.split),
+        "text_encoders_checkpointed": choice.text_checkpointing if setup.trains_text else None,
+        "parts_gib": _parts(choice.prediction),
+        "total_gib": _gib(choice.prediction.total),
+        "assumed": "0.25 GiB per image recomputed and 2 GiB workspace are estimates; the rest is counted for SDXL's own size",
+    }
+
+
+def _foreign_size(init_from: str) -> list[int] | None:
+    """Channels of the U-Net to start from when it lies here and is not SDXL's size, else None."""
+    for folder in (Path(init_from), Path(init_from) / "model"):
+        file = folder / "unet" / "config.json"
+        if file.is_file():
+            channels = list(json.loads(file.read_text()).get("block_out_channels", []))
+            return None if channels == [320, 640, 1280] else channels
+    return None
+
+
+def _parts(prediction: Prediction) -> dict[str, float]:
+    return {name: _gib(size) for name, size in asdict(prediction).items()}
+
+
+def _disk_report(
+    config: StageConfig, setup: Setup | None, images: Images, per_epoch: int, total: int, free_bytes: int | None
+) -> dict[str, Any]:
+    """Bytes of the latent cache, the run's checkpoints at their most, and the export; None where `setup` is unknown.
+
+    `fits`: whether checkpoints and export find room in `free_bytes`; None where either is unknown.
+    """
+    counts = images.buckets or {memory.largest(make_buckets()): images.count}
+    counted = sum(count * 2 * 4 * (width // 8) * (height // 8) for (width, height), count in counts.items())
+    latents = counted if images.latents_bytes is None else images.latents_bytes
+    one = memory.checkpoint_bytes(setup) if setup is not None else None
+    permanent = permanent_count(config.checkpoint, total, per_epoch)
+    export = EXPORT_BYTES * (2 if config.export.dtype == "fp32" else 1) if one is not None else None
+    if export is not None and config.ema.decay:
+        export += export // 2  # the average as a single file
+    need = one * (config.checkpoint.keep + 1 + permanent) + (export or 0) if one is not None else None
+    return {
+        "free_bytes": free_bytes,
+        "fits": need <= free_bytes if need is not None and free_bytes is not None else None,
+        "latents_bytes": latents,
+        "latents_note": "16 bit" if images.buckets else "16 bit, all images at 1024x1024",
+        "checkpoint_bytes": one,
+        "checkpoints_at_most": config.checkpoint.keep + 1 + permanent,
+        "permanent_checkpoints": permanent,
+        "checkpoints_bytes": one * (config.checkpoint.keep + 1 + permanent) if one is not None else None,
+        "export_bytes": export,
+    }
+
+
+def _free_disk(config: StageConfig, request: Request, how: str) -> int | None:
+    """Room for the run: as given, or of output_dir's disk when the plan is for the GPU of this machine."""
+    if request.disk_gb is not None:
+        return int(request.disk_gb * 1e9)
+    if not how.startswith("present"):
+        return None  # planned for another machine, whose disk is unknown
+    folder = Path(config.output_dir).absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _time_report(
+    config: StageConfig,
+    setup: Setup,
+    images: Images,
+    request: Request,
+    gpu: Gpu,
+    per_epoch: int,
+    total: int,
+    checkpointing: str | None,
+) -> dict[str, Any]:
+    """Hours, use of the card and cost, with the origin of the speed they rest on."""
+    counts = images.buckets or {(1024, 1024): 1}
+    useful = sum(memory.image_flops(setup, *bucket) * count for bucket, count in counts.items()) // sum(counts.values())
+    speed = find_speed(
+        gpu,
+        config.stage,
+        trains_text=setup.trains_text,
+        flops_per_image=useful,
+        given=request.images_per_s,
+        bench=request.bench,
+        settings={key: getattr(config.model, key) for key in ("compile", "channels_last", "float8")}
+        | {"strict": config.batch.determinism == "strict", "dtype": config.precision, "optimizer": config.optimizer.name}
+        | ({"checkpointing": checkpointing} if checkpointing else {}),
+    )
+    gpu_hours = visits(config, images, per_epoch, total) / speed.images_per_s / 3600
+    report: dict[str, Any] = {
+        "images_per_s_per_gpu": speed.images_per_s,
+        "source": speed.source,
+        "wall_hours": gpu_hours / request.world,
+        "gpu_hours": gpu_hours,
+        "tflop_per_image": useful / 1e12,
+        "mfu": speed.images_per_s * useful / (gpu.peak_tflops * 1e12),
+        "peak_tflops": gpu.peak_tflops,
+        "peak_source": gpu.peak_source,
+    }
+    if setup.trains_text and gpu.name.startswith("A100"):
+        report["original_images_per_s_per_gpu"] = IMPLIED_BY_CARD
+    if request.price_per_hour is not None:
+        report["cost"] = gpu_hours * request.price_per_hour
+        report["price_per_gpu_hour"] = request.price_per_hour
+    return report
+
+
+def _gib(size: int) -> float:
+    return round(size / GIB, 2)
+
+
+def _name(bucket: tuple[int, int]) -> str:
+    return f"{bucket[0]}x{bucket[1]}"

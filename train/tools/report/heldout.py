@@ -1,0 +1,132 @@
+"""Held-out loss of the report: over updates, by stratum, and its paired change from stage to stage."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from train.observe.runs import Run, finite
+from train.observe.validation import LABELS, paired_change
+from train.recipe.tag_policy import AESTHETIC_TAGS, QUALITY_TAGS, RATING_TAGS, YEAR_RANGES
+from train.tools.report.charts import COLOURS, extent, line_chart
+from train.tools.report.parts import figure, name_of, table, with_interval
+
+KIND_OF_LOSS = ("loss.prediction", "noise.zero_terminal_snr")  # all that train/observe/heldout.py takes from the stage's own
+_ORDER = (  # of the strata's names, best first
+    *QUALITY_TAGS, *(tags[0] for tags in RATING_TAGS.values()), *(name for name, _, _ in reversed(YEAR_RANGES)),
+    *AESTHETIC_TAGS,
+)  # fmt: skip
+
+
+def held_out_section(runs: Sequence[Run]) -> str:
+    """Charts, the table by stratum, and what changed on the images that two stages measured; "" without any."""
+    measured = [(number, run) for number, run in enumerate(runs) if run.validation]
+    if not measured:
+        return ""
+    lines = [
+        [(float(r["update"]), float(r["loss"])) for r in run.validation if finite(r.get("loss"))]
+        for _, run in measured
+    ]
+    every = [y for points in lines for _, y in points]
+    charts = [
+        figure(
+            name_of(run, number),
+            line_chart(
+                [(run.name, COLOURS[number % len(COLOURS)], points)],
+                label=f"held-out loss, {run.name}",
+                x_range=(0.0, max((x for x, _ in points), default=1.0)),
+                y_range=extent(every) if every else None,
+            ),
+        )
+        for (number, run), points in zip(measured, lines, strict=True)
+    ]
+    names = in_order({name for _, run in measured for name in run.validation[-1]["strata"]})
+    rows = [["all", *(with_interval(run.validation[-1]) for _, run in measured)]]
+    rows += [
+        [stratum(name), *(with_interval(r.validation[-1]["strata"].get(name, {})) for _, r in measured)]
+        for name in names
+    ]
+    return (
+        "<p>Images that no stage trains on, with fixed noise and timesteps. Each stage measures its own selection, "
+        "unless <code>validation.select</code> names another.</p>"
+        f'<div class="charts">{"".join(charts)}</div><h3>At the end of each run</h3>'
+        + table(["stratum", *(name_of(run, number) for number, run in measured)], rows)
+        + "<p>Mean ± half-width of the 95 % interval over images (number of images).</p>"
+        + _changes([run for _, run in measured])
+    )
+
+
+def _changes(runs: Sequence[Run]) -> str:
+    """What the loss of an image does from stage to stage, in all and by stratum."""
+    pairs = [*itertools.pairwise(runs), *([(runs[0], runs[-1])] if len(runs) > 2 else [])]
+    pairs = [(before, after) for before, after in pairs if paired_change(_losses(before), _losses(after))]
+    skipped = [(before, after) for before, after in pairs if _measured_otherwise(before, after)]
+    pairs = [(before, after) for before, after in pairs if not _measured_otherwise(before, after)]
+    told = "".join(
+        f"<p>{_between(before, after)}: no change is shown, for their losses are not of one kind "
+        f"(they differ in {' and '.join(_measured_otherwise(before, after))}).</p>"
+        for before, after in skipped
+    )
+    if not pairs:
+        return told
+    names = in_order({name for _, after in pairs for one in after.held.values() for name in one})
+    rows = [["all", *(_change(before, after, None) for before, after in pairs)]]
+    rows += [[stratum(name), *(_change(before, after, name) for before, after in pairs)] for name in names]
+    head = ["stratum", *(_between(before, after) for before, after in pairs)]
+    return (
+        "<h3>Change on the images both measured</h3>"
+        + table(head, rows)
+        + "<p>The mean of each image's own difference: most of what makes one image harder than another cancels. "
+        "In colour where the 95 % interval leaves 0 out: green falls, red rises.</p>" + told
+    )
+
+
+def _between(before: Run, after: Run) -> str:
+    return f"{escape(before.name)} → {escape(after.name)}"
+
+
+def _measured_otherwise(before: Run, after: Run) -> list[str]:
+    """The settings that make two held-out losses incomparable, where the runs differ in them and both are known."""
+    if not (before.config and after.config):
+        return []
+    return [key for key in KIND_OF_LOSS if before.config.get(key) != after.config.get(key)]
+
+
+def _change(before: Run, after: Run, name: str | None) -> str:
+    losses = _losses(after)
+    if name is not None:
+        losses = {uid: loss for uid, loss in losses.items() if name in after.held.get(uid, ())}
+    found = paired_change(_losses(before), losses)
+    if found is None:
+        return "–"
+    shown, interval = with_interval(found, signed=True), found["interval"]
+    if interval is None or abs(found["loss"]) <= interval:
+        return shown
+    return f'<span class="{"good" if found["loss"] < 0 else "bad"}">{shown}</span>'
+
+
+def _losses(run: Run) -> Mapping[str, Any]:
+    losses: dict[str, Any] = run.validation[-1]["losses"]
+    return losses
+
+
+def in_order(names: set[str]) -> list[str]:
+    """`label/value` names: quality, rating, year, aesthetic, each from its best value down."""
+
+    def place(name: str) -> tuple[int, int, str]:
+        label, _, value = name.partition("/")
+        return (
+            LABELS.index(label) if label in LABELS else len(LABELS),
+            _ORDER.index(value) if value in _ORDER else len(_ORDER),
+            value,
+        )
+
+    return sorted(names, key=place)
+
+
+def stratum(name: str) -> str:
+    """`quality/masterpiece` as a cell."""
+    label, _, value = name.partition("/")
+    return f'<span class="dim">{escape(label)}</span> {escape(value)}'

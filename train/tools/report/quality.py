@@ -1,0 +1,162 @@
+"""What scripts/quality.py measured, as a section of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from train.base.console import ExitCode, Halt
+from train.tools.quality.record import TITLES, shown
+from train.tools.report.charts import COLOURS, bar_chart
+from train.tools.report.parts import figure, table
+
+MOST_TAGS = 40  # rows of the table by tag, the most asked for first
+GREY = "#6b7280"
+EXPLAINED = {
+    "aesthetic": "Aesthetic score: the classifier's probability of the class named below.",
+    "clip": "CLIP cosine: between the picture and its own prompt, without the quality prefix (CLIPScore, Hessel 2021).",
+    "clip_first": "Own prompt nearest: share of pictures to which no other prompt of the set is nearer.",
+    "tag_recall": "Tags seen of those asked: of what the prompts ask for, how much the tagger sees.",
+    "tag_precision": "Tags asked of those seen: of what the tagger sees, among tags that some prompt names, how much "
+    "this picture's prompt asked for.",
+}
+
+
+def quality_section(record: Mapping[str, Any] | None, names: Sequence[str]) -> str:
+    """The whole section, "" without a record; `names` are the runs in the order of their colours.
+
+    Raises Halt(USAGE) for a record that lacks something.
+    """
+    if record is None:
+        return ""
+    try:
+        return _section(record, names)
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise Halt(ExitCode.USAGE, f"--quality: no complete record of scripts/quality.py ({error!r})") from error
+
+
+def _section(record: Mapping[str, Any], names: Sequence[str]) -> str:
+    stages = record["stages"]
+    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    statistics = [key for key in TITLES if any(key in stage["statistics"] for stage in stages.values())]
+    rows = [
+        [_name(name, colours), escape(str(stage["pictures"])), *(_cell(stage["statistics"].get(key)) for key in statistics)]
+        for name, stage in stages.items()
+    ]
+    parts = [table(["stage", "pictures", *(TITLES[key] for key in statistics)], rows)]
+    told = [*(EXPLAINED[key] for key in statistics), *_judges(record)]
+    parts.append(f'<ul class="told">{"".join(f"<li>{escape(line)}</li>" for line in told)}</ul>')
+    parts.append(_changes(record, statistics))
+    parts.append(_scores(stages, colours))
+    parts.append(_tags(stages, colours))
+    return "".join(parts)
+
+
+def _name(name: str, colours: Mapping[str, str]) -> str:
+    return f'<b style="color:{colours.get(name, GREY)}">{escape(name)}</b>'
+
+
+def _cell(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    if estimate is None:
+        return "–"
+    told = shown(estimate, signed=signed)
+    if not signed or estimate["low"] is None or estimate["low"] <= 0 <= estimate["high"]:
+        return told
+    return f'<span class="{"good" if estimate["low"] > 0 else "bad"}">{told}</span>'
+
+
+def _small(estimate: Mapping[str, Any]) -> str:
+    return f'<span class="tight">{shown(estimate, digits=2)}</span>'
+
+
+def _judges(record: Mapping[str, Any]) -> list[str]:
+    judges, bootstrap = record["judges"], record["bootstrap"]
+    told = []
+    if "aesthetic" in judges:
+        told.append(f"Score: {judges['aesthetic']['model']}, class {judges['aesthetic']['label']}.")
+    if "clip" in judges:
+        cut = judges["clip"]["prompts_cut"]
+        told.append(f"CLIP: {judges['clip']['model']}{f', {cut} prompts cut at its length' if cut else ''}.")
+    if "tags" in judges:
+        told.append(f"Tagger: {judges['tags']['model']}, {judges['tags']['thresholds']}.")
+    level, draws = bootstrap["level"], bootstrap["draws"]
+    how = f"bootstrap of {draws:,} resamples; for single tags and words Wilson's"
+    return [*told, f"In brackets the {level:.0%} interval over pictures: {how}."]
+
+
+def _changes(record: Mapping[str, Any], statistics: Sequence[str]) -> str:
+    rows = [
+        [
+            f"{escape(change['from'])} → {escape(change['to'])}",
+            escape(str(change["pictures"])),
+            *(_cell(change["statistics"].get(key), signed=True) for key in statistics),
+        ]
+        for change in record["changes"]
+        if change["pictures"]
+    ]
+    if not rows:
+        return ""
+    head = ["from → to", "pairs", *(TITLES[key] for key in statistics)]
+    return (
+        "<h3>Change on the same prompts and seeds</h3>"
+        + table(head, rows)
+        + "<p>Resampled in pairs. In colour where the interval leaves 0 out: green rises, red falls.</p>"
+    )
+
+
+def _scores(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    found = {name: stage["aesthetic"] for name, stage in stages.items() if "aesthetic" in stage}
+    if not found:
+        return ""
+    shares = {name: [count / sum(one["histogram"]) for count in one["histogram"]] for name, one in found.items()}
+    high = max(value for row in shares.values() for value in row)
+    charts = [
+        figure(
+            _name(name, colours),
+            bar_chart(
+                [f"{place / len(row):g}" for place in range(len(row))],
+                [(name, colours.get(name, GREY), row)],
+                label=f"aesthetic scores, {name}",
+                high=high,
+            ),
+        )
+        for name, row in shares.items()
+    ]
+    words = list(next(iter(found.values()))["words"])
+    rows = [
+        [
+            _name(name, colours),
+            *(f"{one['quantiles'][q]:.3f}" for q in one["quantiles"]),
+            *(_cell(one["words"][word]) for word in words),
+        ]
+        for name, one in found.items()
+    ]
+    quantiles = [f"{float(q):.0%} quantile" for q in next(iter(found.values()))["quantiles"]]
+    return (
+        f'<h3>Aesthetic score, share of pictures</h3><div class="charts">{"".join(charts)}</div>'
+        + table(["stage", *quantiles, *map(escape, words)], rows)
+        + "<p>Left edge of each bin below it. Words by the card's thresholds.</p>"
+    )
+
+
+def _tags(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
+    found = {name: stage["by_tag"] for name, stage in stages.items() if "by_tag" in stage}
+    if not found:
+        return ""
+    asked: dict[str, int] = {}
+    for tags in found.values():
+        for tag, one in tags.items():
+            asked[tag] = max(asked.get(tag, 0), one["asked"])
+    kept = sorted((tag for tag in asked if asked[tag]), key=lambda tag: (-asked[tag], tag))[:MOST_TAGS]
+    rows = []
+    for tag in kept:
+        cells = []
+        for tags in found.values():
+            one = tags.get(tag)
+            cells += [_small(one["recall"]), _small(one["precision"])] if one else ["–", "–"]
+        rows.append([escape(tag), escape(str(asked[tag])), *cells])
+    head = ["tag", "asked"]
+    for name in found:
+        head += [f"{_name(name, colours)} recall", "precision"]
+    return "<h3>By tag</h3>" + table(head, rows)

@@ -1,0 +1,120 @@
+"""Sample pictures of the report: strips over the updates of one run, and the same prompt across stages."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from html import escape
+
+from PIL import Image
+
+from train.observe.runs import Picture, Run, newest_of_each
+from train.recipe import captions
+
+SIDE_PX = 200  # longest side of a picture in the page
+SMALL_PX = 112  # pictures of a tiny model are shown this large, scaled by the browser
+MOST_COLUMNS = 8  # of a strip; more updates are thinned out, first and last kept
+MOST_PROMPTS = 24
+
+
+def strips(run: Run) -> str:
+    """For each prompt its pictures from the first sampled update to the last; EMA below raw where there is one."""
+    if not run.samples:
+        return ""
+    updates = spaced(sorted(run.samples), MOST_COLUMNS)
+    every = newest_of_each([p for p in run.samples[update] if not p.ema] for update in reversed(updates))
+    common = shared_tags([picture.prompt for picture in every])
+    rows = []
+    for wanted in every[:MOST_PROMPTS]:
+        raw, average = (
+            [
+                cell(found[0], f"update {update:,}{' (EMA)' if ema else ''}")
+                for update in updates
+                if (found := [p for p in run.samples[update] if p.same == wanted.same and p.ema == ema])
+            ]
+            for ema in (False, True)
+        )
+        rows.append(row(wanted, raw, common, below=average))
+    return f"<h3>{escape(run.name)}</h3>{_told(common)}{_block(rows)}"
+
+
+def comparison(runs: Sequence[Run], others: Mapping[str, list[Picture]]) -> str:
+    """The same prompt, seed and size in every stage's last samples; only prompts that two or more have."""
+    columns = [(name, [p for p in pictures if not p.ema]) for name, pictures in others.items()]
+    for run in runs:
+        columns += [(run.name, run.newest_pictures()), (f"{run.name} (EMA)", run.newest_pictures(ema=True))]
+    columns = [(name, pictures) for name, pictures in columns if pictures]
+    if len(columns) < 2:
+        return ""
+    common = shared_tags([picture.prompt for picture in columns[-1][1]])
+    rows = []
+    for wanted in columns[-1][1][:MOST_PROMPTS]:
+        cells = []
+        for name, pictures in columns:
+            found = [picture for picture in pictures if picture.same == wanted.same]
+            if found:
+                cells.append(cell(found[0], name))
+        if len(cells) > 1:
+            rows.append(row(wanted, cells, common))
+    return _told(common) + _block(rows) if rows else ""
+
+
+def spaced(items: Sequence[int], most: int) -> list[int]:
+    """At most `most` items spread evenly, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
+def shared_tags(prompts: Sequence[str]) -> list[str]:
+    """The tags that every prompt starts with, such as a quality prefix: shown once instead of in every row."""
+    split = [captions.split(prompt)[1] for prompt in prompts]
+    if len(split) < 2:
+        return []
+    common = []
+    for tags in zip(*split, strict=False):
+        if len(set(tags)) > 1:
+            break
+        common.append(tags[0])
+    return common if all(len(tags) > len(common) for tags in split) else []
+
+
+def _told(common: Sequence[str]) -> str:
+    return f"<p>Every prompt starts: {escape(', '.join(common))}</p>" if common else ""
+
+
+def _block(rows: Sequence[str]) -> str:
+    return f'<div class="prompts">{"".join(rows)}</div>'
+
+
+def row(picture: Picture, cells: Sequence[str], common: Sequence[str] = (), *, below: Sequence[str] = ()) -> str:
+    """A prompt, less the tags that all have in common, its pictures, and a second line of them."""
+    facts = ", ".join(f"{name.lower()} {picture.facts[name]}" for name in ("Seed", "Size") if name in picture.facts)
+    tags = captions.split(picture.prompt)[1]
+    shown = captions.join(tags[len(common) :]) if common else picture.prompt
+    lines = "".join(f'<div class="pictures">{"".join(line)}</div>' for line in (cells, below) if line)
+    return (
+        f'<div><p class="prompt">{escape(shown or picture.path.stem)} <small>{escape(facts)}</small></p>{lines}</div>'
+    )
+
+
+def cell(picture: Picture, caption: str) -> str:
+    """One picture, small, inside the page itself."""
+    try:
+        with Image.open(picture.path) as image:
+            small = image.convert("RGB")
+    except OSError:
+        return ""
+    scale = min(SIDE_PX / max(small.size), 1.0)
+    size = (max(round(small.width * scale), 1), max(round(small.height * scale), 1))
+    small = small.resize(size, Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="JPEG", quality=85)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    larger = max(SMALL_PX / max(size), 1.0)
+    width, height = (round(side * larger) for side in size)
+    return (
+        f'<figure><img alt="{escape(picture.prompt)}" width="{width}" height="{height}" '
+        f'src="data:image/jpeg;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
+    )
