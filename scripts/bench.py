@@ -11,7 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import argparse
 import json
 
-from train.base.console import ExitCode, Halt, run_cli
+from train.base.console import run_cli
+from train.base.errors import ExitCode, Halt
 
 
 def parse() -> argparse.Namespace:

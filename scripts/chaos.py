@@ -13,7 +13,8 @@ import tempfile
 # Before torch is loaded: its threads would not survive the forks, and their number decides last bits.
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-from train.base.console import ExitCode, run_cli
+from train.base.console import run_cli
+from train.base.errors import ExitCode
 
 
 def main() -> int:

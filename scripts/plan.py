@@ -9,7 +9,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 import argparse
 import json
 
-from train.base.console import ExitCode, Halt, run_cli
+from train.base.console import run_cli
+from train.base.errors import ExitCode, Halt
 
 
 def parse() -> argparse.Namespace:

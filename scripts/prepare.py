@@ -14,7 +14,8 @@ import time
 from collections.abc import Sequence
 
 from train.base import signals
-from train.base.console import ExitCode, Halt, run_cli
+from train.base.console import run_cli
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import STEPS, check_paths, dataset_dir, load_settings
 from train.prepare.tables.quarantine import Complaint
 

@@ -21,7 +21,7 @@ import torch
 
 from train.config.stage import LossConfig, NoiseConfig
 from train.diffusion import noise
-from train.engine.step import Diffusion, image_losses
+from train.diffusion.objective import Diffusion, image_losses
 from train.model import memory
 from train.model.memory import GIB, Setup
 from train.model.networks import parameter_groups

@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 from train import run
-from train.base.console import Halt
+from train.base.errors import Halt
 from train.base.signals import StopFlag
 from train.config.stage import load_stage
 from train.engine import handoff

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.data.cells import CellError, CellFile
 from train.data.index import Index
 from train.data.index_writer import encoded, write_arrow

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.testing import data, gpu, loop, variants
 from train.testing import timing as bench_timing
 from train.testing.hooks import Alternating

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.recipe.buckets import Placement, assign, assign_many, crop_condition, make_buckets, place
 
 RECIPE = make_buckets()

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from test_ingest import _picture, config, run
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare import tag
 from train.prepare.folders.unchanged import sources_mark

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare import ingest
 from train.prepare.tables.units import read_table

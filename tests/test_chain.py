@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from stages import Stage, opened, result, sha256, state, weights
 
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import CheckpointConfig
 from train.storage import checkpoint, manifest, rundir, space, tensorfile
 from train.storage.checkpoint import Progress, SaveFailed

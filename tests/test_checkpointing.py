@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.model.recomputation import CHECKPOINT_STEPS, exempt_steps_of, recomputing_modules, set_checkpointing
 from train.testing.counts import loss_and_gradients, saved_bytes, tiny_inputs, tiny_unet
 

@@ -14,7 +14,7 @@ from diffusers import StableDiffusionXLPipeline
 from stages import Stage, losses
 from test_text import TAGS, B, E
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config import prompts
 from train.config.stage import ModelConfig, StageConfig
 from train.engine import refusals

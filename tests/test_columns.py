@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
 from train.prepare.formats.columns import LOOK_ROWS
 from train.prepare.ingest import read_source

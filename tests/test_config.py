@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.schema import flatten
 from train.config.stage import config_hash, load_stage, to_yaml, unresolved_yaml
 

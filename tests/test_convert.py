@@ -12,7 +12,7 @@ import pytest
 import tinysdxl
 from safetensors.torch import load_file
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
 from train.tools.convert.toml import convert, convert_file
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import load_settings
 from train.config.stage import load_stage
 from train.tools.convert.toml import convert_file

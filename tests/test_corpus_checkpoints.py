@@ -14,7 +14,7 @@ import pytest
 import torch
 from test_checkpoint import expect, save_steps
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
 from train.storage import checkpoint, manifest, rundir, space
 

@@ -31,7 +31,7 @@ from test_corpus_checkpoints import signed
 from test_ingest import GOOD, _picture, config
 from test_ingest import run as ingest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config import prompts
 from train.config.dataset import dataset_dir, load_settings
 from train.config.stage import ModelConfig, load_stage

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
 from train.prepare.posts.normalise import RawPost

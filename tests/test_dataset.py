@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file
 from test_text import small_tokenizer
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import DataConfig, NoiseConfig
-from train.data.dataset import Batch, TileDataset, _draw_moments, draw_options, trace_timesteps
+from train.data.dataset import TileDataset, _draw_moments, draw_options, trace_timesteps
 from train.data.index import Index
 from train.data.shards import ShardReader, write_shard
+from train.diffusion.objective import Batch
 from train.model.text import TagTokenizer
 from train.recipe import rng
 from train.recipe.captions import draw

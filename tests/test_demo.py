@@ -18,7 +18,7 @@ import pytest
 from browser import Browser, find_chromium
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.prompts import CARD_SIZES, NEGATIVE, QUALITY_PREFIX
 from train.observe.inference import name_of
 from train.tools.demo import (

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from lab import Lab
 
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 from train.testing import chaos
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

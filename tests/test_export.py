@@ -19,7 +19,7 @@ from diffusers import StableDiffusionXLPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import CheckpointConfig, ExportConfig, ModelConfig
 from train.diffusion.sampling import TrainedAs
 from train.engine import export

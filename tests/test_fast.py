@@ -10,7 +10,7 @@ import torch
 from stages import Stage
 from torch.nn.attention import SDPBackend
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.model import speed
 from train.recipe.buckets import make_buckets
 from train.testing.counts import loss_and_gradients, tiny_inputs, tiny_unet, unet_inputs

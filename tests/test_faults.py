@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.base.faults import Fault, parse
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ from lab import UPDATES, Lab
 from safetensors.torch import load_file, save_file
 from stages import Stage, result, tree
 
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 from train.engine import session
 from train.optim.loss_scale import LossScale
 from train.testing import chaos

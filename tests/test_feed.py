@@ -16,10 +16,10 @@ import pytest
 import torch
 from test_dataset import make
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import DataConfig
-from train.data.dataset import Batch
 from train.data.loader import Feed, PlaceSampler, _shortage
+from train.diffusion.objective import Batch
 
 CPU = torch.device("cpu")
 

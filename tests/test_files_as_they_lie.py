@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare import ingest, probe
 from train.prepare.folders.files import read_image

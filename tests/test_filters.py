@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oddimages import drawn, encoded
 from preparedset import prepare
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, SourceConfig, load_settings
 from train.config.dataset_rules import MAX_REPEATS
 from train.prepare.choosing.predicates import evaluate, parse

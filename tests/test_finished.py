@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from stages import Stage, result, state, tree
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import ScheduleConfig, load_stage
 from train.engine import finished
 from train.engine.finished import answer

@@ -14,7 +14,7 @@ import synthetic
 from stages import Stage, opened, result
 from test_worlds import launch
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
 from train.observe.heldout import FILE, leak
 from train.prepare.tables.schemas import SELECT

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from synthetic import make_dataset
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.data.index import Index
 from train.data.index_writer import build_index
 from train.prepare.tables.schemas import SELECT

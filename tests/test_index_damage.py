@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 from stages import SMALL, Stage
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig, load_stage
 from train.data.index import Index
 from train.data.index_check import file_hashes

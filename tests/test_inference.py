@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.prompts import NEGATIVE, QUALITY_PREFIX, Prompt, PromptsFile, checked
 from train.diffusion.sampling import RECIPE
 from train.observe.inference import adjusted, draw, open_model

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir, load_settings
 from train.prepare import ingest, label
 from train.prepare.posts.normalise import RawPost, to_record

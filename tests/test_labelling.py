@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import AestheticConfig, DatasetConfig, PolicyConfig, QualityConfig, SourceConfig, dataset_dir
 from train.prepare import ingest, label
 from train.prepare.tables.schemas import LABELS, TAG_GROUPS

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.data.shards import ShardReader, read_meta, write_shard
 
 NAME = "latents/64x48-00000.safetensors"

@@ -19,9 +19,10 @@ from preparedset import prepare
 
 from train.config.dataset import load_settings
 from train.config.stage import DataConfig, NoiseConfig
-from train.data.dataset import Batch, TileDataset
+from train.data.dataset import TileDataset
 from train.data.index import Index
 from train.data.shards import ShardReader
+from train.diffusion.objective import Batch
 from train.model.text import load_tag_tokenizer
 from train.recipe.order import Plan
 from train.testing import ranks

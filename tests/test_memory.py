@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
 from train.model import memory
 from train.model.memory import GIB, Setup

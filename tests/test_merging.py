@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from oddimages import drawn, encoded
 from preparedset import prepare, settings_of, write_vae
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, load_settings
 from train.prepare.choosing.merging import Cost, crop_losses, merge, told
 from train.prepare.tables.quarantine import Complaint

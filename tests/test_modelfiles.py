@@ -14,7 +14,7 @@ import tinysdxl
 import torch
 from safetensors.torch import load_file, save_file
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import ModelConfig
 from train.model import folder as model_folder
 from train.model import other_kinds, sdxl, single_file, source, spellings, vae_file

@@ -16,7 +16,7 @@ from oddimages import drawn, encoded
 from PIL import Image
 from preparedset import prepare, settings_of, write_vae
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, SourceConfig
 from train.data.index import Index
 from train.data.shards import ShardReader

@@ -15,7 +15,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from stages import Stage
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.prompts import Prompt
 from train.config.stage import ExportConfig, ModelConfig, StageConfig, load_stage
 from train.diffusion.sampling import _condition, picture_noise, sample_images

@@ -13,7 +13,7 @@ from stages import clean_process
 from synthetic import metrics
 
 from train import run
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import load_settings
 from train.config.stage import load_stage
 from train.data.index import Index

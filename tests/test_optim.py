@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
 from train.optim.optimizers import clip_grad_norm, load_state_tensors, make_optimizer, set_lrs, state_tensors
 from train.storage import tensorfile

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.prompts import Prompt, PromptsFile, checked
 from train.observe.pictures import write_pictures
 from train.observe.runs import config_differences, read_parameters, read_pictures, read_run

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.recipe import order as plan_module
 from train.recipe import rng
 from train.recipe.buckets import make_buckets

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import synthetic
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig, load_stage
 from train.recipe.order import Plan
 from train.tools.estimate import estimate, machines, page

@@ -9,8 +9,8 @@ import torch
 from stages import Stage, opened
 from test_dataset import make
 
-from train.base.console import ExitCode, Halt
-from train.data.dataset import Batch
+from train.base.errors import ExitCode, Halt
+from train.diffusion.objective import Batch
 from train.engine import trial
 from train.engine.trial import shapes_to_try, synthetic_part
 

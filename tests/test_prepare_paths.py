@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, LatentsConfig, ScoreConfig, SelectConfig, SourceConfig, check_paths
 
 

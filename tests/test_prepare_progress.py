@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.base.console import Halt
+from train.base.errors import Halt
 from train.config.dataset import DatasetConfig, SourceConfig
 from train.prepare import ingest
 from train.prepare.folders.unchanged import sources_mark

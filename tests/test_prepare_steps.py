@@ -13,7 +13,7 @@ import torch
 from oddimages import cases
 from preparedset import prepare, settings_of, write_posts, write_vae
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.data.index import Index
 from train.data.shards import ShardReader
 from train.prepare.encoding.encoder import find_vae, load_vae

@@ -20,7 +20,7 @@ from onnxmodel import wd_model
 from PIL import Image
 from test_text import small_tokenizer
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.prompts import QUALITY_PREFIX, Prompt, PromptsFile, checked
 from train.observe.pictures import write_pictures
 from train.prepare import tag

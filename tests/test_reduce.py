@@ -10,7 +10,7 @@ import torch
 from forked import run_ranks
 from torch import nn
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.optim.collectives import BinaryCounter, FlatGradients, pair_groups, reduce_pairwise
 from train.recipe.order import check_strict_world, virtual_ranks
 

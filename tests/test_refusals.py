@@ -12,7 +12,7 @@ import tinysdxl
 from safetensors.torch import load_file, save_file
 from stages import Stage, result, tree
 
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 from train.storage.rundir import open_run_dir
 
 # What a refused start may write: why it ended.

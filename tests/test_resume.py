@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.schema import flatten
 from train.config.stage import load_stage
 from train.storage import resume

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from stages import Stage, losses, result, state, tree
 
 from train.base import signals
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 from train.testing.ranks import Ranks, warm_up
 
 

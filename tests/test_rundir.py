@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base import files
+from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask
 from train.storage import rundir
 
@@ -190,18 +191,18 @@ def test_a_folder_with_other_files_and_a_plan_is_taken(tmp_path):
 
 def test_replace_file_is_whole_or_absent(tmp_path, monkeypatch):
     path = tmp_path / "f.json"
-    rundir.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(ValueError):
-        rundir.write_json(path, {"a": float("nan")})
+        files.write_json(path, {"a": float("nan")})
     monkeypatch.setattr(rundir.os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(5, "Input/output error")))
     with pytest.raises(OSError):
-        rundir.write_json(path, {"a": 2})
-    assert rundir.read_json(path) == {"a": 1}
+        files.write_json(path, {"a": 2})
+    assert files.read_json(path) == {"a": 1}
 
 
 def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "f.json")
-    assert rundir.read_json(tmp_path / "f.json") is None
+    assert files.read_json(tmp_path / "f.json") is None
     for name in ("run.json", "config.yaml", "DONE", "validation.jsonl", "selection.safetensors"):
         (tmp_path / name).mkdir()
         os.mkfifo(tmp_path / name / name)
@@ -212,8 +213,8 @@ def test_a_pipe_in_a_files_place_is_refused_and_not_waited_for(tmp_path):
 @pytest.mark.parametrize("data", [b"", b"[1]", b"{", b"\xff", b'{"a": 1', b"[" * 100_000])
 def test_read_json_never_raises(tmp_path, data):
     (tmp_path / "f").write_bytes(data)
-    assert rundir.read_json(tmp_path / "f") is None
-    assert rundir.read_json(tmp_path) is None
+    assert files.read_json(tmp_path / "f") is None
+    assert files.read_json(tmp_path) is None
 
 
 def test_exit_record_masks_secrets_and_never_raises(tmp_path, monkeypatch):

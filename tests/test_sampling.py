@@ -19,7 +19,7 @@ from test_text import small_tokenizer
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.prompts import (
     CARD_SIZES,
     NEGATIVE,
@@ -28,7 +28,6 @@ from train.config.prompts import (
     PromptsFile,
     checked,
     load_prompts,
-    parameters_text,
     with_prefix,
 )
 from train.diffusion.sampling import (
@@ -41,7 +40,7 @@ from train.diffusion.sampling import (
     sample_images,
 )
 from train.model import text
-from train.observe.pictures import grid, require_folder, save_png, write_pictures, write_previews
+from train.observe.pictures import grid, parameters_text, require_folder, save_png, write_pictures, write_previews
 
 NUMPY_2 = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,7 +12,7 @@ import pytest
 from onnxmodel import wd_model
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, ScoreConfig, SourceConfig, TagConfig, dataset_dir, load_settings
 from train.prepare import ingest, label, probe, score, tag
 from train.prepare.tables.units import read_table

@@ -12,7 +12,7 @@ from stages import clean_process, result
 from test_matrix import MODEL, prepared_from
 
 from train import run
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 from train.data.index import Index
 
 

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from stages import Stage, result
 from torch import nn
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
 from train.engine import trial
-from train.engine.step import Place
 from train.model.memory import setup_of
+from train.optim.collectives import Place
 from train.optim.zero1 import Shares, assign
 from train.recipe.order import Plan
 from train.storage.rundir import open_run_dir

@@ -15,7 +15,7 @@ import tinysdxl
 from safetensors.torch import load_file, save_file
 from test_text import TABLE, small_tokenizer
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.model import single_file
 from train.model.text import TagTokenizer, size_vector
 from train.tools.show import buckets, dispatch, model

@@ -12,13 +12,12 @@ from stages import Stage, opened, result, state
 from test_update import gradients, one_update, relative
 from test_worlds import launch
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
-from train.data.dataset import Batch
 from train.data.index import Index
 from train.data.selection import make_plan, open_selection, short_tiles_note
+from train.diffusion.objective import Batch, image_losses
 from train.engine import trial
-from train.engine.step import image_losses
 from train.model import memory
 from train.model.memory import GIB
 from train.recipe.order import plan_fingerprint

@@ -7,7 +7,7 @@ import os
 import pytest
 import torch
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import CheckpointConfig
 from train.storage import checkpoint, manifest, rundir, space
 from train.storage import saver as saver_module

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig, load_settings
 from train.config.source_rules import READS
 

@@ -11,7 +11,7 @@ import pytest
 from lab import UPDATES, Lab
 from safetensors.torch import load_file, save_file
 
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 from train.config.stage import ModelConfig
 from train.model import source
 from train.storage import resume

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from stages import SMALL, Stage
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
 from train.engine import refusals
 from train.storage.rundir import open_run_dir

@@ -18,7 +18,7 @@ import pytest
 from lab import UPDATES, Lab
 
 from train.base import signals
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.testing import chaos
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

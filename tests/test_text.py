@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.model.recomputation import set_text_checkpointing
 from train.model.text import (
     TagTokenizer,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.model.text import TagTokenizer, load_tokenizer
 from train.tools.tiny import model as tiny_model
 from train.tools.tiny import vae as tiny_vae

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import load_settings
 from train.recipe import exclusions, tag_policy
 from train.recipe.buckets import assign, make_buckets, place

@@ -17,7 +17,7 @@ import synthetic
 from stages import Stage, result
 from test_tracking import fake_child
 
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 from train.observe import outlets
 from train.observe.tracker import Tracker
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.base.console import Halt
+from train.base.errors import Halt
 from train.prepare.tables import workers as peers_module
 from train.prepare.tables.schemas import Quarantine
 from train.prepare.tables.units import (

@@ -17,8 +17,9 @@ from lab import UPDATES, Lab
 from safetensors.numpy import save as save_arrays
 from stages import Stage, result
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.engine import guard
+from train.engine.step import bad_step
 from train.observe.tracker import MetricsFile
 from train.optim.loss_scale import loss_scale
 from train.storage import rundir
@@ -119,7 +120,7 @@ def test_a_bad_update_is_refused_even_where_its_record_cannot_be_written(
 
     run = open_run_dir(tmp_path, "s")
     monkeypatch.setattr(guard, "write_json", full)
-    halt = guard.bad_step(run, step=3, updates=3, tiles=(), timesteps=[], losses=[], grad_norm=float("nan"))
+    halt = bad_step(run, step=3, updates=3, tiles=(), timesteps=[], losses=[], grad_norm=float("nan"))
     assert halt.code == ExitCode.NON_FINITE
     assert "No space left" in halt.message
     run.close()

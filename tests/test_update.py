@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from stages import Stage, opened
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.diffusion.objective import image_losses
 from train.engine import loop
 from train.engine.loop import Session
-from train.engine.step import Outcome, compute_update, image_losses
+from train.engine.step import Outcome, compute_update
 from train.recipe import rng
 from train.recipe.order import Tile
 from train.recipe.rng import Stream

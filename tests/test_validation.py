@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_text import small_tokenizer
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.data.selection import held_out
 from train.model.text import TagTokenizer
 from train.observe import validation

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.data.shards import ShardReader, write_shard
 from train.storage.weightfile import open_file, read_header
 

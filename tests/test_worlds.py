@@ -11,7 +11,7 @@ import pytest
 import torch
 from stages import Stage, losses, result, state, weights
 
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 from train.testing.ranks import Ranks, warm_up
 
 pytestmark = pytest.mark.slow

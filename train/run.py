@@ -25,7 +25,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Only the light core here: a locked or read-only run directory must answer before torch is loaded.
 from train.base import faults, signals
-from train.base.console import ExitCode, Halt, run_cli
+from train.base.console import run_cli
+from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig, config_hash, load_stage, unresolved_yaml
 from train.engine import finished, refusals
 from train.storage.rundir import RunDir, open_run_dir
@@ -122,7 +123,8 @@ def as_halt(error: BaseException, update: int = 0) -> Halt:
 
 def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: str, reached: dict[str, int]) -> None:
     """The recipe of one stage, from the dataset to the files the next stage starts from."""
-    from train.engine import guard, handoff, loop, processes, session, setup, trial
+    from train.engine import handoff, loop, processes, session, setup, trial
+    from train.optim import collectives
 
     # Processes: the update's tiles divide among them.
     if signals.orphaned():  # all are; a stop that only some have heard of is agreed upon after they met
@@ -150,9 +152,9 @@ def train_stage(config: StageConfig, run: RunDir, stop: signals.StopFlag, yaml: 
         reached["update"] = running.progress.step
         with session.closing(running):
             run.write_config(yaml)
-            guard.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
+            collectives.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
             trial.check(running, data.tokenizer)
-            guard.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
+            collectives.stop_if_asked(stop.asked, machine.place.device, running.progress.step)
 
             # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.
             running.watch, watch.step, watch.met = watch, running.progress.step, True

@@ -8,43 +8,14 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from enum import IntEnum
 from pathlib import Path
 from typing import NoReturn
 
 from train.base import quiet, streams
+from train.base.errors import ExitCode, Halt
 from train.base.secrets import MaskingFilter, mask
 
 EXIT_NOTE = "ANIX_EXIT_NOTE"  # environment: a file for the main process's exit code, which launchers replace by 1
-
-
-class ExitCode(IntEnum):
-    """What a command's end means; the same list stands in README and in `exit.json`."""
-
-    DONE = 0
-    UNEXPECTED = 1
-    USAGE = 2  # bad usage or config
-    NO_CHECKPOINT = 3  # checkpoints exist, none is valid
-    NON_FINITE = 4
-    OUT_OF_MEMORY = 5
-    LOCKED = 6  # another process owns the run directory
-    MISMATCH = 7  # config, data or model do not fit together, or cannot fit the machine
-    CANNOT_WRITE = 8
-    PEER_LOST = 9
-    STOPPED = 85  # by a signal; saved; start again to resume. Not 0, so that `ft1 && ft2` does not go on
-
-
-class Halt(Exception):
-    """Ends the command with `code`; the message names the key or file at fault and the fix."""
-
-    def __init__(self, code: ExitCode, message: str) -> None:
-        super().__init__(message)
-        self.code = ExitCode(code)
-        self.message = message
-
-    def __reduce__(self) -> tuple[type[Halt], tuple[ExitCode, str]]:
-        """Halts travel from data workers to the trainer, so they must survive pickling by multiprocessing."""
-        return Halt, (self.code, self.message)
 
 
 def _printable(text: str) -> str:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 
 VARIABLE = "ANIX_FAULT"
 POINTS = (

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 
 SECOND_INTERRUPT_S = 2.0  # a terminal and a launcher may both deliver one Ctrl-C
 _PR_SET_PDEATHSIG = 1

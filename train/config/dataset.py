@@ -13,7 +13,7 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset_rules import settings_problems
 from train.config.schema import load_into
 

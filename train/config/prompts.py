@@ -9,9 +9,8 @@ from typing import Literal
 
 from omegaconf import MISSING
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.schema import load_into
-from train.recipe import captions
 
 Sampler = Literal["euler_a", "euler", "dpmpp_2m"]
 SAMPLER_TITLES: Mapping[Sampler, str] = {"euler_a": "Euler a", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
@@ -96,43 +95,8 @@ def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def plain_tags(text: str, separator: str = captions.SEPARATOR) -> list[str]:
-    """The tags of a prompt, a prefix or a negative prompt, in order: separators mean nothing here but a comma."""
-    return captions.split(text.replace(separator, ","), separator)[1]
-
-
 def with_prefix(text: str, prefix: str) -> str:
     """`prefix` put before the text; either may be empty."""
     return ", ".join(part for part in (prefix.strip(" ,"), text.strip()) if part)
 
 
-def parameters_text(
-    prompt: Prompt,
-    text: str,
-    settings: PromptsFile,
-    *,
-    model_name: str,
-    model_hash: str = "",
-    update: int | None = None,
-) -> str:
-    """The text A1111 keeps under "parameters" in a PNG: prompt, negative prompt, one line of settings."""
-    facts = {
-        "Steps": settings.steps,
-        "Sampler": SAMPLER_TITLES[settings.sampler],
-        "CFG scale": f"{settings.guidance:g}",
-        "Seed": prompt.seed,
-        "Size": f"{prompt.width}x{prompt.height}",
-    }
-    if model_hash:
-        facts["Model hash"] = model_hash[:10]
-    facts["Model"] = "".join(" " if character in ',:"\n' else character for character in model_name)
-    facts["RNG"] = "Philox"
-    facts["Noise index"] = prompt.index
-    if update is not None:
-        facts["Update"] = update
-    line = ", ".join(f"{key}: {value}" for key, value in facts.items())
-    # On one line each: the tokenizer takes a line break for a space, readers of this text for the next part.
-    # The negative prompt as it is encoded; `text` is given so.
-    wanted, unwanted = (" ".join(part.split()) for part in (text, captions.join(plain_tags(settings.negative))))
-    negative = [f"Negative prompt: {unwanted}"] if unwanted else []
-    return "\n".join([wanted, *negative, line])

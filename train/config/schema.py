@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar, Union
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING, OmegaConf
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.schema import load_into, merge_sources
 from train.config.stage_rules import stage_problems
 

@@ -7,73 +7,24 @@ makes it. Shape legend: B images of a tile, C latent channels, H W latent rows a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import DataConfig, NoiseConfig
 from train.data.index import Index
 from train.data.shards import ShardReader
 from train.diffusion.noise import tile_noise
+from train.diffusion.objective import Batch
 from train.model.text import TagTokenizer, size_vector
 from train.recipe import rng
 from train.recipe.buckets import crop_condition
 from train.recipe.captions import DrawOptions, draw_many, warmup_length
 from train.recipe.order import Plan, Tile
 from train.recipe.rng import Stream
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A tile, or a part of one. Tensors first; the rest says where it came from."""
-
-    latents_BCHW: torch.Tensor  # fp32, scaled as the U-Net sees them
-    noise_BCHW: torch.Tensor  # fp32, the target's noise (offset included)
-    input_noise_BCHW: torch.Tensor  # fp32, what is added; differs from noise only with input perturbation
-    timesteps_B: torch.Tensor  # int64
-    ids_1_BN77: torch.Tensor  # int64, encoder 1
-    ids_2_BN77: torch.Tensor  # int64, encoder 2
-    size_B6: torch.Tensor  # fp32: original h w, crop top left, target h w
-    slots_B: torch.Tensor  # int64, place of each image in its update
-    step: int  # plan step
-    tile: Tile
-    tags_dropped: int  # cut at the token limit
-    substituted: tuple[str, ...] = ()  # keys that could not be read and were replaced
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`; asynchronous from pinned memory."""
-        return self._with({n: t.to(device, non_blocking=True) for n, t in self.tensors().items()})
-
-    def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by the data loader on CUDA machines)."""
-        return self._with({name: tensor.pin_memory() for name, tensor in self.tensors().items()})
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """Field name to tensor."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
-
-    def _with(self, tensors: dict[str, Any]) -> Batch:
-        return replace(self, **tensors)
-
-    def parts(self, count: int) -> list[Batch]:
-        """The tile cut into `count` equal runs of images, in order (a short tile: as equal as it goes)."""
-        if count == 1:
-            return [self]
-        images = len(self.slots_B)
-        bounds = [images * i // count for i in range(count + 1)]
-        pieces = [
-            self._with({name: tensor[a:b] for name, tensor in self.tensors().items()})
-            for a, b in zip(bounds, bounds[1:], strict=False)
-            if b > a
-        ]
-        # What is counted per tile is carried by its first piece alone.
-        return [pieces[0], *(replace(piece, tags_dropped=0, substituted=()) for piece in pieces[1:])]
 
 
 class TileDataset(Dataset[Batch | Halt]):

@@ -22,10 +22,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import safetensors.numpy
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json, replace_file
 from train.data.cells import CellError, CellFile
 from train.data.index_check import refuse_changed, refuse_damaged
-from train.storage.rundir import read_json, replace_file
 
 INDEX, VERSION = "index.arrow", "1"
 CAPTION_COLUMNS = ("fixed_tags", "flex_tags")

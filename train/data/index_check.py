@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from train.base.console import ExitCode, Halt
-from train.storage.rundir import read_json
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
 
 _CHECKED_ROWS = 1 << 17  # at a time: what is looked at becomes resident until it is given back
 

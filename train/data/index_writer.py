@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.data.index import (
     CAPTION_COLUMNS,
     INDEX,

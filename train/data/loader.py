@@ -17,10 +17,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from train.base import signals
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.base.signals import reset_in_worker
 from train.config.stage import DataConfig
-from train.data.dataset import Batch, TileDataset
+from train.data.dataset import TileDataset
+from train.diffusion.objective import Batch
 
 log = logging.getLogger("anix")
 POOL_RETRIES = 2

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
 from train.config.stage import DataConfig, StageConfig
 from train.data.index import U64, Index
 from train.model.source import LocalModel, vae_identity
 from train.recipe.captions import SEPARATOR
 from train.recipe.order import Plan, Size, check_buckets
-from train.storage.rundir import read_json
 
 
 @dataclass(frozen=True)

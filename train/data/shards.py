@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from train.base.console import ExitCode, Halt
-from train.storage.rundir import fsync_dir, read_json, write_all
+from train.base.errors import ExitCode, Halt
+from train.base.files import fsync_dir, read_json, write_all
 from train.storage.weightfile import read_header
 
 SHARD_IMAGES = 1024

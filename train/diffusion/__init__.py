@@ -1,1 +1,1 @@
-"""TODO"""
+"""Noise and its offset, the forward and its loss, samplers. Batches are made in data/."""

@@ -21,11 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from train.base.console import ExitCode, Halt
-from train.config.prompts import Prompt, Sampler, plain_tags
+from train.base.errors import ExitCode, Halt
+from train.config.prompts import Prompt, Sampler
 from train.diffusion.noise import TIMESTEPS, alphas_cumprod
 from train.model import text
 from train.recipe import captions, rng
+from train.recipe.captions import plain_tags
 
 log = logging.getLogger("anix")
 

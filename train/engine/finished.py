@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
 from train.config.schema import flatten
 from train.config.stage import StageConfig, load_stage
 from train.data.selection import Selection, open_selection, vae_mark
@@ -19,7 +20,7 @@ from train.recipe import schedule
 from train.recipe.captions import warmup_length
 from train.storage import manifest, resume
 from train.storage.resume import Comparison, Expectations
-from train.storage.rundir import read_done, read_json
+from train.storage.rundir import read_done
 
 LENGTH = ("epochs", "max_updates")  # the keys that make a run longer
 _MODEL = ("model.init_from", "model.vae", "model.tokenizers", "model.init_sha256", "model.vae_sha256")

@@ -6,7 +6,7 @@ import logging
 import os
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig, config_hash
 from train.engine import export
 from train.engine.loop import Session

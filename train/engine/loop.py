@@ -17,23 +17,24 @@ import numpy as np
 import torch
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.base.signals import StopFlag, grace_warning
 from train.config.stage import StageConfig
 from train.data.loader import Feed
-from train.engine import guard
+from train.diffusion.objective import Diffusion
 from train.engine.processes import Watch
-from train.engine.step import Diffusion, Gradients, Outcome, Place, compute_update
+from train.engine.step import Gradients, Outcome, bad_step, compute_update, may_apply
 from train.observe.heldout import HeldOut
 from train.observe.previews import Previews
-from train.observe.tracker import Tracker, loss_by_decile
-from train.optim import optimizers, rounding
+from train.observe.tracker import SpikeDetector, Tracker, loss_by_decile
+from train.optim import collectives, optimizers, rounding
+from train.optim.collectives import Place
 from train.optim.ema import Ema
 from train.optim.loss_scale import LossScale
 from train.optim.zero1 import Shares
 from train.recipe import rng
 from train.recipe.order import Plan, Tile, trace_lines
-from train.recipe.schedule import lr_at
+from train.recipe.schedule import lr_at, peaks
 from train.storage.checkpoint import Progress
 from train.storage.rundir import RunDir
 from train.storage.saver import Saver
@@ -69,7 +70,7 @@ class Session:
     update_s: float = 0.0
     watch: Watch = field(default_factory=lambda: Watch(None, 0, 1))  # over the other processes
     stepping: bool = False  # the weights are between two updates: nothing may be saved
-    spikes: guard.SpikeDetector = field(default_factory=guard.SpikeDetector)
+    spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
 
 def run_updates(session: Session) -> Progress:
@@ -97,7 +98,7 @@ def run_updates(session: Session) -> Progress:
             max_grad_norm=config.optimizer.max_grad_norm,
             stop_asked=lambda: session.stop.asked,
         )
-        applied = guard.may_apply(outcome.losses_finite, outcome.grad_norm)
+        applied = may_apply(outcome.losses_finite, outcome.grad_norm)
         if not outcome.losses_finite or (not applied and not session.scale.enabled):
             raise refuse_update(session, step, tiles, outcome)
 
@@ -128,14 +129,6 @@ def run_updates(session: Session) -> Progress:
         log_update(session, tiles, outcome, rates)
         after_update(session, outcome)
     return session.progress
-
-
-def peaks(config: StageConfig) -> dict[str, float]:
-    """Parameter group to peak learning rate."""
-    groups = {"unet": config.optimizer.unet_lr}
-    if config.model.train_text_encoders and config.optimizer.text_encoder_lr is not None:
-        groups |= dict.fromkeys(("text_encoder", "text_encoder_2"), config.optimizer.text_encoder_lr)
-    return groups
 
 
 def learning_rates(config: StageConfig, updates: int, cycle_updates: int) -> dict[str, float]:
@@ -178,12 +171,12 @@ def conclude(session: Session) -> None:
     """Save the last update, then look at it. A stop cuts the look short, and the next start takes it again."""
     save(session, now=True, permanent=True)
     look(session, last=True)
-    guard.stop_if_asked(session.stop.asked, session.place.device, session.progress.step)
+    collectives.stop_if_asked(session.stop.asked, session.place.device, session.progress.step)
 
 
 def save(session: Session, *, now: bool = False, permanent: bool = False) -> None:
     """Save the present progress: in the background, or before returning with `now`."""
-    guard.check_replicas(session.parameters, session.progress.step)
+    collectives.check_replicas(session.parameters, session.progress.step)
     state = tensors(session)  # with ZeRO-1 a collective, so before anybody is waited for
     wait = now or not session.config.checkpoint.background
     with session.watch.main_only("save") if wait else contextlib.nullcontext():
@@ -220,7 +213,7 @@ def leave(session: Session, error: BaseException) -> None:
     have the whole optimizer state, so the last regular checkpoint is what remains.
     """
     reason = session.watch.failed(error)
-    lost = session.stepping or isinstance(reason, guard.ReplicasDiffer) or session.progress.step == 0
+    lost = session.stepping or isinstance(reason, collectives.ReplicasDiffer) or session.progress.step == 0
     over = isinstance(error, Halt) and error.code in (ExitCode.STOPPED, ExitCode.CANNOT_WRITE)
     if session.saver is not None and session.shares is not None and not (lost or over):
         session.tracker.alert(
@@ -249,7 +242,7 @@ def report_saves(session: Session, saver: Saver) -> None:
 
 def refuse_update(session: Session, step: int, tiles: tuple[Tile, ...], outcome: Outcome) -> Halt:
     """What to raise for an update that must not be applied; the weights are those of the update before."""
-    return guard.bad_step(
+    return bad_step(
         session.run,
         step=step,
         updates=session.progress.updates,

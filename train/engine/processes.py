@@ -22,7 +22,7 @@ from typing import Any
 import torch.distributed as dist
 
 from train.base import signals
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask
 
 BEAT_S = 1.0

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.base.signals import StopFlag
 from train.config.schema import flatten
 from train.config.stage import StageConfig, config_hash
@@ -23,17 +23,19 @@ from train.data.loader import Feed
 from train.data.selection import short_tiles_note
 from train.data.shards import ShardReader
 from train.diffusion.noise import alphas_cumprod
-from train.engine import finished, guard, trial
+from train.diffusion.objective import Diffusion
+from train.engine import finished, trial
 from train.engine.loop import Session
 from train.engine.refusals import check_schedule
 from train.engine.setup import Data, Execution, Machine, make_optimizer, open_shares
-from train.engine.step import Diffusion, Gradients, Place
+from train.engine.step import Gradients
 from train.model.networks import Components, Networks, overlay, trained_parameters
 from train.model.source import LocalModel
 from train.observe.heldout import HeldOut
 from train.observe.previews import Previews
-from train.observe.tracker import Tracker, read_metrics
+from train.observe.tracker import SPIKE_WINDOW, SpikeDetector, Tracker, read_metrics
 from train.optim import collectives, optimizers
+from train.optim.collectives import Place
 from train.optim.ema import Ema
 from train.optim.loss_scale import loss_scale
 from train.recipe import rng, schedule
@@ -191,13 +193,13 @@ def open_session(
         cycle_updates=cycle,
         last_step=plan.total_updates,
         shares=shares,
-        spikes=guard.SpikeDetector(recent_losses(run.metrics) if place.is_main else ()),
+        spikes=SpikeDetector(recent_losses(run.metrics) if place.is_main else ()),
     )
 
 
 def recent_losses(metrics: Path) -> list[float]:
     """The losses that metrics.jsonl ends with, so that a resumed run is not blind to spikes at first."""
-    records = read_metrics(metrics)[-guard.SPIKE_WINDOW :] if metrics.is_file() else []
+    records = read_metrics(metrics)[-SPIKE_WINDOW :] if metrics.is_file() else []
     return [record["loss"] for record in records if isinstance(record.get("loss"), float)]
 
 

@@ -15,15 +15,16 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from train.config.stage import StageConfig
 from train.data.index import Index
 from train.data.selection import open_selection, refuse_other_vae, vae_mark
-from train.engine import loop
+from train.diffusion.objective import DTYPES, autocast
 from train.engine.refusals import check_processes, refuse_foreign_engines
-from train.engine.step import DTYPES, Place, autocast
 from train.model import memory, single_file, speed, text
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
 from train.model.recomputation import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.model.source import LocalModel
 from train.optim import optimizers, rounding
+from train.optim.collectives import Place
 from train.optim.zero1 import Shares
+from train.recipe import schedule
 from train.recipe.order import Plan, plan_fingerprint
 from train.storage.saver import available_host_bytes
 
@@ -186,7 +187,7 @@ def probe(networks: Networks, config: StageConfig) -> None:
 
 def make_optimizer(config: StageConfig, networks: Networks, shares: Shares | None) -> torch.optim.Optimizer:
     """AdamW or Adafactor over one group per trained network, or over this process's share of each."""
-    peaks = loop.peaks(config)
+    peaks = schedule.peaks(config)
     groups = []
     for name, parameters in parameter_groups(networks).items():
         members = list((parameters if shares is None else shares.mine(parameters)).values())

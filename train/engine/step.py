@@ -7,53 +7,26 @@ of processes nor the cutting of tiles changes it. Shape legend: B images, C H W 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
-from train.config.stage import LossConfig, NoiseConfig
-from train.data.dataset import Batch
-from train.diffusion import loss, noise
+from train.base.errors import ExitCode, Halt
+from train.base.files import json_number, write_json
+from train.diffusion.objective import Batch, Diffusion, image_losses
 from train.model import speed
 from train.optim import optimizers
-from train.optim.collectives import BinaryCounter, FlatGradients, reduce_pairwise
+from train.optim.collectives import BinaryCounter, FlatGradients, Place, reduce_pairwise
 from train.optim.loss_scale import LossScale
-from train.recipe.order import partial_sums
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which process this is, and what it computes on."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        """True on the one process that writes."""
-        return self.rank == 0
-
-
-@dataclass(frozen=True)
-class Diffusion:
-    """What forward and loss need beside the batch."""
-
-    alphas_T: torch.Tensor  # float64, cumulative products of 1 - beta
-    noise: NoiseConfig
-    loss: LossConfig
-    precision: str
-    split: int = 1  # parts in which a tile is executed
-    attention: str = "auto"  # kernel of scaled-dot-product attention
-    deterministic: bool = False  # only kernels that give the same bits every time
-    channels_last: bool = False
+from train.recipe.order import Tile, partial_sums
+from train.storage.rundir import RunDir
 
 
 @dataclass(frozen=True)
@@ -188,39 +161,6 @@ class TileBackward:
         total.backward(faults.bend("backward", torch.ones_like(total), part.step))
 
 
-def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.Tensor:
-    """Weighted loss of each image [B], fp32."""
-    dtype = DTYPES[diffusion.precision]
-    half = dtype if diffusion.noise.dtype == "compute" and dtype != torch.float32 else None
-    target_noise_BCHW = noise.as_drawn(part.noise_BCHW, diffusion.noise, half)
-    input_noise_BCHW = noise.as_drawn(part.input_noise_BCHW, diffusion.noise, half)
-    noisy_BCHW = noise.add_noise(
-        part.latents_BCHW, input_noise_BCHW, part.timesteps_B, diffusion.alphas_T, dtype=half
-    )
-    noisy_BCHW = noisy_BCHW.to(dtype)
-    if diffusion.channels_last:
-        noisy_BCHW = speed.as_channels_last(noisy_BCHW)
-    with autocast(part.latents_BCHW.device.type, diffusion.precision):
-        prediction_BCHW = model(
-            noisy_BCHW, part.timesteps_B, part.ids_1_BN77, part.ids_2_BN77, part.size_B6
-        )
-    return loss.per_image(
-        prediction_BCHW.float(),
-        part.latents_BCHW,
-        target_noise_BCHW.float(),
-        part.timesteps_B,
-        diffusion.alphas_T,
-        diffusion.loss,
-    )
-
-
-def autocast(device_type: str, precision: str) -> torch.autocast:
-    """Every forward of the training runs in this."""
-    dtype = DTYPES[precision]
-    # No cache: every weight is used once per forward, and cached casts would hold 5 GiB until it ends.
-    return torch.autocast(device_type, dtype, enabled=dtype != torch.float32, cache_enabled=False)
-
-
 def compute_update(
     gradients: Gradients,
     batches: Iterator[Batch],
@@ -260,3 +200,64 @@ def compute_update(
         tags_cut=int(read[images + 1]),
     )
 
+
+def bad_step_record(
+    step: int, tiles: Sequence[Tile], timesteps: Sequence[int] | np.ndarray, losses: Sequence[float], **more: Any
+) -> dict[str, Any]:
+    """Everything needed to look at, and recompute, plan step `step`: one entry per image in plan order.
+
+    JSON has no NaN: non-finite numbers become the strings nan, inf, -inf; finite ones keep all their digits.
+    """
+    slots: list[dict[str, Any]] = []
+    for number, tile in enumerate(tiles):
+        for row, uid, epoch in zip(tile.rows, tile.uids, tile.epochs, strict=True):
+            slots.append(
+                {
+                    "tile": number,
+                    "bucket": f"{tile.width}x{tile.height}",
+                    "row": int(row),
+                    "uid": f"{int(uid):016x}",
+                    "epoch": int(epoch),
+                    "t": int(timesteps[len(slots)]),
+                    "loss": json_number(float(losses[len(slots)])),
+                }
+            )
+    return {"step": step, **{k: json_number(v) if isinstance(v, float) else v for k, v in more.items()}, "slots": slots}
+
+
+def may_apply(losses_finite: bool, grad_norm: float) -> bool:
+    """Whether the weights may change: all losses and the norm over all gradients are finite."""
+    return losses_finite and math.isfinite(grad_norm)
+
+
+def bad_step(
+    run: RunDir,
+    *,
+    step: int,
+    updates: int,
+    tiles: Sequence[Tile],
+    timesteps: Sequence[int] | np.ndarray,
+    losses: Sequence[float],
+    grad_norm: float,
+    scale: float = 1.0,
+) -> Halt:
+    """The Halt(NON_FINITE) to raise before the weights change; the main process leaves `bad_step.json`.
+
+    `timesteps` and `losses` hold one number per image in plan order.
+    """
+    record = bad_step_record(step, tiles, timesteps, losses, updates=updates, grad_norm=grad_norm, loss_scale=scale)
+    bad = [s for s in record["slots"] if isinstance(s["loss"], str)]
+    named = ", ".join(f"{s['uid']}@{s['epoch']} t {s['t']} ({s['loss']})" for s in bad[:8])
+    what = f"the loss of {len(bad)} images" if bad else f"the gradient (loss scale {scale:g})"
+    where = "All is in bad_step.json"
+    try:
+        if run.rank == 0:
+            write_json(run.path / "bad_step.json", record)
+    except OSError as error:  # the update must not be applied all the same
+        where = f"bad_step.json could not be written ({error.strerror})"
+    return Halt(
+        ExitCode.NON_FINITE,
+        f"update {step}: {what} is not finite; the weights are those of the update before. "
+        + (f"Images (uid@epoch): {named}{' ...' if len(bad) > 8 else ''}. " if bad else "")
+        + f"{where}; scripts/show.py step {run.path} --update {step} --recompute repeats it",
+    )

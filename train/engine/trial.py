@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig
-from train.data.dataset import Batch
+from train.diffusion.objective import Batch, image_losses
 from train.engine.loop import Session
-from train.engine.step import image_losses
 from train.model.text import TagTokenizer
 from train.optim import optimizers
 from train.optim.zero1 import Shares

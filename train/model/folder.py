@@ -16,11 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import fsync_dir, read_json, replace_file, write_json
 from train.model import clip_tokens, other_kinds, sdxl, spellings
 from train.model.other_kinds import FEW, some
 from train.storage import weightfile
-from train.storage.rundir import fsync_dir, read_json, replace_file, write_json
 from train.storage.weightfile import Blob
 
 FILES = {

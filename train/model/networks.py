@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import ModelConfig
 from train.model import clip_tokens, text
 from train.model import source as model_source

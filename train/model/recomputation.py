@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.model.memory import STEPS_OF_MODE
 
 # Cumulative: step n keeps the activations of every block named in the first n entries, and recomputes the others.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2", "vae")
 PREFIXES = {

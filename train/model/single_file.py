@@ -16,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import fsync_dir, read_json, write_json
 from train.model import clip_tokens, other_kinds, sdxl, spellings, vae_file
 from train.model import folder as model_folder
 from train.model.folder import Weights, check_weights, refuse_existing
 from train.storage import weightfile
-from train.storage.rundir import fsync_dir, read_json, write_json
 from train.storage.weightfile import Blob
 
 FAIPL = "Fair AI Public License 1.0-SD"  # freedevproject.org/faipl-1.0-sd; Animagine XL 3.x and descendants

@@ -14,12 +14,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
 from train.config.stage import ModelConfig
 from train.model import folder as model_folder
 from train.model import sdxl, single_file, vae_file
 from train.storage import manifest, weightfile
-from train.storage.rundir import read_done, read_json
+from train.storage.rundir import read_done
 from train.storage.weightfile import Blob
 
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@(.+)$")

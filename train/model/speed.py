@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 
 ATTENTION = ("auto", "flash", "cudnn", "math")
 # One graph per block and shape: 33 buckets have 12 areas, 2 graphs each for the transformer blocks, and the default

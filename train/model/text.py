@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.model import clip_tokens
 
 BOS_ID, EOS_ID, PAD_2_ID = 49406, 49407, 0  # CLIP's ids; PAD_2_ID is "!", with which encoder 2's texts are padded

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
 from train.model import folder as model_folder
 from train.model import other_kinds, sdxl, spellings
 from train.storage import weightfile
-from train.storage.rundir import read_json
 from train.storage.weightfile import Blob
 
 _WAYS = "name a VAE folder, a model folder with vae/, or a .safetensors file"

@@ -10,20 +10,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from train.base.console import Halt
+from train.base.errors import Halt
+from train.base.files import replace_file
 from train.base.signals import StopFlag
 from train.config.stage import LossConfig, NoiseConfig, StageConfig, load_stage
-from train.data.dataset import Batch
 from train.data.index import Index
 from train.data.shards import ShardReader
 from train.diffusion.noise import alphas_cumprod
+from train.diffusion.objective import Batch, Diffusion, image_losses
 from train.diffusion.sampling import without_training
-from train.engine.step import Diffusion, Place, image_losses
 from train.model.networks import Networks
 from train.model.text import TagTokenizer
 from train.observe.tracker import Tracker
 from train.observe.validation import Making, chosen, evaluate, strata_of
-from train.storage.rundir import replace_file
+from train.optim.collectives import Place
 
 log = logging.getLogger("anix")
 FILE = "held_out.json"  # in the run directory: which images never trained, and the strata of each

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.prompts import Prompt, PromptsFile, checked
 from train.config.stage import ModelConfig, load_stage
 from train.diffusion.sampling import RECIPE, TrainedAs, sample_images

@@ -15,9 +15,11 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
-from train.config.prompts import OUR_MARKS, PromptsFile, parameters_text
+from train.base.errors import ExitCode, Halt
+from train.config.prompts import OUR_MARKS, SAMPLER_TITLES, Prompt, PromptsFile
 from train.diffusion.sampling import RECIPE, TrainedAs, captions_text, sample_images
+from train.recipe import captions
+from train.recipe.captions import plain_tags
 
 NUMBERED = re.compile(r"\d\d+(-ema)?\.png")
 CELL_PX = 384  # longest side of a picture in a grid
@@ -160,3 +162,35 @@ def _fit(image: Image.Image) -> Image.Image:
         return image
     size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
     return image.resize(size, Image.Resampling.LANCZOS)
+
+
+def parameters_text(
+    prompt: Prompt,
+    text: str,
+    settings: PromptsFile,
+    *,
+    model_name: str,
+    model_hash: str = "",
+    update: int | None = None,
+) -> str:
+    """The text A1111 keeps under "parameters" in a PNG: prompt, negative prompt, one line of settings."""
+    facts = {
+        "Steps": settings.steps,
+        "Sampler": SAMPLER_TITLES[settings.sampler],
+        "CFG scale": f"{settings.guidance:g}",
+        "Seed": prompt.seed,
+        "Size": f"{prompt.width}x{prompt.height}",
+    }
+    if model_hash:
+        facts["Model hash"] = model_hash[:10]
+    facts["Model"] = "".join(" " if character in ',:"\n' else character for character in model_name)
+    facts["RNG"] = "Philox"
+    facts["Noise index"] = prompt.index
+    if update is not None:
+        facts["Update"] = update
+    line = ", ".join(f"{key}: {value}" for key, value in facts.items())
+    # On one line each: the tokenizer takes a line break for a space, readers of this text for the next part.
+    # The negative prompt as it is encoded; `text` is given so.
+    wanted, unwanted = (" ".join(part.split()) for part in (text, captions.join(plain_tags(settings.negative))))
+    negative = [f"Negative prompt: {unwanted}"] if unwanted else []
+    return "\n".join([wanted, *negative, line])

@@ -17,11 +17,12 @@ import torch
 from train.base.signals import StopFlag
 from train.config.prompts import PromptsFile, load_prompts
 from train.config.stage import StageConfig
+from train.diffusion.objective import DTYPES
 from train.diffusion.sampling import TrainedAs
-from train.engine.step import DTYPES, Place
 from train.model.networks import Components, Networks, canonical
 from train.observe.pictures import write_previews
 from train.observe.tracker import Tracker
+from train.optim.collectives import Place
 from train.optim.ema import Ema
 
 log = logging.getLogger("anix")

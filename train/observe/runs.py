@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.schema import flatten
 from train.config.stage import load_stage
 from train.observe.tracker import read_metrics

@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TextIO
 
@@ -316,3 +317,41 @@ def _end_of_last_line(path: Path) -> int:
                 return start + found + 1
             position = start
     return 0
+
+
+SPIKE_SIGMAS = 6.0
+
+
+SPIKE_WINDOW = 128  # updates
+
+
+_SPIKE_LEAST = 8  # losses before anything can be called unusual
+
+
+def spike_sigmas(history: Collection[float], loss: float) -> float | None:
+    """How many standard deviations `loss` lies above the last 128 losses, if that is a spike, else None.
+
+    A spike (6 sigma) is reported and counted; the run goes on unchanged. `history` excludes `loss`.
+    """
+    window = [value for value in list(history)[-SPIKE_WINDOW:] if math.isfinite(value)]
+    if len(window) < _SPIKE_LEAST or not math.isfinite(loss):
+        return None
+    mean = math.fsum(window) / len(window)
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in window) / (len(window) - 1))
+    deviation = max(deviation, abs(mean) * 1e-6)  # equal losses: rounding is not a spike
+    sigmas = (loss - mean) / deviation if deviation > 0 else 0.0
+    return sigmas if sigmas > SPIKE_SIGMAS else None
+
+
+class SpikeDetector:
+    """Owner of the last losses. A resumed run may hand in those of its `metrics.jsonl`."""
+
+    def __init__(self, history: Iterable[float] = ()) -> None:
+        self.history = deque(history, maxlen=SPIKE_WINDOW)
+        self.sigmas: float | None = None  # of the last loss, if it was a spike
+
+    def check(self, loss: float) -> str | None:
+        """What is unusual about this update's loss, else None; then it counts as seen."""
+        self.sigmas, seen = spike_sigmas(self.history, loss), len(self.history)
+        self.history.append(loss)
+        return None if self.sigmas is None else f"loss {loss:.4g} lies {self.sigmas:.1f} sigma above the last {seen}"

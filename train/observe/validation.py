@@ -16,10 +16,11 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
-from train.base.console import Halt
-from train.data.dataset import Batch, naming_the_picture
+from train.base.errors import Halt
+from train.data.dataset import naming_the_picture
 from train.data.index import Index
 from train.data.shards import ShardReader
+from train.diffusion.objective import Batch
 from train.model.text import TagTokenizer, size_vector
 from train.recipe import rng
 from train.recipe.buckets import crop_condition

@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+from train.base.errors import ExitCode, Halt
 
 
 class FlatGradients:
@@ -96,3 +99,72 @@ def reduce_pairwise(flat: torch.Tensor, rank: int, groups: Mapping[int, Mapping[
     """Sum `flat` over all processes, in place, one partner at a time."""
     for distance in sorted(groups):
         dist.all_reduce(flat, op=dist.ReduceOp.SUM, group=groups[distance][min(rank, rank ^ distance)])
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process this is, and what it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one process that writes."""
+        return self.rank == 0
+
+
+def stop_if_asked(asked: bool, device: torch.device, step: int) -> None:
+    """Halt(STOPPED) on every process alike when any of them was asked to stop. One collective, before update `step`.
+
+    Inside the loop the control vector carries the flag; this is for loading and preflight, where nothing is lost.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        flag = torch.tensor([float(asked)], device=device)
+        dist.all_reduce(flag)
+        asked = bool(flag.item() > 0)
+    if asked:
+        saved = f"after update {step}, which is saved" if step else "before the first update"
+        raise Halt(ExitCode.STOPPED, f"stopped by a signal {saved}: the same command goes on")
+
+
+_BIT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes per element: integer dtype
+
+
+class ReplicasDiffer(Halt):
+    """The processes hold different weights: the one failure after which nothing may be saved."""
+
+
+@torch.no_grad()
+def checksums(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """int64 [n]: per tensor the wrapping sum of its bit patterns, on the tensors' device, in sorted-name order."""
+    sums = []
+    for name in sorted(tensors):
+        flat = tensors[name].detach().contiguous().reshape(-1)
+        sums.append(flat.view(_BIT_VIEWS[flat.element_size()]).sum(dtype=torch.int64))
+    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def differing_replicas(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names whose bits are not the same on all processes; [] on one process. One collective."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return []
+    own = checksums(tensors)
+    both = torch.cat([own, -own])  # max of the negated sums is minus their min: one collective instead of two
+    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    highest, lowest = both[: len(own)], -both[len(own) :]
+    different = (highest != lowest).cpu().tolist()
+    return [name for name, differs in zip(sorted(tensors), different, strict=True) if differs]
+
+
+def check_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
+    """Halt(PEER_LOST) on every process when any parameter differs between them; nothing is saved then."""
+    names = differing_replicas(tensors)
+    if names:
+        raise ReplicasDiffer(
+            ExitCode.PEER_LOST,
+            f"update {step}: the processes hold different weights in {len(names)} of {len(tensors)} tensors, such as "
+            f"{', '.join(names[:3])}. One device computes wrongly; nothing was saved. Test the devices, then start "
+            "again from the last checkpoint",
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 
 GROWTH_INTERVAL = 2000  # updates without overflow before the scale doubles, as torch's default
 MAX_SKIPS_IN_A_ROW = 20

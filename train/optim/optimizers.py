@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
 
 Groups = Sequence[tuple[str, Sequence[nn.Parameter], float]]  # (name, parameters, peak learning rate)

@@ -22,8 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from train.base.console import ExitCode, Halt
-from train.engine.step import Place
+from train.base.errors import ExitCode, Halt
+from train.optim.collectives import Place
 from train.storage.tensorfile import DTYPE_NAMES
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}

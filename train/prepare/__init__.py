@@ -1,1 +1,1 @@
-"""The way from raw images and their metadata to a training set; one file a step."""
+"""Raw images to training set: one file a step, in the order of `ls`. Nothing of the engine is imported here."""

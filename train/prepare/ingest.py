@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
 from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.choosing.repeats import tell_unread_folders
 from train.prepare.folders.places import check_place
@@ -50,7 +51,6 @@ from train.prepare.tables.units import (
     write_text,
 )
 from train.recipe.exclusions import EXCLUSIONS_VERSION
-from train.storage.rundir import read_json
 
 INGEST_VERSION = 2  # 2: links, spellings, layouts, dates and categories of dumps
 _MARK = "sources.json"

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from train.base.console import ExitCode
+from train.base.errors import ExitCode
 from train.config.dataset import DatasetConfig, dataset_dir
 from train.prepare.choosing.facts import between
 from train.prepare.health.facts import Facts, gather

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, ScoreConfig, dataset_dir
 from train.prepare.folders.files import read_image
 from train.prepare.formats.keyed import numbers, of_records, read_column

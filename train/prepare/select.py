@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, SelectConfig, dataset_dir
 from train.config.dataset_rules import MAX_REPEATS
 from train.prepare.choosing.candidates import Candidates

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 
 Size = tuple[int, int]
 CropCondition = Literal["actual", "kohya", "zero"]

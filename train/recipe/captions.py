@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.recipe import rng
+from train.recipe import captions, rng
 from train.recipe.rng import Stream
 
 SEPARATOR = "|||"  # of our own tables and texts; captions that arrive with another one are rewritten at ingest
@@ -129,3 +129,8 @@ def _warm_count(count: int, options: DrawOptions, update: int) -> int:
     if update >= options.warmup_updates or count <= options.warmup_min:
         return count
     return update * (count - options.warmup_min) // options.warmup_updates + options.warmup_min
+
+
+def plain_tags(text: str, separator: str = captions.SEPARATOR) -> list[str]:
+    """The tags of a prompt, a prefix or a negative prompt, in order: separators mean nothing here but a comma."""
+    return captions.split(text.replace(separator, ","), separator)[1]

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.recipe import rng
 from train.recipe.rng import Stream
 

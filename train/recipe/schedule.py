@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.config.stage import StageConfig
 
 if TYPE_CHECKING:
     from train.config.stage import ScheduleConfig
@@ -89,3 +90,11 @@ def _check_constant(config: ScheduleConfig) -> None:
                 ExitCode.USAGE,
                 f"schedule.{key} is {getattr(config, key)}, but schedule.name {config.name} does not read it",
             )
+
+
+def peaks(config: StageConfig) -> dict[str, float]:
+    """Parameter group to peak learning rate."""
+    groups = {"unet": config.optimizer.unet_lr}
+    if config.model.train_text_encoders and config.optimizer.text_encoder_lr is not None:
+        groups |= dict.fromkeys(("text_encoder", "text_encoder_2"), config.optimizer.text_encoder_lr)
+    return groups

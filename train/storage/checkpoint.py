@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import fsync_dir, replace_file, write_all
 from train.config.stage import CheckpointConfig
 from train.storage import manifest, resume, tensorfile
 from train.storage.manifest import Damaged, FileRecord, Manifest
-from train.storage.rundir import RunDir, fsync_dir, replace_file, write_all
+from train.storage.rundir import RunDir
 from train.storage.space import committed, require_space
 
 STATE_SCHEMA = 1

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask_settings
 
 Class = Literal["free", "warn", "refuse"]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import CheckpointConfig
 from train.storage import checkpoint
 from train.storage.checkpoint import Progress, Tensors

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import CheckpointConfig, StageConfig
 from train.storage import manifest
 from train.storage.manifest import Damaged, Manifest

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from train.base import faults
+from train.base.files import write_all
 from train.storage.manifest import FileRecord
-from train.storage.rundir import write_all
 from train.storage.weightfile import HEADER_LIMIT_BYTES
 
 DTYPE_NAMES = {

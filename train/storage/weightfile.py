@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from train.base.console import ExitCode, Halt
-from train.storage.rundir import write_all
+from train.base.errors import ExitCode, Halt
+from train.base.files import write_all
 
 MOST_SIDES = 16  # of a tensor; SDXL's have 4
 PIECE_BYTES = 16 << 20  # a multiple of every element size, so that pieces end between elements

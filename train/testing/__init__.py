@@ -1,1 +1,1 @@
-"""TODO"""
+"""Benchmarks and chaos. Stands above everything, is not installed, and nothing imports it."""

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.testing.variants import H200_TFLOPS, VARIANTS, Variant, describe_variant, tiny
 
 ROOT = Path(__file__).resolve().parents[2]

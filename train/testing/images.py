@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from train.base.console import Halt
+from train.base.errors import Halt
 from train.prepare.images import vips
 from train.prepare.images.decode import resize_crop
 from train.recipe.buckets import place

@@ -19,10 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train.base import signals
 from train.config.stage import CheckpointConfig, load_stage
 from train.data.shards import write_shard
+from train.diffusion.objective import image_losses
 from train.engine import handoff, processes, setup
 from train.engine import session as sessions
 from train.engine.loop import Session, run_updates
-from train.engine.step import TileBackward, image_losses
+from train.engine.step import TileBackward
 from train.optim import optimizers
 from train.storage.checkpoint import Progress
 from train.storage.rundir import open_run_dir

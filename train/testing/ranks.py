@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from train.base.console import ExitCode, Halt, log_to_stderr
+from train.base.console import log_to_stderr
+from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask
 
 

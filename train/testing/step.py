@@ -23,14 +23,14 @@ from diffusers import UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from train.config.stage import LossConfig, NoiseConfig, OptimizerConfig
-from train.data.dataset import Batch
 from train.diffusion import noise
-from train.engine import guard
-from train.engine.step import DTYPES, Diffusion, Gradients, Place, compute_update, image_losses
+from train.diffusion.objective import DTYPES, Batch, Diffusion, image_losses
+from train.engine.step import Gradients, compute_update
 from train.model import speed
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode
 from train.model.recomputation import set_checkpointing, set_text_checkpointing
-from train.optim import optimizers
+from train.optim import collectives, optimizers
+from train.optim.collectives import Place
 from train.optim.loss_scale import loss_scale
 from train.recipe.order import Tile, check_strict_world
 from train.testing.counts import CLIP_BIGG, CLIP_L, SDXL_UNET, TINY_UNET
@@ -232,7 +232,7 @@ def _gradients(variant: Variant, networks: Networks, parameters: list[torch.nn.P
 
 def _bits(parameters: list[torch.nn.Parameter]) -> str:
     """Equal for two runs whose weights are equal to the bit (sums of the bit patterns, hashed)."""
-    sums = guard.checksums({str(number): parameter for number, parameter in enumerate(parameters)})
+    sums = collectives.checksums({str(number): parameter for number, parameter in enumerate(parameters)})
     return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]
 
 

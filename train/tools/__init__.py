@@ -1,1 +1,1 @@
-"""What only the scripts need: the tiny world, benchmarks, chaos, pages. Nothing in train/ imports it."""
+"""Behind scripts/: what a command does beyond training and preparing."""

@@ -18,21 +18,12 @@ from typing import Any
 
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
-from train.config.prompts import (
-    CARD_SIZES,
-    NEGATIVE,
-    QUALITY_PREFIX,
-    SAMPLER_TITLES,
-    Prompt,
-    PromptsFile,
-    checked,
-    parameters_text,
-)
+from train.base.errors import ExitCode, Halt
+from train.config.prompts import CARD_SIZES, NEGATIVE, QUALITY_PREFIX, SAMPLER_TITLES, Prompt, PromptsFile, checked
 from train.diffusion.sampling import captions_text
 from train.model import source
 from train.observe.inference import Model, draw, name_of, open_model
-from train.observe.pictures import require_folder, save_png
+from train.observe.pictures import parameters_text, require_folder, save_png
 from train.storage import weightfile
 
 NOTHING = "(none)"

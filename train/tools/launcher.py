@@ -14,7 +14,8 @@ import sys
 if not __package__:  # started as a file: train/tools/ is first on sys.path, and its modules would shadow others
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
-from train.base.console import EXIT_NOTE, ExitCode, Halt, run_cli
+from train.base.console import EXIT_NOTE, run_cli
+from train.base.errors import ExitCode, Halt
 
 
 def main() -> int:

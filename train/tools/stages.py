@@ -16,10 +16,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from train.base.console import EXIT_NOTE, ExitCode, Halt
+from train.base.console import EXIT_NOTE
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
 from train.config.stage import load_stage
 from train.engine.finished import answer
-from train.storage.rundir import read_json
 
 RUN_PY = Path(__file__).resolve().parents[1] / "run.py"
 LAUNCHER = Path(__file__).with_name("launcher.py")

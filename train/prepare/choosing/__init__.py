@@ -1,1 +1,1 @@
-"""TODO"""
+"""What a selection may take: candidates, their facts, predicates."""

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, dataset_dir
 from train.prepare.choosing.facts import between
 from train.prepare.choosing.repeats import COLUMNS as REPEAT_COLUMNS

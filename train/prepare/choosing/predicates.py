@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.prepare.tagging.matching import occurring, tagged
 
 _PATTERN = re.compile(r"\s*([a-z_0-9]+)\s*(>=|<=|==|>|<|\bnot_in\b|\bin\b|\bhas_any\b|\bhas_none\b|\bhas\b)\s*(\S|\S.*\S)\s*")

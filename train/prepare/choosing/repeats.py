@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.config.dataset_rules import MAX_REPEATS
 from train.prepare.folders.files import source_root

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from train.base import faults
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.model.networks import fill
 from train.model.vae_file import Vae, open_vae
 from train.recipe.rng import Stream, normals

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
 
 _UNPRINTABLE = re.compile("[\x00-\x1f\ud800-\udfff]")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
 from train.prepare.tables.progress import say
 from train.prepare.tables.schemas import TAG_GROUPS

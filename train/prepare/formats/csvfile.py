@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.prepare.tables.progress import counted, say
 from train.prepare.tables.schemas import REST_UNREAD
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.prepare.formats.columns import did_you_mean, listed
 from train.prepare.formats.csvfile import cells, csv_form
 

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The report on a prepared set: numbers, captions, page."""

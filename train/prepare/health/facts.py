@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from train.base.console import Halt
+from train.base.errors import Halt
 from train.config.dataset import DatasetConfig, dataset_dir
 from train.data.shards import ShardReader, read_meta
 from train.prepare.choosing.facts import between

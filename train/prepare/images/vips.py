@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.recipe.buckets import Placement
 
 VIPS_VERSION = 2  # part of every latent's preprocessing hash

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Adapters: each reads one layout that tools leave behind and gives posts. Nothing here downloads."""

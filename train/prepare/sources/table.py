@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
 from train.prepare.folders.files import require_source, source_root
 from train.prepare.folders.walking import walk

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The tables between the steps: schemas, units of work, workers, quarantine."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, dataset_dir
 from train.prepare.tables.schemas import Quarantine
 from train.prepare.tables.units import merge_quarantine, read_manifest

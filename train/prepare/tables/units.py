@@ -26,7 +26,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from train.base import signals
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.prepare.tables.schemas import QUARANTINE, ROW_GROUP_ROWS, Quarantine, quarantine_table
 from train.prepare.tables.workers import Peers
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from train.base import signals
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.prepare.tables.progress import bar
 
 BEAT_S = 2.0

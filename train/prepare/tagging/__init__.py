@@ -1,1 +1,1 @@
-"""TODO"""
+"""The tag policy over whole tables. The policy of one post is recipe/tag_policy."""

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.dataset import PolicyConfig, QualityConfig
 from train.prepare.tables.units import config_id, stream_table, write_text
 from train.recipe.tag_policy import PERCENTILES, POOLED, QUALITY_TABLES, Policy, preset

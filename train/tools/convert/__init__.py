@@ -1,1 +1,1 @@
-"""TODO"""
+"""Other trainers' settings into ours. Weights are converted in model/."""

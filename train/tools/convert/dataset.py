@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.recipe.buckets import make_buckets
 from train.tools.convert.keys import DATASET_PART, DIRECT, NOT_CARRIED
 from train.tools.convert.values import number, switch, whole

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.tools.convert.keys import CHOICES, DATASET, DATASET_PART, DIRECT, NO_COUNTERPART, SPECIAL
 
 Table = dict[str, Any]

@@ -15,13 +15,13 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import replace_file
 from train.config import schema
 from train.config.dataset import load_settings
 from train.config.stage import StageConfig, load_stage
 from train.model.folder import refuse_existing
 from train.model.source import HUB_NAME
-from train.storage.rundir import replace_file
 from train.tools.convert import dataset as convert_dataset
 from train.tools.convert import kinds
 from train.tools.convert.keys import (

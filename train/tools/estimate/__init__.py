@@ -1,1 +1,1 @@
-"""TODO"""
+"""The dry run of a stage: updates, memory, disk, time, cost."""

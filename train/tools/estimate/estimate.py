@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig, config_hash
 from train.engine.refusals import check_processes
 from train.model import memory

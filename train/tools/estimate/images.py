@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig
 from train.recipe.order import Plan, check_buckets
 

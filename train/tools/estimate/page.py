@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig
 from train.engine.finished import answer
 from train.recipe import schedule

@@ -1,1 +1,1 @@
-"""TODO"""
+"""Judging samples with the user's models."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.config.prompts import QUALITY_PREFIX
 from train.observe.runs import Picture, read_pictures, read_run
 from train.recipe import captions

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
-from train.storage.rundir import replace_file
+from train.base.errors import ExitCode, Halt
+from train.base.files import replace_file
 
 VERSION = 1
 TITLES = {

@@ -1,1 +1,1 @@
-"""TODO"""
+"""The page about runs."""

@@ -9,10 +9,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import replace_file
 from train.base.secrets import mask
 from train.observe.runs import Picture, Run, as_yaml, config_differences, finite, read_pictures, read_run, told_apart
-from train.storage.rundir import replace_file
 from train.tools.quality.record import read_quality
 from train.tools.report.charts import COLOURS, Points, bar_chart, extent, line_chart, smooth
 from train.tools.report.charts import number as short

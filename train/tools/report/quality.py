@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.tools.quality.record import TITLES, shown
 from train.tools.report.charts import COLOURS, bar_chart
 from train.tools.report.parts import figure, table

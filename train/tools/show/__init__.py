@@ -1,1 +1,1 @@
-"""TODO"""
+"""Looking inside captions, buckets, sets, models, checkpoints, runs."""

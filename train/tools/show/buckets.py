@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.recipe.buckets import CropCondition, assign, crop_condition, make_buckets, place
 
 MODES: tuple[CropCondition, ...] = ("actual", "kohya", "zero")

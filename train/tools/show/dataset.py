@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
 from train.data.index import Index
-from train.storage.rundir import read_json
 
 
 def report(folder: Path) -> dict[str, Any]:

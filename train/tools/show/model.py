@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
 from train.model import folder as model_folder
 from train.model import sdxl, single_file
 from train.model.folder import Weights
 from train.storage import weightfile
-from train.storage.rundir import read_json
 
 
 def report(path: Path) -> dict[str, Any]:

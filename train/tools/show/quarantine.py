@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 
 HARD_RULES = ("R1", "R2")  # messages of the hard exclusions: counted, never listed
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.base.console import ExitCode, Halt
-from train.storage.rundir import RunDir, read_json
+from train.base.errors import ExitCode, Halt
+from train.base.files import read_json
+from train.storage.rundir import RunDir
 
 RANK_OF_A_GUEST = 1  # not the main process: such a rank writes neither metrics nor checkpoints nor bad_step.json
 
@@ -107,8 +108,9 @@ def step(path: Path, update: int, *, recompute: bool = False) -> dict[str, Any]:
 
 def _recompute(path: Path, config: Any, source: Any, components: Any, data: Any, update: int) -> dict[str, Any]:
     """Replay from the newest checkpoint at or before `update`; the losses of that update, in plan order."""
+    from train.base import files
     from train.base.signals import StopFlag
-    from train.engine import guard, loop, session, setup
+    from train.engine import loop, session, setup
     from train.engine.step import compute_update
 
     machine = setup.open_machine(config)
@@ -137,9 +139,9 @@ def _recompute(path: Path, config: Any, source: Any, components: Any, data: Any,
         )
     return {
         "replayed_from": start,
-        "recomputed_loss": guard.json_number(outcome.mean_loss),
-        "recomputed_grad_norm": guard.json_number(outcome.grad_norm),
-        "losses": [guard.json_number(loss) for loss in outcome.losses_G.tolist()],
+        "recomputed_loss": files.json_number(outcome.mean_loss),
+        "recomputed_grad_norm": files.json_number(outcome.grad_norm),
+        "losses": [files.json_number(loss) for loss in outcome.losses_G.tolist()],
     }
 
 

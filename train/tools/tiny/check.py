@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from train.base.console import ExitCode, Halt, run_cli
+from train.base.console import run_cli
+from train.base.errors import ExitCode, Halt
 from train.config.prompts import PromptsFile, load_prompts
 from train.diffusion import sampling
 from train.model import text

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load, load_file
 from torch import nn
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.tools.tiny.tokenizer import EOS, build_vocabulary, write_tokenizer
 from train.tools.tiny.vae import WEIGHTS, build_vae, deterministic_file
 from train.tools.tiny.world import write_file

@@ -16,7 +16,7 @@ from typing import Any
 import PIL
 from PIL import Image
 
-from train.base.console import ExitCode, Halt
+from train.base.errors import ExitCode, Halt
 from train.tools.tiny.draw import draw
 from train.tools.tiny.posts import HELD_OUT_COUNT, Post, make_post
 
