@@ -15,10 +15,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-L0 = {"config", "configrules", "schema", "exits", "rng", "schedule", "buckets", "captions", "labels", "plan", "memory", "faults",
-      "exclusions", "scaler", "rundir", "masking", "quiet", "streams", "resume"}  # fmt: skip
-L2 = {"run"}
+# A package imports packages of lower floors only, the same floor never. Everything above `engine` is called, not imported.
+FLOORS = {
+    "base": 1, "config": 2, "recipe": 3, "storage": 3, "model": 4, "optim": 4, "diffusion": 5, "data": 6,
+    "observe": 7, "prepare": 7, "engine": 8, "tools": 9, "run": 9, "testing": 10,
+}  # fmt: skip
+LIGHT = ("base", "config", "recipe", "engine.refusals", "run")  # answer before torch is loaded
 SOURCES = sorted([*ROOT.glob("train/**/*.py"), *ROOT.glob("scripts/*.py")])
+ROOMS = [path for path in SOURCES if path.is_relative_to(ROOT / "train") and path.name != "__init__.py"]
+
+
+def module_of(path: Path) -> str:
+    """`engine.loop` of `train/engine/loop.py`."""
+    return ".".join(path.relative_to(ROOT / "train").with_suffix("").parts)
+
+
+MODULES = {module_of(path) for path in ROOMS}
 
 
 def imported(path: Path, *, top_only: bool = False) -> Iterator[str]:
@@ -34,43 +46,35 @@ def imported(path: Path, *, top_only: bool = False) -> Iterator[str]:
                 yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def own_modules() -> set[str]:
-    return {path.stem for path in ROOT.glob("train/*.py") if path.stem != "__init__"} | {
-        path.name for path in ROOT.glob("train/*/") if (path / "__init__.py").exists()
-    }
+def own(path: Path, *, top_only: bool = False) -> set[str]:
+    """Rooms of this house that a file imports."""
+    return {name.removeprefix("train.") for name in imported(path, top_only=top_only)} & MODULES
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("train/*.py")), ids=lambda p: p.stem)
-def test_layers(path: Path) -> None:
-    mine = own_modules()
-    names = {name.split(".")[1] for name in imported(path) if name.startswith("train.")} & mine
-    assert not names & {"prepare", "tools"}, "train/ never imports the preparation or the tools"
-    if path.stem not in L2:
-        assert not names & L2, "only run.py knows all the others"
-    if path.stem in L0:
-        assert names <= L0, f"L0 imports L0 only, not {names - L0}"
-        heavy = {name.split(".")[0] for name in imported(path)} & {"torch", "diffusers", "transformers", "accelerate"}
-        assert not heavy
+@pytest.mark.parametrize("path", ROOMS, ids=module_of)
+def test_imports_go_to_lower_floors(path: Path) -> None:
+    mine = module_of(path).split(".")[0]
+    for name in own(path):
+        package = name.split(".")[0]
+        assert package == mine or FLOORS[package] < FLOORS[mine], f"{mine} (floor {FLOORS[mine]}) imports {name}"
 
 
-def test_prepare_never_imports_tools() -> None:
-    for path in ROOT.glob("train/prepare/*.py"):
-        assert not [name for name in imported(path) if name.startswith("train.tools")], path
-
-
-def test_core_does_not_load_torch() -> None:
-    present = sorted(L0 & own_modules())
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(f'train.{m}' for m in present)}; " \
-           "sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'transformers')))"  # fmt: skip
+def test_the_light_rooms_load_no_torch() -> None:
+    names = [name for name in sorted(MODULES) if name.split(".")[0] in LIGHT or name in LIGHT]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(f'train.{name}' for name in names)}; " \
+           "sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'transformers', 'accelerate')))"  # fmt: skip
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_the_ground_floor_is_standard_library() -> None:
+    for path in ROOMS:
+        if module_of(path).startswith("base."):
+            foreign = {name.split(".")[0] for name in imported(path)} - {"train", "__future__"} - sys.stdlib_module_names
+            assert not foreign, f"{path.name} imports {foreign}"
+
+
 def test_no_import_cycles() -> None:
-    mine = own_modules()
-    graph = {
-        path.stem: {n.split(".")[1] for n in imported(path, top_only=True) if n.startswith("train.")} & mine - {path.stem}
-        for path in ROOT.glob("train/*.py")
-    }
+    graph = {module_of(path): own(path, top_only=True) - {module_of(path)} for path in ROOMS}
     done: set[str] = set()
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
@@ -82,6 +86,17 @@ def test_no_import_cycles() -> None:
 
     for module in graph:
         visit(module, ())
+
+
+def test_packages_have_a_size_one_can_read() -> None:
+    first = [path for path in (ROOT / "train").iterdir() if path.name not in ("__init__.py", "__pycache__")]
+    assert len(first) <= 14, sorted(path.name for path in first)
+    assert {path.stem for path in first} == set(FLOORS)
+    for folder in sorted({path.parent for path in ROOMS} - {ROOT / "train"}):
+        entries = [e for e in folder.iterdir() if e.name != "__init__.py" and (e.suffix == ".py" or (e / "__init__.py").exists())]
+        assert 2 <= len(entries) <= 16, f"{folder.relative_to(ROOT)}: {len(entries)} rooms"
+        text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+        assert text, f"{folder.name}: one sentence on what lives there and what does not"
 
 
 @pytest.mark.parametrize("folder", ["train", "scripts"])
@@ -136,15 +151,15 @@ def test_scripts_answer_help_from_anywhere(script: Path, tmp_path: Path) -> None
 
 
 def test_readme_tree_is_true() -> None:
-    """README's file tree names every module once, and nothing that does not exist."""
+    """README's tree names every package, in at most twenty lines, and nothing that does not exist."""
     readme = (ROOT / "README.md").read_text()
-    block = re.search(r"```text\n(.*?)```", readme, re.DOTALL)
-    assert block, "README has a ```text block with the file tree"
-    named = set(re.findall(r"^\s*([\w./-]+\.(?:py|sh|yaml|toml|txt|md))\s{2,}", block.group(1), re.MULTILINE))
-    modules = {str(path.relative_to(ROOT)) for path in ROOT.glob("train/*.py")} - {"train/__init__.py"}
-    modules |= {str(path.relative_to(ROOT)) for path in ROOT.glob("scripts/*") if path.suffix in (".py", ".sh")}
-    assert modules - named == set(), "missing in README"
-    assert {name for name in named if not (ROOT / name).exists()} == set(), "in README but gone"
+    block = re.search(r"## What is where\n```text\n(.*?)```", readme, re.DOTALL)
+    assert block, "README has a ```text block under `What is where`"
+    lines = block.group(1).splitlines()
+    assert len(lines) <= 20
+    named = [line.split()[0] for line in lines]
+    assert {f"train/{name}" + (".py" if name == "run" else "/") for name in FLOORS} <= set(named)
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_nothing_names_a_machine_or_a_registry() -> None:
@@ -152,6 +167,6 @@ def test_nothing_names_a_machine_or_a_registry() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
         path = ROOT / name
-        if path.suffix in (".py", ".md", ".yaml", ".sh", ".toml", ".txt", ".ipynb") and path.name != "test_config.py":
+        if path.suffix in (".py", ".md", ".yaml", ".sh", ".toml", ".txt", ".ipynb") and path.name != "test_stage.py":
             text = path.read_text(errors="replace")
             assert not [word for word in words if word in text], name

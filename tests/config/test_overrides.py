@@ -1,0 +1,71 @@
+"""`key=value` on the command line that means an item of a list, in dataset and stage configs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from train.base.errors import ExitCode, Halt
+from train.config.dataset import load_settings
+from train.config.stage import load_stage
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO = """
+name: x
+sources:
+  - {name: a, adapter: danbooru, path: somewhere, columns: {score: points}}
+  - {name: b, adapter: danbooru, path: "${oc.env:ANIX_DATA,elsewhere}"}
+select: {pretrain: {}, "0": {min_bucket: 3}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "d.yaml").write_text(TWO)
+    return tmp_path / "d.yaml"
+
+
+def test_an_item_is_changed_and_the_rest_stays(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANIX_DATA", raising=False)
+    settings = load_settings([config], ["sources.1.adapter=sidecar", "sources[0].path=there", "sources.1.repeats=kohya"])
+    assert [(s.name, s.adapter, s.path, s.repeats) for s in settings.sources] == [
+        ("a", "danbooru", "there", 1), ("b", "sidecar", "elsewhere", "kohya"),
+    ]  # fmt: skip
+    assert settings.sources[0].columns == {"score": "points"}
+    assert load_settings([config], ["sources.0.columns.md5=hash"]).sources[0].columns == {"score": "points", "md5": "hash"}
+
+
+def test_a_later_override_counts_from_an_earlier_one(config: Path) -> None:
+    assert load_settings([config], ["exclude.tags=[a, b]", "exclude.tags.1=c"]).exclude.tags == ["a", "c"]
+
+
+def test_a_number_that_is_a_name_stays_one(config: Path) -> None:
+    settings = load_settings([config], ["select.0.repeats=3"])
+    assert (settings.select["0"].repeats, settings.select["0"].min_bucket, len(settings.sources)) == (3, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("sources.2.adapter=sidecar", r"sources\.2: sources is a list of 2, .* sources\.0 to sources\.1"),
+        ("sources.-1.adapter=sidecar", r"sources\.-1: sources is a list of 2"),
+        ("sources.adapter=sidecar", r"sources\.adapter: sources is a list of 2"),
+        ("sources.0.adaptr=sidecar", r"unknown key sources\[0\]\.adaptr: did you mean sources\[0\]\.adapter"),
+        ("sources.0=sidecar", r"sources\[0\] must hold keys and values"),
+        ("exclude.tags.0=comic", r"exclude\.tags=\[\.\.\.\]"),
+        ("sources.0.path=${oc.env:HOME}", r"sources\.0\.path: .* is refused"),
+    ],
+)
+def test_what_is_no_item_is_bad_usage(config: Path, override: str, told: str) -> None:
+    with pytest.raises(Halt, match=told) as halt:
+        load_settings([config], [override])
+    assert halt.value.code == ExitCode.USAGE
+
+
+def test_stage_configs_too() -> None:
+    more = ["data.path=d", "model.init_from=m", "noise.timesteps=[0, 1000]", "noise.timesteps.1=900"]
+    assert list(load_stage([ROOT / "configs/ft1.yaml"], more).noise.timesteps) == [0, 900]
+    with pytest.raises(Halt, match=r"noise\.timesteps\.2: noise\.timesteps is a list of 2") as halt:
+        load_stage([ROOT / "configs/ft1.yaml"], [*more, "noise.timesteps.2=5"])
+    assert halt.value.code == ExitCode.USAGE

@@ -1,0 +1,53 @@
+"""Overlays and launch files: they load, they fit the card they are named after, and accelerate understands them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from train.config.schema import flatten
+from train.config.stage import load_stage
+from train.model import memory
+from train.recipe.buckets import make_buckets
+from train.tools.estimate.machines import GPUS
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+FITS = {  # overlay: card, stages
+    "24gb": ("RTX-4090", ("ft1", "ft2")),
+    "48gb": ("L40S", ("ft1", "ft2")),
+    "48gb_pretrain": ("L40S", ("pretrain",)),
+    "80gb": ("A100-80GB", ("pretrain", "ft1", "ft2")),
+    "141gb": ("H200", ("pretrain", "ft1", "ft2")),
+}
+KEEPS_THE_RESULT = ("48gb", "80gb", "141gb")
+FREE = {"model.gradient_checkpointing", "model.channels_last", "model.compile", "batch.split"}
+
+
+def test_every_overlay_is_known() -> None:
+    assert {path.stem for path in CONFIGS.glob("memory/*.yaml")} == set(FITS)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_overlay_fits_its_card(name: str) -> None:
+    gpu, stages = FITS[name]
+    for stage in stages:
+        config = load_stage([CONFIGS / f"{stage}.yaml", CONFIGS / "memory" / f"{name}.yaml"])
+        choice = memory.settle(config, int(GPUS[gpu].free_gib * memory.GIB), make_buckets())
+        assert config.batch.micro // choice.split >= 8, "kernels of fewer images leave the card idle"
+        plain, changed = flatten(load_stage([CONFIGS / f"{stage}.yaml"])), flatten(config)
+        touched = {key for key, value in changed.items() if value != plain[key]}
+        assert "batch.micro" not in touched
+        if name in KEEPS_THE_RESULT:
+            assert touched <= FREE
+
+
+@pytest.mark.parametrize(("name", "world"), [("one_gpu", 1), ("two_gpus", 2), ("several_machines", 6)])
+def test_launch_files(name: str, world: int) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(CONFIGS / "launch" / f"{name}.yaml"))
+    assert loaded.num_processes == world
+    assert loaded.mixed_precision == "no"
+    config = load_stage([CONFIGS / "pretrain.yaml"])
+    assert config.tiles_per_update % world == 0

@@ -1,0 +1,223 @@
+"""The demo page: presets become the prompt that is drawn, and a browser gets from page load to a picture."""
+
+from __future__ import annotations
+
+import base64
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import Browser, find_chromium
+from PIL import Image
+
+from train.base.errors import ExitCode, Halt
+from train.config.prompts import CARD_SIZES, NEGATIVE, QUALITY_PREFIX
+from train.observe.inference import name_of
+from train.tools.demo import (
+    AESTHETIC,
+    NOTHING,
+    QUALITY,
+    RATING,
+    YEAR,
+    Studio,
+    Wish,
+    _titled,
+    require_port,
+    settings_of,
+    sizes_for,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+WISH = Wish(
+    model="model", prompt="1girl, smile,\n", negative=NEGATIVE, quality="card's prefix", rating="explicit", year="newest",
+    aesthetic=NOTHING, size="64x96", sampler="Euler a", steps=2, guidance=7, seed=5,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from train.tools.tiny.model import write_model
+
+    made = tmp_path_factory.mktemp("demo") / "model"
+    write_model(made)
+    return made
+
+
+def test_presets_are_the_cards_tags() -> None:
+    assert QUALITY["card's prefix"] == "masterpiece, best quality, very aesthetic, absurdres"
+    assert len(QUALITY) == 1 + 7 + 1
+    assert RATING["explicit"] == "explicit, nsfw"
+    assert list(YEAR.values()) == ["", "newest", "recent", "mid", "early", "oldest"]
+    assert list(AESTHETIC.values()) == ["", "very aesthetic", "aesthetic", "displeasing", "very displeasing"]
+
+
+def test_wish_becomes_a_prompt() -> None:
+    settings = settings_of(WISH)
+    assert settings.prompts[0].text == "1girl, smile, explicit, nsfw, newest"
+    assert (settings.prompts[0].width, settings.prompts[0].height, settings.prompts[0].seed) == (64, 96, 5)
+    assert (settings.quality_prefix, settings.negative, settings.sampler) == (QUALITY_PREFIX, NEGATIVE, "euler_a")
+
+
+def test_a_seed_of_minus_one_is_another_one_each_time() -> None:
+    seeds = {settings_of(replace(WISH, seed=-1)).prompts[0].seed for _ in range(5)}
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_out_of_range_wishes_name_the_key() -> None:
+    with pytest.raises(Halt, match="steps is 0"):
+        settings_of(replace(WISH, steps=0))
+
+
+def test_equal_names_are_told_apart() -> None:
+    assert list(_titled(["runs/a/ft2/model", "runs/b/ft2", "x/ft1.safetensors"])) == ["a/ft2", "b/ft2", "ft1"]
+    three = ["a/ft1/model", "b/ft1/model", "b/c/ft1/model"]
+    assert _titled(three) == dict(zip(("a/ft1", "b/ft1", "c/ft1"), three, strict=True))
+    three = ["a/x/ft1", "b/x/ft1", "b/y/ft1"]
+    assert _titled(three) == dict(zip(("a/x/ft1", "b/x/ft1", "y/ft1"), three, strict=True))
+    assert _titled(["/ft2", "/ft2/model", "/ft2.safetensors", "/ft2"]) == {
+        "/ft2": "/ft2", "ft2/model": "/ft2/model", "/ft2.safetensors": "/ft2.safetensors"
+    }  # fmt: skip
+
+
+def test_a_directory_has_no_file_type() -> None:
+    assert list(_titled(["models/animagine-xl-3.1", "models/animagine-xl-3.1.safetensors", "m/xl-3.1/model"])) == [
+        str(Path("models/animagine-xl-3.1").resolve()), "models/animagine-xl-3.1.safetensors", "xl-3.1",
+    ]  # fmt: skip
+    assert name_of("runs/v2.5") == name_of("runs/v2.5/model") == name_of("v2.5.safetensors") == "v2.5"
+
+
+def test_studio_writes_a_picture_with_its_record(model: Path, tmp_path: Path) -> None:
+    studio = Studio([str(model)], device="cpu", tokenizers=None, out=tmp_path / "out")
+    (title,) = studio.paths
+    assert sizes_for(studio.model(title)) == [  # the card's nine at 64 px, rounded to latents, the portrait first
+        "48x80", "64x64", "72x56", "56x72", "80x48", "96x40", "40x96",
+    ]  # fmt: skip
+    assert len(CARD_SIZES) == 9
+    file, record = studio.generate(replace(WISH, model=title))
+    with Image.open(file) as image:
+        assert image.size == (64, 96)
+        assert image.info["parameters"] == record
+    assert record.startswith(f"{QUALITY_PREFIX}, 1girl, smile, explicit, nsfw, newest\nNegative prompt: nsfw, lowres")
+    again, _ = studio.generate(replace(WISH, model=title))
+    assert again != file
+    with Image.open(file) as one, Image.open(again) as two:
+        assert one.tobytes() == two.tobytes()
+
+
+@pytest.mark.parametrize("name", ["prompt", "negative"])
+def test_text_that_is_no_utf8_is_refused(name: str, model: Path, tmp_path: Path) -> None:
+    studio = Studio([str(model)], device="cpu", tokenizers=None, out=tmp_path / "out")
+    with pytest.raises(Halt, match="cannot be written as UTF-8") as caught:
+        studio.generate(replace(WISH, model=next(iter(studio.paths)), **{name: "a\udcff b"}))
+    assert caught.value.code == ExitCode.USAGE
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ["seed", "steps", "guidance"])
+def test_an_emptied_box_is_told(name: str) -> None:
+    with pytest.raises(Halt, match="need a number") as caught:
+        settings_of(replace(WISH, **{name: None}))
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_no_picture_is_overwritten(model: Path, tmp_path: Path) -> None:
+    studio = Studio([str(model)], device="cpu", tokenizers=None, out=tmp_path / "out")
+    wish = replace(WISH, model=next(iter(studio.paths)))
+    files = [studio.generate(wish)[0] for _ in range(2)]
+    files[0].unlink()
+    assert studio.generate(wish)[0] not in files
+
+
+@pytest.mark.parametrize("second", ["nowhere", "file.safetensors", "empty"])
+def test_the_second_model_is_looked_at_as_well(second: str, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file.safetensors").write_bytes(bytes(8))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(Halt, match=second):
+        Studio([str(model), str(tmp_path / second)], device="cpu", tokenizers=None, out=tmp_path / "out")
+
+
+def test_where_nobody_can_listen() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(Halt, match="taken"):
+        require_port("127.0.0.1", taken.getsockname()[1])
+    for host, port in (("127.0.0.1", 99999), ("203.0.113.1", 7860)):
+        with pytest.raises(Halt, match=f"--port {port}") as caught:
+            require_port(host, port)
+        assert caught.value.code == ExitCode.USAGE
+    require_port("127.0.0.1", free_port())
+
+
+def test_a_bad_model_is_refused_before_the_page_opens(tmp_path: Path) -> None:
+    with pytest.raises(Halt, match="does not exist") as caught:
+        Studio(["nowhere"], device="cpu", tokenizers=None, out=tmp_path)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_server(address: str, server: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300  # on busy cores
+    while time.monotonic() < deadline:
+        assert server.poll() is None, log.read_text()
+        try:
+            with urllib.request.urlopen(address, timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"the page never opened: {log.read_text()}")
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_from_page_load_to_picture_in_a_browser(model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gradio")
+    find_chromium()
+    address, log = f"http://127.0.0.1:{(port := free_port())}", tmp_path / "server.log"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    with open(log, "wb") as output:
+        command = [sys.executable, str(ROOT / "scripts/demo.py"), "--model", str(model), "--port", str(port)]
+        server = subprocess.Popen(
+            [*command, "--device", "cpu", "--out", str(tmp_path / "out")], stdout=output, stderr=output, env=environment
+        )
+    browser: Any = None
+    try:
+        wait_for_server(address, server, log)
+        browser = Browser(tmp_path / "profile")
+        browser.call("Page.navigate", url=address)
+        browser.wait_for("!!document.querySelector('button#generate')")
+        assert "1girl/1boy, character, series" in browser.evaluate("document.body.innerText")
+        browser.evaluate(  # as a hand would: a value, then the event that tells the framework
+            "(() => { const box = document.querySelector('#steps input[type=number]'); box.value = 2;"
+            "box.dispatchEvent(new Event('input', {bubbles: true})); box.dispatchEvent(new Event('change', "
+            "{bubbles: true})); })()"
+        )
+        time.sleep(1.0)
+        browser.evaluate("document.querySelector('button#generate').click()")
+        shown = "[...document.querySelectorAll('#gallery img')].filter(i => i.complete && i.naturalWidth > 0)"
+        browser.wait_for(f"{shown}.length > 0", 300)
+        assert browser.evaluate(f"{shown}[0].naturalWidth") == 104
+        assert browser.evaluate("document.querySelector('#record textarea').value").startswith(QUALITY_PREFIX)
+        picture = browser.call("Page.captureScreenshot")["data"]
+        (tmp_path / "page.png").write_bytes(base64.b64decode(picture))
+        (file,) = (tmp_path / "out").glob("*.png")
+        with Image.open(file) as image:
+            assert "Steps: 2, Sampler: Euler a" in image.info["parameters"]
+        outside = [url for url in browser.requests if not url.startswith((address, "data:", "blob:", "about:"))]
+        assert not outside, "the page asks for something outside this machine"
+    finally:
+        if browser is not None:
+            browser.close()
+        server.terminate()
+        server.wait(20)
