@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--work", type=Path, help="keep world, runs and logs here (default: a temporary directory)")
     arguments = parser.parse_args()
 
-    from train.testing.chaos import run_chaos
+    from train.testing.chaos.kills import run_chaos
 
     with tempfile.TemporaryDirectory(prefix="chaos-") as temporary:
         work = (arguments.work or Path(temporary)).absolute()

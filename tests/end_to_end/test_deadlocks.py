@@ -14,7 +14,7 @@ from lab import Lab
 import train
 from train.observe import validation
 from train.optim import collectives
-from train.testing import chaos
+from train.testing.chaos import kills
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 TIMEOUT_S = 5
@@ -71,7 +71,7 @@ def test_a_deadlock_ends_with_everybodys_stacks(lab: Lab, collective: str, monke
         assert 'File "' in lab.last.text(rank), f"no stack of rank {rank}"
     reason = json.loads((folder / "exit.json").read_text())["reason"]
     assert "update " in reason or "silent" in reason, reason
-    assert max(chaos.steps_of(folder), default=0) >= min(len(chaos.metrics(folder)), 4)
+    assert max(kills.steps_of(folder), default=0) >= min(len(kills.metrics(folder)), 4)
 
 
 def test_every_collective_of_ours_is_in_the_list() -> None:

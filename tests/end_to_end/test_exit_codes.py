@@ -15,7 +15,7 @@ import pytest
 from lab import Lab
 
 from train.base.errors import ExitCode
-from train.testing import chaos
+from train.testing.chaos import kills
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
@@ -60,7 +60,7 @@ def test_code(lab: Lab, code: ExitCode) -> None:
     assert words in record["reason"]
     assert record["status"] == {0: "done", 85: "stopped"}.get(int(code), "failed")
     assert updates is None or record["update"] == updates
-    newest = max(chaos.steps_of(lab.folder / name), default=None)
+    newest = max(kills.steps_of(lab.folder / name), default=None)
     assert record["checkpoint"] == (f"checkpoints/step-{newest:08d}" if newest else None)
 
 
@@ -75,7 +75,7 @@ def test_code_6_leaves_the_owner_alone(lab: Lab, world: int) -> None:
     assert f"pid {first.pids[0]} on host" in lab.last.text(0)
     assert first.poll() or not (lab.folder / name / "exit.json").exists()
     assert first.wait() == [0]
-    assert chaos.compare_runs(lab.reference, lab.folder / name) == []
+    assert kills.compare_runs(lab.reference, lab.folder / name) == []
 
 
 def test_all_codes_are_covered() -> None:

@@ -24,7 +24,7 @@ from stages import Stage, result, tree
 from train.base.errors import ExitCode
 from train.engine import session
 from train.optim.loss_scale import LossScale
-from train.testing import chaos
+from train.testing.chaos import kills
 
 SHARD = "latents/64x96-00000.safetensors"
 Rows = list[dict[str, Any]]
@@ -196,7 +196,7 @@ def test_f23_damaged_latents_end_the_run_named_and_never_become_zeros(
     done = len(synthetic.metrics(stage.output))
     left = json.loads((stage.output / "exit.json").read_text())
     assert (left["code"], left["update"]) == (7, done)
-    assert chaos.steps_of(stage.output) == ([done] if done else [])  # what was completed is saved
+    assert kills.steps_of(stage.output) == ([done] if done else [])  # what was completed is saved
     (data / SHARD).write_bytes(whole[0])
     (data / "dataset.json").write_bytes(whole[1])
     assert stage.run() == ExitCode.DONE, stage.message
@@ -286,13 +286,13 @@ def test_f17_other_numbers_of_processes_between_restarts(lab: Lab, determinism: 
     history = json.loads((max((folder / "checkpoints").glob("step-*")) / "state.json").read_text())["history"]
     assert history == [[0, 1], [2, 2], [5, 1], [7, 4], [9, 2]]
     if determinism == "strict":
-        assert chaos.compare_runs(lab.reference, folder) == []
+        assert kills.compare_runs(lab.reference, folder) == []
         return
     assert (folder / "trace.txt").read_text() == (lab.reference / "trace.txt").read_text()  # the same slots
     newest = f"checkpoints/step-{UPDATES:08d}/model.safetensors"
     ours, theirs = load_file(folder / newest), load_file(lab.reference / newest)
     assert max(float((ours[key] - theirs[key]).abs().max()) for key in ours) < 1e-5
-    for one, other in zip(chaos.metrics(folder), chaos.metrics(lab.reference), strict=True):
+    for one, other in zip(kills.metrics(folder), kills.metrics(lab.reference), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=1e-6)
 
 
@@ -302,7 +302,7 @@ def test_f20_without_shared_memory_there_are_fewer_workers_and_the_same_result(l
     assert lab.run("f20", "data.workers=2", world=2, fault="worker@*:raise=OSError") == [0, 0]
     assert "lack shared memory" in lab.last.text(0)
     assert "no workers from here on" in lab.last.text(1)
-    assert chaos.compare_runs(lab.reference, lab.folder / "f20") == []
+    assert kills.compare_runs(lab.reference, lab.folder / "f20") == []
 
 
 @pytest.mark.slow
@@ -316,7 +316,7 @@ def test_f26_fp16_overflow_is_skipped_by_all_and_twenty_in_a_row_end_the_run(
     monkeypatch.setattr(session, "loss_scale", lambda kind, state: real(kind, state) if state else LossScale(**first))
     more = ("precision=fp16", "max_updates=30", "epochs=5")
     assert lab.run("f26", *more, world=2) == [4, 4], lab.last.text()
-    lines = chaos.metrics(lab.folder / "f26")
+    lines = kills.metrics(lab.folder / "f26")
     assert [line["loss_scale"] for line in lines] == [2.0 ** (39 - n) for n in range(19)]  # the 20th is the end
     assert [(line["update"], line["skipped"]) for line in lines] == [(0, n) for n in range(1, 20)]
     assert len({line["lr_unet"] for line in lines}) == 1
@@ -327,7 +327,7 @@ def test_f26_fp16_overflow_is_skipped_by_all_and_twenty_in_a_row_end_the_run(
 
     first["scale"] = 2.0**33
     assert lab.run("f26b", *more, world=2) == [0, 0], lab.last.text()
-    lines = chaos.metrics(lab.folder / "f26b")
+    lines = kills.metrics(lab.folder / "f26b")
     skips = lines[-1]["skipped"]
     assert 5 < skips < 20
     assert [line["skipped"] for line in lines] == [min(n, skips) for n in range(1, 31)]

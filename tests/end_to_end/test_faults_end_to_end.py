@@ -21,7 +21,7 @@ import pytest
 from lab import CANARY, UPDATES, Lab
 
 from train.storage import space
-from train.testing import chaos, chaos_world
+from train.testing.chaos import kills, world
 from train.tools.show import run
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -39,7 +39,7 @@ def lab(tmp_path_factory):
 def test_f2_a_killed_rank_is_named_and_nothing_is_lost(lab):
     assert lab.run("f2", world=2, fault="backward@6:1:kill") == [9, -signal.SIGKILL]
     assert "update 6: rank 1 is gone" in lab.exit("f2")["reason"]
-    assert max(chaos.steps_of(lab.folder / "f2")) == 6  # the main process saved the last completed update by itself
+    assert max(kills.steps_of(lab.folder / "f2")) == 6  # the main process saved the last completed update by itself
     lab.must_equal_reference("f2")
 
 
@@ -70,7 +70,7 @@ def test_f29_a_deadlock_ends_within_the_timeout_with_all_stacks(lab, fault):
     assert "update 5" in lab.exit(name)["reason"]
     for rank in (0, 1):
         assert 'File "' in lab.last.text(rank), f"no stack of rank {rank}"
-    assert max(chaos.steps_of(lab.folder / name)) >= 4
+    assert max(kills.steps_of(lab.folder / name)) >= 4
 
 
 # --- being asked to stop -------------------------------------------------------------------------------
@@ -79,7 +79,7 @@ def test_f29_a_deadlock_ends_within_the_timeout_with_all_stacks(lab, fault):
 def test_f4_a_signal_to_one_rank_stops_all_at_the_same_update(lab):
     assert lab.run("f4", world=2, fault="backward@5:1:term") == [85, 85]
     assert lab.exit("f4")["update"] == lab.exit("f4", 1)["update"]
-    assert max(chaos.steps_of(lab.folder / "f4")) == lab.exit("f4")["update"] == len(chaos.metrics(lab.folder / "f4"))
+    assert max(kills.steps_of(lab.folder / "f4")) == lab.exit("f4")["update"] == len(kills.metrics(lab.folder / "f4"))
     lab.must_equal_reference("f4")
 
 
@@ -114,13 +114,13 @@ def test_f6_a_second_interrupt_ends_at_once(lab):
 def test_f9_a_disk_full_once_costs_one_checkpoint(lab):
     assert lab.run("f9", fault="save.write@4:enospc") == [0]
     assert "step 4 not written" in lab.last.text()
-    assert chaos.compare_runs(lab.reference, lab.folder / "f9") == []
+    assert kills.compare_runs(lab.reference, lab.folder / "f9") == []
 
 
 def test_f9_the_third_failure_in_a_row_is_exit_8(lab):
     assert lab.run("f9b", "checkpoint.every_steps=2", fault="save.write@*:enospc") == [8]
     assert "No space left" in lab.exit("f9b")["reason"]
-    assert chaos.steps_of(lab.folder / "f9b") == []
+    assert kills.steps_of(lab.folder / "f9b") == []
     lab.must_equal_reference("f9b")
 
 
@@ -128,14 +128,14 @@ def test_f10_a_disk_too_small_is_known_before_the_first_update(lab, monkeypatch)
     monkeypatch.setattr(space, "free_bytes", lambda path: 100_000)  # the children inherit it
     assert lab.run("f10") == [7]
     assert re.search(r"checkpoints need .* the disk has 100 kB", lab.exit("f10")["reason"])
-    assert chaos.metrics(lab.folder / "f10") == []
+    assert kills.metrics(lab.folder / "f10") == []
 
 
 def test_f36_a_save_still_running_is_skipped_over_and_waited_for(lab):
     fault = "save.write@2:sleep=1.5"
     assert lab.run("f36", "checkpoint.every_steps=2", fault=fault) == [0]
     assert "still being written" in lab.last.text()
-    assert chaos.compare_runs(lab.reference, lab.folder / "f36") == []
+    assert kills.compare_runs(lab.reference, lab.folder / "f36") == []
 
 
 # --- damage --------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_f36_a_save_still_running_is_skipped_over_and_waited_for(lab):
 def test_f12_to_f14_damaged_checkpoints(lab):
     assert lab.run("f12", fault="forward@9:exit=1") == [1]
     folder = lab.folder / "f12" / "checkpoints"
-    assert sorted(chaos.steps_of(lab.folder / "f12")) == [4, 8]
+    assert sorted(kills.steps_of(lab.folder / "f12")) == [4, 8]
     model = folder / "step-00000008" / "model.safetensors"
     data = bytearray(model.read_bytes())
     data[-100] ^= 4
@@ -181,7 +181,7 @@ def test_f15_other_settings_are_another_run(lab):
 
 def test_f18_workers_prefetch_and_slowness_change_nothing(lab):
     assert lab.run("f18", "data.workers=2", "data.prefetch=3", fault="worker@3:sleep=0.3;read@6:sleep=0.2") == [0]
-    assert chaos.compare_runs(lab.reference, lab.folder / "f18") == []
+    assert kills.compare_runs(lab.reference, lab.folder / "f18") == []
 
 
 def test_f19_a_killed_worker_is_replaced(lab):
@@ -190,7 +190,7 @@ def test_f19_a_killed_worker_is_replaced(lab):
     for child in Path(f"/proc/{launch.pids[0]}/task/{launch.pids[0]}/children").read_text().split():
         os.kill(int(child), signal.SIGKILL)
     assert launch.wait() == [0], launch.text()
-    assert chaos.compare_runs(lab.reference, lab.folder / "f19") == []
+    assert kills.compare_runs(lab.reference, lab.folder / "f19") == []
 
 
 def test_f19_a_worker_that_dies_every_time_ends_the_run_and_names_the_images(lab):
@@ -207,7 +207,7 @@ def test_f25_nan_on_one_rank_touches_no_weight_and_can_be_repeated(lab):
     bad = json.loads((lab.folder / "f25" / "bad_step.json").read_text())
     assert bad["step"] == 7
     assert [slot["loss"] == "nan" for slot in bad["slots"]] == [False] * 4 + [True] * 4
-    assert max(chaos.steps_of(lab.folder / "f25")) == 7  # update 6 was the last; its weights are kept
+    assert max(kills.steps_of(lab.folder / "f25")) == 7  # update 6 was the last; its weights are kept
     again = lab.in_fork(run.step, lab.folder / "f25", 7, recompute=True)
     assert again["replayed_from"] == 7
     assert [s["loss"] for s in again["slots"]][:4] == [s["loss"] for s in bad["slots"]][:4]  # to the last bit
@@ -216,7 +216,7 @@ def test_f25_nan_on_one_rank_touches_no_weight_and_can_be_repeated(lab):
 
 
 def test_any_update_of_a_finished_run_can_be_looked_at_and_repeated(lab):
-    logged = chaos.metrics(lab.reference)
+    logged = kills.metrics(lab.reference)
     again = lab.in_fork(run.step, lab.reference, 6, recompute=True)
     assert again["replayed_from"] == 0  # the kept checkpoints are 8 and 10: the whole way is gone again
     assert again["recomputed_loss"] == again["loss"] == logged[6]["loss"]
@@ -238,13 +238,13 @@ def test_f27_a_spike_is_told_and_the_run_goes_on(lab):
     fault = "loss@9:0:scale=100"
     assert lab.run("f27", fault=fault) == [0]
     assert "sigma above" in lab.last.text()
-    found = [record for record in chaos.metrics(lab.folder / "f27") if "spike_sigmas" in record]
+    found = [record for record in kills.metrics(lab.folder / "f27") if "spike_sigmas" in record]
     assert [record["step"] for record in found] == [10]
     assert found[0]["spike_sigmas"] > 6
     # A resumed run knows the losses before: the same spikes, the same records.
     assert lab.run("f27b", fault=f"{fault};forward@9:exit=1") == [1]
     assert lab.run("f27b", fault=fault) == [0]
-    assert chaos.compare_runs(lab.folder / "f27", lab.folder / "f27b") == []
+    assert kills.compare_runs(lab.folder / "f27", lab.folder / "f27b") == []
 
 
 @pytest.mark.parametrize("determinism", ["strict", "fast"])
@@ -264,7 +264,7 @@ def test_a_gradient_that_is_not_finite_behind_finite_losses_touches_no_weight(la
 def test_f28_out_of_memory_late_loses_nothing(lab):
     assert lab.run("f28", fault="forward@6:0:oom") == [5]
     assert re.search(r"update 6: out of memory in bucket \d+x\d+ with 2 images", lab.exit("f28")["reason"])
-    assert max(chaos.steps_of(lab.folder / "f28")) == 6
+    assert max(kills.steps_of(lab.folder / "f28")) == 6
     lab.must_equal_reference("f28")
 
 
@@ -277,7 +277,7 @@ def test_f32_a_second_job_is_kept_out_and_the_first_does_not_notice(lab):
     assert lab.run("f32") == [6]
     assert f"pid {first.pids[0]} on host" in lab.last.text()
     assert first.wait() == [0]
-    assert chaos.compare_runs(lab.reference, lab.folder / "f32") == []
+    assert kills.compare_runs(lab.reference, lab.folder / "f32") == []
 
 
 def test_f33_the_third_start_into_the_same_crash_refuses(lab):
@@ -316,10 +316,10 @@ def test_f11_an_output_that_cannot_be_written_is_told_before_the_heavy_imports(l
 
 
 def test_r1_r2_r5_ten_random_kills_on_changing_world_sizes(lab):
-    tally = chaos.run_chaos(10, 20261125, lab.folder / "chaos", print)
+    tally = kills.run_chaos(10, 20261125, lab.folder / "chaos", print)
     assert tally.problems == []
     assert tally.kills + tally.terms == 10
-    assert tally.most_lost <= chaos_world.EVERY_STEPS
+    assert tally.most_lost <= world.EVERY_STEPS
     assert tally.lost_on_term == 0
 
 
@@ -327,17 +327,17 @@ def test_a_launch_that_ends_before_its_first_line_has_lost_nothing(tmp_path):
     """The two lines without a checkpoint are those of a SIGKILL before; had the launch written them, they would count."""
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
     (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 13)))
-    found = chaos._stamp(tmp_path)
-    assert chaos._stamp(tmp_path) == found
+    found = kills._stamp(tmp_path)
+    assert kills._stamp(tmp_path) == found
     tallies = {}
     for began in (False, True):
-        tallies[began] = chaos.Tally()
+        tallies[began] = kills.Tally()
         launch = SimpleNamespace(text=lambda: "what the ranks said")
-        chaos._count(tmp_path, signal.SIGTERM, [-15, 85], 12, tallies[began], launch, began=began)
+        kills._count(tmp_path, signal.SIGTERM, [-15, 85], 12, tallies[began], launch, began=began)
     assert (tallies[False].problems, tallies[False].lost_on_term) == ([], 0)
     assert (len(tallies[True].problems), tallies[True].lost_on_term) == (1, 2)
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    assert chaos._stamp(tmp_path) != found
+    assert kills._stamp(tmp_path) != found
 
 
 def test_r12_no_secret_in_any_byte_written(lab):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from train.testing import chaos, chaos_world
+from train.testing.chaos import kills, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,7 +21,7 @@ UPDATES = 2000  # never reached
 
 @pytest.fixture(scope="module")
 def yaml(tmp_path_factory):
-    return chaos_world.write_chaos_world(tmp_path_factory.mktemp("launchers"))
+    return world.write_chaos_world(tmp_path_factory.mktemp("launchers"))
 
 
 def launch(yaml: Path, output: Path, *launcher: str, **env: str) -> subprocess.Popen:
@@ -49,7 +49,7 @@ def wait_until(
 
 def stopped(process: subprocess.Popen, output: Path, number: int) -> dict:
     """Send the signal to the launcher once training is under way; what exit.json says."""
-    wait_until(lambda: len(chaos.metrics(output)) >= 3, process, output)
+    wait_until(lambda: len(kills.metrics(output)) >= 3, process, output)
     process.send_signal(number)
     wait_until((output / "exit.json").is_file, process, output, 60, number)
     process.wait(60)
@@ -57,7 +57,7 @@ def stopped(process: subprocess.Popen, output: Path, number: int) -> dict:
 
 
 def nothing_lost(output: Path) -> bool:
-    return max(chaos.steps_of(output)) == len(chaos.metrics(output))
+    return max(kills.steps_of(output)) == len(kills.metrics(output))
 
 
 def test_f3_accelerate_with_one_process_dies_and_the_orphan_saves(yaml, tmp_path):

@@ -15,7 +15,7 @@ import pytest
 from lab import UPDATES, Lab
 
 from train.storage.rundir import _stable
-from train.testing import chaos, chaos_world
+from train.testing.chaos import kills, world
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,7 +115,7 @@ def test_a_process_that_hangs_is_ended_with_its_last_words(lab: Lab) -> None:
 def test_a_dead_launcher_ends_both_ranks_in_seconds_with_85(
     phase: str, fault: str, update: int, delay_s: float, tmp_path: Path
 ) -> None:
-    yaml, output = chaos_world.write_chaos_world(tmp_path), tmp_path / "run"
+    yaml, output = world.write_chaos_world(tmp_path), tmp_path / "run"
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train/run.py",
         "--config", str(yaml), f"output_dir={output}", f"max_updates={UPDATES}", "checkpoint.background=false",
@@ -124,7 +124,7 @@ def test_a_dead_launcher_ends_both_ranks_in_seconds_with_85(
     with open(tmp_path / "launch.log", "w") as log:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, process_group=0)
     end = time.monotonic() + 240
-    while len(chaos.metrics(output)) < update or not (output / ".lock").exists():
+    while len(kills.metrics(output)) < update or not (output / ".lock").exists():
         assert time.monotonic() < end
         assert launcher.poll() is None, (tmp_path / "launch.log").read_text()[-2000:]
         time.sleep(0.05)
@@ -138,7 +138,7 @@ def test_a_dead_launcher_ends_both_ranks_in_seconds_with_85(
         assert time.monotonic() - start < IN_SECONDS + 4, (tmp_path / "launch.log").read_text()[-2000:]
         time.sleep(0.05)
     assert [json.loads(file.read_text())["code"] for file in files] == [85] * len(files)
-    assert max(chaos.steps_of(output), default=0) == len(chaos.metrics(output))
+    assert max(kills.steps_of(output), default=0) == len(kills.metrics(output))
 
 
 def commands() -> list[str]:

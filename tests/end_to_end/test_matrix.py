@@ -25,7 +25,7 @@ from train.data.shards import ShardReader
 from train.diffusion.objective import Batch
 from train.model.text import load_tag_tokenizer
 from train.recipe.order import Plan
-from train.testing import ranks
+from train.testing.chaos import ranks
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "c93b03a" / "model"
 ROWS = [(adapter, lacks) for adapter in anysource.ADAPTERS for lacks in anysource.LACKS]

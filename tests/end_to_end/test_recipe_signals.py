@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from train.testing import chaos, chaos_world
+from train.testing.chaos import kills, world
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -61,7 +61,7 @@ def start(folder: Path, *, stages: int = 1) -> tuple[subprocess.Popen[bytes], Pa
     for number in range(stages):
         config = folder / f"stage{number}.yaml"
         where = output if number == 0 else folder / f"run{number}"
-        config.write_text(chaos_world.STAGE + f"output_dir: {where}\nmodel: {{init_from: m, train_text_encoders: true}}\ndata: {{path: d}}\n")
+        config.write_text(world.STAGE + f"output_dir: {where}\nmodel: {{init_from: m, train_text_encoders: true}}\ndata: {{path: d}}\n")
         configs.append(str(config))
     command = [sys.executable, "-c", RECIPE, str(ROOT), str(trainer), LAUNCHER, *configs]
     environment = {**os.environ, "ANIX_ROOT": str(ROOT), "ANIX_OUTPUT": str(output)}
@@ -133,16 +133,16 @@ def test_a_refused_run_directory_has_its_own_code(damage: str, code: int, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_real_stage_saves_and_says_85(number: int, tmp_path: Path) -> None:
-    yaml, output = chaos_world.write_chaos_world(tmp_path), tmp_path / "run"
+    yaml, output = world.write_chaos_world(tmp_path), tmp_path / "run"
     more = (f"output_dir={output}", "max_updates=2000", "epochs=999", "schedule.decay=1.0")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     recipe = subprocess.Popen(
         [sys.executable, "scripts/recipe.py", "--configs", str(yaml), *more], cwd=ROOT, env=environment
     )
-    until(lambda: len(chaos.metrics(output)) >= 3 or recipe.poll() is not None, 240)
+    until(lambda: len(kills.metrics(output)) >= 3 or recipe.poll() is not None, 240)
     recipe.send_signal(number)
     assert recipe.wait(120) == 85
     record = json.loads((output / "exit.json").read_text())
     assert record["status"] == ("requeue" if number == signal.SIGUSR1 else "stopped")
-    assert max(chaos.steps_of(output)) == len(chaos.metrics(output))
+    assert max(kills.steps_of(output)) == len(kills.metrics(output))
     assert free(output)

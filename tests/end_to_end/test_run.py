@@ -12,7 +12,7 @@ from stages import Stage, losses, result, state, tree
 
 from train.base import signals
 from train.base.errors import ExitCode
-from train.testing.ranks import Ranks, warm_up
+from train.testing.chaos.ranks import Ranks, warm_up
 
 
 def test_a_finished_stage_holds_what_is_promised(straight: Path) -> None:

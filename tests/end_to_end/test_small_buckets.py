@@ -156,9 +156,9 @@ def test_the_planner_counts_short_tiles(base_model: Path, tmp_path: Path) -> Non
     config = load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "epochs=7"])
     plan = make_plan(Index.open(data, "pretrain"), config)
     images = plan_images.find_images(config, None)
-    assert estimate._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (2, 15)
+    assert plan_images.lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (2, 15)
     visits = sum(len(tile.rows) for update in range(15) for tile in plan.update(update))
-    assert abs(estimate._visits(config, images, 2, 15) - visits) <= 8
+    assert abs(plan_images.visits(config, images, 2, 15) - visits) <= 8
     report = estimate._bucket_report(config, images)
     assert report["short"] == {"64x96": 3, "96x64": 1}
     assert estimate._cycle(config, images) == plan.cycle_updates == 3

@@ -15,7 +15,7 @@ from train.base.errors import ExitCode
 from train.config.stage import ModelConfig
 from train.model import source
 from train.storage import resume
-from train.testing import chaos
+from train.testing.chaos import kills
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_a_stage_ends_with_a_checkpoint_of_its_own_last_step(lab: Lab) -> None:
         ("missed", ("checkpoint.every_steps=3",), "save.write@9:enospc"),
     ):
         assert lab.run(name, *settings, fault=fault) == [0], lab.last.text()
-        assert max(chaos.steps_of(lab.folder / name)) == UPDATES
-        assert chaos.compare_runs(lab.reference, lab.folder / name) == []
+        assert max(kills.steps_of(lab.folder / name)) == UPDATES
+        assert kills.compare_runs(lab.reference, lab.folder / name) == []
         assert json.loads((lab.folder / name / "DONE").read_text())["step"] == UPDATES
 
 
@@ -56,7 +56,7 @@ def test_a_stage_ends_with_a_checkpoint_of_its_own_last_step(lab: Lab) -> None:
 def test_a_damaged_checkpoint_of_a_later_step_does_not_spoil_a_shorter_run(lab: Lab) -> None:
     assert lab.run("shorter", fault="forward@9:exit=1") == [1]
     folder = lab.folder / "shorter" / "checkpoints"
-    assert max(chaos.steps_of(lab.folder / "shorter")) == 8
+    assert max(kills.steps_of(lab.folder / "shorter")) == 8
     (folder / "step-00000008" / "manifest.json").write_text("")
     assert lab.run("shorter", "max_updates=6") == [0], lab.last.text()
     assert (folder / "step-00000008").is_dir(), "what is damaged is left for its owner to look at"
@@ -92,7 +92,7 @@ def test_model_vae_and_data_may_move(lab: Lab) -> None:
         f"model.vae={lab.folder / 'vae2'}", f"model.init_from={lab.folder / 'model2'}", f"data.path={lab.folder / 'data2'}",
     )  # fmt: skip
     assert lab.run("moved", *moved) == [0], lab.last.text()
-    assert chaos.compare_runs(lab.reference, lab.folder / "moved") == []
+    assert kills.compare_runs(lab.reference, lab.folder / "moved") == []
     half(lab, "named")
     pin = f"model.vae_sha256={source.file_sha256(lab.folder / 'vae2' / 'diffusion_pytorch_model.safetensors')}"
     lab.must_equal_reference("named", 1, f"model.vae={lab.folder / 'vae2'}", pin)  # the model's own, under a name

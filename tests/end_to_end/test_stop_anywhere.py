@@ -19,7 +19,7 @@ from lab import UPDATES, Lab
 
 from train.base import signals
 from train.base.errors import ExitCode, Halt
-from train.testing import chaos
+from train.testing.chaos import kills
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -55,7 +55,7 @@ def stop_once(lab: Lab, name: str, overrides: tuple[str, ...], number: int, dela
     assert record["code"] == codes[0]
     updates = {json.loads((folder / f"exit.{rank}.json").read_text())["update"] for rank in range(1, world)}
     assert updates <= {record["update"]}, "all processes stop at the same update"
-    assert len(chaos.metrics(folder)) == max(chaos.steps_of(folder), default=0) == record["update"]
+    assert len(kills.metrics(folder)) == max(kills.steps_of(folder), default=0) == record["update"]
     if codes[0] == ExitCode.DONE:
         return "done"
     assert record["status"] == ("requeue" if number == signal.SIGUSR1 else "stopped")
@@ -99,7 +99,7 @@ def test_a_stop_during_the_export_leaves_the_export_to_the_next_start(lab: Lab, 
     assert lab.exit(name)["update"] == lab.exit(name, 1)["update"] == UPDATES
     assert not list((lab.folder / name).glob("*.tmp"))
     lab.must_equal_reference(name)
-    assert len(chaos.metrics(lab.folder / name)) == UPDATES
+    assert len(kills.metrics(lab.folder / name)) == UPDATES
     assert not (lab.folder / name / "metrics.discarded.jsonl").exists()  # no update was made twice
 
 
@@ -109,8 +109,8 @@ def test_a_stop_while_loading_costs_nothing_and_saves_nothing(lab: Lab) -> None:
     launch.send(signal.SIGTERM, 1)  # one process alone: both leave
     assert launch.wait() == [85, 85], launch.text()
     assert "before the first update" in lab.exit("loading")["reason"]
-    assert chaos.steps_of(lab.folder / "loading") == []
-    assert chaos.metrics(lab.folder / "loading") == []
+    assert kills.steps_of(lab.folder / "loading") == []
+    assert kills.metrics(lab.folder / "loading") == []
     lab.must_equal_reference("loading")
 
 

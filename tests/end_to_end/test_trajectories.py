@@ -22,7 +22,7 @@ from stages import Stage, losses, weights
 from train.engine import setup
 from train.model import speed
 from train.model.networks import Networks, load_components, trained_parameters
-from train.testing.ranks import Ranks, warm_up
+from train.testing.chaos.ranks import Ranks, warm_up
 from train.tools.estimate.tolerances import COARSE, REORDERED, RETILED, ROUNDED, SAME_BITS, Tolerance
 
 RUN = ("batch.micro=16", "batch.effective=16", "epochs=8", "max_updates=20", "checkpoint.every_steps=20")
@@ -179,7 +179,7 @@ def test_float8_linears_follow_the_plain_path(larger: Plain, tmp_path: Path, mon
     def emulated(unet: torch.nn.Module) -> None:
         swapped.append(speed.swap_float8(unet, emulate=True))
 
-    monkeypatch.setattr(setup.fast, "to_float8", emulated)
+    monkeypatch.setattr(setup.speed, "to_float8", emulated)
     follows(larger, tmp_path, (BF16, "model.float8=true"), COARSE)
     assert swapped[0] > 10
     assert "torchao" in sys.modules

@@ -24,7 +24,7 @@ from train.observe.tracker import MetricsFile
 from train.optim.loss_scale import loss_scale
 from train.storage import rundir
 from train.storage.rundir import open_run_dir
-from train.testing import chaos
+from train.testing.chaos import kills
 
 # --- the run directory before the start ----------------------------------------------------------------
 
@@ -267,7 +267,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
 def test_two_ranks_that_hear_of_it_at_different_updates_stop_at_the_same_one(lab: Lab) -> None:
     fault = "backward@3:1:term;backward@4:0:term;control@4:1:term"
     assert lab.run("apart", world=2, fault=fault) == [85, 85]
-    assert lab.exit("apart")["update"] == lab.exit("apart", 1)["update"] == max(chaos.steps_of(lab.folder / "apart"))
+    assert lab.exit("apart")["update"] == lab.exit("apart", 1)["update"] == max(kills.steps_of(lab.folder / "apart"))
     lab.must_equal_reference("apart", 2)
 
 
@@ -315,7 +315,7 @@ def test_f1_the_whole_job_killed_at_any_time(lab: Lab, seed: int) -> None:
         if set(codes) == {0}:
             break
         assert set(codes) <= {-signal.SIGKILL, 0}
-        lost = len(chaos.metrics(lab.folder / name)) - max(chaos.steps_of(lab.folder / name), default=0)
+        lost = len(kills.metrics(lab.folder / name)) - max(kills.steps_of(lab.folder / name), default=0)
         assert lost <= 4
     lab.must_equal_reference(name)
-    assert len(chaos.metrics(lab.folder / name)) == UPDATES
+    assert len(kills.metrics(lab.folder / name)) == UPDATES

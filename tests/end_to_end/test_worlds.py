@@ -12,7 +12,7 @@ import torch
 from stages import Stage, losses, result, state, weights
 
 from train.base.errors import ExitCode
-from train.testing.ranks import Ranks, warm_up
+from train.testing.chaos.ranks import Ranks, warm_up
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]

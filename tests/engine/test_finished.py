@@ -182,7 +182,7 @@ def test_a_renewed_folder_takes_the_place_of_the_earlier_one_which_is_whole_unti
     at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not at_once:  # a system, or a file system, that cannot exchange two names
-        monkeypatch.setattr("train.model.folder.ctypes.CDLL", lambda *_, **__: object())
+        monkeypatch.setattr("ctypes.CDLL", lambda *_, **__: object())
     out = tmp_path / "model"
     for text in ("first", "second"):
         with new_folder(out, renew=True) as new:

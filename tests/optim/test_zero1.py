@@ -22,7 +22,7 @@ from train.optim.collectives import Place
 from train.optim.zero1 import Shares, assign
 from train.recipe.order import Plan
 from train.storage.rundir import open_run_dir
-from train.testing.ranks import Ranks, warm_up
+from train.testing.chaos.ranks import Ranks, warm_up
 
 OPTIMIZERS = {
     "adamw": (),

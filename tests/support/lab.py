@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from train.testing import chaos, chaos_world, ranks
+from train.testing.chaos import kills, ranks
+from train.testing.chaos import world as chaos_world
 
 UPDATES = 10
 CANARY = "canary-3c1f9e-secret"
@@ -59,11 +60,11 @@ class Lab:
     def must_equal_reference(self, name: str, world: int = 1, *overrides: str) -> None:
         """Restart without fault and compare everything."""
         assert self.run(name, *overrides, world=world) == [0] * world, self.last.text()
-        assert chaos.compare_runs(self.reference, self.folder / name) == []
+        assert kills.compare_runs(self.reference, self.folder / name) == []
 
     def wait_for_update(self, launch: ranks.Ranks, name: str, update: int) -> None:
         end = time.monotonic() + 240
-        while len(chaos.metrics(self.folder / name)) < update:
+        while len(kills.metrics(self.folder / name)) < update:
             assert not launch.poll(), launch.text()
             assert time.monotonic() < end
             time.sleep(0.01)

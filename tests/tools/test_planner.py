@@ -212,7 +212,7 @@ def test_prepared_buckets_are_counted_merged_and_dropped() -> None:
     assert report["short"] == {}, "what `drop` drops makes no tile"
     assert "drop never trains the 3 images of buckets smaller than batch.micro (1216x832: 3)" in report["short_note"]
     assert report["dropped_per_epoch"] == 0 + 1 + 3
-    assert estimate._lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (7, 75)
+    assert plan_images.lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (7, 75)
     disk = estimate._disk_report(config, estimate.memory.setup_of(config), images, 7, 75, None)
     assert disk["latents_bytes"] == 8 * (104 * 152 * 43 + 128 * 128 * 21)
     assert disk["permanent_checkpoints"] == 11  # past each of ten multiples of 7, and the end
@@ -377,6 +377,6 @@ def test_short_tiles_repeats_and_moments_are_counted_as_they_are(tmp_path: Path,
     )  # fmt: skip
     seen = sum(len(tile.rows) for update in range(plan.total_updates) for tile in plan.update(update))
     images = Images(22, "here", {(1024, 1024): 22}, plan, 12_345)
-    assert estimate._visits(config, images, plan.updates_per_epoch, plan.total_updates) == seen == 220
+    assert plan_images.visits(config, images, plan.updates_per_epoch, plan.total_updates) == seen == 220
     setup = estimate.memory.setup_of(config)
     assert estimate._disk_report(config, setup, images, 3, 30, None)["latents_bytes"] == 12_345

@@ -8,8 +8,6 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-from train.recipe.captions import separator_problem
-
 if TYPE_CHECKING:
     from train.config.dataset import DatasetConfig, SourceConfig
 
@@ -72,3 +70,12 @@ def _captions(source: SourceConfig, separator: str) -> list[str]:
         (bad_ending, f"caption_ext is {ending!r}: the ending of caption files, such as .caption"),
     ]  # fmt: skip
     return [message for broken, message in rules if broken]
+
+
+def separator_problem(separator: str) -> str | None:
+    """What is wrong with a text as a separator, None for a good one."""
+    if not separator or separator != separator.strip():
+        return "not empty, and without spaces around it"
+    if "," in separator or not separator.isprintable() or "\\" in separator:
+        return "no comma, line break, control character or backslash"
+    return None

@@ -6,7 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from train.config.schema import flatten
-from train.recipe.captions import separator_problem
+from train.config.source_rules import separator_problem
 
 if TYPE_CHECKING:
     from train.config.stage import OptimizerConfig, StageConfig

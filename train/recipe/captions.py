@@ -41,15 +41,6 @@ def parts(text: str, separator: str = SEPARATOR, most: int = 0) -> list[str]:
     return re.split(separator_regex(separator), text, maxsplit=most)
 
 
-def separator_problem(separator: str) -> str | None:
-    """What is wrong with a text as a separator, None for a good one."""
-    if not separator or separator != separator.strip():
-        return "not empty, and without spaces around it"
-    if "," in separator or not separator.isprintable() or "\\" in separator:
-        return "no comma, line break, control character or backslash"
-    return None
-
-
 def split(text: str, separator: str = SEPARATOR) -> tuple[list[str], list[str]]:
     """(fixed tags, flex tags): split at the first separator, then at commas; stripped, empty ones left out.
 

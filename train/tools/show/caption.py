@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
+from train.config import source_rules
 from train.model import text
 from train.model.text import Overflow, TagTokenizer
 from train.recipe import captions, rng
@@ -30,7 +31,7 @@ def report(
     seed: int = 0,
 ) -> dict[str, Any]:
     """The caption as written, and as shuffled in the epochs 0 .. draws-1 of an image named by the caption itself."""
-    if (problem := captions.separator_problem(separator)) is not None:
+    if (problem := source_rules.separator_problem(separator)) is not None:
         raise Halt(ExitCode.USAGE, f"--separator is {separator!r}: {problem}")
     if draws < 0:
         raise Halt(ExitCode.USAGE, f"--draws is {draws}, must be at least 0")

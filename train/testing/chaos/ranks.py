@@ -1,6 +1,6 @@
 """A stage on several gloo processes, forked from this one: the imports are paid once, a launch costs a second.
 
-Stands in for torchrun in fault tests and in chaos.py. The children meet over a file store, so no port is needed.
+Stands in for torchrun in fault tests and in kills.py. The children meet over a file store, so no port is needed.
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.storage import manifest
-from train.testing import chaos_world, ranks
+from train.testing.chaos import ranks
+from train.testing.chaos import world as chaos_world
 
 WORLDS = (1, 2)
 NOT_COMPARED = {"images_per_s", "data_wait_s"}  # the machine's speed

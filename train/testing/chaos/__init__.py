@@ -1,0 +1,1 @@
+"""Killing tiny runs at random moments, and the processes that it takes."""
