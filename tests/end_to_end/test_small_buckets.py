@@ -9,7 +9,7 @@ import pytest
 import synthetic
 import torch
 from stages import Stage, opened, result, state
-from test_update import gradients, one_update, relative
+from test_step import gradients, one_update, relative
 from test_worlds import launch
 
 from train.base.errors import ExitCode, Halt

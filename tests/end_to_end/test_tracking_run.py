@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import synthetic
 from stages import Stage, result
-from test_tracking import fake_child
+from test_tracker import fake_child
 
 from train.base.errors import ExitCode
 from train.observe import outlets
