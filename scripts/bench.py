@@ -16,7 +16,7 @@ from train.base.errors import ExitCode, Halt
 
 
 def parse() -> argparse.Namespace:
-    """Command line of timing.py."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     cpu = kinds.add_parser("cpu", help="data path, loop, checkpoints; about five minutes, no network")

@@ -6,33 +6,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-
 from train.base.console import run_cli
-
-
-def main() -> None:
-    """Parse and serve."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", nargs="+", required=True, help="run directories, diffusers folders or .safetensors")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
-    parser.add_argument("--port", type=int, default=7860)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--tokenizers", help="folder with tokenizer/ and tokenizer_2/ (default: each model's; of single files CLIP's)")
-    parser.add_argument("--out", help="folder for the pictures (default: a temporary one)")
-    arguments = parser.parse_args()
-
-    from train.tools.demo import serve
-
-    serve(
-        arguments.model,
-        host=arguments.host,
-        port=arguments.port,
-        device=arguments.device,
-        tokenizers=arguments.tokenizers,
-        out=arguments.out,
-    )
-
+from train.tools.commands.demo import main
 
 if __name__ == "__main__":
     run_cli(main)

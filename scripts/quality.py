@@ -1,61 +1,13 @@
 #!/usr/bin/env python
-"""Judges the samples of stages: aesthetic score, CLIP, tagger; with intervals, paired over equal prompts and seeds.
-
-The models are folders of your own; nothing is downloaded. STAGE is a run directory (its newest samples) or NAME=DIR
-with pictures by scripts/sample.py. An interval wants many prompts: fifty or more. `report.py --quality` shows the file.
-"""
+"""Judges the samples of stages: aesthetic score, CLIP, tagger; with intervals, paired over equal prompts and seeds."""
 
 import sys
 from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-import json
-
 from train.base.console import run_cli
-from train.base.errors import ExitCode, Halt
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", metavar="STAGE", help="run directory or NAME=DIR, in the recipe's order")
-    parser.add_argument("--aesthetic", metavar="DIR", help="image-classification model of transformers")
-    parser.add_argument("--aesthetic-label", default="hq", help="class whose probability is the score (default: hq)")
-    parser.add_argument("--clip", metavar="DIR", help="CLIP model of transformers")
-    parser.add_argument(
-        "--tagger", metavar="DIR",
-        help="WD tagger v3 (model.onnx; extra: tag) or image-classification model; tiny_world = the drawn world's rule",
-    )  # fmt: skip
-    parser.add_argument("--threshold", type=float, default=0.35, help="above it a tag is seen (default: 0.35)")
-    parser.add_argument("--character-threshold", type=float, default=0.85, help="for characters (default: 0.85)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    parser.add_argument("--out", type=Path, default=Path("quality.json"))
-    parser.add_argument("--json", action="store_true", help="print the record instead of a table")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Parse, judge, write, print."""
-    arguments = parse()
-    if not (arguments.aesthetic or arguments.clip or arguments.tagger):
-        raise Halt(ExitCode.USAGE, "name at least one model: --aesthetic DIR, --clip DIR or --tagger DIR")
-    from train.tools.quality import judges, quality
-    from train.tools.quality import record as quality_record
-
-    device, limits = arguments.device, (arguments.threshold, arguments.character_threshold)
-    stages = quality.stage_pictures(arguments.stages)
-    label = arguments.aesthetic_label
-    record = quality.measure(
-        stages,
-        aesthetic=judges.open_aesthetic(arguments.aesthetic, label, device) if arguments.aesthetic else None,
-        clip=judges.open_clip(arguments.clip, device) if arguments.clip else None,
-        tagger=judges.open_tagger(arguments.tagger, *limits, device) if arguments.tagger else None,
-    )
-    quality_record.write_quality(arguments.out, record)
-    print(json.dumps(record) if arguments.json else f"{quality_record.as_text(record)}\n{arguments.out}")
-
+from train.tools.commands.quality import main
 
 if __name__ == "__main__":
     run_cli(main)

@@ -6,29 +6,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-
 from train.base.console import run_cli
-
-
-def main() -> int:
-    """Parse and run; stops at the first failing stage with its exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--configs", nargs="+", type=Path, required=True, metavar="YAML", help="one per stage")
-    parser.add_argument("--launch", type=Path, help="accelerate config, e.g. configs/launch/two_gpus.yaml")
-    parser.add_argument("--processes", type=int, default=1, help="processes on this machine, without --launch")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="for every stage")
-    arguments, unknown = parser.parse_known_args()
-    # `--configs a b key=value`: argparse gives everything to --configs, so the overrides are told apart by "=".
-    overrides = [str(c) for c in arguments.configs if "=" in str(c)] + arguments.overrides
-    if unknown:
-        parser.error(f"unknown arguments {unknown}")
-    configs = [config for config in arguments.configs if "=" not in str(config)]
-
-    from train.tools.stages import run_stages
-
-    return run_stages(configs, overrides, arguments.launch, arguments.processes)
-
+from train.tools.commands.recipe import main
 
 if __name__ == "__main__":
     run_cli(main)

@@ -6,38 +6,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-
 from train.base.console import run_cli
-from train.base.errors import ExitCode, Halt
-
-
-def main() -> None:
-    """Parse, write, print the path."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run directories, in the order of the recipe")
-    parser.add_argument("--out", type=Path, default=Path("report.html"))
-    parser.add_argument("--title", default="")
-    parser.add_argument(
-        "--samples", action="append", default=[], metavar="NAME=DIR",
-        help="pictures by scripts/sample.py that join the comparison, e.g. base=samples/base (repeatable)",
-    )  # fmt: skip
-    parser.add_argument("--quality", type=Path, metavar="JSON", help="what scripts/quality.py measured")
-    arguments = parser.parse_args()
-    extra: dict[str, Path] = {}
-    for given in arguments.samples:
-        name, equals, folder = given.partition("=")
-        if not equals or not Path(folder).is_dir():
-            raise Halt(ExitCode.USAGE, f"--samples {given}: needs NAME=DIR with an existing folder")
-        if name in extra:
-            raise Halt(ExitCode.USAGE, f"--samples {given}: the name {name} is given twice, first for {extra[name]}")
-        extra[name] = Path(folder)
-
-    from train.tools.report.page import write_page
-
-    runs, out, quality = arguments.runs, arguments.out, arguments.quality
-    print(write_page(runs, out, title=arguments.title, extra_samples=extra, quality=quality))
-
+from train.tools.commands.report import main
 
 if __name__ == "__main__":
     run_cli(main)

@@ -6,61 +6,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-import contextlib
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as train/run.py: another number of threads, other last digits
-
 from train.base.console import run_cli
-from train.recipe.captions import SEPARATOR
-from train.tools.show.dispatch import report_of, show
-
-
-def main() -> int:
-    """Parse, ask the tool, print; with --json one JSON object on stdout and nothing else."""
-    arguments = parse()
-    with contextlib.redirect_stdout(sys.stderr):  # libraries that print must not break the JSON
-        report = report_of(arguments)
-    show(report, as_json=arguments.json)
-    return 0
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    kinds = parser.add_subparsers(dest="what", required=True)
-
-    caption = kinds.add_parser("caption", parents=[common], help="tags, draws, ids per chunk, what is cut")
-    caption.add_argument("--tokenizers", type=Path, help="folder with tokenizer/ and tokenizer_2/ (default: CLIP's)")
-    caption.add_argument("--text", required=True)
-    caption.add_argument("--draws", type=int, default=0)
-    caption.add_argument("--separator", default=SEPARATOR)
-    caption.add_argument("--max-tokens", type=int, default=225, choices=(75, 150, 225))
-    caption.add_argument("--overflow", default="tag", choices=("tag", "token"))
-    caption.add_argument("--seed", type=int, default=0)
-    buckets = kinds.add_parser("buckets", parents=[common], help="placement of one image; without --size the table")
-    buckets.add_argument("--size", help="WxH in px")
-    for name, value in (("area", 1024 * 1024), ("min", 512), ("max", 2048), ("step", 64)):
-        buckets.add_argument(f"--{name}-px", type=int, default=value)
-    for name, what in (
-        ("dataset", "prepared dataset"),
-        ("checkpoint", "step-* directory or run"),
-        ("model", "any model"),
-    ):
-        kinds.add_parser(name, parents=[common], help=what).add_argument("path", type=Path)
-    aside = kinds.add_parser("quarantine", parents=[common], help="what preparing set aside, and why")
-    aside.add_argument("path", type=Path, metavar="DATASET")
-    aside.add_argument("--step", help="only what this step of prepare.py set aside")
-    aside.add_argument("--reason", help="only for this reason")
-    step = kinds.add_parser("step", parents=[common], help="tiles, images, timesteps and losses of one update")
-    step.add_argument("path", type=Path, metavar="RUN")
-    step.add_argument("--update", type=int, required=True)
-    step.add_argument("--recompute", action="store_true", help="run the update again from the checkpoint before it")
-    return parser.parse_args()
-
+from train.tools.commands.show import main
 
 if __name__ == "__main__":
     run_cli(main)

@@ -6,36 +6,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import argparse
-
 from train.base.console import run_cli
-from train.base.errors import ExitCode, Halt
-
-
-def main() -> None:
-    """Parse and draw, or print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("data/tiny_world"), help="folder to write")
-    parser.add_argument("--images", type=int, default=640, help="pictures to draw")
-    parser.add_argument("--seed", type=int, default=1, help="another seed is another world")
-    parser.add_argument("--summary", type=Path, metavar="RUNS", help="draw nothing: print losses and tag following")
-    options = parser.parse_args()
-    if options.summary:
-        from train.tools.tiny.check import summary
-
-        print(summary(options.summary))
-        return
-    if options.images < 1:
-        raise Halt(ExitCode.USAGE, f"--images is {options.images}, must be at least 1")
-    from train.tools.tiny.world import write_world  # after --help, which needs no Pillow
-
-    drawn = write_world(options.out, options.images, options.seed)
-    print(f"{options.out / 'images'}: {options.images} pictures {'drawn' if drawn else 'are there already'}")
-    from train.tools.tiny.model import write_model
-
-    built = write_model(options.out / "model")
-    print(f"{options.out / 'model'}: tiny SDXL {'built' if built else 'is there already'}")
-
+from train.tools.commands.tiny_world import main
 
 if __name__ == "__main__":
     run_cli(main)

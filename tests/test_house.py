@@ -20,6 +20,7 @@ FLOORS = {
     "base": 1, "config": 2, "recipe": 3, "storage": 3, "model": 4, "optim": 4, "diffusion": 5, "data": 6,
     "observe": 7, "prepare": 7, "engine": 8, "tools": 9, "run": 9, "testing": 10,
 }  # fmt: skip
+PRODUCT_LINES = 32_500  # may only fall; the house was meant for 30,000
 LIGHT = ("base", "config", "recipe", "engine.refusals", "run")  # answer before torch is loaded
 SOURCES = sorted([*ROOT.glob("train/**/*.py"), *ROOT.glob("scripts/*.py")])
 ROOMS = [path for path in SOURCES if path.is_relative_to(ROOT / "train") and path.name != "__init__.py"]
@@ -73,19 +74,62 @@ def test_the_ground_floor_is_standard_library() -> None:
             assert not foreign, f"{path.name} imports {foreign}"
 
 
-def test_no_import_cycles() -> None:
-    graph = {module_of(path): own(path, top_only=True) - {module_of(path)} for path in ROOMS}
+def cycles(graph: dict[str, set[str]]) -> list[str]:
+    """Every way that comes back to where it began, written with arrows."""
     done: set[str] = set()
+    found = []
 
     def visit(module: str, trail: tuple[str, ...]) -> None:
-        assert module not in trail, f"cycle: {' -> '.join((*trail, module))}"
-        if module not in done:
-            for other in graph.get(module, ()):
+        if module in trail:
+            found.append(" -> ".join((*trail[trail.index(module) :], module)))
+        elif module not in done:
+            for other in sorted(graph.get(module, ())):
                 visit(other, (*trail, module))
             done.add(module)
 
     for module in graph:
         visit(module, ())
+    return found
+
+
+def test_no_import_cycles() -> None:
+    assert cycles({module_of(path): own(path, top_only=True) - {module_of(path)} for path in ROOMS}) == []
+
+
+def functions(path: Path) -> Iterator[tuple[int, str]]:
+    """(lines, name) of every function of a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield (node.end_lineno or 0) - node.lineno + 1, f"{path.relative_to(ROOT)}: {node.name}"
+
+
+def test_numbers_of_the_house() -> None:
+    """What `pytest tests/test_house.py -k numbers -s` prints, each held to its limit where it has one."""
+    testing = (ROOT / "train/testing", ROOT / "scripts/bench.py", ROOT / "scripts/chaos.py")
+    product = [path for path in SOURCES if not any(path.is_relative_to(place) for place in testing)]
+    lines = {path: len(path.read_text().splitlines()) for path in product}
+    imports = {module_of(path): {name for name in own(path) if name != module_of(path)} for path in ROOMS}
+    edges = [(room, other) for room, others in imports.items() for other in others]
+    across = {(a.split(".")[0], b.split(".")[0]) for a, b in edges if a.split(".")[0] != b.split(".")[0]}
+    packages = {path.parent for path in ROOMS} - {ROOT / "train"}
+    longest_file = max((count, str(path.relative_to(ROOT))) for path, count in lines.items())
+    longest_function = max(found for path in product for found in functions(path))
+    table: list[tuple[str, int, int | None, str]] = [  # what, number, limit, where
+        ("names at the first level of train/", len(FLOORS), 14, ""),
+        ("packages, inner ones too", len(packages), None, ""),
+        ("floors", len(set(FLOORS.values())), 10, ""),
+        ("rooms", len(ROOMS), None, ""),
+        ("imports between rooms", len(edges), None, ""),
+        ("arrows between packages", len(across), None, ""),
+        ("arrows that do not go down", sum(FLOORS[a] <= FLOORS[b] for a, b in across), 0, ""),
+        ("cycles of rooms", len(cycles({module_of(path): own(path, top_only=True) - {module_of(path)} for path in ROOMS})), 0, ""),
+        ("lines of the longest file", longest_file[0], 400, longest_file[1]),
+        ("lines of the longest function", longest_function[0], 60, longest_function[1]),
+        ("lines of the product, without testing", sum(lines.values()), PRODUCT_LINES, ""),
+    ]
+    for what, number, limit, where in table:
+        print(f"{number:>7,}  {what}{f', at most {limit:,}' if limit is not None else ''}{f' ({where})' if where else ''}")
+    assert [(what, number) for what, number, limit, _ in table if limit is not None and number > limit] == []
 
 
 def test_packages_have_a_size_one_can_read() -> None:
@@ -116,10 +160,7 @@ def test_names_shadow_nothing(folder: str) -> None:
 def test_sizes(path: Path) -> None:
     lines = path.read_text().splitlines()
     assert len(lines) <= (80 if path.parent.name == "scripts" else 400)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            limit = 80 if (path.name, node.name) == ("run.py", "main") else 60
-            assert (node.end_lineno or 0) - node.lineno + 1 <= limit, f"{path.name}: {node.name}"
+    assert [found for found in functions(path) if found[0] > 60] == []
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -138,6 +179,12 @@ def test_nothing_that_runs_what_it_reads(path: Path) -> None:
                 assert not (keyword.arg in forbidden and value == "True"), node.lineno
     modules = {name.split(".")[0] for name in imported(path)}
     assert not modules & {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
+
+
+def test_tests_share_through_support() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        if not path.is_relative_to(ROOT / "tests/fixtures"):  # made with old code, kept as it was
+            assert not [name for name in imported(path) if name.split(".")[0].startswith("test_")], path
 
 
 @pytest.mark.parametrize("script", sorted(ROOT.glob("scripts/*.py")), ids=lambda p: p.name)

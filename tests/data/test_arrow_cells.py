@@ -89,7 +89,7 @@ def test_a_failed_read_names_file_column_and_picture(dataset: Path, monkeypatch:
 @pytest.mark.parametrize("column", ["fixed_tags", "flex_tags", "rating_tags", "quality", "year", "aesthetic"])
 @pytest.mark.parametrize("value", [None, "empty"])
 def test_a_set_without_any_value_in_a_column_is_read(column: str, value: str | None, tmp_path: Path) -> None:
-    from test_index import built, row, selection_of
+    from indexes import built, row, selection_of
 
     many = column.endswith("_tags")
     given: Any = ([] if many else "") if value == "empty" else None

@@ -10,35 +10,19 @@ import pytest
 import synthetic
 import torch
 from safetensors.torch import load_file
-from test_text import small_tokenizer
+from tilesets import SEED, make
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import DataConfig, NoiseConfig
+from train.config.stage import NoiseConfig
 from train.data.dataset import TileDataset, _draw_moments, draw_options, trace_timesteps
-from train.data.index import Index
-from train.data.shards import ShardReader, write_shard
+from train.data.shards import write_shard
 from train.diffusion.objective import Batch
-from train.model.text import TagTokenizer
 from train.recipe import rng
 from train.recipe.captions import draw
-from train.recipe.order import Plan, Tile
+from train.recipe.order import Tile
 from train.recipe.rng import Stream
 
-SEED = 31
 TENSORS = ("latents_BCHW", "noise_BCHW", "input_noise_BCHW", "timesteps_B", "ids_1_BN77", "ids_2_BN77", "size_B6")
-
-
-def make(
-    data: Path, micro: int = 2, tiles: int = 4, *, noise: NoiseConfig | None = None, **settings: object
-) -> TileDataset:
-    """The dataset of a plan of `tiles` tiles of `micro` images."""
-    index = Index.open(data, "pretrain")
-    plan = Plan(index.uids, index.bucket_w, index.bucket_h, seed=SEED, tile_images=micro, tiles_per_update=tiles, epochs=3)
-    return TileDataset(
-        index, plan, ShardReader(data), TagTokenizer(small_tokenizer()), seed=SEED,
-        data=DataConfig(path=str(data), **settings),  # type: ignore[arg-type]
-        noise=noise or NoiseConfig(), scaling=0.13025, total_updates=plan.total_updates,
-    )  # fmt: skip
 
 
 def batch_of(dataset: TileDataset, step: int, number: int) -> Batch:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_dataset import make
+from tilesets import make
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import DataConfig

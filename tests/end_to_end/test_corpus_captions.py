@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from test_ingest import BAD_CAPTIONS, BAD_LINES, BAD_POSTS, GOOD, _picture, run
+from ingests import BAD_CAPTIONS, BAD_LINES, BAD_POSTS, GOOD, run, write_picture
 
 from train.config.dataset import DatasetConfig, SourceConfig
 
@@ -20,7 +20,7 @@ def test_every_bad_record_is_named_in_one_pass(tmp_path: Path) -> None:
     (tmp_path / "posts.jsonl").write_text("\n".join(json.dumps(post) for post in BAD_POSTS.values()))
     (tmp_path / "lines.jsonl").write_bytes(b"\n".join(BAD_LINES.values()) + b"\n" + json.dumps(GOOD).encode())
     for name, data in BAD_CAPTIONS.items():
-        _picture(tmp_path / "pictures" / f"{name}.png")
+        write_picture(tmp_path / "pictures" / f"{name}.png")
         (tmp_path / "pictures" / f"{name}.txt").write_bytes(data)
     (tmp_path / "table.csv").write_bytes(b"id,tags\n" + b"\n".join([*BAD_ROWS.values(), b"9,fine"]) + b"\n")
     columns = {"id": "id", "tags": "tags"}

@@ -12,21 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import expect, save_steps
+from checkpoints import expect, save_steps, signed
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
 from train.storage import checkpoint, manifest, rundir, space
-
-
-def signed(folder: Path, name: str, data: bytes, **changes: Any) -> None:
-    """Replace a file and sign it: damage that no checksum finds."""
-    (folder / name).write_bytes(data)
-    found = manifest.read(folder)
-    count = changes.pop("tensors", found.files[name].tensors)
-    record = manifest.FileRecord(len(data), hashlib.sha256(data).hexdigest(), count)
-    files = {**found.files, name: record}
-    (folder / manifest.NAME).write_bytes(manifest.encode(manifest.Manifest(found.run_id, found.step, False, files)))
 
 
 def state_with(**changes: Any) -> Callable[[Path], None]:

@@ -25,11 +25,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import expect, save_steps, signed
+from ingests import GOOD, config, write_picture
+from ingests import run as ingest
 from PIL import Image
-from test_checkpoint import expect, save_steps
-from test_corpus_checkpoints import signed
-from test_ingest import GOOD, _picture, config
-from test_ingest import run as ingest
 
 from train.base.errors import ExitCode, Halt
 from train.config import prompts
@@ -240,9 +239,9 @@ def told(place: Place, adapter: str, **options: Any) -> str:
 def sidecars(make: Callable[[Path, Place], None]) -> Case:
     def case(place: Place) -> str:
         folder = place.root / "in"
-        _picture(folder / "ok.png")
+        write_picture(folder / "ok.png")
         (folder / "ok.txt").write_text("fine")
-        _picture(folder / "bad.png")
+        write_picture(folder / "bad.png")
         make(folder, place)
         return told(place, "sidecar", assume_rating="g")
 

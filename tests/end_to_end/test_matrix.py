@@ -15,9 +15,8 @@ import anysource
 import numpy as np
 import pytest
 import synthetic
-from preparedset import prepare
+from onesource import MODEL, prepared_from
 
-from train.config.dataset import load_settings
 from train.config.stage import DataConfig, NoiseConfig
 from train.data.dataset import TileDataset
 from train.data.index import Index
@@ -27,7 +26,6 @@ from train.model.text import load_tag_tokenizer
 from train.recipe.order import Plan
 from train.testing.chaos import ranks
 
-MODEL = Path(__file__).parents[1] / "fixtures" / "c93b03a" / "model"
 ROWS = [(adapter, lacks) for adapter in anysource.ADAPTERS for lacks in anysource.LACKS]
 CAPTIONED = ("sidecar", "sd_scripts", "imagefolder", "simpletuner")
 
@@ -35,19 +33,6 @@ CAPTIONED = ("sidecar", "sd_scripts", "imagefolder", "simpletuner")
 def prepared(folder: Path, adapter: str, lacks: str, **overrides: Any) -> Path:
     """`prepare all` over that source; the set's folder."""
     return prepared_from(folder, {"name": "s", **anysource.write(adapter, folder / "source", lacks)}, **overrides)
-
-
-def prepared_from(folder: Path, source: dict[str, Any], **overrides: Any) -> Path:
-    """`prepare all` over one source."""
-    settings = {
-        "name": "set", "root": str(folder / "data"), "seed": 5, "workers": 0, "sources": [source],
-        "buckets": {"area_px": 6144, "min_px": 64, "max_px": 96, "step_px": 32}, "select": {"pretrain": {"min_bucket": 1}},
-        "latents": {"vae": str(MODEL / "vae"), "batch": 4}, **overrides,
-    }  # fmt: skip
-    yaml = folder / "dataset.yaml"
-    yaml.write_text(json.dumps(settings))  # JSON is YAML
-    prepare(load_settings([yaml]))
-    return folder / "data" / "set"
 
 
 def first_batches(data: Path) -> list[Batch]:

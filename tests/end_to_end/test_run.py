@@ -1,4 +1,4 @@
-"""A stage from its first update to its files: interrupted, resumed, watched. Refusals: test_refusals.py."""
+"""A stage from its first update to its files: interrupted, resumed, watched. Refusals: test_bad_input.py."""
 
 from __future__ import annotations
 

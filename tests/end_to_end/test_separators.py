@@ -8,8 +8,8 @@ from pathlib import Path
 import anysource
 import pytest
 import synthetic
+from onesource import MODEL, prepared_from
 from stages import clean_process, result
-from test_matrix import MODEL, prepared_from
 
 from train import run
 from train.base.errors import ExitCode

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import synthetic
 import torch
+from launches import launch
 from stages import Stage, opened, result, state
-from test_step import gradients, one_update, relative
-from test_worlds import launch
+from updates import gradients, one_update, relative
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage

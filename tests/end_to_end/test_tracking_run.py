@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import synthetic
+from outletchild import fake_child
 from stages import Stage, result
-from test_tracker import fake_child
 
 from train.base.errors import ExitCode
 from train.observe import outlets

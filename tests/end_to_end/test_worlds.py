@@ -9,23 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import launch
 from stages import Stage, losses, result, state, weights
 
 from train.base.errors import ExitCode
-from train.testing.chaos.ranks import Ranks, warm_up
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def launch(stage: Stage, world: int, *changes: str, fault: str = "") -> list[int]:
-    """Exit codes of a launch on `world` gloo processes, forked from this one."""
-    warm_up()
-    logs = stage.output.parent / "logs"
-    ranks = Ranks(stage.arguments(*changes), logs, world=world, env={"ANIX_FAULT": fault} if fault else {})
-    codes = ranks.wait(180)
-    stage.message = ranks.text()
-    return codes
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

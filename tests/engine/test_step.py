@@ -14,36 +14,17 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from stages import Stage, opened
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from updates import gradients, one_update, relative
 
 from train.base.errors import ExitCode, Halt
 from train.diffusion.objective import image_losses
 from train.engine import loop
 from train.engine.loop import Session
-from train.engine.step import Outcome, compute_update
+from train.engine.step import bad_step, may_apply
 from train.recipe import rng
 from train.recipe.order import Tile
 from train.recipe.rng import Stream
-
-
-def one_update(session: Session, step: int = 0) -> Outcome:
-    """Gradients of a plan step, not clipped, not applied."""
-    tiles = session.plan.update(step)
-    return compute_update(
-        session.gradients, session.feed.next_update(), diffusion=session.diffusion, scale=session.scale,
-        images=sum(len(tile.rows) for tile in tiles), tiles_here=len(tiles), tiles_in_update=len(tiles), step=step,
-        max_grad_norm=0.0, stop_asked=lambda: False,
-    )  # fmt: skip
-
-
-def gradients(session: Session) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in session.parameters.items() if p.grad is not None}
-
-
-def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """Distance of two sets of gradients over the norm of the second."""
-    assert a.keys() == b.keys()
-    distance = sum(float((a[n].double() - b[n].double()).square().sum()) for n in a)
-    return (distance / sum(float(b[n].double().square().sum()) for n in b)) ** 0.5
+from train.storage import rundir
 
 
 class Reference:
@@ -252,3 +233,44 @@ def test_a_loss_that_is_not_finite_changes_nothing(
         text = json.dumps(record)
         for tile in session.plan.update(0):
             assert all(f"{uid:016x}" in text for uid in tile.uids)
+
+
+def two_tiles():
+    def tile(number, rows):
+        n = len(rows)
+        return Tile(64, 96, number, np.array(rows), np.arange(n, dtype=np.uint64) + number, np.zeros(n, np.int64))
+
+    return [tile(0, [3, 4]), tile(1, [7])]
+
+
+def test_bad_step_is_json_and_exact(tmp_path):
+    run = rundir.open_run_dir(tmp_path, "s")
+    losses = [float(np.float32(0.1)), float("nan"), float("-inf")]
+    numbers = {"timesteps": np.array([1, 22, 333]), "losses": losses, "grad_norm": float("inf"), "scale": 2.0}
+    halt = bad_step(run, step=7, updates=6, tiles=two_tiles(), **numbers)
+    assert halt.code == ExitCode.NON_FINITE
+    assert "update 7" in halt.message
+    assert "0000000000000001@0 t 22 (nan)" in halt.message
+    assert "t 1 (" not in halt.message
+    back = json.loads((tmp_path / "bad_step.json").read_text(), parse_constant=pytest.fail)
+    assert back["grad_norm"] == "inf"
+    assert [s["loss"] for s in back["slots"]] == [losses[0], "nan", "-inf"]
+    assert [(s["tile"], s["row"], s["t"]) for s in back["slots"]] == [(0, 3, 1), (0, 4, 22), (1, 7, 333)]
+    run.close()
+
+
+def test_only_rank_0_leaves_the_file(tmp_path):
+    run = rundir.open_run_dir(tmp_path, "s", rank=1)
+    halt = bad_step(
+        run, step=1, updates=1, tiles=two_tiles(), timesteps=[0] * 3, losses=[0.0] * 3, grad_norm=float("nan")
+    )
+    assert "the gradient" in halt.message
+    assert not (tmp_path / "bad_step.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("losses", "norm", "expected"),
+    [(True, 1.0, True), (False, 1.0, False), (True, float("inf"), False), (True, float("nan"), False)],
+)
+def test_weights_change_only_when_everything_is_finite(losses, norm, expected):
+    assert may_apply(losses, norm) is expected

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from stages import Stage, opened
-from test_dataset import make
+from tilesets import make
 
 from train.base.errors import ExitCode, Halt
 from train.diffusion.objective import Batch

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import tinysdxl
+from cliptokens import TAGS, B, E
 from diffusers import StableDiffusionXLPipeline
 from stages import Stage, losses
-from test_text import TAGS, B, E
 
 from train.base.errors import ExitCode, Halt
 from train.config import prompts

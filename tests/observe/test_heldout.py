@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import synthetic
+from launches import launch
 from stages import Stage, opened, result
-from test_worlds import launch
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage

@@ -19,13 +19,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from outletchild import fake_child
 from PIL import Image
 
 from train.config.stage import TrackingConfig
 from train.observe import outlets
 from train.observe.outlet_process import flatten
 from train.observe.outlets import Outlet, outlet_modes
-from train.observe.tracker import MetricsFile, StarvationWatch, Tracker, loss_by_decile, read_metrics
+from train.observe.tracker import (
+    MetricsFile,
+    SpikeDetector,
+    StarvationWatch,
+    Tracker,
+    loss_by_decile,
+    read_metrics,
+    spike_sigmas,
+)
 
 ECHO = "import sys; print('ready', flush=True); open({out!r}, 'a').writelines(sys.stdin.readlines()[1:])"
 
@@ -35,24 +44,6 @@ def tracker(folder: Path, *, total: int = 5, resume: int = 0, **options: Any) ->
         folder, TrackingConfig(**options), is_main=True, run_name="test", config_flat={"batch.micro": 2},
         total_steps=total, resume_step=resume,
     )  # fmt: skip
-
-
-def fake_child(monkeypatch: pytest.MonkeyPatch, *programs: str) -> list[str]:
-    """Outlet processes run `programs`, one after the other; returns the wandb modes asked for."""
-    asked: list[str] = []
-
-    def start(settings: dict[str, Any]) -> subprocess.Popen[bytes]:
-        program = programs[min(len(asked), len(programs) - 1)]
-        asked.append(settings["wandb"])
-        child = subprocess.Popen(
-            [sys.executable, "-S", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
-        )
-        assert child.stdin is not None
-        child.stdin.write(json.dumps(settings).encode() + b"\n")
-        return child
-
-    monkeypatch.setattr(outlets, "_start_child", start)
-    return asked
 
 
 def test_one_line_per_update_flushed_at_once(tmp_path: Path) -> None:
@@ -370,3 +361,31 @@ def test_real_tensorboard(tmp_path: Path) -> None:
     assert "step=1, value=0.5" in shown.stdout
     assert "value=0.25" in shown.stdout
     assert "config/batch.micro" in shown.stdout
+
+
+def test_spike_is_six_sigma_and_nothing_less():
+    history = [1.0, 3.0] * 64  # mean 2, sample deviation sqrt(128/127)
+    sigma = (128 / 127) ** 0.5
+    assert spike_sigmas(history, 2 + 5.99 * sigma) is None
+    assert spike_sigmas(history, 2 + 6.01 * sigma) == pytest.approx(6.01)
+    assert spike_sigmas([100.0] * 50 + history, 2 + 6.01 * sigma) is not None  # only the last 128 count
+    assert spike_sigmas(history[:7], 1e9) is None
+    assert spike_sigmas(history, float("nan")) is None
+    assert spike_sigmas([0.5] * 20, 0.5) is None
+    assert spike_sigmas([0.0] * 20, 0.0) is None
+
+
+def test_the_detector_remembers_128_losses_and_forgets_older_ones():
+    detector = SpikeDetector([1.0, 1.1] * 10)
+    assert detector.check(1.05) is None
+    assert "sigma above the last 21" in detector.check(50.0)
+    for _ in range(128):
+        detector.check(1.0)
+    assert len(detector.history) == 128
+    assert detector.check(2.0) is not None
+
+
+def test_ordinary_noise_gives_no_false_alarm():
+    draw = random.Random(3)
+    losses = [draw.gauss(0.1, 0.02) for _ in range(3000)]
+    assert not [i for i in range(50, 3000) if spike_sigmas(losses[:i], losses[i])]

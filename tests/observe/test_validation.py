@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cliptokens import small_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
-from test_text import small_tokenizer
 
 from train.base.errors import ExitCode, Halt
 from train.data.selection import held_out

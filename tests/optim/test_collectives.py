@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from forked import run_ranks
 from torch import nn
 
 from train.base.errors import ExitCode, Halt
+from train.optim import collectives
 from train.optim.collectives import BinaryCounter, FlatGradients, pair_groups, reduce_pairwise
 from train.recipe.order import check_strict_world, virtual_ranks
 
@@ -88,3 +91,49 @@ def test_gradients_live_in_the_flat_buffer() -> None:
     model[2].weight.grad = None
     with pytest.raises(RuntimeError, match="left the flat buffer"):
         flat.check()
+
+
+def test_a_checksum_sees_every_single_bit():
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.uint8):
+        tensor = (torch.rand(6) * 100).to(dtype)
+        before = collectives.checksums({"t": tensor})
+        raw = tensor.view(torch.uint8)
+        for position in range(len(raw)):
+            for bit in range(8):
+                raw[position] ^= 1 << bit
+                assert collectives.checksums({"t": tensor}) != before
+                raw[position] ^= 1 << bit
+    assert collectives.checksums({}).shape == (0,)
+    assert collectives.checksums({"s": torch.tensor(1.0), "e": torch.zeros(0)}).tolist() == [0, 0x3F800000]
+
+
+def test_one_process_has_no_peer_to_differ_from():
+    collectives.check_replicas({"a": torch.ones(3)}, 1)
+
+
+def _replica(rank: int, where: str, out) -> None:
+    store = dist.FileStore(where, 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    tensors = {"same": torch.arange(5.0), "zero": torch.tensor([0.0])}
+    collectives.check_replicas(tensors, 1)
+    if rank == 1:
+        tensors["zero"] = torch.tensor([-0.0])  # equal as a number, other bits
+    try:
+        collectives.check_replicas(tensors, 2)
+    except Halt as halt:
+        out.put((rank, int(halt.code), halt.message))
+    dist.destroy_process_group()
+
+
+def test_two_processes_find_one_differing_bit(tmp_path):
+    context = mp.get_context("fork")
+    out = context.Queue()
+    processes = [context.Process(target=_replica, args=(r, str(tmp_path / "store"), out)) for r in (0, 1)]
+    for process in processes:
+        process.start()
+    found = sorted(out.get(timeout=60) for _ in processes)
+    for process in processes:
+        process.join(60)
+    assert [(rank, code) for rank, code, _ in found] == [(0, 9), (1, 9)]
+    assert "1 of 2 tensors, such as zero" in found[0][2]

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_ingest import _picture, config, run
+from ingests import config, run, write_picture
 
 from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
@@ -32,7 +32,7 @@ def found(folder: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    _picture(tmp_path / "in" / "b" / "a.png")
+    write_picture(tmp_path / "in" / "b" / "a.png")
     return tmp_path / "in"
 
 
@@ -87,7 +87,7 @@ def test_what_is_not_read_is_said(tmp_path: Path, folder: Path, capsys: pytest.C
 
 
 def test_names_that_look_alike_are_alike(tmp_path: Path) -> None:
-    _picture(tmp_path / "caf\u00e9.png")
+    write_picture(tmp_path / "caf\u00e9.png")
     (tmp_path / "cafe\u0301.txt").write_text("1girl")
     assert list(found(tmp_path).values()) == ["1girl"]
 
@@ -104,14 +104,14 @@ LINES = "1girl, miku\n### smile,\r\n\r\nred hair"
 def _written(folder: Path) -> dict[str, SourceConfig]:
     """The picture 1.png with LINES as its caption, as every layout that has captions keeps it."""
     folder.mkdir()
-    _picture(folder / "1.png")
+    write_picture(folder / "1.png")
     (folder / "1.txt").write_bytes(LINES.encode())
     row = {"file_name": "1.png", "text": LINES}
     pq.write_table(pa.Table.from_pylist([row]), folder / "table.parquet")
     with open(folder / "table.csv", "w", newline="") as file:
         csv.writer(file).writerows([row.keys(), row.values()])
     (folder / "plain").mkdir()
-    _picture(folder / "plain" / "1.png")
+    write_picture(folder / "plain" / "1.png")
     (folder / "plain" / "metadata.jsonl").write_text(json.dumps(row))
     (folder / "sd.json").write_text(json.dumps({"1.png": {"caption": "1girl, miku", "tags": LINES.partition("\n")[2]}}))
     (folder / "whole.json").write_text(json.dumps({"1": {"tags": LINES}}))

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_ingest import _picture, config, run
+from ingests import config, run, write_picture
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
@@ -75,7 +75,7 @@ def test_the_hard_exclusions_see_all_of_the_text(options: dict[str, Any], monkey
 
 def test_what_was_joined_or_left_out_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, text in enumerate(["a, b\nc", "a\nb\nc", "a, b", "\na, b\n"]):
-        _picture(tmp_path / "in" / f"{number}.png")
+        write_picture(tmp_path / "in" / f"{number}.png")
         (tmp_path / "in" / f"{number}.txt").write_text(text)
     run(config(tmp_path, tmp_path / "in", "sidecar"))
     line = 'ingest: sources s: 2 captions have several lines, which are joined with ", " (caption_lines: join)'
@@ -126,7 +126,7 @@ def test_a_tag_with_either_separator_is_a_bad_tag() -> None:
 
 
 def test_another_separator_reads_the_sources_again(tmp_path: Path) -> None:
-    _picture(tmp_path / "in" / "1.png")
+    write_picture(tmp_path / "in" / "1.png")
     (tmp_path / "in" / "1.txt").write_text("1girl ### smile")
     plain = config(tmp_path, tmp_path / "in", "sidecar", assume_rating="g")
     assert run(plain)[0]["s:1.png"]["caption"] == "1girl ### smile"

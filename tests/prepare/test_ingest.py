@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import io
@@ -22,10 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from ingests import BAD_CAPTIONS, BAD_LINES, BAD_POSTS, GOOD, config, run, write_picture
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir, load_settings
+from train.config.dataset import SourceConfig, dataset_dir, load_settings
 from train.prepare import ingest, label
 from train.prepare.posts.normalise import RawPost, to_record
 from train.prepare.sources import danbooru, e621, gelbooru
@@ -34,53 +33,6 @@ from train.prepare.tables.schemas import RECORDS, Quarantine, quarantine_table
 from train.prepare.tables.units import read_table
 
 ROOT = Path(__file__).resolve().parents[2]
-GOOD = {"id": 1, "rating": "g", "score": 3, "tag_string_general": "1girl smile", "file_ext": "png"}
-
-
-def config(folder: Path, path: Path, adapter: str = "danbooru", **options: Any) -> DatasetConfig:
-    source = SourceConfig("s", adapter, str(path), **options)  # type: ignore[arg-type]
-    return DatasetConfig(name="d", root=str(folder / "out"), sources=[source], max_quarantine_fraction=1.0)
-
-
-def run(config_: DatasetConfig, *, cut: bool = False) -> tuple[dict[str, dict[str, Any]], list[dict[str, Any]]]:
-    """(records by key, quarantine rows); `cut`: a file of the source cannot be read to the end."""
-    with pytest.raises(Complaint, match="to the end") if cut else contextlib.nullcontext():
-        ingest.run(config_)
-    records = read_table(dataset_dir(config_), "records").to_pylist()
-    return {row["key"]: row for row in records}, pq.read_table(dataset_dir(config_) / "quarantine.parquet").to_pylist()
-
-
-BAD_POSTS: dict[str, Any] = {
-    "no id": {"tag_string": "x"},
-    "id is text": GOOD | {"id": "twelve"},
-    "id is negative": GOOD | {"id": -1},
-    "id is true": GOOD | {"id": True},
-    "id is huge": GOOD | {"id": 10**30},
-    "id is a fraction": GOOD | {"id": 1.5},
-    "score is text": GOOD | {"id": 2, "score": "many"},
-    "score is a list": GOOD | {"id": 2, "score": [1]},
-    "score too large": GOOD | {"id": 2, "score": 2**40},
-    "width is a fraction": GOOD | {"id": 2, "image_width": 10.5},
-    "no tags at all": {"id": 2, "rating": "g"},
-    "tags are a number": {"id": 2, "tags": 7},
-    "tag without name": {"id": 2, "tags": [{"category": 0}]},
-    "unknown category": {"id": 2, "tags": [{"name": "x", "category": 9}]},
-    "comma in a tag": GOOD | {"id": 2, "tag_string_general": "a foo,_bar"},
-    "separator in a tag": GOOD | {"id": 2, "tag_string_general": "a|||b"},
-    "nul in a tag": GOOD | {"id": 2, "tags_meta": ["a\0b"]},
-    "line break in a tag": GOOD | {"id": 2, "tags_meta": ["a\nb"]},
-    "tag is a number": GOOD | {"id": 2, "tags_meta": [3]},
-    "half a surrogate": GOOD | {"id": 2, "tags_meta": ["\ud800"]},
-    "flag is no flag": GOOD | {"id": 2, "is_deleted": "perhaps"},
-    "path climbs": GOOD | {"id": 2, "file_name": "../../secret.png"},
-    "path is absolute": GOOD | {"id": 2, "file_name": "/etc/passwd.png"},
-    "path of a drive": GOOD | {"id": 2, "file_name": "C:\\secret.png"},
-    "path with nul": GOOD | {"id": 2, "file_name": "a\0.png"},
-    "path with line break": GOOD | {"id": 2, "file_name": "a\nb.png"},
-    "a list": [1, 2],
-    "a number": 5,
-    "null": None,
-}
 
 
 def test_bad_posts_are_named_and_the_others_go_on(tmp_path: Path) -> None:
@@ -96,14 +48,6 @@ def test_bad_posts_are_named_and_the_others_go_on(tmp_path: Path) -> None:
         for number, case in enumerate(BAD_POSTS)
     }
     assert found == expected
-
-
-BAD_LINES = {
-    "no json": b"{'id': 2}", "cut": b'{"id": 2, "tag_str', "not utf-8": b'{"id": 2, "tag_string": "\xff\xfe"}',
-    "two values": b'{"id": 2} {"id": 3}', "nan": b'{"id": 2, "tag_string": "x", "score": NaN}',
-    "deep": b"[" * 100_000, "long number": b'{"id": ' + b"9" * 5000 + b"}", "nul": b"\0\0\0",
-    "too long": b'{"id": 2, "tag_string": "' + b"x " * (5 << 20) + b'"}',
-}  # fmt: skip
 
 
 def test_bad_lines_are_named_and_the_others_go_on(tmp_path: Path) -> None:
@@ -184,27 +128,16 @@ def test_hard_exclusion_is_marked_counted_and_unlabelled(tmp_path: Path) -> None
     assert facts["sources"][0]["assume_rating"] == "g"
 
 
-def _picture(path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (4, 4)).save(path, format="PNG")
-
-
-BAD_CAPTIONS = {
-    "utf-8": b"1girl, \xff", "utf-16": "1girl".encode("utf-16"), "nul": b"1girl\0", "long": b"x" * 65_537,
-    "two separators": b"a ||| b ||| c",
-}  # fmt: skip
-
-
 def test_captions(tmp_path: Path) -> None:
     source = tmp_path / "in"
     for name, data in BAD_CAPTIONS.items():
-        _picture(source / f"{name}.png")
+        write_picture(source / f"{name}.png")
         (source / f"{name}.txt").write_bytes(data)
-    _picture(source / "none.png")
-    _picture(source / "empty.png")
+    write_picture(source / "none.png")
+    write_picture(source / "empty.png")
     (source / "empty.txt").write_text("")
-    _picture(source / "a.png")
-    _picture(source / "a.jpg")
+    write_picture(source / "a.png")
+    write_picture(source / "a.jpg")
     (source / "a.txt").write_bytes(b"\xef\xbb\xbf1girl, ||| smile\r\nmore")
     records, quarantine = run(config(tmp_path, source, "sidecar", assume_rating="g"))
     assert {key: row["caption"] for key, row in records.items()} == {
@@ -219,7 +152,7 @@ def test_captions(tmp_path: Path) -> None:
     [("fork", ["a"], ["b ||| c"]), ("suffix", ["a", "c"], ["b"])],
 )
 def test_second_separator(tmp_path: Path, choice: str, fixed: list[str], flex: list[str]) -> None:
-    _picture(tmp_path / "in" / "x.png")
+    write_picture(tmp_path / "in" / "x.png")
     (tmp_path / "in" / "x.txt").write_text("a ||| b ||| c")
     config_ = config(tmp_path, tmp_path / "in", "sidecar", on_second_separator=choice, assume_rating="g")
     run(config_)
@@ -230,19 +163,19 @@ def test_second_separator(tmp_path: Path, choice: str, fixed: list[str], flex: l
 
 def test_nothing_outside_the_root(tmp_path: Path) -> None:
     secret = tmp_path / "secret"
-    _picture(secret / "x.png")
+    write_picture(secret / "x.png")
     (secret / "x.txt").write_text("the secret")
     source = tmp_path / "in"
-    _picture(source / "ok.png")
+    write_picture(source / "ok.png")
     (source / "ok.txt").write_text("fine")
     (source / "link.png").symlink_to(secret / "x.png")
     (source / "folder").symlink_to(secret)
-    _picture(source / "text.png")
+    write_picture(source / "text.png")
     (source / "text.txt").symlink_to(secret / "x.txt")
     (source / "loop").symlink_to(source)
     (source / "inside.png").symlink_to(source / "ok.png")
     (source / "inside.txt").write_text("also fine")
-    _picture(source / "line\nbreak.png")
+    write_picture(source / "line\nbreak.png")
     with open(os.path.join(os.fsencode(source), b"\xff.png"), "wb") as file:
         file.write(b"x")
     records, quarantine = run(config(tmp_path, source, "sidecar", assume_rating="g"))
@@ -335,7 +268,7 @@ def test_too_many_errors_finish_first(tmp_path: Path) -> None:
 
 def test_user_files_stay_as_they_are(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    _picture(source / "1.png")
+    write_picture(source / "1.png")
     (source / "1.json").write_text(json.dumps(GOOD))
     before = {path: (hashlib.sha256(path.read_bytes()).digest(), path.stat().st_mtime_ns) for path in source.iterdir()}
     records, _ = run(config(tmp_path, source))
@@ -358,7 +291,7 @@ def test_schema_and_second_run(tmp_path: Path) -> None:
 
 def test_unchanged_sources_are_not_read_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "in"
-    _picture(source / "1.png")
+    write_picture(source / "1.png")
     (source / "1.json").write_text(json.dumps(GOOD))
     (source / "2.json").write_text("broken")
     config_ = config(tmp_path, source)
@@ -371,7 +304,7 @@ def test_unchanged_sources_are_not_read_again(tmp_path: Path, capsys: pytest.Cap
         ingest.run(strict)  # the limit holds for a skipped run too
     changes = (
         lambda: (source / "2.json").write_text(json.dumps(GOOD | {"id": 2})),
-        lambda: _picture(source / "2.png"),
+        lambda: write_picture(source / "2.png"),
         lambda: (source / "1.json").unlink(),
         lambda: next((dataset_dir(config_) / "records").glob("*.parquet")).unlink(),
     )
@@ -452,14 +385,14 @@ def test_command_line(tmp_path: Path) -> None:
 
 def test_pipes_and_devices_are_named_not_read(tmp_path: Path) -> None:
     source = tmp_path / "in"
-    _picture(source / "a.png")
+    write_picture(source / "a.png")
     os.mkfifo(source / "a.txt")
     os.mkfifo(source / "b.png")
     (source / "c.json").symlink_to("/dev/zero")
     deep = source
     for _ in range(150):
         deep = deep / "d"
-    _picture(deep / "x.png")
+    write_picture(deep / "x.png")
     (deep / "x.txt").write_text("fine")
     records, quarantine = run(config(tmp_path, source, "sidecar", assume_rating="g"))
     assert [row["caption"] for row in records.values()] == ["fine"]

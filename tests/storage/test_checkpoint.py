@@ -9,15 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import KEEP2, expect, save_steps, some_tensors
 from safetensors.torch import load_file
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import CheckpointConfig
 from train.storage import checkpoint, manifest, rundir, space, tensorfile
 from train.storage.checkpoint import Progress, SaveFailed
-from train.storage.resume import Expectations
-
-KEEP2 = CheckpointConfig(keep=2)
 
 
 @pytest.fixture
@@ -25,27 +23,6 @@ def run(tmp_path):
     opened = rundir.open_run_dir(tmp_path / "run", "pretrain")
     yield opened
     opened.close()
-
-
-def some_tensors(seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
-    g = torch.Generator().manual_seed(seed)
-    model = {"w": torch.randn(4, 3, generator=g), "b": torch.randn(5, generator=g)}
-    return {"model": model, "optimizer": {f"{n}/exp_avg": t * 2 for n, t in model.items()}}
-
-
-def save_steps(run, *steps, settings=KEEP2, permanent=()):
-    for step in steps:
-        progress = Progress(step, step, 0, step * 4)
-        checkpoint.save(run, progress, some_tensors(step), expect().to_state(), settings, permanent=step in permanent)
-
-
-def expect(**changes) -> Expectations:
-    base = {
-        "stage": "pretrain",
-        "config": {"seed": 31, "batch.micro": 4, "data.workers": 2, "epochs": 3},
-        "facts": {"plan": "p", "dataset": "d"},
-    }
-    return Expectations(**{**base, **changes})
 
 
 def steps_of(run) -> list[int]:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cliptokens import small_tokenizer
 from diffusers import (
     AutoencoderKL,
     EulerAncestralDiscreteScheduler,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from test_text import small_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from train.model import clip_tokens

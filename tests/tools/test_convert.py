@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
+from train.tools.commands import convert as convert_command
 from train.tools.convert.toml import convert, convert_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,15 +176,9 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def in_process(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """The script's main without another start of the libraries."""
+    """The command without another start of the libraries."""
     monkeypatch.setattr(sys, "argv", ["convert.py", *(str(part) for part in arguments)])
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    spec = importlib.util.spec_from_file_location("convert_script", ROOT / "scripts/convert.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return int(module.main())
+    return convert_command.main()
 
 
 def test_command_line_converts_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

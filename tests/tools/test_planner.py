@@ -1,4 +1,4 @@
-"""order.py: learning rates of the recipe to all digits, whole plans for the shipped configs, refusals."""
+"""plan.py: learning rates of the recipe to all digits, whole plans for the shipped configs, refusals."""
 
 from __future__ import annotations
 

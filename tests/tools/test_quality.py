@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cliptokens import small_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnxmodel import wd_model
 from PIL import Image
-from test_text import small_tokenizer
 
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import QUALITY_PREFIX, Prompt, PromptsFile, checked

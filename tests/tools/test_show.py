@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import tinysdxl
+from cliptokens import TABLE, small_tokenizer
 from safetensors.torch import load_file, save_file
-from test_text import TABLE, small_tokenizer
 
 from train.base.errors import ExitCode, Halt
 from train.model import single_file

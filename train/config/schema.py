@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.base.errors import ExitCode, Halt
+from train.config import shipped
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> Dict
     """The files and overrides merged into one untyped config, references unresolved."""
     if not paths:
         raise Halt(ExitCode.USAGE, "no config given: --config FILE")
-    layers = [_load_yaml(Path(path)) for path in paths]
+    layers = [_load_yaml(shipped.find(path)) for path in paths]
     layers += [_load_override(override) for override in overrides]
     _refuse_references([OmegaConf.to_container(layer, resolve=False) for layer in layers])
     try:

@@ -47,7 +47,7 @@ def run(
         return result
     if not probed.get("gpu") and not tiny:
         raise Halt(
-            ExitCode.MISMATCH, "timing.py gpu needs a CUDA device; --dry-run shows predictions, --tiny the driver"
+            ExitCode.MISMATCH, "bench.py gpu needs a CUDA device; --dry-run shows predictions, --tiny the driver"
         )
     if before is not None:
         if before["probe"].get("gpu") != probed.get("gpu"):
@@ -67,7 +67,7 @@ def _earlier(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text())
         _ = found["probe"]["versions"], [row["name"] for row in found["variants"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Halt(ExitCode.USAGE, f"--earlier {path} is no result of timing.py gpu: {error}") from error
+        raise Halt(ExitCode.USAGE, f"--earlier {path} is no result of bench.py gpu: {error}") from error
     return found
 
 

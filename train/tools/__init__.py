@@ -1,1 +1,1 @@
-"""Behind scripts/: what a command does beyond training and preparing."""
+"""Behind scripts/ and `anix`: what a command does beyond training and preparing."""

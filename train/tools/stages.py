@@ -19,6 +19,7 @@ from typing import Any
 from train.base.console import EXIT_NOTE
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
+from train.config import shipped
 from train.config.stage import load_stage
 from train.engine.finished import answer
 
@@ -133,7 +134,7 @@ def run_stages(configs: Sequence[Path], overrides: Sequence[str], launch: Path |
             if stops.name is not None:
                 print(f"stopped by {stops.name} before stage {stage.stage}: the same command goes on", file=sys.stderr)
                 return ExitCode.STOPPED
-            code = launch_stage(config, overrides, launch, processes, Path(stage.output_dir), stops)
+            code = launch_stage([config], overrides, launch_command(launch, processes), Path(stage.output_dir), stops)
             if code != 0:
                 after = "the stages after it were not started"
                 print(f"stage {stage.stage} ended with code {code}; {after}", file=sys.stderr)
@@ -141,11 +142,22 @@ def run_stages(configs: Sequence[Path], overrides: Sequence[str], launch: Path |
     return 0
 
 
+def run_stage(
+    configs: Sequence[Path], overrides: Sequence[str], launch: Path | None, processes: int, options: Sequence[str] = ()
+) -> int:
+    """Run one stage of several config files, with `options` for the launcher; the trainer's code, 85 after a stop signal."""
+    stage = load_stage(configs, overrides)
+    launcher = [*launch_command(launch, processes), *options]
+    with Stops() as stops:
+        return launch_stage(configs, overrides, launcher, Path(stage.output_dir), stops)
+
+
 def launch_stage(
-    config: Path, overrides: Sequence[str], launch: Path | None, processes: int, output_dir: Path, stops: Stops
+    configs: Sequence[Path], overrides: Sequence[str], launcher: Sequence[str], output_dir: Path, stops: Stops
 ) -> int:
     """Start one stage and return the trainer's own exit code, which launchers replace by 1."""
-    command = launch_command(launch, processes) + [str(RUN_PY), "--config", str(config), *overrides]
+    files = [word for config in configs for word in ("--config", str(shipped.find(config)))]
+    command = [*launcher, str(RUN_PY), *files, *overrides]
     before = _version(output_dir / "exit.json")  # of an earlier start, or of a run that owns the directory
     with tempfile.TemporaryDirectory(prefix="recipe-") as folder:
         note = Path(folder) / "code"
@@ -193,10 +205,12 @@ def _in_use(output_dir: Path) -> bool:
 
 
 def launch_command(launch: Path | None, processes: int) -> list[str]:
-    """The launcher's command line up to the script."""
+    """The launcher's command line up to the script. Raises Halt(USAGE) for less than one process."""
+    if processes < 1:
+        raise Halt(ExitCode.USAGE, f"--processes is {processes}, must be at least 1")
     base = [sys.executable, str(LAUNCHER), "accelerate"]
     if launch is not None:
-        return [*base, "--config_file", str(launch)]
+        return [*base, "--config_file", str(shipped.find(launch))]
     if processes == 1:
         one = ["--num_processes", "1", "--num_machines", "1"]
         return [*base, *one, "--mixed_precision", "no", "--dynamo_backend", "no"]

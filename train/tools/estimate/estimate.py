@@ -39,7 +39,7 @@ TABLE_ROWS = 11
 
 @dataclass(frozen=True)
 class Request:
-    """What order.py was asked beside the config."""
+    """What plan.py was asked beside the config."""
 
     updates: tuple[int, ...] = ()
     images: int | None = None

@@ -1,4 +1,4 @@
-"""A plan for the eye: the text order.py prints, and the learning-rate curve as a picture."""
+"""A plan for the eye: the text plan.py prints, and the learning-rate curve as a picture."""
 
 from __future__ import annotations
 
