@@ -19,12 +19,12 @@ from typing import Any
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
-from train.base.files import replace_file, write_json
+from train.base.files import file_sha256, replace_file, write_json
 from train.base.secrets import mask_settings
 from train.config.stage import ExportConfig
 from train.model import folder as model_folder
 from train.model import sdxl, single_file
-from train.model.source import LocalModel, file_sha256, model_sha256
+from train.model.source import LocalModel, model_sha256
 from train.storage import weightfile
 from train.storage.weightfile import Blob
 

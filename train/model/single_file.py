@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.base.files import fsync_dir, read_json, write_json
+from train.base.files import read_json, replacing, write_json
 from train.model import clip_tokens, other_kinds, sdxl, spellings, vae_file
 from train.model import folder as model_folder
 from train.model.folder import Weights, check_weights, refuse_existing
@@ -126,17 +125,11 @@ def write_single_file(
     if not is_standard(configs):
         kept = {name: model_folder.loadable(name, configs[name]) for name in sorted(configs)}
         metadata[CONFIGS_KEY] = json.dumps(kept)
-    tmp = model_folder.half_written(out)
-    tmp.unlink(missing_ok=True)
     try:
-        digest = weightfile.write(tmp, blobs, metadata)
-        os.rename(tmp, out)
-        fsync_dir(out.parent)
+        with replacing(out, model_folder.half_written(out)) as tmp:
+            return weightfile.write(tmp, blobs, metadata)
     except OSError as error:
         raise Halt(ExitCode.CANNOT_WRITE, f"{out}: {error.strerror}") from error
-    finally:
-        tmp.unlink(missing_ok=True)
-    return digest
 
 
 def single_weights(

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.base.errors import ExitCode, Halt
-from train.base.files import read_json
+from train.base.files import file_sha256, read_json
 from train.config.stage import ModelConfig
 from train.model import folder as model_folder
 from train.model import sdxl, single_file, vae_file
@@ -312,12 +312,6 @@ def _vae(settings: ModelConfig, hashed: bool, like: Mapping[str, Any] | None) ->
 def vae_identity(model: LocalModel) -> str:
     """Identity of the model's VAE, as the latents made with it carry it."""
     return vae_file.identity(dict(network_weights(model, "vae")))
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of_source(path: Path) -> str:
