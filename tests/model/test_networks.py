@@ -16,7 +16,6 @@ from train.base.errors import ExitCode, Halt
 from train.model.networks import (
     Components,
     Networks,
-    canonical,
     cast_frozen,
     load_components,
     overlay,
@@ -24,6 +23,7 @@ from train.model.networks import (
     set_train_mode,
     trained_parameters,
 )
+from train.model.sdxl import canonical_name
 
 
 @pytest.fixture
@@ -106,8 +106,8 @@ def test_the_vae_is_never_a_part(components: Components) -> None:
     ("text_encoder_2.text_model.final_layer_norm.bias", "text_encoder_2.text_model.final_layer_norm.bias"),
 ])  # fmt: skip
 def test_names_are_those_of_the_files(name: str, wanted: str) -> None:
-    assert canonical(name) == wanted
-    assert canonical(wanted) == wanted
+    assert canonical_name(name) == wanted
+    assert canonical_name(wanted) == wanted
 
 
 def test_canonical_names_are_the_folders(components: Components, base_model: Path) -> None:
