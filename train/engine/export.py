@@ -26,7 +26,6 @@ from train.model import folder as model_folder
 from train.model import sdxl, single_file
 from train.model.source import LocalModel, model_sha256
 from train.storage import tensor_files
-from train.storage.state_files import DTYPE_NAMES, PRECISIONS
 from train.storage.tensor_files import Blob
 
 log = logging.getLogger("anix")
@@ -188,7 +187,7 @@ def export_stage(
     interrupted export left is replaced. `poll` is called between pieces of tensors and may raise. Raises Halt(CANNOT_WRITE), or Halt(MISMATCH) when a file reads back wrong.
     """
     faults.at("export")
-    dtype, stage = DTYPE_NAMES[PRECISIONS[settings.dtype]], str(record["stage"])
+    dtype, stage = tensor_files.NAMES_OF_PRECISIONS[settings.dtype], str(record["stage"])
     factor = sdxl.vae_factor(source.configs["vae"])
     side_px = side_px or int(source.configs["unet"].get("sample_size") or 1024 // factor) * factor
     metadata = metadata_of(record, settings, prediction, timesteps, side_px)

@@ -14,9 +14,7 @@ import torch
 from torch import nn
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import ModelConfig
 from train.model import clip_tokens, text
-from train.model import source as model_source
 from train.model.other_kinds import some
 from train.model.sdxl import NETWORKS, canonical, canonical_name, make
 from train.model.source import LocalModel
@@ -38,11 +36,6 @@ class Components:
     tokenizer: Any
     tokenizer_2: Any
     vae: Any
-
-
-def load_components(path: str | Path, *, with_vae: bool = True, tokenizers: str | None = None) -> Components:
-    """The components of a model path: run directory, diffusers folder or single file."""
-    return build(model_source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers)), with_vae=with_vae)
 
 
 def build(model: LocalModel, *, with_vae: bool = True) -> Components:

@@ -152,11 +152,6 @@ def _with_vae(
     return {**configs, "vae": vae.config}, weights | vae.weights, told
 
 
-def vae_weights(source: tensor_files.Tensors, config: Mapping[str, Any] | None = None) -> Weights:
-    """VAE weights by canonical name of a file that holds it alone or with a model; `config` None = SDXL's."""
-    return vae_file.read_weights(source, config or sdxl.STANDARD["vae"]).weights
-
-
 def configs_in(source: tensor_files.Tensors, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.Configs:
     """The configs that a single file carries in its metadata, else SDXL's own."""
     configs = sdxl.configs_of(source.metadata, source.blobs, str(source.path))

@@ -25,7 +25,7 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # in the words of a config
+PRECISIONS = {word: DTYPES[name] for word, name in tensor_files.NAMES_OF_PRECISIONS.items()}
 _CHUNK_BYTES = 64 << 20  # per hash and write call
 
 

@@ -14,7 +14,7 @@ import base64
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -349,8 +349,3 @@ def merge_quarantine(dataset: Path) -> pa.Table:
     merged = merged.sort_by(order)
     write_parquet(dataset / "quarantine.parquet", merged)
     return merged
-
-
-def rows_of(entries: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Plain dictionaries as a table."""
-    return pa.Table.from_pylist(list(entries), schema=schema)
