@@ -22,7 +22,7 @@ from train.diffusion.loss import (
     target,
     weights,
 )
-from train.diffusion.noise import add_noise, alphas_cumprod, slot_noise
+from train.diffusion.noise import add_noise, alphas_cumprod, tile_noise
 from train.recipe import rng
 from train.recipe.rng import Stream
 
@@ -117,9 +117,8 @@ def test_training_step_oracle(prediction: str) -> None:
     latents = np.stack([rng.normals(1, 1, uid, 0, shape) for uid in uids]) * np.float32(0.13025)
     weight = np.arange(16, dtype=np.float64).reshape(4, 4) / 16 - 0.4
     noise_config = NoiseConfig(offset=0.0357)
-    slots = [slot_noise(noise_config, seed, uid, epoch, shape) for uid, epoch in zip(uids, epochs, strict=True)]
     t = torch.from_numpy(rng.timesteps(seed, uids, epochs, 0, 1000))
-    target_noise, input_noise = (torch.from_numpy(np.stack(parts)) for parts in zip(*slots, strict=True))
+    target_noise, input_noise = map(torch.from_numpy, tile_noise(noise_config, seed, uids, epochs, shape))
     noisy = add_noise(torch.from_numpy(latents), input_noise, t, ALPHAS)
     predicted = toy_unet(weight)(noisy, t)
     config = LossConfig(prediction=prediction)  # type: ignore[arg-type]

@@ -9,12 +9,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.config.stage import NoiseConfig
-from train.diffusion.noise import add_noise, alphas_cumprod, as_drawn, slot_noise, tile_noise
+from train.diffusion.noise import add_noise, alphas_cumprod, as_drawn, tile_noise
 from train.recipe import rng
 from train.recipe.rng import Stream
 
 UID = rng.uid_of("danbooru:6814120")
 SHAPE = (4, 16, 24)
+
+
+def slot_noise(config: NoiseConfig, seed: int, uid: int, epoch: int, shape: tuple[int, ...], latent_mean=None):
+    """`tile_noise` of one slot: both float32 [C,H,W]; `latent_mean` [C]."""
+    means_BC = None if latent_mean is None else latent_mean[None]
+    target_BCHW, added_BCHW = tile_noise(config, seed, [uid], [epoch], shape, latent_means_BC=means_BC)
+    return target_BCHW[0], added_BCHW[0]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,6 @@ from train.config.prompts import (
     PromptsFile,
     checked,
     load_prompts,
-    with_prefix,
 )
 from train.diffusion.sampling import (
     TrainedAs,
@@ -213,7 +212,6 @@ def test_noise_starts_alike_whatever_the_steps(tiny: Tiny) -> None:
 @pytest.mark.parametrize(("prefix", "shown"), [("", "1girl, girl"), ("best quality", "best quality, 1girl, girl")])
 def test_prefix_comes_first(prefix: str, shown: str, tiny: Tiny) -> None:
     assert captions_text("1girl ||| girl", prefix) == shown
-    assert with_prefix("1girl, girl", prefix) == shown
 
 
 def test_no_separator_takes_anything_away(tiny: Tiny) -> None:

@@ -12,6 +12,7 @@ from lab import UPDATES, Lab
 from safetensors.torch import load_file, save_file
 
 from train.base.errors import ExitCode
+from train.base.files import file_sha256
 from train.config.stage import ModelConfig
 from train.model import source
 from train.storage import resume
@@ -94,7 +95,7 @@ def test_model_vae_and_data_may_move(lab: Lab) -> None:
     assert lab.run("moved", *moved) == [0], lab.last.text()
     assert kills.compare_runs(lab.reference, lab.folder / "moved") == []
     half(lab, "named")
-    pin = f"model.vae_sha256={source.file_sha256(lab.folder / 'vae2' / 'diffusion_pytorch_model.safetensors')}"
+    pin = f"model.vae_sha256={file_sha256(lab.folder / 'vae2' / 'diffusion_pytorch_model.safetensors')}"
     lab.must_equal_reference("named", 1, f"model.vae={lab.folder / 'vae2'}", pin)  # the model's own, under a name
 
 

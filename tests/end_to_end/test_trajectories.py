@@ -21,7 +21,7 @@ from stages import Stage, losses, weights
 
 from train.engine import setup
 from train.model import speed
-from train.model.networks import Networks, load_components, trained_parameters
+from train.model.networks import Networks, trained_parameters
 from train.testing.chaos.ranks import Ranks, warm_up
 from train.tools.estimate.tolerances import COARSE, REORDERED, RETILED, ROUNDED, SAME_BITS, Tolerance
 
@@ -67,7 +67,7 @@ def straight_run(folder: Path, variant: str) -> Plain:
     data = synthetic.make_dataset(folder / "set", (32, 16), buckets=((64, 64), (64, 96)))
     run = Stage(folder / "plain", data, model)
     assert run.run(*RUN) == 0, run.message
-    networks = Networks(load_components(model, with_vae=False), train_text_encoders=True, context="stitched",
+    networks = Networks(tinysdxl.load_components(model, with_vae=False), train_text_encoders=True, context="stitched",
                         pooled_projection="correct")  # fmt: skip
     start = {name: parameter.detach() for name, parameter in trained_parameters(networks).items()}
     return Plain(folder, model, data, losses(run.output), weights(run.output), distance(weights(run.output), start))

@@ -20,6 +20,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from train.base.errors import ExitCode, Halt
+from train.base.files import file_sha256
 from train.config.stage import CheckpointConfig, ExportConfig, ModelConfig
 from train.diffusion.sampling import TrainedAs
 from train.engine import export
@@ -223,7 +224,7 @@ def test_export_may_be_repeated_and_writes_the_average_beside(
     assert torch.equal(averaged, (trained["unet.conv_out.weight"] * 0.5).half())
     told = export.read_metadata(tmp_path / "ft1/ft1-ema.safetensors")
     assert told["modelspec.title"] == "ft1 (EMA)"
-    assert told["anix.weights_sha256"] == model_source.file_sha256(tmp_path / "ema.safetensors")
+    assert told["anix.weights_sha256"] == file_sha256(tmp_path / "ema.safetensors")
 
 
 def test_show_prints_the_record(run: Path) -> None:
@@ -309,7 +310,7 @@ def test_another_vae_replaces_the_models_own(base: Path, tmp_path: Path) -> None
     for vae in (other / "vae", other):
         model = model_source.resolve(ModelConfig(init_from=str(base), vae=str(vae)))
         assert model.weights["vae.quant_conv.weight"].read() == wanted.numpy().tobytes()
-        assert model.vae_sha256 == model_source.file_sha256(other / "vae/diffusion_pytorch_model.safetensors")
+        assert model.vae_sha256 == file_sha256(other / "vae/diffusion_pytorch_model.safetensors")
 
 
 def test_the_record_names_the_vae_from_stage_to_stage(
@@ -317,7 +318,7 @@ def test_the_record_names_the_vae_from_stage_to_stage(
 ) -> None:
     vae = tinysdxl.write(tmp_path / "other", seed=4) / "vae"
     run = finish(tmp_path / "ft1", model_source.resolve(ModelConfig(init_from=str(base), vae=str(vae))), trained)
-    expected = model_source.file_sha256(vae / "diffusion_pytorch_model.safetensors")
+    expected = file_sha256(vae / "diffusion_pytorch_model.safetensors")
     for path in (run, run / "model", run / "ft1.safetensors"):
         assert show_model.report(path)["training"]["vae_sha256"] == expected
         assert model_source.resolve(ModelConfig(init_from=str(path))).vae_sha256 == expected

@@ -18,7 +18,7 @@ from train.base.errors import ExitCode, Halt
 from train.config import prompts
 from train.config.stage import ModelConfig, StageConfig
 from train.engine import refusals
-from train.model import clip_tokens, networks, single_file, source
+from train.model import clip_tokens, single_file, source
 from train.model import folder as model_folder
 from train.model.text import TagTokenizer, load_tag_tokenizer
 from train.observe import inference
@@ -137,12 +137,12 @@ def test_tokenizers_of_another_model_are_refused_by_name(base_model: Path, singl
     single_file.to_single_file(base_model, tmp_path / "tiny.safetensors", metadata={"modelspec.license": "CC0"})
     tiny = str(tmp_path / "tiny.safetensors")
     with pytest.raises(Halt, match=r"tiny\.safetensors carries no tokenizers.* 521 rows.*--tokenizers") as caught:
-        networks.load_components(tiny)
+        tinysdxl.load_components(tiny)
     assert caught.value.code == ExitCode.MISMATCH
     config = replace(StageConfig(stage="s", seed=1, output_dir="o", epochs=1), model=ModelConfig(init_from=tiny))
     with pytest.raises(Halt, match=r"521 rows, CLIP's tokenizers 49408 tokens\. model\.tokenizers"):
         refusals.refuse_source(config, source.resolve(config.model))
     model_folder.write_tokenizers(None, tmp_path)
     with pytest.raises(Halt, match=r"tokenizer has 49408 tokens, text_encoder of .* 521 rows"):
-        networks.load_components(tiny, tokenizers=str(tmp_path))
-    assert networks.load_components(tiny, tokenizers=str(base_model)).unet is not None
+        tinysdxl.load_components(tiny, tokenizers=str(tmp_path))
+    assert tinysdxl.load_components(tiny, tokenizers=str(base_model)).unet is not None

@@ -18,8 +18,9 @@ from train.base.errors import ExitCode, Halt
 from train.config.stage import ModelConfig
 from train.model import folder as model_folder
 from train.model import other_kinds, sdxl, single_file, source, spellings, vae_file
-from train.prepare.encoding.encoder import find_vae, load_vae
-from train.storage import weightfile
+from train.model.networks import fill
+from train.prepare.encoding.encoder import find_vae
+from train.storage import tensor_files
 
 Tensors = dict[str, torch.Tensor]
 UNET, ONE, TWO, VAE = sdxl.PREFIXES.values()
@@ -43,7 +44,7 @@ def written(folder: Path, out: Path, change: Callable[[Tensors], None]) -> Path:
     single = folder.parent / "model.safetensors"
     tensors = load_file(single)
     change(tensors)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out, weightfile.open_file(single).metadata)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out, tensor_files.open_file(single).metadata)
     return out
 
 
@@ -117,7 +118,7 @@ def huggingface_names(prefix: str) -> Callable[[Tensors], None]:
         links = [link for link in sdxl.links(tinysdxl_configs()) if link.single.startswith(TWO)]
         for link in links:
             data = memoryview(tensors.pop(link.single).numpy().tobytes())
-            whole = weightfile.Blob("F32", link.shape, partial(iter, [data]))
+            whole = tensor_files.Blob("F32", link.shape, partial(iter, [data]))
             for name, part in spellings.from_single(link, whole):
                 data = torch.frombuffer(bytearray(part.read()), dtype=torch.float32).reshape(part.shape)
                 tensors[prefix + name.removeprefix("text_encoder_2.")] = data
@@ -126,7 +127,7 @@ def huggingface_names(prefix: str) -> Callable[[Tensors], None]:
 
 
 def tinysdxl_configs() -> sdxl.Configs:
-    return single_file.configs_in(weightfile.open_file(huggingface_names.single))  # type: ignore[attr-defined]
+    return single_file.configs_in(tensor_files.open_file(huggingface_names.single))  # type: ignore[attr-defined]
 
 
 SPELLINGS = {
@@ -277,7 +278,7 @@ def vae_layouts(folder: Path, out: Path) -> dict[str, Path]:
     original = {name: tensor for name, tensor in load_file(folder.parent / "model.safetensors").items() if name.startswith(VAE)}
     bare = {name.removeprefix(VAE): tensor for name, tensor in original.items()}
     left = {"model_ema.decay": torch.tensor(0.5), "loss.logvar": torch.tensor(0.5)}
-    configs = weightfile.open_file(folder.parent / "model.safetensors").metadata
+    configs = tensor_files.open_file(folder.parent / "model.safetensors").metadata
     files = {"bare": {**bare, **left}, "prefixed": {**original, **{VAE + name: tensor for name, tensor in left.items()}}}
     for name, tensors in files.items():
         save_file(tensors, out / f"{name}.safetensors", configs)
@@ -305,7 +306,7 @@ def test_a_vae_is_the_same_in_every_layout_and_place(folder: Path, tmp_path: Pat
         vae = find_vae(str(path))
         ids.add(vae_file.identity(vae.weights))
         assert {name: blob.read() for name, blob in vae.weights.items()} == want, kind
-        network = load_vae(vae)
+        network = fill("vae", vae.config, vae.weights, vae.file)
         assert torch.equal(network.quant_conv.weight, load_file(folder / "vae/diffusion_pytorch_model.safetensors")["quant_conv.weight"])
         replaced, _ = weights_of(other, path)
         assert {name: blob for name, blob in replaced.items() if name.startswith("vae.")} == want, kind

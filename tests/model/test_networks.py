@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tinysdxl
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
@@ -16,19 +17,18 @@ from train.base.errors import ExitCode, Halt
 from train.model.networks import (
     Components,
     Networks,
-    canonical,
     cast_frozen,
-    load_components,
     overlay,
     parameter_groups,
     set_train_mode,
     trained_parameters,
 )
+from train.model.sdxl import canonical_name
 
 
 @pytest.fixture
 def components(base_model: Path) -> Components:
-    return load_components(base_model)
+    return tinysdxl.load_components(base_model)
 
 
 def networks_of(components: Components, *, train: bool) -> Networks:
@@ -106,8 +106,8 @@ def test_the_vae_is_never_a_part(components: Components) -> None:
     ("text_encoder_2.text_model.final_layer_norm.bias", "text_encoder_2.text_model.final_layer_norm.bias"),
 ])  # fmt: skip
 def test_names_are_those_of_the_files(name: str, wanted: str) -> None:
-    assert canonical(name) == wanted
-    assert canonical(wanted) == wanted
+    assert canonical_name(name) == wanted
+    assert canonical_name(wanted) == wanted
 
 
 def test_canonical_names_are_the_folders(components: Components, base_model: Path) -> None:
@@ -173,7 +173,7 @@ def changed(base_model: Path, folder: Path, network: str, key: str, value: objec
 @pytest.mark.parametrize(("network", "key"), [("unet", "dropout"), ("text_encoder_2", "attention_dropout")])
 def test_dropout_is_refused(network: str, key: str, base_model: Path, tmp_path: Path) -> None:
     model = changed(base_model, tmp_path / "model", network, key, 0.1)
-    networks = networks_of(load_components(model), train=True)
+    networks = networks_of(tinysdxl.load_components(model), train=True)
     with pytest.raises(Halt, match="dropout"):
         set_train_mode(networks)
 
@@ -186,7 +186,7 @@ def test_weights_that_are_not_finite_are_named(base_model: Path, tmp_path: Path)
     tensors[name][0] = float("nan")
     save_file(tensors, path)
     with pytest.raises(Halt, match=r"fc1\.bias"):
-        load_components(tmp_path / "model")
+        tinysdxl.load_components(tmp_path / "model")
 
 
 def test_a_missing_weight_is_an_error_not_a_random_number(base_model: Path, tmp_path: Path) -> None:
@@ -196,17 +196,17 @@ def test_a_missing_weight_is_an_error_not_a_random_number(base_model: Path, tmp_
     del tensors["conv_out.bias"]
     save_file(tensors, path)
     with pytest.raises(Halt, match=r"unet\.conv_out\.bias") as halted:
-        load_components(tmp_path / "model")
+        tinysdxl.load_components(tmp_path / "model")
     assert halted.value.code == ExitCode.MISMATCH
 
 
 def test_a_stage_without_previews_needs_no_vae(base_model: Path) -> None:
-    assert load_components(base_model, with_vae=False).vae is None
+    assert tinysdxl.load_components(base_model, with_vae=False).vae is None
 
 
 def test_loading_draws_no_random_number(base_model: Path) -> None:
     before = torch.get_rng_state()
-    load_components(base_model)
+    tinysdxl.load_components(base_model)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -134,11 +134,11 @@ def test_a_single_file_of_another_maker(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("marks", [(), ("v_pred",), ("v_pred", "ztsnr"), ("ztsnr",)])
 def test_marks_of_a_full_size_file(marks: tuple[str, ...], tmp_path: Path) -> None:
-    from train.storage import weightfile
+    from train.storage import tensor_files
 
     save_file({"x": torch.zeros(1), **{mark: torch.empty(0) for mark in marks}}, tmp_path / "a.safetensors",
               {"modelspec.resolution": "768x768"})  # fmt: skip
-    configs = single_file.configs_in(weightfile.open_file(tmp_path / "a.safetensors"))
+    configs = single_file.configs_in(tensor_files.open_file(tmp_path / "a.safetensors"))
     assert (configs["scheduler"]["prediction_type"] == "v_prediction") == ("v_pred" in marks)
     assert configs["scheduler"].get("rescale_betas_zero_snr", False) == ({"v_pred", "ztsnr"} <= set(marks))
     assert configs["unet"]["sample_size"] == 96

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from train.base.errors import ExitCode, Halt
 from train.model import folder as model_folder
 from train.model import sdxl, single_file
-from train.storage import weightfile
+from train.storage import tensor_files
 
 # diffusers 0.42's own schedulers on numpy 2.4
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -76,7 +76,7 @@ def networks(folder: Path) -> Tensors:
 
 def test_layout_of_the_published_model() -> None:
     """Counts and total as measured on the released files."""
-    shapes = dict(sdxl.single_shapes(sdxl.STANDARD))
+    shapes = {link.single: link.shape for link in sdxl.links(sdxl.STANDARD)} | {sdxl.LOGIT_SCALE: ()}
     counts = {prefix: sum(name.startswith(prefix) for name in shapes) for prefix in sdxl.PREFIXES.values()}
     assert list(counts.values()) == [1680, 196, 390, 248]
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == 3_468_837_868
@@ -107,7 +107,7 @@ def test_round_trip_is_bit_equal(folder: Path, single: Path, back: Path) -> None
     again = single.parent / "again.safetensors"
     single_file.to_single_file(back, again)
     same(load_file(single), load_file(again))
-    assert weightfile.open_file(again).metadata == weightfile.open_file(single).metadata
+    assert tensor_files.open_file(again).metadata == tensor_files.open_file(single).metadata
     again.unlink()
 
 
@@ -124,13 +124,13 @@ def test_logit_scale_and_foreign_metadata_survive(plain: Path, tmp_path: Path) -
     assert tensors[sdxl.LOGIT_SCALE].item() == pytest.approx(4.6052)
     tensors[sdxl.LOGIT_SCALE] = torch.tensor(3.25, dtype=torch.float16)
     tensors[POSITION_IDS] = torch.arange(77)[None]  # some files have it; it is no weight
-    metadata = weightfile.open_file(plain.parent / "model.safetensors").metadata
+    metadata = tensor_files.open_file(plain.parent / "model.safetensors").metadata
     save_file(tensors, tmp_path / "in.safetensors", metadata)
     single_file.to_folder(tmp_path / "in.safetensors", tmp_path / "folder")
     single_file.to_single_file(tmp_path / "folder", tmp_path / "out.safetensors")
     del tensors[POSITION_IDS]
     same(tensors, load_file(tmp_path / "out.safetensors"))
-    assert weightfile.open_file(tmp_path / "out.safetensors").metadata == metadata
+    assert tensor_files.open_file(tmp_path / "out.safetensors").metadata == metadata
 
 
 def picture(pipeline: StableDiffusionXLPipeline) -> np.ndarray:
@@ -197,7 +197,7 @@ def test_a_vae_file_takes_the_place_of_the_models_own(plain: Path, tmp_path: Pat
     save_file({link.single: torch.full(link.shape, 0.5, dtype=torch.float16) for link in links}, tmp_path / "vae.safetensors")
     told = {"anix.vae_sha256": "that of another", "anix.stage": "ft1"}
     single_file.to_single_file(plain, tmp_path / "out.safetensors", vae=tmp_path / "vae.safetensors", metadata=told)
-    opened = weightfile.open_file(tmp_path / "out.safetensors")
+    opened = tensor_files.open_file(tmp_path / "out.safetensors")
     assert {opened.blobs[link.single].shape for link in links} == {link.shape for link in links}
     assert single_file.record_in(opened.metadata) == {"stage": "ft1"}
     single_file.single_weights(opened, single_file.configs_in(opened))  # whole, with the configs it carries
@@ -239,7 +239,7 @@ def test_v_prediction_is_marked_for_other_programs_and_read_back(plain: Path, tm
     single_file.to_single_file(model, tmp_path / "v.safetensors", metadata={})
     tensors = load_file(tmp_path / "v.safetensors")
     assert (tensors["v_pred"].shape, tensors["ztsnr"].shape) == ((0,), (0,))
-    bare = weightfile.Tensors(tmp_path, {}, weightfile.open_file(tmp_path / "v.safetensors").blobs)
+    bare = tensor_files.Tensors(tmp_path, {}, tensor_files.open_file(tmp_path / "v.safetensors").blobs)
     for configs in (single_file.configs_in(bare), model_folder.read_configs(model)):
         assert configs["scheduler"]["prediction_type"] == "v_prediction"
         assert configs["scheduler"]["rescale_betas_zero_snr"] is True
@@ -258,7 +258,7 @@ def broken(change: Callable[[Tensors], None]) -> Callable[[Path, Path], None]:
     def make(single: Path, out: Path) -> None:
         tensors = load_file(single)
         change(tensors)
-        save_file(tensors, out, weightfile.open_file(single).metadata)
+        save_file(tensors, out, tensor_files.open_file(single).metadata)
 
     return make
 
@@ -374,14 +374,14 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
     text = json.dumps(header).encode()
     (tmp_path / "x.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
     with pytest.raises(Halt, match="overlap"):
-        weightfile.open_file(tmp_path / "x.safetensors")
+        tensor_files.open_file(tmp_path / "x.safetensors")
 
 
-def blob_of(tensor: torch.Tensor, piece_bytes: int = 8) -> weightfile.Blob:
+def blob_of(tensor: torch.Tensor, piece_bytes: int = 8) -> tensor_files.Blob:
     data = memoryview(tensor.contiguous().view(torch.uint8).numpy().tobytes())
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     pieces = [data[i : i + piece_bytes] for i in range(0, len(data), piece_bytes)]
-    return weightfile.Blob(names[tensor.dtype], tuple(tensor.shape), lambda: iter(pieces))
+    return tensor_files.Blob(names[tensor.dtype], tuple(tensor.shape), lambda: iter(pieces))
 
 
 @given(values=st.lists(st.floats(-60000, 60000, width=32), min_size=1, max_size=9))
@@ -389,31 +389,31 @@ def test_casts_equal_torchs(values: list[float]) -> None:
     exact = torch.tensor(values)
     for source in (exact, exact.to(torch.bfloat16).clamp(-6e4, 6e4), exact.half()):
         for name, dtype in (("F16", torch.float16), ("F32", torch.float32)):
-            got = np.frombuffer(weightfile.cast(blob_of(source), name, "x").read(), dtype=np.uint8)
+            got = np.frombuffer(tensor_files.cast(blob_of(source), name, "x").read(), dtype=np.uint8)
             assert got.tobytes() == source.to(dtype).view(torch.uint8).numpy().tobytes()
 
 
 def test_weight_too_large_for_fp16_is_named() -> None:
     with pytest.raises(Halt, match=r"unet\.x .*fp32") as caught:
-        weightfile.cast(blob_of(torch.tensor([1.0, 70000.0])), "F16", "unet.x").read()
+        tensor_files.cast(blob_of(torch.tensor([1.0, 70000.0])), "F16", "unet.x").read()
     assert caught.value.code == ExitCode.NON_FINITE
 
 
 @given(bits=st.integers(0, 2**16 - 1), dtype=st.sampled_from([torch.float16, torch.bfloat16]))
 def test_finite_equals_torchs(bits: int, dtype: torch.dtype) -> None:
     tensor = torch.tensor([1, bits], dtype=torch.uint16).view(dtype)
-    assert weightfile.finite(blob_of(tensor).read(), blob_of(tensor).dtype) == bool(torch.isfinite(tensor).all())
+    assert tensor_files.finite(blob_of(tensor).read(), blob_of(tensor).dtype) == bool(torch.isfinite(tensor).all())
 
 
 @given(parts=st.integers(1, 3), height=st.integers(1, 4), width=st.integers(1, 5), piece=st.sampled_from([4, 8, 64]))
 def test_rows_and_concatenation_undo_each_other(parts: int, height: int, width: int, piece: int) -> None:
     tensor = torch.arange(parts * height * width, dtype=torch.float32).reshape(parts * height, width)
     whole = blob_of(tensor, piece)
-    split = [weightfile.rows(whole, i, parts) for i in range(parts)]
+    split = [tensor_files.rows(whole, i, parts) for i in range(parts)]
     assert [blob.read() for blob in split] == [t.numpy().tobytes() for t in tensor.split(height)]
-    joined = weightfile.concatenated(split)
+    joined = tensor_files.concatenated(split)
     assert (joined.shape, joined.read()) == (whole.shape, whole.read())
-    assert weightfile.transposed(weightfile.transposed(whole)).read() == whole.read()
+    assert tensor_files.transposed(tensor_files.transposed(whole)).read() == whole.read()
 
 
 @pytest.mark.parametrize(("network", "key", "value", "words"), [
@@ -429,7 +429,7 @@ def test_configs_that_describe_nothing_are_refused(
 ) -> None:
     """In a file's metadata and in a folder alike: a number of layers must not keep us busy for ever."""
     single = plain.parent / "model.safetensors"
-    metadata = weightfile.open_file(single).metadata
+    metadata = tensor_files.open_file(single).metadata
     configs = json.loads(metadata[single_file.CONFIGS_KEY])
     configs[network] |= {key: value}
     if value is None:

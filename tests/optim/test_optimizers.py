@@ -13,7 +13,7 @@ from torch import nn
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
 from train.optim.optimizers import clip_grad_norm, load_state_tensors, make_optimizer, set_lrs, state_tensors
-from train.storage import tensorfile
+from train.storage import state_files
 
 NAMES = ["adamw", "adafactor", "adamw8bit"]
 
@@ -101,7 +101,7 @@ def test_saved_state_continues_bit_by_bit(name: str, tmp_path: Path) -> None:
     for step in range(3):
         fill(straight, step)
         optimizer.step()
-    tensorfile.write(tmp_path / "optimizer.safetensors", state_tensors(optimizer, dict(straight.named_parameters())))
+    state_files.write(tmp_path / "optimizer.safetensors", state_tensors(optimizer, dict(straight.named_parameters())))
     saved = load_file(tmp_path / "optimizer.safetensors")
     other.load_state_dict(straight.state_dict())
     resumed = optimizer_of(other, config)

@@ -16,7 +16,8 @@ from preparedset import prepare, settings_of, write_posts, write_vae
 from train.base.errors import ExitCode, Halt
 from train.data.index import Index
 from train.data.shards import ShardReader
-from train.prepare.encoding.encoder import find_vae, load_vae
+from train.model.networks import fill
+from train.prepare.encoding.encoder import find_vae
 from train.prepare.folders.kinds import is_image
 from train.prepare.tables.quarantine import Complaint
 from train.prepare.tables.schemas import ErrorReason
@@ -81,7 +82,8 @@ def test_latents_are_what_the_vae_says(made: Path) -> None:
     from PIL import Image
 
     index = Index.open(made / "data/set", "pretrain")
-    reader, vae = ShardReader(made / "data/set"), load_vae(find_vae(str(made / "vae/diffusion_pytorch_model.safetensors")))
+    reader, found = ShardReader(made / "data/set"), find_vae(str(made / "vae/diffusion_pytorch_model.safetensors"))
+    vae = fill("vae", found.config, found.weights, found.file)
     for i in (0, 7, 20):
         file = next((made / "pictures").glob(f"{index.key(i).split(':')[1]}.[pjw]*g*"))
         if file.suffix == ".json":

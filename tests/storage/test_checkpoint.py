@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import CheckpointConfig
-from train.storage import checkpoint, manifest, rundir, space, tensorfile
+from train.storage import checkpoint, manifest, rundir, space, state_files
 from train.storage.checkpoint import Progress, SaveFailed
 
 
@@ -38,7 +38,7 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path):
     raw = torch.arange(48, dtype=torch.uint8).mul(5)
-    tensors = {str(dtype): raw.clone().view(dtype) for dtype in tensorfile.DTYPE_NAMES if dtype != torch.bool}
+    tensors = {str(dtype): raw.clone().view(dtype) for dtype in state_files.DTYPE_NAMES if dtype != torch.bool}
     tensors["bool"] = torch.tensor([[True], [False]])
     tensors["scalar"] = torch.tensor(7.25)  # 0-dim, as AdamW's step
     tensors["empty"] = torch.zeros(0, 3)
@@ -46,16 +46,16 @@ def test_every_dtype_and_shape_comes_back_bit_for_bit(tmp_path):
     tensors["transposed"] = torch.randn(3, 5).t()
     tensors["channels_last"] = torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)
     path = tmp_path / "x.safetensors"
-    record = tensorfile.write(path, tensors)
+    record = state_files.write(path, tensors)
     assert (record.bytes, record.tensors) == (path.stat().st_size, len(tensors))
-    assert record.bytes == tensorfile.file_bytes(tensors)
-    back = dict(tensorfile.read(path))
+    assert record.bytes == state_files.file_bytes(tensors)
+    back = dict(state_files.read(path))
     assert back.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert back[name].shape == tensor.shape
         assert back[name].dtype == tensor.dtype
         assert bits(back[name]) == bits(tensor), name
-    assert tensorfile.read_specs(path) == tensorfile.specs(tensors)
+    assert state_files.read_specs(path) == state_files.specs(tensors)
     assert load_file(path).keys() == tensors.keys()  # the library reads our file
 
 
@@ -170,10 +170,10 @@ def test_a_sound_checkpoint_of_another_run_stops_and_does_not_fall_back(run):
 
 def test_tensors_are_held_against_the_model(run):
     save_steps(run, 10)
-    wanted = {g: tensorfile.specs(named) for g, named in some_tensors().items()}
+    wanted = {g: state_files.specs(named) for g, named in some_tensors().items()}
     assert checkpoint.load_newest(run, expect(tensors=wanted)).progress.step == 10
-    wanted["model"]["w"] = tensorfile.Spec((4, 4), torch.float32)
-    wanted["model"]["new"] = tensorfile.Spec((1,), torch.float16)
+    wanted["model"]["w"] = state_files.Spec((4, 4), torch.float32)
+    wanted["model"]["new"] = state_files.Spec((1,), torch.float16)
     wanted["ema"] = None
     del wanted["model"]["b"]
     with pytest.raises(Halt) as caught:
@@ -339,7 +339,7 @@ def test_a_file_size_limit_is_a_failed_save_not_a_death(tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from tests.test_checkpoint import *
+from tests.storage.test_checkpoint import *
 run = rundir.open_run_dir(Path(sys.argv[1]), "pretrain")
 save_steps(run, 10)
 resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150))

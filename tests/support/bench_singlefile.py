@@ -23,12 +23,12 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])
 import numpy as np
 
 from train.model import sdxl
-from train.storage import weightfile
+from train.storage import tensor_files
 
 PIECE_VALUES = 8 << 20
 
 
-def random_blob(shape: tuple[int, ...], seed: int) -> weightfile.Blob:
+def random_blob(shape: tuple[int, ...], seed: int) -> tensor_files.Blob:
     """bf16 values of about +-1e-2, finite, different for every tensor."""
 
     def pieces() -> Iterator[memoryview]:
@@ -39,7 +39,7 @@ def random_blob(shape: tuple[int, ...], seed: int) -> weightfile.Blob:
             yield memoryview(((bits & 0x80FF) | 0x3C00).tobytes())  # sign and mantissa random, exponent fixed
             left -= len(bits)
 
-    return weightfile.Blob("BF16", shape, pieces)
+    return tensor_files.Blob("BF16", shape, pieces)
 
 
 def measured(*command: str) -> dict[str, float]:
@@ -67,9 +67,9 @@ def main() -> None:
     """Make, convert, compare, report."""
     with TemporaryDirectory(dir=sys.argv[1]) as place:
         one, folder, two = (os.path.join(place, name) for name in ("one.safetensors", "folder", "two.safetensors"))
-        shapes = dict(sdxl.single_shapes(sdxl.STANDARD))
+        shapes = {link.single: link.shape for link in sdxl.links(sdxl.STANDARD)} | {sdxl.LOGIT_SCALE: ()}
         blobs = {name: random_blob(shape, seed) for seed, (name, shape) in enumerate(shapes.items())}
-        digest = weightfile.write(one, blobs, {"modelspec.license": "CC0"})
+        digest = tensor_files.write(one, blobs, {"modelspec.license": "CC0"})
         convert = str(Path(__file__).resolve().parents[2] / "scripts/convert.py")
         options = ["--tokenizers", sys.argv[2]] if len(sys.argv) > 2 else []
         report: dict[str, object] = {"bytes": os.path.getsize(one), "tensors": len(shapes)}

@@ -16,7 +16,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from train.model import clip_tokens
+from train.config.stage import ModelConfig
+from train.model import clip_tokens, networks, source
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "like SDXL": {
@@ -81,3 +82,8 @@ def write(
     """`folder`, holding the model as the stock libraries save it."""
     build(variant, seed, clip=clip).to(dtype).save_pretrained(folder)
     return folder
+
+
+def load_components(path: str | Path, *, with_vae: bool = True, tokenizers: str | None = None) -> networks.Components:
+    """The components of a model path: run directory, diffusers folder or single file."""
+    return networks.build(source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers)), with_vae=with_vae)

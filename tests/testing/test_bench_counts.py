@@ -82,16 +82,6 @@ def test_text_bytes() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bucket", AREAS)
-def test_every_area_forward(unet: torch.nn.Module, bucket: tuple[int, int]) -> None:
-    set_checkpointing(unet, "none")
-    context = 77 if bucket == (1024, 1024) else 227
-    kwargs = counts.unet_inputs(unet, 1, *bucket, context, text_grad=False, dtype=torch.float32)
-    found = counts.count_flops(lambda: unet(**kwargs).sample, backward=False)
-    assert found == memory.forward_flops(*bucket, context)
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("steps", range(6))
 def test_every_mode(unet: torch.nn.Module, steps: int) -> None:
     for bucket, context in (((1024, 1024), 227), ((512, 1856), 231)):

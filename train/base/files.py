@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import stat
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +32,51 @@ def write_all(fd: int, data: bytes | memoryview) -> None:
 
 def replace_file(path: Path | str, data: bytes | str) -> None:
     """`path` holds `data` or what it held before, whenever the machine stops. Mode by umask. Raises OSError."""
+    # A message may name a file whose name is not UTF-8: that must not hide the message.
+    content = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
+    with replacing(path) as tmp:
+        tmp.write_bytes(content)
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str, tmp: Path | None = None, *, peers: bool = False) -> Iterator[Path]:
+    """A new file's temporary path; synced, it becomes `path` at the end, and vanishes with an error.
+
+    tmp: where it grows if not at `path` + ".tmp". peers: other processes may be writing the same content, and may clear
+    away what they take for left over; then the name is this writer's own, and a peer's whole file serves as well.
+    """
     path = Path(path)
-    tmp = path.with_name(path.name + ".tmp")
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    if peers:
+        tmp = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    tmp = tmp or path.with_name(path.name + ".tmp")
+    tmp.unlink(missing_ok=True)
     try:
-        # A message may name a file whose name is not UTF-8: that must not hide the message.
-        write_all(fd, data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
+        yield tmp
+        try:
+            _sync(tmp)
+            os.replace(tmp, path)
+        except FileNotFoundError:
+            if not (peers and path.exists()):
+                raise
+    except BaseException:
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
+        raise
+    fsync_dir(path.parent)
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
         os.fsync(fd)
     finally:
         os.close(fd)
-    os.rename(tmp, path)
-    fsync_dir(path.parent)
+
+
+def file_sha256(path: Path | str) -> str:
+    """sha256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path | str, record: Mapping[str, Any]) -> None:

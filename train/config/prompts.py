@@ -93,10 +93,3 @@ def checked(settings: PromptsFile) -> PromptsFile:
 
 def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def with_prefix(text: str, prefix: str) -> str:
-    """`prefix` put before the text; either may be empty."""
-    return ", ".join(part for part in (prefix.strip(" ,"), text.strip()) if part)
-
-

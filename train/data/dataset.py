@@ -7,6 +7,8 @@ makes it. Shape legend: B images of a tile, C latent channels, H W latent rows a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -68,24 +70,15 @@ class TileDataset(Dataset[Batch | Halt]):
         shape = tuple(latents_BCHW.shape[1:])
         low, high = self.noise.timesteps
         means_BC = latents_BCHW.mean(dim=(2, 3)).numpy() if self.noise.offset_adaptive else None
-        target_BCHW, added_BCHW = tile_noise(
+        noises = tile_noise(
             self.noise, self.seed, tile.uids.tolist(), tile.epochs.tolist(), shape, latent_means_BC=means_BC
         )
-        ids_1_BN77, ids_2_BN77, dropped = self._token_ids(tile, step)
-        return Batch(
-            latents_BCHW=latents_BCHW,
-            noise_BCHW=torch.from_numpy(target_BCHW),
-            input_noise_BCHW=torch.from_numpy(added_BCHW),
-            timesteps_B=torch.from_numpy(rng.timesteps(self.seed, tile.uids, tile.epochs, low, high)),
-            ids_1_BN77=torch.from_numpy(ids_1_BN77),
-            ids_2_BN77=torch.from_numpy(ids_2_BN77),
-            size_B6=torch.tensor([self._size(row, tile) for row in tile.rows.tolist()], dtype=torch.float32),
-            slots_B=torch.arange(first_slot, first_slot + len(tile.rows)),
-            step=step,
-            tile=tile,
-            tags_dropped=dropped,
-            substituted=substituted,
-        )
+        timesteps_B = rng.timesteps(self.seed, tile.uids, tile.epochs, low, high)
+        ids, dropped = self._token_ids(tile, step)
+        sizes = size_numbers(self.index, tile, self.data.crop_conditioning)
+        slots_B = np.arange(first_slot, first_slot + len(tile.rows))
+        batch = assembled(tile, latents_BCHW, noises, timesteps_B, ids, sizes, slots_B)
+        return replace(batch, step=step, tags_dropped=dropped, substituted=substituted)
 
     def _latents(self, tile: Tile, step: int) -> tuple[torch.Tensor, tuple[str, ...]]:
         faults.at("read", step)
@@ -110,8 +103,7 @@ class TileDataset(Dataset[Batch | Halt]):
         return raw_BCHW * self.scaling, tuple(substituted)
 
     def _read(self, rows: Sequence[int]) -> tuple[torch.Tensor, str]:
-        places = [self.index.latent(row) for row in rows]
-        return self.reader.read([shard for shard, _ in places], [place for _, place in places]), places[0][0]
+        return read_rows(self.index, self.reader, rows), self.index.latent(rows[0])[0]
 
     def _readable(self, rows: list[int], tile: Tile) -> tuple[list[int], list[str]]:
         """Each unreadable row replaced by the next uid of its bucket, in uid order; the slot's key stays."""
@@ -140,20 +132,60 @@ class TileDataset(Dataset[Batch | Halt]):
             return False
         return True
 
-    def _token_ids(self, tile: Tile, step: int) -> tuple[np.ndarray, np.ndarray, int]:
+    def _token_ids(self, tile: Tile, step: int) -> tuple[tuple[np.ndarray, np.ndarray], int]:
         captions = [self.index.caption(row) for row in tile.rows.tolist()]
         uids, epochs = tile.uids.tolist(), tile.epochs.tolist()
         drawn = draw_many(captions, self.options, seed=self.seed, uids=uids, epochs=epochs, update=step)
         fitted = [self.tokenizer.fit(fixed, flex, self.data.max_tokens, self.data.overflow) for fixed, flex in drawn]
-        ids_1_BN77, ids_2_BN77 = self.tokenizer.chunk_ids_many([content for content, _ in fitted], self.data.max_tokens)
-        return ids_1_BN77, ids_2_BN77, sum(cut for _, cut in fitted)
+        ids = self.tokenizer.chunk_ids_many([content for content, _ in fitted], self.data.max_tokens)
+        return ids, sum(cut for _, cut in fitted)
 
-    def _size(self, row: int, tile: Tile) -> tuple[int, ...]:
-        index = self.index
+
+def assembled(
+    tile: Tile,
+    latents_BCHW: torch.Tensor,
+    noises: tuple[np.ndarray, np.ndarray],
+    timesteps_B: np.ndarray,
+    ids: tuple[np.ndarray, np.ndarray],
+    sizes: Sequence[Sequence[int]],
+    slots_B: np.ndarray,
+) -> Batch:
+    """A batch of no step, from what one of its sources brings: the plan, the held-out images, or the trial of a shape.
+
+    noises: of the target and as added, float32 [B,C,H,W]. ids: of both encoders, [B,N,77]. sizes: six numbers each.
+    """
+    noise_BCHW, input_noise_BCHW = map(torch.from_numpy, noises)
+    ids_1_BN77, ids_2_BN77 = map(torch.from_numpy, ids)
+    return Batch(
+        latents_BCHW=latents_BCHW,
+        noise_BCHW=noise_BCHW,
+        input_noise_BCHW=input_noise_BCHW,
+        timesteps_B=torch.from_numpy(timesteps_B),
+        ids_1_BN77=ids_1_BN77,
+        ids_2_BN77=ids_2_BN77,
+        size_B6=torch.tensor(sizes, dtype=torch.float32),
+        slots_B=torch.from_numpy(slots_B),
+        step=-1,
+        tile=tile,
+        tags_dropped=0,
+    )
+
+
+def read_rows(index: Index, reader: ShardReader, rows: Sequence[int]) -> torch.Tensor:
+    """What is stored of these rows of the index, fp32 [B,C,H,W]. Raises Halt(MISMATCH) as `ShardReader.read`."""
+    places = [index.latent(row) for row in rows]
+    return reader.read([shard for shard, _ in places], [place for _, place in places])
+
+
+def size_numbers(index: Index, tile: Tile, crop_conditioning: Literal["actual", "kohya", "zero"]) -> list[tuple[int, ...]]:
+    """The six numbers by which each image of a tile tells the U-Net its size and crop."""
+    found: list[tuple[int, ...]] = []
+    for row in tile.rows.tolist():
         original = (int(index.orig_w[row]), int(index.orig_h[row]))
         crop = (int(index.crop_top[row]), int(index.crop_left[row]))
-        top, left = crop_condition(self.data.crop_conditioning, *original, tile.width, tile.height, *crop)
-        return size_vector(*original, top, left, tile.width, tile.height)
+        top, left = crop_condition(crop_conditioning, *original, tile.width, tile.height, *crop)
+        found.append(size_vector(*original, top, left, tile.width, tile.height))
+    return found
 
 
 def naming_the_picture(halt: Halt, index: Index, reader: ShardReader, rows: Sequence[int]) -> Halt:
@@ -178,12 +210,6 @@ def draw_options(data: DataConfig, total_updates: int) -> DrawOptions:
         warmup_min=data.token_warmup_min,
         warmup_updates=warmup_length(data.token_warmup_steps, total_updates),
     )
-
-
-def trace_timesteps(seed: int, noise: NoiseConfig, tiles: Sequence[Tile]) -> list[np.ndarray]:
-    """Timesteps of each tile, as the dataset draws them: for traces made without reading data."""
-    low, high = noise.timesteps
-    return [rng.timesteps(seed, tile.uids, tile.epochs, low, high) for tile in tiles]
 
 
 def _draw_moments(moments_BCHW: torch.Tensor, seed: int, tile: Tile) -> torch.Tensor:

@@ -25,7 +25,7 @@ import safetensors.numpy
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json, replace_file
 from train.data.cells import CellError, CellFile
-from train.data.index_check import refuse_changed, refuse_damaged
+from train.data.index_check import file_hashes, refuse_changed, refuse_damaged
 
 INDEX, VERSION = "index.arrow", "1"
 CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
@@ -227,12 +227,7 @@ def changes_since(path: Path, index: Index) -> str:
 def source_hashes(folder: Path, stage: str | None) -> dict[str, str]:
     """Hashes of the tables an arrow file is made from."""
     names = ["index.parquet"] if stage is None else [f"select_{stage}.parquet"]
-    found = {}
-    for name in names:
-        path = folder / name
-        if path.is_file():
-            with open(path, "rb") as file:
-                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_hashes(folder, (name for name in names if (folder / name).is_file()))
     if stage is None:
         labels = sorted(path.name for path in (folder / "labels").glob("*.parquet"))
         found["labels"] = hashlib.sha256("\n".join(labels).encode()).hexdigest()

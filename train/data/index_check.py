@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pyarrow as pa
 
 from train.base.errors import ExitCode, Halt
-from train.base.files import read_json
+from train.base.files import file_sha256, read_json
 
 _CHECKED_ROWS = 1 << 17  # at a time: what is looked at becomes resident until it is given back
 
@@ -30,11 +29,7 @@ def refuse_changed(folder: Path, names: Iterable[str]) -> None:
 
 def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
     """sha256 of index files: dataset.json keeps them, because a flipped bit in one would shift the plan silently."""
-    found = {}
-    for name in names:
-        with open(folder / name, "rb") as file:
-            found[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
+    return {name: file_sha256(folder / name) for name in names}
 
 
 def refuse_damaged(

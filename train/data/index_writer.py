@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from train.base.errors import ExitCode, Halt
+from train.base.files import replacing
 from train.data.index import (
     CAPTION_COLUMNS,
     INDEX,
@@ -191,12 +191,6 @@ def suspicious_rows(flex: pa.Array) -> npt.NDArray[np.int64]:
 
 def write_arrow(path: Path, table: pa.Table, meta: Mapping[str, str]) -> None:
     """One Arrow file in one chunk, through a temporary name."""
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     table = table.replace_schema_metadata(dict(meta))
-    with pa.OSFile(str(tmp), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with replacing(path, peers=True) as tmp, pa.OSFile(str(tmp), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table, max_chunksize=max(len(table), 1))  # one chunk: its columns need no copy
-    try:
-        tmp.rename(path)
-    except FileNotFoundError:  # a peer wrote the same file and cleaned up
-        if not path.exists():
-            raise

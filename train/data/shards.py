@@ -6,7 +6,6 @@ mean and log-variance), H W latent rows and columns.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -15,35 +14,22 @@ from pathlib import Path
 import torch
 
 from train.base.errors import ExitCode, Halt
-from train.base.files import fsync_dir, read_json, write_all
-from train.storage.weightfile import read_header
+from train.base.files import read_json, replacing
+from train.storage import tensor_files
+from train.storage.state_files import DTYPE_NAMES, DTYPES
 
 SHARD_IMAGES = 1024
 TENSOR = "latents"
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def write_shard(path: Path, latents_NCHW: torch.Tensor, meta: Mapping[str, str]) -> None:
     """Write one immutable shard atomically: temporary name, fsync, rename. `meta` goes into the header."""
     latents = latents_NCHW.detach().cpu().contiguous()
-    data = latents.view(torch.uint8).numpy().tobytes()
-    entry = {"dtype": _NAMES[latents.dtype], "shape": list(latents.shape), "data_offsets": [0, len(data)]}
-    text = json.dumps({"__metadata__": dict(meta), TENSOR: entry}, sort_keys=True).encode()
-    text += b" " * (-len(text) % 8)
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    fd = os.open(tmp, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        write_all(fd, len(text).to_bytes(8, "little") + text + data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    try:
-        os.rename(tmp, path)
-    except FileNotFoundError:  # a peer wrote the same shard and cleaned up
-        if not path.exists():
-            raise
-    fsync_dir(path.parent)
+    kind = DTYPE_NAMES[latents.dtype], latents.shape
+    # With spaces, as the shards of every earlier set have them: the same pictures give the same bytes.
+    header, _ = tensor_files.header({TENSOR: kind}, dict(sorted(meta.items())), (", ", ": "))
+    with replacing(path, peers=True) as tmp:
+        tensor_files.stream(tmp, (header, memoryview(latents.reshape(-1).view(torch.uint8).numpy().data)))
 
 
 def read_meta(path: Path) -> dict[str, str]:
@@ -130,16 +116,11 @@ class ShardReader:
 def _header(path: Path) -> tuple[int, tuple[int, ...], torch.dtype, dict[str, str]]:
     """(start of the data, shape, dtype, metadata), checked against the file's size."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > 1 << 20:
-                raise ValueError("no shard header")
-            metadata, entries = read_header(file.read(length))
+        start, metadata, entries = tensor_files.header_of(path)
         entry = entries[TENSOR]
-        if len(entry.shape) != 4 or entry.start != 0 or 8 + length + entry.end != size:
-            raise ValueError(f"{size} bytes, the header describes {8 + length + entry.end}")
-        return 8 + length, entry.shape, _DTYPES[entry.dtype], metadata
+        if len(entry.shape) != 4 or len(entries) != 1:
+            raise ValueError(f"holds tensors of shapes {[list(one.shape) for one in entries.values()]}")
+        return start, entry.shape, DTYPES[entry.dtype], metadata
     except (OSError, ValueError, KeyError) as error:
         raise Halt(
             ExitCode.MISMATCH, f"latents {path} are missing or damaged ({error}): run scripts/prepare.py latents again"

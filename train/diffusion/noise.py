@@ -62,21 +62,6 @@ def tile_noise(
     return noise_BCHW, noise_BCHW + np.float32(config.input_perturbation) * extra
 
 
-def slot_noise(
-    config: NoiseConfig,
-    seed: int,
-    uid: int,
-    epoch: int,
-    shape: Sequence[int],
-    *,
-    latent_mean: npt.NDArray[np.floating] | None = None,
-) -> tuple[F32, F32]:
-    """`tile_noise` of one slot: both float32 [C,H,W]; `latent_mean` [C]."""
-    means_BC = None if latent_mean is None else latent_mean[None]
-    target_BCHW, added_BCHW = tile_noise(config, seed, [uid], [epoch], shape, latent_means_BC=means_BC)
-    return target_BCHW[0], added_BCHW[0]
-
-
 def _offset(
     config: NoiseConfig,
     seed: int,

@@ -15,6 +15,7 @@ from train.config.stage import LossConfig, NoiseConfig
 from train.diffusion import loss, noise
 from train.model import speed
 from train.recipe.order import Tile
+from train.storage.state_files import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,6 @@ class Batch:
         return [pieces[0], *(replace(piece, tags_dropped=0, substituted=()) for piece in pieces[1:])]
 
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Diffusion:
 
 def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.Tensor:
     """Weighted loss of each image [B], fp32."""
-    dtype = DTYPES[diffusion.precision]
+    dtype = PRECISIONS[diffusion.precision]
     half = dtype if diffusion.noise.dtype == "compute" and dtype != torch.float32 else None
     target_noise_BCHW = noise.as_drawn(part.noise_BCHW, diffusion.noise, half)
     input_noise_BCHW = noise.as_drawn(part.input_noise_BCHW, diffusion.noise, half)
@@ -110,6 +110,6 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
 
 def autocast(device_type: str, precision: str) -> torch.autocast:
     """Every forward of the training runs in this."""
-    dtype = DTYPES[precision]
+    dtype = PRECISIONS[precision]
     # No cache: every weight is used once per forward, and cached casts would hold 5 GiB until it ends.
     return torch.autocast(device_type, dtype, enabled=dtype != torch.float32, cache_enabled=False)

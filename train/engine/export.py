@@ -19,17 +19,16 @@ from typing import Any
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
-from train.base.files import replace_file, write_json
+from train.base.files import file_sha256, replace_file, write_json
 from train.base.secrets import mask_settings
 from train.config.stage import ExportConfig
 from train.model import folder as model_folder
 from train.model import sdxl, single_file
-from train.model.source import LocalModel, file_sha256, model_sha256
-from train.storage import weightfile
-from train.storage.weightfile import Blob
+from train.model.source import LocalModel, model_sha256
+from train.storage import tensor_files
+from train.storage.tensor_files import Blob
 
 log = logging.getLogger("anix")
-DTYPES = {"fp16": "F16", "fp32": "F32"}
 _SPEC = "https://github.com/Stability-AI/generative-models"  # the implementation that the layout belongs to
 
 
@@ -114,7 +113,7 @@ def _as_text(value: Any) -> str:
 
 def read_metadata(path: str | Path) -> dict[str, str]:
     """`__metadata__` of a single file, its header checked."""
-    return weightfile.open_file(path).metadata
+    return tensor_files.open_file(path).metadata
 
 
 def lineage_record(
@@ -188,11 +187,11 @@ def export_stage(
     interrupted export left is replaced. `poll` is called between pieces of tensors and may raise. Raises Halt(CANNOT_WRITE), or Halt(MISMATCH) when a file reads back wrong.
     """
     faults.at("export")
-    dtype, stage = DTYPES[settings.dtype], str(record["stage"])
+    dtype, stage = tensor_files.NAMES_OF_PRECISIONS[settings.dtype], str(record["stage"])
     factor = sdxl.vae_factor(source.configs["vae"])
     side_px = side_px or int(source.configs["unet"].get("sample_size") or 1024 // factor) * factor
     metadata = metadata_of(record, settings, prediction, timesteps, side_px)
-    weights = _polled({**source.weights, **weightfile.open_file(trained).blobs}, poll)
+    weights = _polled({**source.weights, **tensor_files.open_file(trained).blobs}, poll)
     configs = {
         **source.configs,
         "unet": sdxl.drawn_at(source.configs["unet"], side_px, factor),
@@ -205,7 +204,7 @@ def export_stage(
         hashes = model_folder.write_networks(new, weights, configs, dtype=dtype)
         model_folder.write_tokenizers(source.tokenizers, new)
         model_folder.write_pipeline(new, configs["scheduler"])
-        scale = source.logit_scale and weightfile.cast(source.logit_scale, dtype, "logit_scale")
+        scale = source.logit_scale and tensor_files.cast(source.logit_scale, dtype, "logit_scale")
         single_file.write_sidecar(new, metadata, scale)  # as in the single file, so that converting gives that file
         replace_file(new / "training.yaml", _without_home((run_path / "config.yaml").read_text(encoding="utf-8")))
         write_json(new / "lineage.json", record)
@@ -213,7 +212,7 @@ def export_stage(
             _require_hash(new / name, digest)
     _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
     if average is not None:
-        averaged = {**weights, **_polled(weightfile.open_file(average).blobs, poll)}
+        averaged = {**weights, **_polled(tensor_files.open_file(average).blobs, poll)}
         told = {
             **metadata,
             "modelspec.title": metadata["modelspec.title"] + " (EMA)",

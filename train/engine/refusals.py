@@ -22,6 +22,7 @@ from train.model import source as model_source
 from train.model.folder import TOKENIZERS
 from train.model.source import HUB_NAME, LocalModel
 from train.recipe import schedule
+from train.recipe.optimizer_state import checkpoint_bytes
 from train.recipe.order import Plan, check_strict_world, tiles_per_update
 from train.storage import resume, space
 from train.storage.rundir import RunDir
@@ -169,5 +170,6 @@ def _lacking(config: StageConfig, run: RunDir, source: LocalModel) -> str | None
     """What is wrong when the checkpoints will not fit, judged by the shapes of the trained weights."""
     trained = ("unet.", "text_encoder.", "text_encoder_2.") if config.model.train_text_encoders else ("unet.",)
     shapes = [blob.shape for name, blob in source.weights.items() if name.startswith(trained)]
-    least = space.least_checkpoint_bytes(config, shapes)
+    average = bool(config.ema.decay)
+    least = checkpoint_bytes(config.optimizer.name, shapes, weights=config.model.weights, average=average)
     return space.lacking_space(run, least / space.SPACE_FACTOR, config.checkpoint)

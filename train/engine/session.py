@@ -40,7 +40,7 @@ from train.optim.ema import Ema
 from train.optim.loss_scale import loss_scale
 from train.recipe import rng, schedule
 from train.recipe.order import Plan
-from train.storage import checkpoint, resume, tensorfile
+from train.storage import checkpoint, resume, state_files
 from train.storage.checkpoint import Progress
 from train.storage.rundir import RunDir, remove_leftovers
 from train.storage.saver import Saver
@@ -53,7 +53,7 @@ def expectations(
     config: StageConfig, data: Data, source: LocalModel, networks: Networks, ema: Ema | None
 ) -> resume.Expectations:
     """What a checkpoint of this run must have been written under, and what the next one says about itself."""
-    model = tensorfile.specs(trained_parameters(networks))
+    model = state_files.specs(trained_parameters(networks))
     return resume.Expectations(
         stage=config.stage,
         config=resume.without_secrets(flatten(config)),

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from train.config.stage import StageConfig
 from train.data.index import Index
 from train.data.selection import open_selection, refuse_other_vae, vae_mark
-from train.diffusion.objective import DTYPES, autocast
+from train.diffusion.objective import autocast
 from train.engine.refusals import check_processes, refuse_foreign_engines
 from train.model import memory, single_file, speed, text
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
@@ -27,6 +27,7 @@ from train.optim.zero1 import Shares
 from train.recipe import schedule
 from train.recipe.order import Plan, plan_fingerprint
 from train.storage.saver import available_host_bytes
+from train.storage.state_files import PRECISIONS
 
 log = logging.getLogger("anix")
 
@@ -156,7 +157,7 @@ def open_networks(
     if settings.train_text_encoders:
         for encoder in (networks.text_encoder, networks.text_encoder_2):
             set_text_checkpointing(encoder, execution.text_checkpointing)
-    cast_frozen(networks, DTYPES[config.precision])
+    cast_frozen(networks, PRECISIONS[config.precision])
     if settings.weights == "bf16":
         rounding.to_16_bit(trained_parameters(networks).values())
     networks.to(machine.place.device)
@@ -179,7 +180,7 @@ def probe(networks: Networks, config: StageConfig) -> None:
     device = next(networks.parameters()).device
     side = 2 ** len(networks.unet.config.block_out_channels)  # every level halves it but the last
     ids_1_BN77 = torch.zeros(1, config.data.max_tokens // 75, 77, dtype=torch.int64, device=device)
-    latents_BCHW = torch.zeros(1, 4, side, side, dtype=DTYPES[config.precision], device=device)
+    latents_BCHW = torch.zeros(1, 4, side, side, dtype=PRECISIONS[config.precision], device=device)
     timesteps_B, size_B6 = torch.tensor([500], device=device), torch.zeros(1, 6, device=device)
     with torch.no_grad(), autocast(device.type, config.precision):
         networks(latents_BCHW, timesteps_B, ids_1_BN77, ids_1_BN77, size_B6)

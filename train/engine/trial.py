@@ -6,7 +6,7 @@ Shape legend: B images of a tile (or of the part in which it is executed), C H W
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
@@ -14,11 +14,12 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig
+from train.data.dataset import assembled
 from train.diffusion.objective import Batch, image_losses
 from train.engine.loop import Session
-from train.model.text import TagTokenizer
-from train.optim import optimizers
+from train.model.text import TagTokenizer, size_vector
 from train.optim.zero1 import Shares
+from train.recipe.optimizer_state import checkpoint_bytes, state_bytes
 from train.recipe.order import Plan, Tile
 from train.storage import space
 from train.storage.rundir import RunDir
@@ -72,7 +73,12 @@ def pending_state_bytes(session: Session) -> int:
     if session.optimizer.state:
         return 0
     held = [parameter for group in session.optimizer.param_groups for parameter in group["params"]]
-    return optimizers.state_bytes(session.config.optimizer.name, held)
+    return state_bytes(session.config.optimizer.name, shapes_of(held))
+
+
+def shapes_of(parameters: Iterable[torch.nn.Parameter]) -> list[tuple[int, ...]]:
+    """Shape of each parameter."""
+    return [tuple(parameter.shape) for parameter in parameters]
 
 
 def check_room(config: StageConfig, run: RunDir, plan: Plan, parameters: Parameters, shares: Shares | None) -> None:
@@ -80,9 +86,10 @@ def check_room(config: StageConfig, run: RunDir, plan: Plan, parameters: Paramet
 
     Room for the checkpoints that stay for ever may still be made while the run goes on: its lack is a warning.
     """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters.values())
-    averages = sum(4 * parameter.numel() for parameter in parameters.values()) if config.ema.decay else 0
-    one_bytes = weights + averages + optimizers.state_bytes(config.optimizer.name, parameters.values())
+    average = bool(config.ema.decay)
+    one_bytes = checkpoint_bytes(
+        config.optimizer.name, shapes_of(parameters.values()), weights=config.model.weights, average=average
+    )
     found = (space.lacking_space(run, one_bytes, config.checkpoint), _host(config, parameters, shares))
     if problems := [problem for problem in found if problem]:
         raise Halt(ExitCode.MISMATCH, "\n".join(problems))
@@ -99,7 +106,7 @@ def _host(config: StageConfig, parameters: Parameters, shares: Shares | None) ->
         return None
     mine = shares.mine(parameters)
     others = [parameter for name, parameter in parameters.items() if name not in mine]
-    need, have = optimizers.state_bytes(config.optimizer.name, others), available_host_bytes()
+    need, have = state_bytes(config.optimizer.name, shapes_of(others)), available_host_bytes()
     if have >= need:
         return None
     return (
@@ -111,19 +118,10 @@ def _host(config: StageConfig, parameters: Parameters, shares: Shares | None) ->
 def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:
     """A batch of that shape with the longest possible caption; values are fixed and unimportant."""
     shape = (images, 4, height // 8, width // 8)
-    ids_1, ids_2 = tokenizer.chunk_ids([tokenizer.eos - 2] * max_tokens, max_tokens)
     noise_BCHW = torch.linspace(-1.0, 1.0, int(np.prod(shape))).reshape(shape)
+    noises = noise_BCHW.numpy(), noise_BCHW.numpy()
     rows = np.zeros(images, dtype=np.int64)
-    return Batch(
-        latents_BCHW=noise_BCHW.flip(0) * 0.5,
-        noise_BCHW=noise_BCHW,
-        input_noise_BCHW=noise_BCHW,
-        timesteps_B=torch.full((images,), 500),
-        ids_1_BN77=torch.from_numpy(ids_1).expand(images, -1, -1).clone(),
-        ids_2_BN77=torch.from_numpy(ids_2).expand(images, -1, -1).clone(),
-        size_B6=torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(images, -1).clone(),
-        slots_B=torch.arange(images),
-        step=-1,
-        tile=Tile(width, height, 0, rows, rows.astype(np.uint64), rows),
-        tags_dropped=0,
-    )
+    tile = Tile(width, height, 0, rows, rows.astype(np.uint64), rows)
+    ids = tokenizer.chunk_ids_many([[tokenizer.eos - 2] * max_tokens] * images, max_tokens)
+    sizes = [size_vector(width, height, 0, 0, width, height)] * images
+    return assembled(tile, noise_BCHW.flip(0) * 0.5, noises, np.full(images, 500), ids, sizes, np.arange(images))

@@ -20,8 +20,8 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import fsync_dir, read_json, replace_file, write_json
 from train.model import clip_tokens, other_kinds, sdxl, spellings
 from train.model.other_kinds import FEW, some
-from train.storage import weightfile
-from train.storage.weightfile import Blob
+from train.storage import tensor_files
+from train.storage.tensor_files import Blob
 
 FILES = {
     "unet": "diffusion_pytorch_model.safetensors",
@@ -50,7 +50,7 @@ def read(folder: Path, configs: sdxl.Configs, networks: Sequence[str] = sdxl.NET
         files, others = _choice(folder / network)
         blobs: dict[str, Blob] = {}
         for file in files:
-            blobs |= weightfile.open_file(file).blobs
+            blobs |= tensor_files.open_file(file).blobs
         reading = spellings.read(files[0], blobs, configs, (network,), alone=True)
         weights |= reading.weights
         told = [f"passed over files beside {files[0].name}: {some(others)}"] if others else []
@@ -87,7 +87,7 @@ def _choice(place: Path) -> tuple[list[Path], list[str]]:
     if groups:
         name, files = next(iter(groups.items()))
         raise Halt(ExitCode.MISMATCH, f"{place} holds {len(files)} of {_shards(name)} shards {name}: copy or download the others")
-    pickles = sorted(p.name for p in place.glob("*") if p.suffix in weightfile.PICKLE_SUFFIXES)
+    pickles = sorted(p.name for p in place.glob("*") if p.suffix in tensor_files.PICKLE_SUFFIXES)
     hint = f"; {pickles[0]} is a pickle and is not read, because reading one can run any code" if pickles else ""
     raise Halt(ExitCode.MISMATCH, f"{place} holds no .safetensors weights{hint}")
 
@@ -149,10 +149,10 @@ def write_networks(
         if not own:
             continue
         if dtype:
-            own = {key: weightfile.cast(blob, dtype, f"{network}.{key}") for key, blob in own.items()}
+            own = {key: tensor_files.cast(blob, dtype, f"{network}.{key}") for key, blob in own.items()}
         (folder / network).mkdir()
         write_json(folder / network / "config.json", loadable(network, configs[network]))
-        hashes[f"{network}/{name}"] = weightfile.write(
+        hashes[f"{network}/{name}"] = tensor_files.write(
             folder / network / name, own, {"format": "pt"}, f"{whose}{network}."
         )
     return hashes

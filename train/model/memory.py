@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
+from train.recipe.optimizer_state import MOMENT_BYTES
 from train.recipe.order import partial_sums, virtual_ranks
 
 GIB = 2**30
 CONTEXT = 227  # stitched vectors of 225 tokens
-TEXT_IDS = 231  # three chunks of 77
 PARAMETERS = {
     "unet": 2_567_463_684,
     "text_encoder": 123_060_480,
@@ -28,7 +28,7 @@ ALL_STEPS = 5  # checkpointing steps that exempt everything (train.model.recompu
 STEPS_OF_MODE = {"full": 0, "partial": 3, "none": ALL_STEPS}
 
 # FLOPs of one image: (1, L, L^2, context, context * L)
-_FORWARD = (49_807_360, 5_785_927_680, 716_800, 681_574_400, 409_600)
+_FORWARD_CONTEXT = 681_574_400  # of each context vector, forward alone
 _RECOMPUTE = (  # by exempted steps 0 (full) .. 5 (none)
     (31_948_800, 4_272_947_200, 716_800, 681_574_400, 409_600),
     (28_672_000, 3_784_704_000, 665_600, 576_716_800, 358_400),
@@ -65,7 +65,6 @@ _CASTS_TRAINED = (169_661_440, 926_602_240, 2_427_376_640, 4_789_949_440, 5_099_
 _TEXT_KEPT = {False: 483_450_120, True: 48_268_296}  # per image, by "text encoders checkpointed"
 _TEXT_CASTS = {False: 1_431_438_544, True: 3_278_032}
 _ADAFACTOR_STATE = {"unet": 977_322_000, "text_encoder": 1_251_636, "text_encoder_2": 5_307_700}
-_STATE_BYTES = {"adamw": 8, "adamw8bit": 2}  # per trained parameter
 
 # Not counted but estimated, and said so wherever a prediction is printed:
 RECOMPUTE_BYTES = GIB // 4  # of the block being recomputed, per image
@@ -158,11 +157,6 @@ def _poly(coefficients: Sequence[int], tokens: int, context: int) -> int:
     return sum(c * x for c, x in zip(coefficients, terms, strict=True))
 
 
-def forward_flops(width_px: int, height_px: int, context: int = CONTEXT) -> int:
-    """FLOPs of one U-Net forward of one image (multiply and add count 2)."""
-    return _poly(_FORWARD, _tokens(width_px, height_px), context)
-
-
 def train_flops(width_px: int, height_px: int, exempt_steps: int, *, trains_text: bool, context: int = CONTEXT) -> int:
     """FLOPs of one U-Net forward and backward of one image, recomputation included. Text encoders not included.
 
@@ -170,7 +164,7 @@ def train_flops(width_px: int, height_px: int, exempt_steps: int, *, trains_text
     """
     tokens = _tokens(width_px, height_px)
     flops = _poly(_TRAIN, tokens, context) + _poly(_RECOMPUTE[exempt_steps], tokens, context)
-    return flops + (_FORWARD[3] * context + _POOLED_GRADIENT if trains_text else 0)
+    return flops + (_FORWARD_CONTEXT * context + _POOLED_GRADIENT if trains_text else 0)
 
 
 def text_flops(*, trained: bool, checkpointed: bool = False) -> int:
@@ -203,7 +197,7 @@ def optimizer_bytes(setup: Setup) -> int:
     if setup.optimizer == "adafactor":
         whole = sum(_ADAFACTOR_STATE[name] for name in trained)
     else:
-        whole = sum(trained.values()) * _STATE_BYTES[setup.optimizer]
+        whole = sum(trained.values()) * MOMENT_BYTES[setup.optimizer]
     return -(-whole // setup.shards)
 
 

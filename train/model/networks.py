@@ -5,8 +5,7 @@ Shape legend: B images, C latent channels, H W latent rows and columns, N text c
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,13 @@ import torch
 from torch import nn
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import ModelConfig
 from train.model import clip_tokens, text
-from train.model import source as model_source
 from train.model.other_kinds import some
+from train.model.sdxl import NETWORKS, canonical, canonical_name, make
 from train.model.source import LocalModel
-from train.storage import weightfile
-from train.storage.weightfile import Blob
+from train.storage import tensor_files
+from train.storage.state_files import to_tensor
+from train.storage.tensor_files import Blob
 
 GROUPS = ("unet", "text_encoder", "text_encoder_2")  # parameter groups, in the order of the optimizer
 TOKENIZERS_KEY = "Name the model's own folder with tokenizer/ and tokenizer_2/ (model.tokenizers, or --tokenizers)"
@@ -39,27 +38,12 @@ class Components:
     vae: Any
 
 
-def load_components(path: str | Path, *, with_vae: bool = True, tokenizers: str | None = None) -> Components:
-    """The components of a model path: run directory, diffusers folder or single file."""
-    return build(model_source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers)), with_vae=with_vae)
-
-
 def build(model: LocalModel, *, with_vae: bool = True) -> Components:
     """Networks with exactly the model's weights. Raises Halt(MISMATCH) naming tensors that are not finite."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
     tokenizers = text.load_tokenizers(model.tokenizers)
     refuse_vocabulary(model, tokenizers)
-    configs = {name: copy.deepcopy(dict(config)) for name, config in model.configs.items()}
-    makers: dict[str, Callable[[], nn.Module]] = {
-        "unet": lambda: UNet2DConditionModel.from_config(configs["unet"]),
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
-        "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**configs["text_encoder_2"])),
-        "vae": lambda: AutoencoderKL.from_config(configs["vae"]),
-    }
-    wanted = [name for name in makers if with_vae or name != "vae"]
-    networks = {name: fill(name, makers[name], model.weights, model.path) for name in wanted}
+    wanted = [name for name in NETWORKS if with_vae or name != "vae"]
+    networks = {name: fill(name, model.configs[name], model.weights, model.path) for name in wanted}
     return Components(
         unet=networks["unet"],
         text_encoder=networks["text_encoder"],
@@ -84,37 +68,29 @@ def refuse_vocabulary(model: LocalModel, tokenizers: Sequence[Any]) -> None:
             )
 
 
-def fill(network: str, make: Callable[[], nn.Module], weights: Mapping[str, Blob], whose: Path) -> nn.Module:
-    """A network without random weights at any time: what the file lacks is an error, not a surprise."""
+def fill(network: str, config: Mapping[str, Any], weights: Mapping[str, Blob], whose: Path) -> nn.Module:
+    """One network in fp32, evaluation mode, without random weights at any time. Raises Halt(MISMATCH) naming tensors that are not finite.
+
+    What the file lacks is an error, not a surprise (KeyError; who opened it has proved that nothing is).
+    """
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
-        module = make()
+        module: nn.Module = make(network, config)
     state, bad = {}, []
     for key in module.state_dict():
         if key.endswith("position_ids"):
             continue
-        name = canonical(f"{network}.{key}")
+        name = canonical(network, key)
         state[key] = to_tensor(weights[name])
         if not bool(torch.isfinite(state[key]).all()):
-            bad.append(weightfile.named(name, weights[name]))
+            bad.append(tensor_files.named(name, weights[name]))
     if bad:
         raise Halt(
             ExitCode.MISMATCH, f"{whose} holds weights that are not finite in {len(bad)} tensors: {some(bad)}"
         )
     module.load_state_dict(state, strict=False, assign=True)
     return module.eval()
-
-
-_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def to_tensor(blob: Blob) -> torch.Tensor:
-    """The tensor of a blob, in fp32."""
-    if not blob.size_bytes:
-        return torch.empty(blob.shape)
-    data = torch.frombuffer(bytearray(blob.read()), dtype=_TORCH_DTYPES[blob.dtype])
-    return data.reshape(blob.shape).to(torch.float32)
 
 
 class Networks(nn.Module):
@@ -170,21 +146,9 @@ def _freeze_unused(text_encoder: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
-def canonical(name: str) -> str:
-    """Parameter name as it stands in our files, equal for every supported transformers version.
-
-    transformers 5.6 dropped the `text_model.` prefix of encoder 1; files keep it, because older readers
-    fill the tensors they do not find with random numbers.
-    """
-    head, _, rest = name.partition(".")
-    if head in ("text_encoder", "text_encoder_2") and not rest.startswith(("text_model.", "text_projection")):
-        return f"{head}.text_model.{rest}"
-    return name
-
-
 def trained_parameters(networks: nn.Module) -> dict[str, nn.Parameter]:
     """Canonical name to parameter, trained ones only, in module order."""
-    return {canonical(n): p for n, p in networks.named_parameters() if p.requires_grad}
+    return {canonical_name(n): p for n, p in networks.named_parameters() if p.requires_grad}
 
 
 def parameter_groups(networks: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
@@ -196,7 +160,7 @@ def parameter_groups(networks: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
 
 def overlay(networks: nn.Module, tensors: Mapping[str, torch.Tensor], source: Path) -> None:
     """Copy named fp32 tensors (a checkpoint's model file) over the loaded parameters, in place."""
-    own = {canonical(name): parameter for name, parameter in networks.named_parameters()}
+    own = {canonical_name(name): parameter for name, parameter in networks.named_parameters()}
     foreign = sorted(set(tensors) - set(own))
     wrong = sorted(n for n, t in tensors.items() if n in own and t.shape != own[n].shape)
     if foreign or wrong:

@@ -13,8 +13,8 @@ from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.model import sdxl
-from train.storage import weightfile
-from train.storage.weightfile import Blob
+from train.storage import tensor_files
+from train.storage.tensor_files import Blob
 
 NAMED = 8  # of a long list of tensors, so many are named
 FEW = 2  # where the sentence before has already said what is wrong
@@ -162,7 +162,7 @@ def refuse_quantised(path: Path, blobs: Mapping[str, Blob]) -> None:
 
 def refuse_types(path: Path, blobs: Mapping[str, Blob]) -> None:
     """Halt(MISMATCH) for weights that are not fp32, fp16 or bf16."""
-    other = Counter(blob.dtype for blob in blobs.values() if blob.dtype not in weightfile.EXPONENTS)
+    other = Counter(blob.dtype for blob in blobs.values() if blob.dtype not in tensor_files.EXPONENTS)
     if other:
         counts = ", ".join(f"{count} of {dtype}" for dtype, count in sorted(other.items()))
         example = next(name for name, blob in sorted(blobs.items()) if blob.dtype in other)

@@ -70,8 +70,3 @@ def set_text_checkpointing(encoder: Any, on: bool) -> None:
         getattr(encoder, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
     else:
         getattr(encoder, f"{prefix}_checkpointing_disable")()
-
-
-def recomputing_modules(unet: Any) -> list[str]:
-    """Names of the modules that recompute in backward, in the model's order: what `set_checkpointing` left on."""
-    return [name for name, module in unet.named_modules() if getattr(module, "gradient_checkpointing", False)]

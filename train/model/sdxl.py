@@ -7,9 +7,10 @@ translation; nothing is read or written. It follows the U-Net's config, so it ho
 
 from __future__ import annotations
 
+import copy
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -173,22 +174,27 @@ def _moderate(value: Any, most: int | None) -> bool:
 @lru_cache(maxsize=16)  # a stage asks three times, and building SDXL takes seconds even without memory for it
 def _network_shapes(network: str, config: str) -> dict[str, tuple[int, ...]]:
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    plain = json.loads(config)
     with torch.device("meta"):
-        model = {
-            "unet": lambda: UNet2DConditionModel.from_config(plain),
-            "text_encoder": lambda: CLIPTextModel(CLIPTextConfig(**plain)),
-            "text_encoder_2": lambda: CLIPTextModelWithProjection(CLIPTextConfig(**plain)),
-            "vae": lambda: AutoencoderKL.from_config(plain),
-        }[network]()
+        model = make(network, json.loads(config))
     return {
         canonical(network, key): tuple(tensor.shape)
         for key, tensor in model.state_dict().items()
         if not key.endswith("position_ids")
     }
+
+
+def make(network: str, config: Mapping[str, Any]) -> Any:
+    """The libraries' module of one network, with whatever weights they begin with."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    own = copy.deepcopy(dict(config))  # they write into what they are given
+    if network == "text_encoder":
+        return CLIPTextModel(CLIPTextConfig(**own))
+    if network == "text_encoder_2":
+        return CLIPTextModelWithProjection(CLIPTextConfig(**own))
+    return (UNet2DConditionModel if network == "unet" else AutoencoderKL).from_config(own)
 
 
 _OLD_VAE_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -205,6 +211,12 @@ def canonical(network: str, key: str) -> str:
     if network == "vae" and (match := re.search(r"\.attentions\.0\.(query|key|value|proj_attn)\.", key)):
         key = key.replace(f".{match[1]}.", f".{_OLD_VAE_ATTENTION[match[1]]}.")
     return f"{network}.{key}"
+
+
+def canonical_name(name: str) -> str:
+    """`canonical` of a parameter's name in a module that holds the networks ("unet.conv_in.weight")."""
+    network, _, key = name.partition(".")
+    return canonical(network, key) if network in NETWORKS else name
 
 
 def _single_name(network: str, key: str, configs: Configs) -> str:
@@ -330,9 +342,3 @@ def _side_px(metadata: Mapping[str, str]) -> int:
     """Side of the square that a file names as its resolution, SDXL's own where it names none."""
     named = re.fullmatch(r"(\d{2,4})x(\d{2,4})", metadata.get("modelspec.resolution", ""))
     return int(named[1]) if named and named[1] == named[2] and int(named[1]) >= 64 else 1024
-
-
-def single_shapes(configs: Configs) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of every tensor of the single file."""
-    yield from ((link.single, link.shape) for link in links(configs))
-    yield LOGIT_SCALE, ()

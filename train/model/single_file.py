@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import struct
 from collections.abc import Mapping, Sequence
@@ -17,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.base.files import fsync_dir, read_json, write_json
+from train.base.files import read_json, replacing, write_json
 from train.model import clip_tokens, other_kinds, sdxl, spellings, vae_file
 from train.model import folder as model_folder
 from train.model.folder import Weights, check_weights, refuse_existing
-from train.storage import weightfile
-from train.storage.weightfile import Blob
+from train.storage import tensor_files
+from train.storage.tensor_files import Blob
 
 FAIPL = "Fair AI Public License 1.0-SD"  # freedevproject.org/faipl-1.0-sd; Animagine XL 3.x and descendants
 LICENSE_IN_README = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
@@ -53,7 +52,7 @@ def to_folder(
     """
     file, out = Path(file), Path(out)
     refuse_existing(out)
-    source = weightfile.open_file(file)
+    source = tensor_files.open_file(file)
     networks = networks_without(vae)
     configs = model_folder.read_configs(Path(config), networks) if config else configs_in(source, networks)
     reading = single_weights(source, configs, networks)
@@ -114,10 +113,10 @@ def write_single_file(
     links = sdxl.links(configs)
     check_weights({name: blob.shape for name, blob in weights.items()}, sdxl.folder_shapes(configs), "the model")
     if dtype:
-        weights = {name: weightfile.cast(blob, dtype, name) for name, blob in weights.items()}
+        weights = {name: tensor_files.cast(blob, dtype, name) for name, blob in weights.items()}
     blobs = {link.single: _to_single(link, weights) for link in links}
     scale = logit_scale or _default_scale(next(iter(weights.values())).dtype)
-    blobs[sdxl.LOGIT_SCALE] = weightfile.cast(scale, dtype, sdxl.LOGIT_SCALE) if dtype else scale
+    blobs[sdxl.LOGIT_SCALE] = tensor_files.cast(scale, dtype, sdxl.LOGIT_SCALE) if dtype else scale
     if configs["scheduler"].get("prediction_type") == "v_prediction":
         blobs[sdxl.V_MARK] = _EMPTY
         if configs["scheduler"].get("rescale_betas_zero_snr"):
@@ -126,21 +125,15 @@ def write_single_file(
     if not is_standard(configs):
         kept = {name: model_folder.loadable(name, configs[name]) for name in sorted(configs)}
         metadata[CONFIGS_KEY] = json.dumps(kept)
-    tmp = model_folder.half_written(out)
-    tmp.unlink(missing_ok=True)
     try:
-        digest = weightfile.write(tmp, blobs, metadata)
-        os.rename(tmp, out)
-        fsync_dir(out.parent)
+        with replacing(out, model_folder.half_written(out)) as tmp:
+            return tensor_files.write(tmp, blobs, metadata)
     except OSError as error:
         raise Halt(ExitCode.CANNOT_WRITE, f"{out}: {error.strerror}") from error
-    finally:
-        tmp.unlink(missing_ok=True)
-    return digest
 
 
 def single_weights(
-    source: weightfile.Tensors, configs: sdxl.Configs, networks: Sequence[str] = sdxl.NETWORKS
+    source: tensor_files.Tensors, configs: sdxl.Configs, networks: Sequence[str] = sdxl.NETWORKS
 ) -> spellings.Reading:
     """The tensors of an opened single file, names and shapes proved complete, and what was passed over."""
     other_kinds.refuse_other_kinds(source.path, source.blobs)
@@ -159,12 +152,7 @@ def _with_vae(
     return {**configs, "vae": vae.config}, weights | vae.weights, told
 
 
-def vae_weights(source: weightfile.Tensors, config: Mapping[str, Any] | None = None) -> Weights:
-    """VAE weights by canonical name of a file that holds it alone or with a model; `config` None = SDXL's."""
-    return vae_file.read_weights(source, config or sdxl.STANDARD["vae"]).weights
-
-
-def configs_in(source: weightfile.Tensors, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.Configs:
+def configs_in(source: tensor_files.Tensors, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.Configs:
     """The configs that a single file carries in its metadata, else SDXL's own."""
     configs = sdxl.configs_of(source.metadata, source.blobs, str(source.path))
     sdxl.folder_shapes(configs, str(source.path), networks)  # refused here, where the file's name is known
@@ -205,12 +193,12 @@ _INDIFFERENT = (
 def _to_single(link: sdxl.Link, weights: Mapping[str, Blob]) -> Blob:
     blobs = [weights[name] for name in link.folder]
     if len({blob.dtype for blob in blobs}) > 1:  # in fp32 nothing of fp16 or bf16 is lost
-        blobs = [weightfile.cast(blob, "F32", name) for name, blob in zip(link.folder, blobs, strict=True)]
+        blobs = [tensor_files.cast(blob, "F32", name) for name, blob in zip(link.folder, blobs, strict=True)]
     if link.operation == "join":
-        return weightfile.concatenated(blobs)
+        return tensor_files.concatenated(blobs)
     if link.operation == "transpose":
-        return weightfile.transposed(blobs[0])
-    return weightfile.reshaped(blobs[0], link.shape)
+        return tensor_files.transposed(blobs[0])
+    return tensor_files.reshaped(blobs[0], link.shape)
 
 
 def write_sidecar(folder: Path, metadata: Mapping[str, str], logit_scale: Blob | None) -> None:
@@ -226,7 +214,7 @@ def metadata_of_folder(folder: Path) -> dict[str, str]:
     kept = (read_json(folder / SIDECAR) or {}).get("metadata")
     if isinstance(kept, dict):
         return {str(key): str(value) for key, value in kept.items()}
-    metadata = dict(weightfile.open_file(model_folder.weight_files(folder / "unet")[0]).metadata)
+    metadata = dict(tensor_files.open_file(model_folder.weight_files(folder / "unet")[0]).metadata)
     metadata.pop("format", None)
     if "modelspec.license" not in metadata and (license := _license_in_readme(folder / "README.md")):
         metadata["modelspec.license"] = license
@@ -253,8 +241,8 @@ def stored_scale(folder: Path) -> Blob | None:
         return None
     try:
         scale = _scalar(bytes.fromhex(stored["hex"]), str(stored["dtype"]))
-        whole = scale.dtype in weightfile.EXPONENTS and len(scale.read()) == scale.size_bytes
-        if whole and weightfile.finite(scale.read(), scale.dtype):
+        whole = scale.dtype in tensor_files.EXPONENTS and len(scale.read()) == scale.size_bytes
+        if whole and tensor_files.finite(scale.read(), scale.dtype):
             return scale
     except (ValueError, TypeError, KeyError):
         pass

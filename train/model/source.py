@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from train.base.errors import ExitCode, Halt
-from train.base.files import read_json
+from train.base.files import file_sha256, read_json
 from train.config.stage import ModelConfig
 from train.model import folder as model_folder
 from train.model import sdxl, single_file, vae_file
-from train.storage import manifest, weightfile
+from train.storage import manifest, tensor_files
 from train.storage.rundir import read_done
-from train.storage.weightfile import Blob
+from train.storage.tensor_files import Blob
 
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@(.+)$")
 HUB_LIMIT_BYTES = 40 * 10**9  # of one download; SDXL in fp32 is 14 GB
@@ -104,10 +104,10 @@ def glance(settings: ModelConfig) -> None:
     elif path.is_dir():
         refuse_no_model(path)
         for file in (file for network in single_file.networks_without(settings.vae) for file in model_folder.weight_files(path / network)):
-            weightfile.open_file(file)
+            tensor_files.open_file(file)
         digest = model_sha256(path) if settings.init_sha256 else None
     else:
-        weightfile.open_file(path)
+        tensor_files.open_file(path)
         digest = _sha256_of_source(path) if settings.init_sha256 else None
     if settings.init_sha256 and settings.init_sha256 != digest:
         raise Halt(
@@ -120,11 +120,11 @@ def find(init_from: str, key: str = "model.init_from") -> Path:
     """The local path of a model; a hub name is looked up in, or fetched into, the library's cache."""
     path = Path(init_from)
     if path.exists():
-        weightfile.refuse_pickle(path)
+        tensor_files.refuse_pickle(path)
         return path
     hub = HUB_NAME.match(init_from)
     if hub is None:
-        weightfile.refuse_pickle(path)  # says the more useful thing first
+        tensor_files.refuse_pickle(path)  # says the more useful thing first
         ways = "a finished run's directory, a diffusers folder, a .safetensors file, or owner/name@<40-digit commit>"
         raise Halt(ExitCode.USAGE, f"{key} {init_from} does not exist{_pinned(init_from, key)}: give {ways}")
     if not re.fullmatch(r"[0-9a-f]{40}", hub.group(1)):
@@ -230,7 +230,7 @@ def open_folder(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.
 
 def open_single_file(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.NETWORKS) -> LocalModel:
     """An original-layout SDXL checkpoint."""
-    source = weightfile.open_file(path)
+    source = tensor_files.open_file(path)
     configs = single_file.configs_in(source, networks)
     reading = single_file.single_weights(source, configs, networks)
     lineage = single_file.record_in(source.metadata) or None
@@ -262,7 +262,7 @@ def _open_run(path: Path, hashed: bool, networks: Sequence[str]) -> LocalModel:
             f"model.init_from {path} changed since it was finished: {final.name}/model.safetensors has sha256 "
             f"{weights_hash}, lineage.json says {lineage.get('weights_sha256')}",
         )
-    trained = weightfile.open_file(final / "model.safetensors")
+    trained = tensor_files.open_file(final / "model.safetensors")
     foreign = sorted(set(trained.blobs) - set(exported.weights))
     if foreign:
         raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to {path / 'model'}: {foreign[:5]}")
@@ -312,12 +312,6 @@ def _vae(settings: ModelConfig, hashed: bool, like: Mapping[str, Any] | None) ->
 def vae_identity(model: LocalModel) -> str:
     """Identity of the model's VAE, as the latents made with it carry it."""
     return vae_file.identity(dict(network_weights(model, "vae")))
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sha256_of_source(path: Path) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from train.base.errors import ExitCode, Halt
 from train.model import other_kinds, sdxl
-from train.storage import weightfile
-from train.storage.weightfile import Blob
+from train.storage import tensor_files
+from train.storage.tensor_files import Blob
 
 # Every prefix under which a network's tensors stand in a file of several; SDXL's own comes first.
 _PREFIXES = (
@@ -186,7 +186,7 @@ def _fitted(target: str, shape: tuple[int, ...], mine: _Sorted) -> Blob:
     flat = [side for side in blob.shape if side != 1] == [side for side in shape if side != 1]
     if blob.shape != tuple(shape) and flat:
         mine.adapted["matrices that are 1x1 convolutions there, or the reverse"] += 1
-        return weightfile.reshaped(blob, tuple(shape))
+        return tensor_files.reshaped(blob, tuple(shape))
     return blob
 
 
@@ -195,18 +195,18 @@ def _checked_scale(path: Path, name: str, blob: Blob) -> Blob:
     if math.prod(blob.shape) != 1:
         raise Halt(ExitCode.MISMATCH, f"{path}: {name} is {list(blob.shape)}, not one number")
     other_kinds.refuse_types(path, {name: blob})
-    if not weightfile.finite(blob.read(), blob.dtype):
+    if not tensor_files.finite(blob.read(), blob.dtype):
         raise Halt(ExitCode.MISMATCH, f"{path}: {name} is not finite (NaN or infinity)")
-    return weightfile.reshaped(blob, ())
+    return tensor_files.reshaped(blob, ())
 
 
 def from_single(link: sdxl.Link, blob: Blob) -> Iterator[tuple[str, Blob]]:
     """The folder's tensors that one tensor of the single file holds."""
     if link.operation == "join":
-        yield from ((name, weightfile.rows(blob, i, 3)) for i, name in enumerate(link.folder))
+        yield from ((name, tensor_files.rows(blob, i, 3)) for i, name in enumerate(link.folder))
     elif link.operation == "transpose":
-        yield link.folder[0], weightfile.transposed(blob)
+        yield link.folder[0], tensor_files.transposed(blob)
     elif link.operation == "to_conv":
-        yield link.folder[0], weightfile.reshaped(blob, blob.shape[:2])
+        yield link.folder[0], tensor_files.reshaped(blob, blob.shape[:2])
     else:
         yield link.folder[0], blob

@@ -16,8 +16,8 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.model import folder as model_folder
 from train.model import other_kinds, sdxl, spellings
-from train.storage import weightfile
-from train.storage.weightfile import Blob
+from train.storage import tensor_files
+from train.storage.tensor_files import Blob
 
 _WAYS = "name a VAE folder, a model folder with vae/, or a .safetensors file"
 
@@ -43,7 +43,7 @@ def open_vae(path: Path, asked_by: str, like: Mapping[str, Any] | None = None) -
     if not path.exists():
         raise Halt(ExitCode.USAGE, f"{asked_by} {path} does not exist: {_WAYS}")
     file = path if path.is_file() else _file_in(path, asked_by)
-    source = weightfile.open_file(file)
+    source = tensor_files.open_file(file)
     beside = read_json(file.parent / "config.json") or {}
     stored = sdxl.configs_of(source.metadata, source.blobs, str(file))["vae"]
     if str(beside.get("_class_name", "")).startswith(("Autoencoder", "Asymmetric", "VQ", "Consistency")):
@@ -60,14 +60,14 @@ def open_vae(path: Path, asked_by: str, like: Mapping[str, Any] | None = None) -
     return Vae(config, reading.weights, file, reading.notes)
 
 
-def read_weights(source: weightfile.Tensors, config: Mapping[str, Any]) -> spellings.Reading:
+def read_weights(source: tensor_files.Tensors, config: Mapping[str, Any]) -> spellings.Reading:
     """The VAE of `config` in a file's tensors, behind a prefix or not. Raises Halt(MISMATCH) as `spellings.read`."""
     behind_prefix = any(spellings.placed(name)[0] == "vae" for name in source.blobs)
     configs = {**sdxl.STANDARD, "vae": config}
     return spellings.read(source.path, source.blobs, configs, ("vae",), alone=not behind_prefix)
 
 
-def _fits(source: weightfile.Tensors, config: Mapping[str, Any]) -> bool:
+def _fits(source: tensor_files.Tensors, config: Mapping[str, Any]) -> bool:
     try:
         read_weights(source, config)
     except Halt:
@@ -99,4 +99,4 @@ def identity(weights: Mapping[str, Blob]) -> str:
 
 
 def _rounded(name: str, blob: Blob) -> Iterator[memoryview]:
-    return weightfile.cast(blob, "F16", name).pieces()
+    return tensor_files.cast(blob, "F16", name).pieces()

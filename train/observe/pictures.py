@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
+from train.base.files import replacing
 from train.config.prompts import OUR_MARKS, SAMPLER_TITLES, Prompt, PromptsFile
 from train.diffusion.sampling import RECIPE, TrainedAs, captions_text, sample_images
 from train.recipe import captions
@@ -129,9 +129,8 @@ def save_png(image: Image.Image, path: Path, parameters: str) -> Path:
     info = PngInfo()
     if parameters:
         info.add_text("parameters", parameters)  # becomes iTXt (UTF-8) where Latin-1 does not do
-    temporary = path.with_name(path.name + ".tmp")
-    image.save(temporary, format="PNG", pnginfo=info)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=info)
     return path
 
 

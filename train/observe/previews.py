@@ -17,13 +17,14 @@ import torch
 from train.base.signals import StopFlag
 from train.config.prompts import PromptsFile, load_prompts
 from train.config.stage import StageConfig
-from train.diffusion.objective import DTYPES
 from train.diffusion.sampling import TrainedAs
-from train.model.networks import Components, Networks, canonical
+from train.model.networks import Components, Networks
+from train.model.sdxl import canonical
 from train.observe.pictures import write_previews
 from train.observe.tracker import Tracker
 from train.optim.collectives import Place
 from train.optim.ema import Ema
+from train.storage.state_files import PRECISIONS
 
 log = logging.getLogger("anix")
 
@@ -48,7 +49,7 @@ class Previews:
                 self.config.output_dir,
                 update,
                 device=self.place.device,
-                dtype=DTYPES[self.config.precision],
+                dtype=PRECISIONS[self.config.precision],
                 model_name=self.config.stage,
                 trained_as=trained_as(self.config),
                 stop=lambda: stop.asked,
@@ -74,7 +75,7 @@ class Previews:
 @torch.no_grad()
 def with_average(module: Any, name: str, ema: Ema) -> Any:
     """A copy of one network that holds the averaged weights; the network itself where it is not trained."""
-    averages = {inner: ema.average.get(canonical(f"{name}.{inner}")) for inner, _ in module.named_parameters()}
+    averages = {inner: ema.average.get(canonical(name, inner)) for inner, _ in module.named_parameters()}
     if not any(average is not None for average in averages.values()):
         return module
     twin = copy.deepcopy(module)

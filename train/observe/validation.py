@@ -17,13 +17,12 @@ import torch
 import torch.distributed as dist
 
 from train.base.errors import Halt
-from train.data.dataset import naming_the_picture
+from train.data.dataset import assembled, naming_the_picture, read_rows, size_numbers
 from train.data.index import Index
 from train.data.shards import ShardReader
 from train.diffusion.objective import Batch
-from train.model.text import TagTokenizer, size_vector
+from train.model.text import TagTokenizer
 from train.recipe import rng
-from train.recipe.buckets import crop_condition
 from train.recipe.order import Tile
 from train.recipe.rng import Stream
 
@@ -75,42 +74,21 @@ def make_batch(
     index: Index, reader: ShardReader, tokens: TagTokenizer, rows: npt.NDArray[np.int64], making: Making
 ) -> Batch:
     """The held-out images `rows` (of one bucket) with their fixed noise and timesteps."""
-    places = [index.latent(row) for row in rows.tolist()]
     try:
-        raw_BCHW = reader.read([shard for shard, _ in places], [place for _, place in places])
+        raw_BCHW = read_rows(index, reader, rows.tolist())
     except Halt as halt:
         raise naming_the_picture(halt, index, reader, rows.tolist()) from halt
     if index.content == "moments":
         raw_BCHW = raw_BCHW.chunk(2, dim=1)[0]  # the mean: nothing is drawn
     shape = tuple(raw_BCHW.shape[1:])
     uids = index.uids[rows]
-    noise_BCHW = torch.from_numpy(np.stack([fixed_noise(uid, shape) for uid in uids.tolist()]))
-    ids = []
-    for row in rows.tolist():
-        content, _ = tokens.fit(*index.caption(row), making.max_tokens)
-        ids.append(tokens.chunk_ids(content, making.max_tokens))
-    width, height = int(index.bucket_w[rows[0]]), int(index.bucket_h[rows[0]])
-    return Batch(
-        latents_BCHW=raw_BCHW * making.scaling,
-        noise_BCHW=noise_BCHW,
-        input_noise_BCHW=noise_BCHW,
-        timesteps_B=torch.from_numpy(fixed_timesteps(uids)),
-        ids_1_BN77=torch.from_numpy(np.stack([one for one, _ in ids])),
-        ids_2_BN77=torch.from_numpy(np.stack([two for _, two in ids])),
-        size_B6=torch.tensor([_size(index, row, making) for row in rows.tolist()], dtype=torch.float32),
-        slots_B=torch.from_numpy(rows),
-        step=-1,  # no step of the plan
-        tile=Tile(width, height, 0, rows, uids, np.zeros(len(rows), dtype=np.int64)),
-        tags_dropped=0,
-    )
-
-
-def _size(index: Index, row: int, making: Making) -> tuple[int, ...]:
-    original = (int(index.orig_w[row]), int(index.orig_h[row]))
-    bucket = (int(index.bucket_w[row]), int(index.bucket_h[row]))
-    crop = (int(index.crop_top[row]), int(index.crop_left[row]))
-    top, left = crop_condition(making.crop_conditioning, *original, *bucket, *crop)
-    return size_vector(*original, top, left, *bucket)
+    noise_BCHW = np.stack([fixed_noise(uid, shape) for uid in uids.tolist()])
+    contents = [tokens.fit(*index.caption(row), making.max_tokens)[0] for row in rows.tolist()]
+    ids = tokens.chunk_ids_many(contents, making.max_tokens)
+    size = int(index.bucket_w[rows[0]]), int(index.bucket_h[rows[0]])
+    tile = Tile(*size, 0, rows, uids, np.zeros(len(rows), dtype=np.int64))
+    sizes = size_numbers(index, tile, making.crop_conditioning)
+    return assembled(tile, raw_BCHW * making.scaling, (noise_BCHW, noise_BCHW), fixed_timesteps(uids), ids, sizes, rows)
 
 
 def evaluate(
@@ -164,7 +142,7 @@ def unreadable(index: Index, reader: ShardReader, rows: npt.NDArray[np.int64]) -
     places = [index.latent(row) for row in rows.tolist()]
     bad = np.zeros(len(rows), dtype=bool)
     try:
-        reader.read([shard for shard, _ in places], [place for _, place in places])
+        read_rows(index, reader, rows.tolist())
     except Halt:  # of one of them: which
         for number, (shard, place) in enumerate(places):
             try:

@@ -6,7 +6,6 @@ saved under parameter names, not positions, so it can be checked against the mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,9 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
+from train.recipe.optimizer_state import MIN_8BIT_VALUES, state_shapes
 
 Groups = Sequence[tuple[str, Sequence[nn.Parameter], float]]  # (name, parameters, peak learning rate)
-
-# bitsandbytes' own defaults, pinned because the saved state's shapes depend on them: parameters below the limit keep
-# fp32 moments, the others one scale per block.
-_MIN_8BIT_VALUES, _BLOCK_8BIT = 4096, 256
 
 
 def make_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -91,7 +87,7 @@ def _adamw8bit(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.op
         betas=config.betas,
         eps=_eps(config, 1e-8),
         weight_decay=config.weight_decay,
-        min_8bit_size=_MIN_8BIT_VALUES,
+        min_8bit_size=MIN_8BIT_VALUES,
     )
 
 
@@ -149,7 +145,7 @@ def load_state_tensors(
     expected = {
         f"{owner}/{key}": shape
         for owner, parameter in parameters.items()
-        for key, shape in _state_shapes(name, parameter).items()
+        for key, shape in state_shapes(name, tuple(parameter.shape)).items()
     }
     problems = {
         "foreign": sorted(set(tensors) - set(expected)),
@@ -171,33 +167,6 @@ def load_state_tensors(
             states[owner][key] = _placed(key, tensor, parameters[owner])
     for owner, state in states.items():
         optimizer.state[parameters[owner]] = state
-
-
-def _state_shapes(name: str, parameter: nn.Parameter) -> dict[str, tuple[int, ...]]:
-    """State key -> shape that optimizer `name` keeps for a parameter after a step; host numbers have shape ()."""
-    shape = tuple(parameter.shape)
-    if name == "adamw":
-        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
-    if name == "adafactor":
-        if len(shape) < 2:
-            return {"step": (), "RMS": (), "exp_avg_sq": shape}
-        return {"step": (), "RMS": (), "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
-    moments: dict[str, tuple[int, ...]] = {"step": (), "state1": shape, "state2": shape}
-    if parameter.numel() < _MIN_8BIT_VALUES:
-        return moments
-    blocks = (-(-parameter.numel() // _BLOCK_8BIT),)
-    return moments | {"qmap1": (256,), "qmap2": (256,), "absmax1": blocks, "absmax2": blocks}
-
-
-def state_bytes(name: str, parameters: Iterable[nn.Parameter]) -> int:
-    """Bytes of state that optimizer `name` keeps for `parameters` after a step, at most: what a checkpoint stores."""
-    total = 0
-    for parameter in parameters:
-        in_8_bit = name == "adamw8bit" and parameter.numel() >= _MIN_8BIT_VALUES
-        for key, shape in _state_shapes(name, parameter).items():
-            size = 8 if not shape else 1 if in_8_bit and key.startswith("state") else 4
-            total += size * math.prod(shape)
-    return total
 
 
 def _placed(key: str, value: torch.Tensor, parameter: nn.Parameter) -> Any:

@@ -24,9 +24,7 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.optim.collectives import Place
-from train.storage.tensorfile import DTYPE_NAMES
-
-_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+from train.storage.state_files import DTYPE_NAMES, DTYPES
 
 
 def assign(sizes: Mapping[str, int], world: int) -> dict[str, int]:
@@ -110,7 +108,7 @@ class Shares:
         for name in specs:
             if self.owners.get(name.rpartition("/")[0]) != rank:
                 raise RuntimeError(f"rank {rank} sends {name}, which is not of its share")
-        return {name: (_DTYPES[specs[name][0]], specs[name][1]) for name in sorted(specs)}
+        return {name: (DTYPES[specs[name][0]], specs[name][1]) for name in sorted(specs)}
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

@@ -22,9 +22,10 @@ from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, dataset_dir
 from train.data.shards import read_meta, write_shard
 from train.model import vae_file
+from train.model.networks import fill
 from train.model.vae_file import Vae
 from train.prepare.choosing.facts import Facts, facts_of
-from train.prepare.encoding.encoder import Encoder, find_vae, load_vae, pick_device
+from train.prepare.encoding.encoder import Encoder, find_vae, pick_device
 from train.prepare.encoding.index_tables import finish
 from train.prepare.encoding.npz import Unusable, imported, tally
 from train.prepare.encoding.shard_plan import Recipe, Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
@@ -158,7 +159,7 @@ def _encode(work: Work, vae: Vae, peers: Peers) -> None:
     device = pick_device(settings.latents.device, peers.rank)
     if peers.rank == 0 and vae.notes:
         print(f"latents: {vae.file}: {'; '.join(vae.notes)}")
-    encoder = Encoder(load_vae(vae), recipe.encode, recipe.content, recipe.dtype, recipe.seed, device)
+    encoder = Encoder(fill("vae", vae.config, vae.weights, vae.file), recipe.encode, recipe.content, recipe.dtype, recipe.seed, device)
     limit = 512 * 2**20 + 14 * settings.probe.max_pixels
     ours = sum(len(work.shards[number][1]) for number in missing if peers.owns(number))
     tried = set()

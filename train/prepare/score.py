@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from train.base.errors import ExitCode, Halt
+from train.base.files import file_sha256
 from train.config.dataset import DatasetConfig, ScoreConfig, dataset_dir
 from train.prepare.folders.files import read_image
 from train.prepare.formats.keyed import numbers, of_records, read_column
@@ -189,8 +190,7 @@ def model_id(folder: Path) -> str:
     """Folder name and the first half of the weights' sha256."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(path)))
     return f"{folder.name}@{digest.hexdigest()[:16]}"
 
 

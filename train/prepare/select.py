@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset import DatasetConfig, SelectConfig, dataset_dir
+from train.config.dataset import DatasetConfig, dataset_dir
 from train.config.dataset_rules import MAX_REPEATS
 from train.prepare.choosing.candidates import Candidates
 from train.prepare.choosing.filters import by_quota, capped, where
@@ -257,8 +257,3 @@ def _marked(wanted: list[str], candidates: Candidates, name: str) -> Mask:
     marked = np.zeros(len(candidates.keys), dtype=bool)
     marked[[row for row in at if row is not None]] = True
     return marked
-
-
-def selects_of(config: SelectConfig) -> str:
-    """One line for reports: how a selection is described in the config."""
-    return "; ".join(config.where) or "everything"

@@ -7,7 +7,6 @@ changing one rewrites labels only. The tagger's rating is kept too, but no ratin
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow.compute as pc
 from PIL import Image
 
 from train.base.errors import ExitCode, Halt
+from train.base.files import file_sha256
 from train.config.dataset import DatasetConfig, dataset_dir
 from train.prepare.formats.cells import collection, tags_with_values, texts_of
 from train.prepare.formats.keyed import of_records, read_column
@@ -135,8 +135,7 @@ def _from_wd(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) ->
     folder = Path(settings.tag.model or "")
     session = load_session(folder)
     vocabulary = read_vocabulary(folder / "selected_tags.csv")
-    with open(folder / "model.onnx", "rb") as file:
-        model = f"{folder.name}@{hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+    model = f"{folder.name}@{file_sha256(folder / 'model.onnx')[:16]}"
     name = session.get_inputs()[0].name
 
     def predict(images: list[Image.Image]) -> list[tuple[Any, ...]]:

@@ -23,7 +23,7 @@ from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.files import fsync_dir, replace_file, write_all
 from train.config.stage import CheckpointConfig
-from train.storage import manifest, resume, tensorfile
+from train.storage import manifest, resume, state_files
 from train.storage.manifest import Damaged, FileRecord, Manifest
 from train.storage.rundir import RunDir
 from train.storage.space import committed, require_space
@@ -117,7 +117,7 @@ def retain(run: RunDir, keep: int, newest: int) -> list[int]:
 
 def checkpoint_bytes(tensors: Tensors) -> int:
     """Exact bytes of the tensor files of one checkpoint, from metadata alone."""
-    return sum(tensorfile.file_bytes(group) for group in tensors.values())
+    return sum(state_files.file_bytes(group) for group in tensors.values())
 
 
 # --- loading -----------------------------------------------------------------------------------------
@@ -141,7 +141,7 @@ class Loaded:
 
     def stream(self, group: str) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, host tensor) one after the other, so that a large state needs no second copy."""
-        return tensorfile.read(self.path / f"{group}.safetensors")
+        return state_files.read(self.path / f"{group}.safetensors")
 
     def tensors(self, group: str) -> dict[str, torch.Tensor]:
         """All tensors of a group, on the host."""
@@ -218,7 +218,7 @@ def _progress_of(state: Mapping[str, Any], step: int) -> Progress:
 
 def _count_tensors(path: Path) -> int:
     try:
-        return len(tensorfile.read_specs(path))
+        return len(state_files.read_specs(path))
     except Exception as error:  # the library's own kind, and KeyError for a dtype that is not ours
         raise Damaged(f"{path.name}: cannot be read ({type(error).__name__}: {error})") from error
 
@@ -245,7 +245,7 @@ def _write_folder(
     os.mkdir(tmp)
     files: dict[str, FileRecord] = {}
     for group, named in tensors.items():
-        files[f"{group}.safetensors"] = tensorfile.write(tmp / f"{group}.safetensors", named, step=progress.step)
+        files[f"{group}.safetensors"] = state_files.write(tmp / f"{group}.safetensors", named, step=progress.step)
     record = {**state, "schema_version": STATE_SCHEMA, **asdict(progress)}
     text = json.dumps(record, indent=1, allow_nan=False).encode("utf-8")
     files["state.json"] = FileRecord(len(text), hashlib.sha256(text).hexdigest(), 0)
@@ -298,7 +298,7 @@ def _discard(path: Path) -> None:
 
 def _compare(loaded: Loaded, now: resume.Expectations) -> resume.Comparison:
     comparison = resume.compare(loaded.state, now)
-    saved = {group: tensorfile.read_specs(loaded.path / f"{group}.safetensors") for group in loaded.groups}
+    saved = {group: state_files.read_specs(loaded.path / f"{group}.safetensors") for group in loaded.groups}
     shapes = resume.tensor_differences(saved, now.tensors) if now.tensors else []
     if comparison.refused or shapes:
         lines = [comparison.table(), *(f"  refuse    {line}" for line in shapes)]

@@ -1,4 +1,4 @@
-"""The list of what a checkpoint directory holds, and the proof that it holds exactly that. Standard library only.
+"""The list of what a checkpoint directory holds, and the proof that it holds exactly that.
 
 `manifest.json` is canonical JSON and carries its own sha256, so that a flipped bit anywhere in the directory,
 the manifest included, is found. It is written last; a directory without a sound manifest is not a checkpoint.
@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from train.base.files import file_sha256
 
 NAME = "manifest.json"
 SCHEMA_VERSION = 1
@@ -148,8 +150,7 @@ def _verify_file(path: Path, record: FileRecord, full: bool) -> None:
     if status.st_size != record.bytes:
         raise Damaged(f"{path.name}: {status.st_size} bytes, the manifest says {record.bytes}")
     if full or (record.tensors == 0 and record.bytes <= _SMALL_BYTES):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = file_sha256(path)
         if digest != record.sha256:
             raise Damaged(f"{path.name}: sha256 is {digest[:12]}…, the manifest says {record.sha256[:12]}…")
 

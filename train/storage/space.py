@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import CheckpointConfig, StageConfig
+from train.config.stage import CheckpointConfig
 from train.storage import manifest
 from train.storage.manifest import Damaged, Manifest
 from train.storage.rundir import RunDir, free_bytes, leftover_bytes
@@ -61,18 +60,6 @@ def permanent_warning(
         f"has {gb(have)}. The run starts; when the disk is full, checkpoint.on_full_disk ({settings.on_full_disk}) "
         "decides. Raise checkpoint.permanent_every_steps, or move old ones away in time"
     )
-
-
-def least_checkpoint_bytes(config: StageConfig, shapes: Iterable[tuple[int, ...]]) -> int:
-    """What a checkpoint of parameters of these shapes takes at least: weights, optimizer state, average."""
-    total = 0
-    for shape in shapes:
-        values = math.prod(shape)
-        state = {"adamw": 8 * values, "adamw8bit": 2 * values}.get(config.optimizer.name, 4 * values)
-        if config.optimizer.name == "adafactor" and len(shape) > 1:
-            state = 4 * (values // shape[-1] + values // shape[-2]) if values else 0
-        total += values * (2 if config.model.weights == "bf16" else 4) + state + (4 * values if config.ema.decay else 0)
-    return total
 
 
 def require_space(

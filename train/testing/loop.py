@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import statistics
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -259,10 +258,3 @@ def _memcpy_s(state: dict[str, dict[str, torch.Tensor]]) -> float:
             target["model"][name].copy_(tensor)
         spent.append(time.perf_counter() - started)
     return statistics.median(spent)
-
-
-def loop_rows(repeats: int, size: int = STATE_BYTES) -> list[dict[str, Any]]:
-    """A4, A5 and A6 in a temporary folder."""
-    with tempfile.TemporaryDirectory(prefix="anix-bench-") as folder:
-        where = Path(folder)
-        return [loop_row(where / "loop", repeats), sync_row(where / "sync"), checkpoint_row(where / "save", size)]

@@ -24,7 +24,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from train.config.stage import LossConfig, NoiseConfig, OptimizerConfig
 from train.diffusion import noise
-from train.diffusion.objective import DTYPES, Batch, Diffusion, image_losses
+from train.diffusion.objective import Batch, Diffusion, image_losses
 from train.engine.step import Gradients, compute_update
 from train.model import speed
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode
@@ -33,6 +33,7 @@ from train.optim import collectives, optimizers
 from train.optim.collectives import Place
 from train.optim.loss_scale import loss_scale
 from train.recipe.order import Tile, check_strict_world
+from train.storage.state_files import PRECISIONS
 from train.testing.counts import CLIP_BIGG, CLIP_L, SDXL_UNET, TINY_UNET
 from train.testing.variants import BUCKET, Variant
 
@@ -99,7 +100,7 @@ def build(variant: Variant, device: torch.device, *, tiny: bool) -> Networks:
     set_checkpointing(networks.unet, "partial", variant.exempt_steps)
     for encoder in (networks.text_encoder, networks.text_encoder_2):
         set_text_checkpointing(encoder, trains_text)
-    cast_frozen(networks, DTYPES[variant.precision])
+    cast_frozen(networks, PRECISIONS[variant.precision])
     if variant.channels_last:
         speed.to_channels_last(networks.unet)
     if variant.float8:

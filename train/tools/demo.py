@@ -24,7 +24,7 @@ from train.diffusion.sampling import captions_text
 from train.model import source
 from train.observe.inference import Model, draw, name_of, open_model
 from train.observe.pictures import parameters_text, require_folder, save_png
-from train.storage import weightfile
+from train.storage import tensor_files
 
 NOTHING = "(none)"
 QUALITY = {  # card: Special tags, and its quality prefix
@@ -102,7 +102,7 @@ def require_model(path: str) -> None:
     """Raises Halt for what is certainly no model, without reading one."""
     found = source.find(path)
     if found.is_file():
-        weightfile.open_file(found)
+        tensor_files.open_file(found)
     elif not (found / "DONE").exists():
         source.refuse_no_model(found)
 

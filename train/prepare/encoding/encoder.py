@@ -15,11 +15,9 @@ import torch
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
-from train.model.networks import fill
 from train.model.vae_file import Vae, open_vae
 from train.recipe.rng import Stream, normals
-
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+from train.storage.state_files import PRECISIONS
 
 
 def find_vae(vae: str | None, key: str = "latents.vae") -> Vae:
@@ -30,13 +28,6 @@ def find_vae(vae: str | None, key: str = "latents.vae") -> Vae:
     if vae is None:
         raise Halt(ExitCode.USAGE, f"{key} is not set: name a VAE folder, a model folder or a .safetensors file")
     return open_vae(Path(vae), key)
-
-
-def load_vae(vae: Vae) -> Any:
-    """AutoencoderKL in fp32, evaluation mode. Raises Halt(MISMATCH) naming tensors that are not finite."""
-    from diffusers import AutoencoderKL
-
-    return fill("vae", lambda: AutoencoderKL.from_config(dict(vae.config)), vae.weights, vae.file).requires_grad_(False)
 
 
 def pick_device(name: str, rank: int) -> torch.device:
@@ -52,8 +43,8 @@ class Encoder:
     """Pictures to what is stored of them. Owns the VAE, and a second one in fp32 once a picture needed it."""
 
     def __init__(self, vae: Any, encode: str, content: str, store: str, seed: int, device: torch.device) -> None:
-        self.dtype, self.content, self.seed, self.device = _DTYPES[encode], content, seed, device
-        self.store = _DTYPES[store]
+        self.dtype, self.content, self.seed, self.device = PRECISIONS[encode], content, seed, device
+        self.store = PRECISIONS[store]
         self._full = vae.to(device)  # fp32
         self._fast = self._full if encode == "fp32" else _copy(self._full, self.dtype)
 

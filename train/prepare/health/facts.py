@@ -35,7 +35,7 @@ from train.prepare.select import (
 )
 from train.prepare.tables.progress import bar
 from train.prepare.tables.schemas import INDEX
-from train.prepare.tables.units import has_table, read_table, stream_table
+from train.prepare.tables.units import read_table, stream_table
 from train.recipe.exclusions import excluded_match
 
 Facts = dict[str, Any]
@@ -331,8 +331,3 @@ def _disk(dataset: Path) -> Facts:
         if (dataset / name).exists():
             sizes["files beside"] -= (dataset / name).stat().st_size
     return dict(sorted(sizes.items()))
-
-
-def has_labels(dataset: Path) -> bool:
-    """Whether there is anything to report on."""
-    return has_table(dataset, "labels") and has_table(dataset, "dupes")

@@ -14,8 +14,7 @@ import base64
 import hashlib
 import json
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ import pyarrow.parquet as pq
 
 from train.base import signals
 from train.base.errors import ExitCode, Halt
+from train.base.files import replacing
 from train.prepare.tables.schemas import QUARANTINE, ROW_GROUP_ROWS, Quarantine, quarantine_table
 from train.prepare.tables.workers import Peers
 
@@ -324,25 +324,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _write(path: Path, save: Callable[[Any], object]) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
-    try:
-        with open(partial, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    try:
-        os.replace(partial, path)
-    except FileNotFoundError:  # a peer finished the same unit and cleaned up
-        if not path.exists():
-            raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    with replacing(path, peers=True) as partial, open(partial, "wb") as file:
+        save(file)
 
 
 def sweep(dataset: Path) -> None:
@@ -366,8 +349,3 @@ def merge_quarantine(dataset: Path) -> pa.Table:
     merged = merged.sort_by(order)
     write_parquet(dataset / "quarantine.parquet", merged)
     return merged
-
-
-def rows_of(entries: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
-    """Plain dictionaries as a table."""
-    return pa.Table.from_pylist(list(entries), schema=schema)

@@ -12,7 +12,7 @@ from train.base.files import read_json
 from train.model import folder as model_folder
 from train.model import sdxl, single_file
 from train.model.folder import Weights
-from train.storage import weightfile
+from train.storage import tensor_files
 
 
 def report(path: Path) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def report(path: Path) -> dict[str, Any]:
     configs = model_folder.read_configs(folder)
     reading = model_folder.read(folder, configs)
     weights = reading.weights
-    weightfile.refuse_non_finite(weights, str(folder))
+    tensor_files.refuse_non_finite(weights, str(folder))
     lineage = read_json(path / "lineage.json") or read_json(folder / "lineage.json") or {}
     metadata = single_file.metadata_of_folder(folder)
     return {
@@ -45,11 +45,11 @@ def report(path: Path) -> dict[str, Any]:
 
 
 def _single(path: Path) -> dict[str, Any]:
-    source = weightfile.open_file(path)
+    source = tensor_files.open_file(path)
     configs = single_file.configs_in(source)
     reading = single_file.single_weights(source, configs)
     weights = reading.weights
-    weightfile.refuse_non_finite(weights, str(path))
+    tensor_files.refuse_non_finite(weights, str(path))
     return {
         "path": str(path),
         "kind": "single_file",

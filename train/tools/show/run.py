@@ -23,7 +23,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
 
     Raises Halt(NO_CHECKPOINT) with the reason for one that is missing or damaged.
     """
-    from train.storage import checkpoint, manifest, tensorfile
+    from train.storage import checkpoint, manifest, state_files
 
     folder = path
     if (path / "checkpoints").is_dir():
@@ -39,7 +39,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
         raise Halt(ExitCode.NO_CHECKPOINT, f"{folder} must not be used: {damage}") from damage
     groups = {}
     for group in loaded.groups:
-        specs = tensorfile.read_specs(folder / f"{group}.safetensors")
+        specs = state_files.read_specs(folder / f"{group}.safetensors")
         dtypes = Counter(str(spec.dtype).removeprefix("torch.") for spec in specs.values())
         values = sum(math.prod(spec.shape) for spec in specs.values())
         groups[group] = {"tensors": len(specs), "values": values, "dtypes": dict(dtypes)}

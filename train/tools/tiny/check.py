@@ -8,7 +8,6 @@ table that the quickstart prints at its end.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 from collections import defaultdict
@@ -23,6 +22,7 @@ from PIL import Image
 
 from train.base.console import run_cli
 from train.base.errors import ExitCode, Halt
+from train.base.files import file_sha256, replace_file
 from train.config.prompts import PromptsFile, load_prompts
 from train.diffusion import sampling
 from train.model import text
@@ -30,7 +30,6 @@ from train.observe import tracker
 from train.recipe import captions
 from train.tools.tiny.draw import HAIR, hair_boxes
 from train.tools.tiny.posts import CheckPrompt, check_prompts
-from train.tools.tiny.world import write_file
 
 # Shape legend: B pictures of one size, S noise draws, C H W latent channels, rows, columns.
 SETTINGS = Path(__file__).resolve().parents[3] / "configs" / "tiny" / "prompts.yaml"
@@ -177,13 +176,13 @@ def _kept_agreement(path: Path, folder: Path) -> Agreement:
     weights = next((folder / "unet").glob("*.safetensors"), None)
     if weights is None:
         raise Halt(ExitCode.MISMATCH, f"{folder / 'unet'} holds no .safetensors file")
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    digest = file_sha256(weights)
     if path.is_file():
         kept = json.loads(path.read_text())
         if kept.pop("model_sha256", None) == digest:
             return Agreement(**kept)
     found = check_model(folder)
-    write_file(path, (json.dumps(asdict(found) | {"model_sha256": digest}, indent=1) + "\n").encode())
+    replace_file(path, (json.dumps(asdict(found) | {"model_sha256": digest}, indent=1) + "\n").encode())
     return found
 
 

@@ -6,7 +6,6 @@ weights from a generator of their own, the VAE its trained ones from `assets/`. 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -18,9 +17,9 @@ from safetensors.torch import load, load_file
 from torch import nn
 
 from train.base.errors import ExitCode, Halt
+from train.base.files import file_sha256, replace_file
 from train.tools.tiny.tokenizer import EOS, build_vocabulary, write_tokenizer
 from train.tools.tiny.vae import WEIGHTS, build_vae, deterministic_file
-from train.tools.tiny.world import write_file
 
 MODEL_VERSION = 3  # raise it when the architecture or the first weights change
 LICENSE = "Apache-2.0"  # of these weights; exports inherit it
@@ -70,7 +69,7 @@ def write_model(folder: Path, seed: int = 5) -> bool:
 def _sha256(path: Path) -> str:
     if not path.is_file():
         raise Halt(ExitCode.USAGE, f"{path} is missing: make it with python -m train.tools.tiny.vae")
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return file_sha256(path)
 
 
 def _save(folder: Path, seed: int) -> None:
@@ -110,7 +109,7 @@ def _rewrite(path: Path) -> None:
     if path.parent.name.startswith("text_encoder"):
         tensors = {name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": value
                    for name, value in tensors.items()}
-    write_file(path, deterministic_file(dict(tensors), {"format": "pt", "modelspec.license": LICENSE}))
+    replace_file(path, deterministic_file(dict(tensors), {"format": "pt", "modelspec.license": LICENSE}))
 
 
 def build_trainable(seed: int) -> tuple[nn.Module, nn.Module, nn.Module]:

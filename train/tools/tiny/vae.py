@@ -20,9 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save
 from torch.nn import functional as F
 
+from train.base.files import replace_file
 from train.tools.tiny.draw import draw
 from train.tools.tiny.posts import make_post
-from train.tools.tiny.world import write_file
 
 # Shape legend: B batch, C channels, H height, W width (pixels in pictures, pixels / 8 in latents).
 WEIGHTS = Path(__file__).with_name("assets") / "tiny_vae.safetensors"
@@ -164,7 +164,7 @@ def train(updates: int, count: int, peak_lr: float, out: Path, start: Path | Non
             normalise(final, source)
             weights = {name: value.to(torch.float16).contiguous() for name, value in final.state_dict().items()}
             facts = {"modelspec.license": "Apache-2.0", "updates": str(update + 1)}
-            write_file(out, deterministic_file(weights, facts))
+            replace_file(out, deterministic_file(weights, facts))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import PIL
 from PIL import Image
 
 from train.base.errors import ExitCode, Halt
+from train.base.files import replace_file
 from train.tools.tiny.draw import draw
 from train.tools.tiny.posts import HELD_OUT_COUNT, Post, make_post
 
@@ -46,17 +46,10 @@ def write_world(folder: Path, images: int, seed: int) -> bool:
         post = make_post(seed, number, images)
         names += _write_post(folder / "images", post, seed)
         scores.append(f"{SOURCE}:{post.fields['id']},{post.aesthetic}")
-    write_file(folder / "aesthetic.csv", ("\n".join(scores) + "\n").encode())
+    replace_file(folder / "aesthetic.csv", ("\n".join(scores) + "\n").encode())
     record = wanted | {"pillow": PIL.__version__, "held_out": HELD_OUT_COUNT, "files": names}
-    write_file(marker, (json.dumps(record, indent=1) + "\n").encode())
+    replace_file(marker, (json.dumps(record, indent=1) + "\n").encode())
     return True
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write through a temporary name, so that an interrupted run never leaves half a file behind."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_bytes(content)
-    os.replace(partial, path)
 
 
 def picture_bytes(post: Post, seed: int) -> bytes:
@@ -80,8 +73,8 @@ def _encode(image: Image.Image, extension: str) -> bytes:
 def _write_post(folder: Path, post: Post, seed: int) -> list[str]:
     content = picture_bytes(post, seed)
     stem = str(post.fields["id"])
-    write_file(folder / f"{stem}.{post.extension}", content)
-    write_file(folder / f"{stem}.json", (json.dumps(post_json(post, content), indent=1) + "\n").encode())
+    replace_file(folder / f"{stem}.{post.extension}", content)
+    replace_file(folder / f"{stem}.json", (json.dumps(post_json(post, content), indent=1) + "\n").encode())
     return [f"{stem}.{post.extension}", f"{stem}.json"]
 
 

@@ -1,7 +1,9 @@
-"""Tensors as they lie in safetensors files: read and written as bytes, piece by piece, never a whole model at once.
+"""Safetensors files: their header both ways, and tensors as bytes, piece by piece, never a whole model at once.
 
-A `Blob` is one tensor that is not in memory yet. Files and casts of blobs are blobs; `write` streams them out.
-The header of a file is checked against its size before anything is read. No torch in here.
+A `Blob` is one tensor that is not in memory yet. Files and casts of blobs are blobs; `write` streams them out, hashed
+on the way: a hash taken by reading the file back would bless a bad write. The header of a file is checked against its
+size before anything is read. Format: 8 bytes little-endian header length, JSON padded with spaces to a multiple of 8,
+then the data without gaps. No torch in here; its tensors go through `state_files`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+NAMES_OF_PRECISIONS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}  # of the words of a config
 # A float is infinite or not a number exactly when all bits of its exponent are set.
 EXPONENTS = {
     "F64": (np.uint64, 0x7FF0000000000000), "F32": (np.uint32, 0x7F800000),
@@ -122,30 +125,46 @@ def open_file(path: str | Path) -> Tensors:
     if not path.is_file():
         raise Halt(ExitCode.USAGE, f"{path}: no such file")
     refuse_pickle(path)
-    size = path.stat().st_size
-    if size == 0:
+    if path.stat().st_size == 0:
         raise Halt(ExitCode.MISMATCH, f"{path} is empty (0 bytes): the copy or download did not happen")
     _refuse_other_formats(path)
+    try:
+        start, metadata, entries = header_of(path)
+    except ValueError as error:
+        raise Halt(ExitCode.MISMATCH, f"{path} {error}: download or copy it again") from None
+    blobs = {
+        name: Blob(entry.dtype, entry.shape, partial(_read_range, path, start + entry.start, entry.end - entry.start), name)
+        for name, entry in entries.items()
+    }
+    return Tensors(path, metadata, blobs)
+
+
+def header_of(path: Path) -> tuple[int, dict[str, str], dict[str, Entry]]:
+    """(first byte of the data, metadata, tensors) of a safetensors file, held against its size.
+
+    Raises OSError; ValueError that says what is wrong with the file, to be read after its name.
+    """
     with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > HEADER_LIMIT_BYTES:
-            raise Halt(ExitCode.MISMATCH, f"{path} is no safetensors file of a model (its first 8 bytes are no header length)")
+            raise ValueError("is no safetensors file of a model (its first 8 bytes are no header length)")
         if 8 + length > size:
-            raise Halt(ExitCode.MISMATCH, f"{path} is truncated: {size} bytes, the header alone needs {8 + length}: download or copy it again")
+            raise ValueError(f"is truncated: {size} bytes, the header alone needs {8 + length}")
         text = file.read(length)
     try:
         metadata, entries = read_header(text)
     except ValueError as error:
-        raise Halt(ExitCode.MISMATCH, f"{path} is no safetensors file: damaged header ({error})") from None
-    _refuse_overlap(path, [(entry.start, entry.end) for entry in entries.values()])
-    blobs = {name: _blob(path, 8 + length, name, entry) for name, entry in entries.items()}
-    needed = 8 + length + sum(blob.size_bytes for blob in blobs.values())
-    if needed != size:
+        raise ValueError(f"is no safetensors file: damaged header ({error})") from None
+    at = 0
+    for start, end in sorted((entry.start, entry.end) for entry in entries.values()):
+        if start != at:
+            raise ValueError("is no safetensors file: its tensors overlap or leave gaps")
+        at = end
+    if (needed := 8 + length + at) != size:
         what = "is truncated" if needed > size else "has foreign bytes at its end"
-        raise Halt(
-            ExitCode.MISMATCH, f"{path} {what}: {size} bytes, its header describes {needed}: download or copy it again"
-        )
-    return Tensors(path, metadata, blobs)
+        raise ValueError(f"{what}: {size} bytes, its header describes {needed}")
+    return 8 + length, metadata, entries
 
 
 def read_header(text: bytes) -> tuple[dict[str, str], dict[str, Entry]]:
@@ -199,19 +218,6 @@ def _is_count(value: Any) -> bool:
 def _shown(value: Any) -> str:
     text = ascii(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _blob(path: Path, data_start: int, name: str, entry: Entry) -> Blob:
-    pieces = partial(_read_range, path, data_start + entry.start, entry.end - entry.start)
-    return Blob(entry.dtype, entry.shape, pieces, name)
-
-
-def _refuse_overlap(path: Path, ranges: list[tuple[int, int]]) -> None:
-    at = 0
-    for start, end in sorted(ranges):
-        if start != at:
-            raise Halt(ExitCode.MISMATCH, f"{path} is no safetensors file: its tensors overlap or leave gaps")
-        at = end
 
 
 def _read_range(path: Path, start: int, count: int) -> Pieces:
@@ -319,20 +325,27 @@ def write(path: str | Path, blobs: Mapping[str, Blob], metadata: Mapping[str, st
     Mode by umask (the library's writer leaves 0600). Raises Halt(MISMATCH) at a weight that is not finite, naming
     its tensor after `whose`; OSError. The caller removes what a failure leaves.
     """
-    # Widest element first: with the header padded to 8 every tensor lies at a multiple of its element size.
-    order = sorted(blobs, key=lambda name: (-ITEM_BYTES[blobs[name].dtype], name))
-    digest = hashlib.sha256()
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    try:
-        head = _header(blobs, order, metadata)
-        digest.update(head)
-        write_all(fd, head)
+    head, order = header({name: (blob.dtype, blob.shape) for name, blob in blobs.items()}, metadata)
+
+    def pieces() -> Pieces:
+        yield memoryview(head)
         for name in order:
             for piece in blobs[name].pieces():
                 if not finite(piece, blobs[name].dtype):
                     raise Halt(ExitCode.MISMATCH, f"{whose}{named(name, blobs[name])} holds weights that are not finite (NaN or infinity)")
-                digest.update(piece)
-                write_all(fd, piece)
+                yield piece
+
+    return stream(path, pieces())
+
+
+def stream(path: str | Path, pieces: Iterable[bytes | memoryview]) -> str:
+    """Write and fsync `path`, which must not exist; the sha256 of its bytes as they were in memory. Raises OSError."""
+    digest = hashlib.sha256()
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        for piece in pieces:
+            digest.update(piece)
+            write_all(fd, piece)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -344,15 +357,19 @@ def named(name: str, blob: Blob) -> str:
     return f"{name} (there: {blob.origin})" if blob.origin not in ("", name) else name
 
 
-def _header(blobs: Mapping[str, Blob], order: list[str], metadata: Mapping[str, str]) -> bytes:
+def header(
+    kinds: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str], separators: tuple[str, str] = (",", ":")
+) -> tuple[bytes, list[str]]:
+    """What a file of tensors of these (dtype, shape) begins with, and the order in which their data follows."""
+    # Widest element first: with the header padded to 8 every tensor lies at a multiple of its element size.
+    order = sorted(kinds, key=lambda name: (-ITEM_BYTES[kinds[name][0]], name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name in order:
-        blob = blobs[name]
-        entries[name] = {
-            "dtype": blob.dtype, "shape": list(blob.shape), "data_offsets": [offset, offset + blob.size_bytes]
-        }  # fmt: skip
-        offset += blob.size_bytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
+        dtype, shape = kinds[name]
+        end = offset + math.prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(entries, separators=separators).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return len(text).to_bytes(8, "little") + text, order

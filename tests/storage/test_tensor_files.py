@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from train.base.errors import ExitCode, Halt
 from train.data.shards import ShardReader, write_shard
-from train.storage.weightfile import open_file, read_header
+from train.storage import state_files, tensor_files
+from train.storage.state_files import DTYPE_NAMES, DTYPES, PRECISIONS
+from train.storage.tensor_files import ITEM_BYTES, open_file, read_header
 
 
 def written(path: Path, header: bytes, data: bytes = bytes(16)) -> Path:
@@ -66,11 +69,11 @@ def test_a_sound_header_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("old", "new"), [
     (b"[2,4,8,8]", b"[2,4,8,8.0]"), (b"[2,4,8,8]", b'[2,4,8,"8"]'), (b"[2,4,8,8]", b"[-2,-4,8,8]"),
     (b"[2,4,8,8]", b"[2,4,64,true]"), (b"[2,4,8,8]", b"[4611686018427387904,4,8,8]"), (b"[0,1024]", b"[false,1024]"),
-    (b"[0,1024]", b"[0,1024.0]"), (b'{"__metadata__":{}', b'{"__metadata__":' + b"[" * 50_000),
+    (b"[0,1024]", b"[0,1024.0]"), (b'{"__metadata__":{"k":"v"}', b'{"__metadata__":' + b"[" * 50_000),
 ])  # fmt: skip
 def test_a_shard_with_such_a_header_is_refused_by_name(old: bytes, new: bytes, tmp_path: Path) -> None:
     path = tmp_path / "8x8.safetensors"
-    write_shard(path, torch.zeros(2, 4, 8, 8, dtype=torch.float16), {})
+    write_shard(path, torch.zeros(2, 4, 8, 8, dtype=torch.float16), {"k": "v"})
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = data[8 : 8 + length].replace(b" ", b"")
@@ -80,3 +83,24 @@ def test_a_shard_with_such_a_header_is_refused_by_name(old: bytes, new: bytes, t
     with pytest.raises(Halt, match=r"8x8\.safetensors") as caught:
         ShardReader(tmp_path).read(["8x8.safetensors"], [0])
     assert caught.value.code == ExitCode.MISMATCH
+
+
+def test_both_tables_of_dtypes_say_the_same() -> None:
+    assert {name: dtype.itemsize for name, dtype in DTYPES.items()}.items() <= ITEM_BYTES.items()
+    assert [DTYPES[DTYPE_NAMES[dtype]] for dtype in PRECISIONS.values()] == list(PRECISIONS.values())
+
+
+def test_three_writers_have_one_header(tmp_path: Path) -> None:
+    """A model's file, a checkpoint's and a shard are the same format to the library; the first two also to the byte."""
+    tensors = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.tensor(7)}
+    record = state_files.write(tmp_path / "state", tensors)
+    blobs = open_file(tmp_path / "state").blobs
+    assert tensor_files.write(tmp_path / "model", blobs, {"format": "pt"}) == record.sha256
+    assert (tmp_path / "model").read_bytes() == (tmp_path / "state").read_bytes()
+    assert record.bytes == (tmp_path / "state").stat().st_size
+    assert all(torch.equal(found, tensors[name]) for name, found in load_file(tmp_path / "state").items())
+    write_shard(tmp_path / "shard", torch.ones(2, 4, 1, 1, dtype=torch.float16), {"b": "2", "a": "1"})
+    data = (tmp_path / "shard").read_bytes()
+    told = b'{"__metadata__": {"a": "1", "b": "2"}, "latents": {"dtype": "F16", "shape": [2, 4, 1, 1], "data_offsets": [0, 16]}}'
+    assert data[8:].startswith(told) and len(data) % 8 == 0 and data.endswith(b"\x00\x3c" * 8)
+    # ^ as written before there was one writer

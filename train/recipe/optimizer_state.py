@@ -1,0 +1,45 @@
+"""What an optimizer keeps of a parameter, by shape: the one formula of memory, checkpoints and what a resume accepts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+
+Shape = tuple[int, ...]
+
+# bitsandbytes' own defaults, pinned in `optim.optimizers` because the saved state's shapes depend on them: parameters
+# below the limit keep fp32 moments, the others one scale per block.
+MIN_8BIT_VALUES, BLOCK_8BIT = 4096, 256
+MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2}  # per value of a large parameter; adafactor's go by rows and columns
+
+
+def state_shapes(name: str, shape: Shape) -> dict[str, Shape]:
+    """State key -> shape that optimizer `name` keeps for a parameter after a step; host numbers have shape ()."""
+    if name == "adamw":
+        return {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+    if name == "adafactor":
+        if len(shape) < 2:
+            return {"step": (), "RMS": (), "exp_avg_sq": shape}
+        return {"step": (), "RMS": (), "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
+    moments: dict[str, Shape] = {"step": (), "state1": shape, "state2": shape}
+    if math.prod(shape) < MIN_8BIT_VALUES:
+        return moments
+    blocks = (-(-math.prod(shape) // BLOCK_8BIT),)
+    return moments | {"qmap1": (256,), "qmap2": (256,), "absmax1": blocks, "absmax2": blocks}
+
+
+def state_bytes(name: str, shapes: Iterable[Shape]) -> int:
+    """Bytes of state that optimizer `name` keeps for parameters of these shapes after a step, at most."""
+    total = 0
+    for shape in shapes:
+        in_8_bit = name == "adamw8bit" and math.prod(shape) >= MIN_8BIT_VALUES
+        for key, kept in state_shapes(name, shape).items():
+            size = 8 if not kept else 1 if in_8_bit and key.startswith("state") else 4
+            total += size * math.prod(kept)
+    return total
+
+
+def checkpoint_bytes(name: str, shapes: Collection[Shape], *, weights: str, average: bool) -> int:
+    """Bytes of tensors in a checkpoint of parameters of these shapes: `weights` fp32 or bf16, state, fp32 average."""
+    values = sum(map(math.prod, shapes))
+    return values * (2 if weights == "bf16" else 4) + state_bytes(name, shapes) + (4 * values if average else 0)
