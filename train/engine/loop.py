@@ -73,6 +73,15 @@ class Session:
     spikes: SpikeDetector = field(default_factory=SpikeDetector)
 
 
+def train(session: Session) -> None:
+    """Run the updates that are left; one that fails leaves in good order. What failed is raised."""
+    try:
+        run_updates(session)
+    except BaseException as error:
+        leave(session, error)
+        raise
+
+
 def run_updates(session: Session) -> Progress:
     """Train from the progress reached to the last plan step. Raises Halt(STOPPED) after a signal, saved."""
     config, plan = session.config, session.plan

@@ -7,6 +7,7 @@ that are not finite, a checkpoint of another run) is refused later.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,8 +15,9 @@ from typing import TypeVar
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import load_prompts
 from train.config.schema import flatten
-from train.config.stage import StageConfig
+from train.config.stage import StageConfig, config_hash
 from train.data.selection import open_selection, refuse_other_vae
+from train.engine import finished
 from train.engine.export import stated_license
 from train.model import clip_tokens, prediction
 from train.model import source as model_source
@@ -24,11 +26,49 @@ from train.model.source import HUB_NAME, LocalModel
 from train.recipe import schedule
 from train.recipe.order import Plan, check_strict_world, tiles_per_update
 from train.storage import resume, space
-from train.storage.rundir import RunDir
+from train.storage.rundir import RunDir, open_run_dir
 
 T = TypeVar("T")
 # A start with several faults ends with the code of the one that waiting does not mend.
 _FIRST = (ExitCode.USAGE, ExitCode.MISMATCH, ExitCode.CANNOT_WRITE, ExitCode.LOCKED)
+
+
+def open_run(config: StageConfig) -> RunDir | None:
+    """The run directory of this start, locked; None, and a line that says so, where the stage is already done.
+
+    Raises one Halt with everything that is wrong with a start that may not have it.
+    """
+    rank, world = own_place()
+    try:
+        refuse_entangled(config)
+        run = open_run_dir(config.output_dir, config.stage, rank=rank)
+    except Halt as refusal:  # what else is wrong is told with it
+        raise together([refusal, *refusals(config, None, world)]) from refusal
+    if run.done is not None and (answer := finished.answer(config)) is not None:
+        print(answer.text, file=sys.stderr)
+        if not answer.goes_on:
+            return None
+        run = open_run_dir(config.output_dir, config.stage, rank=rank, go_on=True)
+    return run
+
+
+def own_place() -> tuple[int, int]:
+    """RANK and WORLD_SIZE as launchers set them, 0 and 1 without one. Raises Halt(USAGE) where they make no sense."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        raise Halt(ExitCode.USAGE, f"RANK is {rank!r} and WORLD_SIZE {world!r}: start the processes with a launcher")
+    return int(rank), int(world)
+
+
+def refuse_start(config: StageConfig, run: RunDir) -> None:
+    """One Halt with everything that is wrong with this start, as far as it shows before torch is loaded."""
+    found = refusals(config, run, own_place()[1])
+    try:
+        run.check_attempts(config_hash(config), config.resume.accept)
+    except Halt as halt:
+        found.append(halt)
+    if found:
+        raise together(found)
 
 
 def together(halts: Sequence[Halt]) -> Halt:

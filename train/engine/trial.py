@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from train.config.stage import StageConfig
 from train.diffusion.objective import Batch, image_losses
 from train.engine.loop import Session
 from train.model.text import TagTokenizer
-from train.optim import optimizers
+from train.optim import collectives, optimizers
 from train.optim.zero1 import Shares
 from train.recipe.order import Plan, Tile
 from train.storage import space
@@ -33,6 +34,14 @@ def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
     images = plan.largest_tiles
     largest_first = sorted(plan.buckets, key=lambda size: (-size[0] * size[1] * images[size], size))
     return largest_first if device.type == "cuda" else largest_first[:1]
+
+
+def run(session: Session, tokenizer: TagTokenizer) -> None:
+    """`check`, between two chances to stop that all processes take alike."""
+    stop_if_asked = partial(collectives.stop_if_asked, device=session.place.device, step=session.progress.step)
+    stop_if_asked(session.stop.asked)
+    check(session, tokenizer)
+    stop_if_asked(session.stop.asked)
 
 
 def check(session: Session, tokenizer: TagTokenizer) -> int:
