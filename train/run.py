@@ -1,11 +1,10 @@
 #!/usr/bin/env python
 """One stage of the recipe: `accelerate launch --quiet train/run.py --config configs/ft1.yaml [key=value ...]`.
 
-Reads as the recipe, top to bottom in `train_stage`:
-the selection and its plan (order.py), captions with their separator (captions.py, dataset.py), the predecessor's
-weights (source.py), U-Net and text encoders as one module (networks.py), AdamW or Adafactor (optimizers.py), noise offset
-(noise.py), restart schedule (schedule.py), the loop (loop.py), checkpoints (checkpoint.py) and the hand-off to the
-next stage (export.py).
+Reads as the recipe, top to bottom in `train_stage`: the selection and its plan (recipe/order.py), captions with their
+separator (recipe/captions.py), the predecessor's weights (model/source.py), U-Net and text encoders as one module
+(model/networks.py), AdamW or Adafactor (optim/optimizers.py), noise offset (diffusion/noise.py), restart schedule
+(recipe/schedule.py), the loop (engine/loop.py), checkpoints (storage/checkpoint.py), the hand-off (engine/handoff.py).
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from pathlib import Path
 
 if not __package__:  # started as a file: train/ is first on sys.path, and its modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-
 # Notebook: 1 CPU thread per process. More threads than idle cores turn a step of 0.2 s into 10 s.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -38,8 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config = load_stage(arguments.config, arguments.overrides)
     faults.warn_if_set()
-    run = refusals.open_run(config)
-    if run is not None:  # None: the stage is already done
+    if (run := refusals.open_run(config)) is not None:  # None: the stage is already done
         with ending.recorded(run, config_hash(config)) as attempt:
             refusals.refuse_start(config, run)
             train_stage(config, attempt, unresolved_yaml(arguments.config, arguments.overrides))
@@ -52,7 +49,7 @@ def train_stage(config: StageConfig, attempt: ending.Attempt, yaml: str) -> None
 
     # Processes: the update's tiles divide among them. One that fails is named by the others.
     with processes.joining(attempt.run, attempt.record):
-        machine = setup.open_machine(config)
+        machine = setup.open_machine(config.batch, config.launch)
     with processes.watching(machine.place.rank, machine.place.world, attempt.record) as watch:
         # Model: the predecessor's weights, hash checked; its tokenizers and VAE.
         source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
@@ -61,26 +58,22 @@ def train_stage(config: StageConfig, attempt: ending.Attempt, yaml: str) -> None
         data = setup.open_data(config, source)
 
         # Networks: U-Net and text encoders as one module, recomputing as much as memory asks for.
-        execution = setup.settle(config, machine, data.plan, source)
-        networks = setup.open_networks(config, components, machine, execution)
+        model = setup.open_model(config, machine, data.plan, source, components)
 
         # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
-        running = session.open_session(
-            config, attempt.run, machine, data, source, components, networks, execution, attempt.stop
-        )
-        attempt.reached = lambda: running.progress.step
+        running = session.open_session(config, attempt.run, attempt.stop, machine, data, model, watch)
+        attempt.reached = lambda: running.run.progress.step
         with session.closing(running):
             attempt.run.write_config(yaml)
-            trial.run(running, data.tokenizer)
+            trial.run(running)  # every shape once: memory runs out now or never
 
             # Updates: learning rate in closed form, noise with its offset, one sync per update, clip, step.
-            running.watch, watch.step, watch.met = watch, running.progress.step, True
             loop.train(running)
 
             # Hand-off: last checkpoint and pictures, diffusers folder and single file, lineage, then DONE.
             loop.conclude(running)
             with watch.main_only("export"):
-                handoff.finish(running, source, data.index.fingerprint, session.versions())
+                handoff.finish(config, running, source, data.index.fingerprint)
 
 
 if __name__ == "__main__":

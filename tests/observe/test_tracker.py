@@ -23,9 +23,10 @@ from PIL import Image
 
 from train.config.stage import TrackingConfig
 from train.observe import outlets
+from train.observe.metrics import MetricsFile, read_metrics
 from train.observe.outlet_process import flatten
 from train.observe.outlets import Outlet, outlet_modes
-from train.observe.tracker import MetricsFile, StarvationWatch, Tracker, loss_by_decile, read_metrics
+from train.observe.tracker import StarvationWatch, Tracker, loss_by_decile
 
 ECHO = "import sys; print('ready', flush=True); open({out!r}, 'a').writelines(sys.stdin.readlines()[1:])"
 

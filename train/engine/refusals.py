@@ -24,7 +24,7 @@ from train.model import source as model_source
 from train.model.folder import TOKENIZERS
 from train.model.source import HUB_NAME, LocalModel
 from train.recipe import schedule
-from train.recipe.order import Plan, check_strict_world, tiles_per_update
+from train.recipe.order import Plan, share_of
 from train.storage import resume, space
 from train.storage.rundir import RunDir, open_run_dir
 
@@ -96,7 +96,7 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
         return None
 
     tried(lambda: resume.check_accept(config.resume.accept, flatten(config)))
-    tried(lambda: check_processes(config, world))
+    tried(lambda: share_of(config.batch, world))
     tried(refuse_foreign_engines)
     # A hub model is fetched once everything else is known to be right.
     local = Path(config.model.init_from).exists() or HUB_NAME.match(config.model.init_from) is None
@@ -118,22 +118,6 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
         if run.rank == 0 and (problem := _lacking(config, run, source)):
             found.append(Halt(ExitCode.MISMATCH, problem))
     return found
-
-
-def check_processes(config: StageConfig, world: int) -> tuple[int, int]:
-    """(tiles of every update per process, virtual ranks per process: strict only).
-
-    Raises Halt(MISMATCH) with the valid choices when the tiles do not divide among `world` processes.
-    """
-    batch = config.batch
-    tiles, accumulation = tiles_per_update(batch.micro, batch.effective, world)
-    if batch.accumulation not in (None, accumulation):
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"batch.accumulation {batch.accumulation} x micro {batch.micro} x {world} processes is not "
-            f"batch.effective {batch.effective}: leave it null, or give {accumulation}",
-        )
-    return accumulation, check_strict_world(tiles, world) if batch.determinism == "strict" else 1
 
 
 def refuse_foreign_engines() -> None:
@@ -174,14 +158,13 @@ def refuse_source(config: StageConfig, source: LocalModel) -> None:
         raise Halt(ExitCode.USAGE, "; ".join(problems))
 
 
-def check_schedule(config: StageConfig, plan: Plan) -> int:
-    """Updates per cycle of the schedule, which is refused here if it means something else than it says."""
-    updates = plan.cycle_updates if config.schedule.cycle_steps == "epoch" else config.schedule.cycle_steps
+def check_schedule(config: StageConfig, plan: Plan) -> None:
+    """Halt(USAGE) for a schedule that means something else than it says."""
+    updates = schedule.cycle_updates(config.schedule, plan)
     peaks = {"optimizer.unet_lr": config.optimizer.unet_lr}
     if config.model.train_text_encoders and config.optimizer.text_encoder_lr is not None:
         peaks["optimizer.text_encoder_lr"] = config.optimizer.text_encoder_lr
     schedule.check(config.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=config.epochs)
-    return updates
 
 
 def refuse_entangled(config: StageConfig) -> None:
