@@ -21,7 +21,7 @@ FLOORS = {
     "observe": 7, "prepare": 7, "engine": 8, "tools": 9, "run": 9, "testing": 10,
 }  # fmt: skip
 PRODUCT_LINES = 32_500  # may only fall; the house was meant for 30,000
-LIGHT = ("base", "config", "recipe", "engine.refusals", "run")  # answer before torch is loaded
+LIGHT = ("base", "config", "recipe", "engine.ending", "engine.refusals", "run")  # answer before torch is loaded
 SOURCES = sorted([*ROOT.glob("train/**/*.py"), *ROOT.glob("scripts/*.py")])
 ROOMS = [path for path in SOURCES if path.is_relative_to(ROOT / "train") and path.name != "__init__.py"]
 
@@ -159,7 +159,8 @@ def test_names_shadow_nothing(folder: str) -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_sizes(path: Path) -> None:
     lines = path.read_text().splitlines()
-    assert len(lines) <= (80 if path.parent.name == "scripts" else 400)
+    short = path.parent.name == "scripts" or path == ROOT / "train" / "run.py"
+    assert len(lines) <= (80 if short else 400)
     assert [found for found in functions(path) if found[0] > 60] == []
 
 

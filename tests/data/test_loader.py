@@ -18,20 +18,20 @@ from tilesets import make
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import DataConfig
-from train.data.loader import Feed, PlaceSampler, _shortage
+from train.data.loader import Loader, PlaceSampler, _shortage
 from train.diffusion.objective import Batch
 
 CPU = torch.device("cpu")
 
 
-def feed(data: Path, *, first: int = 0, last: int = 4, tiles: range = range(4), **settings: object) -> Feed:
+def loader(data: Path, *, first: int = 0, last: int = 4, tiles: range = range(4), **settings: object) -> Loader:
     dataset = make(data)
     config = replace(DataConfig(path=str(data)), **{"workers": 0, **settings})  # type: ignore[arg-type]
     dataset.data = config
-    return Feed(dataset, config, CPU, tiles=tiles, first_step=first, last_step=last)
+    return Loader(dataset, config, CPU, tiles=tiles, first_step=first, last_step=last)
 
 
-def drain(source: Feed, updates: int) -> list[list[Batch]]:
+def drain(source: Loader, updates: int) -> list[list[Batch]]:
     try:
         return [list(source.next_update()) for _ in range(updates)]
     finally:
@@ -50,23 +50,23 @@ def same(a: list[list[Batch]], b: list[list[Batch]]) -> bool:
 @pytest.fixture(scope="module")
 def wanted(dataset: Path) -> list[list[Batch]]:
     """Four updates, made in this process."""
-    return drain(feed(dataset), 4)
+    return drain(loader(dataset), 4)
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(1, 1), (1, 5), (3, 2)])
 def test_workers_and_prefetch_change_nothing(
     workers: int, prefetch: int, dataset: Path, wanted: list[list[Batch]]
 ) -> None:
-    assert same(drain(feed(dataset, workers=workers, prefetch=prefetch), 4), wanted)
+    assert same(drain(loader(dataset, workers=workers, prefetch=prefetch), 4), wanted)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_feed_starts_anywhere(workers: int, dataset: Path, wanted: list[list[Batch]]) -> None:
-    assert same(drain(feed(dataset, first=2, workers=workers), 2), wanted[2:])
+def test_a_loader_starts_anywhere(workers: int, dataset: Path, wanted: list[list[Batch]]) -> None:
+    assert same(drain(loader(dataset, first=2, workers=workers), 2), wanted[2:])
 
 
 def test_processes_take_neighbouring_tiles(dataset: Path, wanted: list[list[Batch]]) -> None:
-    parts = [drain(feed(dataset, tiles=range(r, r + 2)), 4) for r in (0, 2)]
+    parts = [drain(loader(dataset, tiles=range(r, r + 2)), 4) for r in (0, 2)]
     assert same([a + b for a, b in zip(*parts, strict=True)], wanted)
 
 
@@ -74,11 +74,11 @@ def test_slow_workers_change_nothing(
     dataset: Path, wanted: list[list[Batch]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ANIX_FAULT", "worker@1:sleep=0.05;read@2:sleep=0.1")
-    assert same(drain(feed(dataset, workers=2), 4), wanted)
+    assert same(drain(loader(dataset, workers=2), 4), wanted)
 
 
 def test_a_killed_worker_is_replaced_in_the_middle_of_an_update(dataset: Path, wanted: list[list[Batch]]) -> None:
-    source = feed(dataset, workers=2, prefetch=1)
+    source = loader(dataset, workers=2, prefetch=1)
     found: list[list[Batch]] = []
     try:
         for update in range(4):
@@ -98,7 +98,7 @@ def test_workers_without_shared_memory_become_fewer_and_nothing_changes(
     fault: str, dataset: Path, wanted: list[list[Batch]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("ANIX_FAULT", fault)
-    source = feed(dataset, workers=3, prefetch=2)
+    source = loader(dataset, workers=3, prefetch=2)
     assert same(drain(source, len(wanted)), wanted)
     assert source.workers == 0
     told = [record.getMessage() for record in caplog.records if "shared memory" in record.getMessage()]
@@ -123,7 +123,7 @@ def test_workers_that_keep_dying_end_the_run_with_the_images_in_flight(
     dataset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ANIX_FAULT", "worker@1:kill")
-    source = feed(dataset, workers=1)
+    source = loader(dataset, workers=1)
     with pytest.raises(Halt) as halted:
         drain(source, 2)
     assert halted.value.code == ExitCode.UNEXPECTED
@@ -139,7 +139,7 @@ def test_workers_that_keep_dying_end_the_run_with_the_images_in_flight(
 def test_a_setting_that_holds_already_is_not_recommended(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANIX_FAULT", "read@0:eio")
     with pytest.raises(Halt) as halted:
-        drain(feed(dataset, workers=0), 1)
+        drain(loader(dataset, workers=0), 1)
     assert "test:" in halted.value.message
     assert "data.workers" not in halted.value.message
 
@@ -147,7 +147,7 @@ def test_a_setting_that_holds_already_is_not_recommended(dataset: Path, monkeypa
 @pytest.mark.slow  # torch gives a pool 5 s to end, three times
 def test_a_silent_worker_is_noticed(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANIX_FAULT", "worker@0:hang")
-    source = feed(dataset, workers=1, worker_timeout_s=0.5)
+    source = loader(dataset, workers=1, worker_timeout_s=0.5)
     started = time.monotonic()
     try:
         with pytest.raises(Halt, match="timed out"):
@@ -161,7 +161,7 @@ def test_a_refusal_in_a_worker_keeps_its_code(dataset: Path, tmp_path: Path) -> 
     folder = tmp_path / "set"
     shutil.copytree(dataset, folder)
     (folder / "latents/64x64-00000.safetensors").unlink()
-    source = feed(folder, workers=1)
+    source = loader(folder, workers=1)
     try:
         with pytest.raises(Halt) as halted:
             list(source.next_update())
@@ -174,14 +174,14 @@ def test_a_refusal_in_a_worker_keeps_its_code(dataset: Path, tmp_path: Path) -> 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_no_global_generator_is_touched(workers: int, dataset: Path) -> None:
     before = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()  # type: ignore[union-attr]
-    drain(feed(dataset, workers=workers), 2)
+    drain(loader(dataset, workers=workers), 2)
     after = torch.get_rng_state(), np.random.get_state()[1].tobytes(), random.getstate()  # type: ignore[union-attr]
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
 
 
-def test_workers_end_with_the_feed(dataset: Path) -> None:
-    source = feed(dataset, workers=2)
+def test_workers_end_with_the_loader(dataset: Path) -> None:
+    source = loader(dataset, workers=2)
     next(source.next_update())
     workers = list(source._loader._workers)  # type: ignore[union-attr]
     assert all(worker.is_alive() for worker in workers)

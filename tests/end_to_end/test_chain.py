@@ -56,18 +56,18 @@ def test_lineage_names_every_ancestor_by_hash(chain: Chain) -> None:
 def test_a_stage_takes_the_weights_in_fp32_and_nothing_else(chain: Chain, dataset: Path, tmp_path: Path) -> None:
     with opened(Stage(tmp_path, dataset, chain.pretrain, "ft1"), "epochs=1") as session:
         parent = weights(chain.pretrain)
-        assert set(session.parameters) == {name for name in parent if name.startswith("unet.")}
-        assert all(torch.equal(p, parent[name]) for name, p in session.parameters.items())
+        assert set(session.trained.parameters) == {name for name in parent if name.startswith("unet.")}
+        assert all(torch.equal(p, parent[name]) for name, p in session.trained.parameters.items())
         assert any(not torch.equal(parent[n], parent[n].half().float()) for n in parent), "fp32, not the export"
         for network in ("text_encoder", "text_encoder_2"):
-            module = getattr(session.gradients.model, network)
+            module = getattr(session.trained.gradients.model, network)
             for name, p in module.named_parameters():
                 full = f"{network}.{name}"
                 key = full if full in parent else full.replace(f"{network}.", f"{network}.text_model.", 1)
                 if key in parent:
                     assert torch.equal(p, parent[key])
-        assert not session.optimizer.state
-        assert (session.progress.step, session.progress.updates) == (0, 0)
+        assert not session.trained.optimizer.state
+        assert (session.run.progress.step, session.run.progress.updates) == (0, 0)
     assert (state(chain.ft1)["step"], state(chain.ft1)["updates"]) == (3, 3)
 
 

@@ -60,12 +60,12 @@ def test_an_update_with_a_short_tile_is_the_mean_over_its_images(
 ) -> None:
     data = synthetic.make_dataset(tmp_path / "set", (4, 3, 1), buckets=BUCKETS)
     with opened(Stage(tmp_path, data, base_model), "batch.micro=4", "batch.effective=12", *changes) as session:
-        assert sorted(len(tile.rows) for tile in session.plan.update(0)) == [1, 3, 4]
-        session.gradients.clear()
+        assert sorted(len(tile.rows) for tile in session.data.plan.update(0)) == [1, 3, 4]
+        session.trained.gradients.clear()
         for number in range(3):
-            batch = session.feed.dataset[0, number]
+            batch = session.data.loader.dataset[0, number]
             assert isinstance(batch, Batch)
-            (image_losses(session.gradients.model, batch, session.diffusion).sum() / 8).backward()
+            (image_losses(session.trained.gradients.model, batch, session.trained.diffusion).sum() / 8).backward()
         wanted = gradients(session)
         outcome = one_update(session)
         assert len(outcome.losses_G) == 8
@@ -86,10 +86,10 @@ def test_each_shape_is_tried_with_as_many_images_as_its_tiles_have(
     data = synthetic.make_dataset(tmp_path / "set", (9, 3, 1), buckets=BUCKETS)
     shapes = trial.shapes_to_try
     with opened(Stage(tmp_path, data, base_model), "batch.micro=4", "batch.effective=4", "batch.split=2") as session:
-        assert shapes(session.plan, torch.device("cuda")) == [(64, 96), (64, 64), (96, 64)], "3 images of 64x96 are more than 4"
-        assert shapes(session.plan, torch.device("cpu")) == [(64, 96)]
+        assert shapes(session.data.plan, torch.device("cuda")) == [(64, 96), (64, 64), (96, 64)], "3 images of 64x96 are more than 4"
+        assert shapes(session.data.plan, torch.device("cpu")) == [(64, 96)]
         monkeypatch.setattr(trial, "shapes_to_try", lambda plan, device: shapes(plan, torch.device("cuda")))
-        trial.check(session, session.feed.dataset.tokenizer)
+        trial.check(session)
     assert tried == {(64, 64): 2, (64, 96): 2, (96, 64): 1}
 
 
@@ -143,11 +143,11 @@ def test_the_fingerprint_of_a_plan_that_does_not_change_is_that_of_before(base_m
         with opened(Stage(tmp_path / str(micro), data, base_model), f"batch.micro={micro}", f"batch.effective={2 * micro}") as session:
             index = Index.open(data, "pretrain")
             facts = {"dataset": index.fingerprint, "selection": index.selection_hash,
-                     "tokenizers": session.feed.dataset.tokenizer.identity()}  # fmt: skip
+                     "tokenizers": session.data.loader.dataset.tokenizer.identity()}  # fmt: skip
             expected = plan_fingerprint(
                 seed=31, tile_images=micro, tiles_per_update=2, remainder="carry", min_bucket=micro, version=version, **facts
             )
-            assert session.state(session)["facts"]["plan"] == expected
+            assert session.run.state(session.trained.scale)["facts"]["plan"] == expected
 
 
 def test_the_planner_counts_short_tiles(base_model: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from stages import Stage, opened
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.config.stage import load_stage
-from train.engine.loop import Session
+from train.engine.session import Session
 from train.engine.step import compute_update
 from train.testing.loop import micro_step_syncs
 
@@ -95,8 +95,8 @@ class Reads(TorchDispatchMode):
 
 def reads_of_one_update(session: Session, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """By kind, from the first tile to the clipped gradients and the agreed control vector."""
-    tiles = session.plan.update(0)
-    batches = list(session.feed.next_update())
+    tiles = session.data.plan.update(0)
+    batches = list(session.data.loader.next_update())
     reads, original = Reads(), torch.Tensor.cpu
 
     def cpu(tensor: torch.Tensor) -> torch.Tensor:
@@ -106,7 +106,7 @@ def reads_of_one_update(session: Session, monkeypatch: pytest.MonkeyPatch) -> di
     monkeypatch.setattr(torch.Tensor, "cpu", cpu)
     with reads:
         outcome = compute_update(
-            session.gradients, iter(batches), diffusion=session.diffusion, scale=session.scale,
+            session.trained.gradients, iter(batches), diffusion=session.trained.diffusion, scale=session.trained.scale,
             images=sum(len(tile.rows) for tile in tiles), tiles_here=len(tiles), tiles_in_update=len(tiles), step=0,
             max_grad_norm=1.0, stop_asked=lambda: False,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from stages import Stage, result
 from train.base.errors import ExitCode, Halt
 from train.engine import step as engine_step
 from train.engine.step import bad_step
-from train.observe.tracker import MetricsFile
+from train.observe.metrics import MetricsFile
 from train.optim.loss_scale import loss_scale
 from train.storage import rundir
 from train.storage.rundir import open_run_dir

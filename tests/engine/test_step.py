@@ -19,7 +19,7 @@ from updates import gradients, one_update, relative
 from train.base.errors import ExitCode, Halt
 from train.diffusion.objective import image_losses
 from train.engine import loop
-from train.engine.loop import Session
+from train.engine.session import Session
 from train.engine.step import bad_step, may_apply
 from train.recipe import rng
 from train.recipe.order import Tile
@@ -40,7 +40,7 @@ class Reference:
         self.alphas = torch.cumprod(1 - betas, 0)
 
     def loss(self, session: Session, tile: Tile, slot: int) -> torch.Tensor:
-        index, seed = session.feed.dataset.index, session.config.seed
+        index, seed = session.data.loader.dataset.index, session.data.seed
         row, uid, epoch = int(tile.rows[slot]), int(tile.uids[slot]), int(tile.epochs[slot])
         shard, place = index.latent(row)
         latent = load_file(self.data / shard)["latents"][place].float() * 0.13025
@@ -82,7 +82,7 @@ def test_an_update_equals_its_definition(base_model: Path, dataset: Path, tmp_pa
     stage = Stage(tmp_path, dataset, base_model)
     reference = Reference(base_model, dataset, offset=0.1)
     with opened(stage, "data.max_tokens=225", "noise.offset=0.1") as session:
-        outcome, tiles = one_update(session), session.plan.update(0)
+        outcome, tiles = one_update(session), session.data.plan.update(0)
         wanted = [reference.loss(session, tile, slot) for tile in tiles for slot in range(len(tile.rows))]
         assert torch.allclose(outcome.losses_G, torch.stack(wanted).double(), rtol=2e-6, atol=0)
         mean = torch.stack(wanted).mean()
@@ -130,13 +130,13 @@ def test_tiles_accumulate_to_the_gradient_of_one_batch(base_model: Path, tmp_pat
     data = synthetic.make_dataset(tmp_path / "set", (8,), buckets=((64, 64),))
     with opened(Stage(tmp_path / "a", data, base_model), "batch.micro=8") as session:
         whole = one_update(session)
-        keys = session.plan.update(0)[0].uids
+        keys = session.data.plan.update(0)[0].uids
         at_once = gradients(session)
     with opened(Stage(tmp_path / "b", data, base_model)) as session:
-        assert len(session.plan.update(0)) == 4
+        assert len(session.data.plan.update(0)) == 4
         parts = one_update(session)
         in_tiles = gradients(session)
-        order = [list(keys).index(uid) for tile in session.plan.update(0) for uid in tile.uids]
+        order = [list(keys).index(uid) for tile in session.data.plan.update(0) for uid in tile.uids]
     # epoch 0 holds every image once, whatever the tiles: the same images with the same noise
     assert torch.allclose(parts.losses_G, whole.losses_G[order], rtol=1e-6, atol=0)
     assert parts.mean_loss == pytest.approx(whole.mean_loss, rel=1e-6)
@@ -150,9 +150,9 @@ def test_what_a_short_tile_weighs(average: str, base_model: Path, tmp_path: Path
     with opened(Stage(tmp_path, data, base_model), *changes) as session:
         tiles = []
         for number in (0, 1):
-            batch = session.feed.dataset[0, number]
-            session.gradients.clear()
-            image_losses(session.gradients.model, batch, session.diffusion).mean().backward()
+            batch = session.data.loader.dataset[0, number]
+            session.trained.gradients.clear()
+            image_losses(session.trained.gradients.model, batch, session.trained.diffusion).mean().backward()
             tiles.append((len(batch.slots_B), gradients(session)))
         assert sorted(count for count, _ in tiles) == [1, 4]
         one_update(session)
@@ -220,18 +220,18 @@ def test_a_loss_that_is_not_finite_changes_nothing(
     fault: str, base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with opened(Stage(tmp_path, dataset, base_model)) as session:
-        before = {name: p.detach().clone() for name, p in session.parameters.items()}
+        before = {name: p.detach().clone() for name, p in session.trained.parameters.items()}
         monkeypatch.setenv("ANIX_FAULT", f"loss@0:{fault}")
         with pytest.raises(Halt) as halted:
             loop.run_updates(session)
         assert halted.value.code == ExitCode.NON_FINITE
-        assert not session.optimizer.state
-        assert all(torch.equal(before[name], p) for name, p in session.parameters.items())
-        assert session.progress.step == 0
-        record = json.loads((session.run.path / "bad_step.json").read_text())
+        assert not session.trained.optimizer.state
+        assert all(torch.equal(before[name], p) for name, p in session.trained.parameters.items())
+        assert session.run.progress.step == 0
+        record = json.loads((session.run.folder.path / "bad_step.json").read_text())
         assert record["step"] == 0
         text = json.dumps(record)
-        for tile in session.plan.update(0):
+        for tile in session.data.plan.update(0):
             assert all(f"{uid:016x}" in text for uid in tile.uids)
 
 

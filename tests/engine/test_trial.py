@@ -37,13 +37,13 @@ def test_the_part_has_the_real_shapes_and_the_longest_caption(dataset: Path) -> 
 
 def test_it_leaves_nothing_behind(base_model: Path, dataset: Path, tmp_path: Path) -> None:
     with opened(Stage(tmp_path, dataset, base_model)) as session:
-        before = {name: p.detach().clone() for name, p in session.parameters.items()}
+        before = {name: p.detach().clone() for name, p in session.trained.parameters.items()}
         state = torch.get_rng_state()
-        trial.check(session, session.feed.dataset.tokenizer)
+        trial.check(session)
         assert torch.equal(torch.get_rng_state(), state)
-        assert all(torch.equal(before[name], p) for name, p in session.parameters.items())
-        assert all(p.grad is None or not p.grad.any() for p in session.parameters.values())
-        assert not session.optimizer.state
+        assert all(torch.equal(before[name], p) for name, p in session.trained.parameters.items())
+        assert all(p.grad is None or not p.grad.any() for p in session.trained.parameters.values())
+        assert not session.trained.optimizer.state
 
 
 def test_a_disk_that_will_be_too_small_is_a_warning_and_the_run_goes_on(
@@ -70,7 +70,7 @@ def test_a_shape_that_does_not_fit_is_named(
     monkeypatch.setattr(trial, "image_losses", too_big)
     with opened(Stage(tmp_path, dataset, base_model), "batch.split=2") as session:
         with pytest.raises(Halt, match=r"bucket \d+x\d+ with 1 images") as halted:
-            trial.check(session, session.feed.dataset.tokenizer)
+            trial.check(session)
         assert halted.value.code == ExitCode.OUT_OF_MEMORY
 
 
@@ -87,12 +87,12 @@ def test_a_stop_is_seen_between_two_buckets(
 
     def losses(model: object, part: Batch, diffusion: object) -> torch.Tensor:
         tried.append(tuple(part.latents_BCHW.shape))
-        session.stop.ask("SIGTERM")
+        session.run.stop.ask("SIGTERM")
         return torch.zeros(2, requires_grad=True)
 
     monkeypatch.setattr(trial, "shapes_to_try", lambda plan, device: list(plan.buckets))
     monkeypatch.setattr(trial, "image_losses", losses)
     with opened(Stage(tmp_path, dataset, base_model)) as session:
-        assert len(session.plan.buckets) > 1
-        trial.check(session, session.feed.dataset.tokenizer)
+        assert len(session.data.plan.buckets) > 1
+        trial.check(session)
         assert len(tried) == 1

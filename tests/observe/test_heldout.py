@@ -39,9 +39,9 @@ def curated(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def drawn(stage: Stage, *overrides: str) -> tuple[set[int], set[int], int]:
     """(uids that the plan of a whole stage draws, uids held out, selected images)."""
     with opened(stage, SHARE, "epochs=4", *overrides) as session:
-        steps = range(session.plan.total_updates)
-        trained = {uid for step in steps for tile in session.plan.update(step) for uid in tile.uids.tolist()}
-        held = set(session.held_out.index.uids.tolist())
+        steps = range(session.data.plan.total_updates)
+        trained = {uid for step in steps for tile in session.data.plan.update(step) for uid in tile.uids.tolist()}
+        held = set(session.observers.held_out.index.uids.tolist())
         return trained, held, len(trained | held)
 
 

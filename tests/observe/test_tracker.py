@@ -24,17 +24,10 @@ from PIL import Image
 
 from train.config.stage import TrackingConfig
 from train.observe import outlets
+from train.observe.metrics import MetricsFile, read_metrics
 from train.observe.outlet_process import flatten
 from train.observe.outlets import Outlet, outlet_modes
-from train.observe.tracker import (
-    MetricsFile,
-    SpikeDetector,
-    StarvationWatch,
-    Tracker,
-    loss_by_decile,
-    read_metrics,
-    spike_sigmas,
-)
+from train.observe.tracker import SpikeDetector, StarvationWatch, Tracker, loss_by_decile, spike_sigmas
 
 ECHO = "import sys; print('ready', flush=True); open({out!r}, 'a').writelines(sys.stdin.readlines()[1:])"
 

@@ -13,18 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.base.errors import ExitCode, Halt
+from train.observe.trace import trace_lines
 from train.recipe import order as plan_module
 from train.recipe import rng
-from train.recipe.buckets import make_buckets
+from train.recipe.buckets import check_buckets, make_buckets, merge_small_buckets
 from train.recipe.order import (
     Plan,
-    check_buckets,
     divisors,
     duplicate_uids,
-    merge_small_buckets,
     plan_fingerprint,
     tiles_per_update,
-    trace_lines,
     virtual_ranks,
 )
 from train.recipe.rng import Stream

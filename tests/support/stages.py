@@ -22,8 +22,7 @@ from train.base.signals import StopFlag
 from train.config.stage import load_stage
 from train.engine import handoff
 from train.engine import setup as assemble
-from train.engine.loop import Session
-from train.engine.session import closing, open_session
+from train.engine.session import Session, closing, open_session
 from train.storage.rundir import open_run_dir
 
 SMALL = ("batch.micro=2", "batch.effective=8", "data.max_tokens=75")
@@ -117,14 +116,11 @@ def opened(stage: Stage, *overrides: str) -> Iterator[Session]:
     with clean_process({}):
         directory = open_run_dir(config.output_dir, config.stage)
         try:
-            machine = assemble.open_machine(config)
+            machine = assemble.open_machine(config.batch, config.launch)
             source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
             data = assemble.open_data(config, source)
-            execution = assemble.settle(config, machine, data.plan, source)
-            networks = assemble.open_networks(config, components, machine, execution)
-            session = open_session(
-                config, directory, machine, data, source, components, networks, execution, StopFlag()
-            )
+            networks = assemble.open_model(config, machine, data.plan, source, components)
+            session = open_session(config, directory, StopFlag(), machine, data, networks)
             with closing(session):
                 yield session
         finally:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import torch
 
-from train.engine.loop import Session
+from train.engine.session import Session
 from train.engine.step import Outcome, compute_update
 
 
 def one_update(session: Session, step: int = 0) -> Outcome:
     """Gradients of a plan step, not clipped, not applied."""
-    tiles = session.plan.update(step)
+    tiles = session.data.plan.update(step)
     return compute_update(
-        session.gradients, session.feed.next_update(), diffusion=session.diffusion, scale=session.scale,
+        session.trained.gradients, session.data.loader.next_update(), diffusion=session.trained.diffusion, scale=session.trained.scale,
         images=sum(len(tile.rows) for tile in tiles), tiles_here=len(tiles), tiles_in_update=len(tiles), step=step,
         max_grad_norm=0.0, stop_asked=lambda: False,
     )  # fmt: skip
 
 
 def gradients(session: Session) -> dict[str, torch.Tensor]:
-    return {name: p.grad.clone() for name, p in session.parameters.items() if p.grad is not None}
+    return {name: p.grad.clone() for name, p in session.trained.parameters.items() if p.grad is not None}
 
 
 def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

@@ -218,14 +218,14 @@ def test_hooks_run_at_every_second_update_and_are_timed_there() -> None:
 
         return run
 
-    session: Any = SimpleNamespace(last_step=100, progress=SimpleNamespace(step=0))
+    session: Any = SimpleNamespace(run=SimpleNamespace(last_step=100, progress=SimpleNamespace(step=0)))
     turns = Alternating(session, hook("log"), hook("after"), 6)
-    while session.progress.step < session.last_step:
-        session.progress.step += 1
+    while session.run.progress.step < session.run.last_step:
+        session.run.progress.step += 1
         time.sleep(0.01)
-        turns.log(session.progress.step)
-        turns.after(session.progress.step)
-    assert session.progress.step == 6
+        turns.log(session.run.progress.step)
+        turns.after(session.run.progress.step)
+    assert session.run.progress.step == 6
     assert ran == ["log 1", "after 1", "log 3", "after 3", "log 5", "after 5"]
     assert [len(timing.wall_s) for timing in (*turns.whole.values(), turns.hooks)] == [3, 3, 3]
     assert min(turns.hooks.wall_s) >= 0.004

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, Sampler
 
 from train.base import signals
 from train.base.errors import ExitCode, Halt
-from train.base.signals import reset_in_worker
 from train.config.stage import DataConfig
 from train.data.dataset import TileDataset
 from train.diffusion.objective import Batch
@@ -42,7 +41,7 @@ class PlaceSampler(Sampler[tuple[int, int]]):
         return max(self.last_step - self.first_step, 0) * len(self.tiles)
 
 
-class Feed:
+class Loader:
     """Owner of the worker pool. `next_update()` gives the batches of the next plan step for this process.
 
     A worker that dies or stays silent is replaced together with its pool, from the place reached; after
@@ -236,7 +235,6 @@ def _start_worker(_: int) -> None:
     # Workers only slice memory maps and draw numbers; more threads would fight with the training for cores.
     torch.set_num_threads(1)
     signals.reset_in_worker()
-    reset_in_worker()
 
 
 def _first_line(error: Exception) -> str:

@@ -15,8 +15,9 @@ from train.base.files import read_json
 from train.config.stage import DataConfig, StageConfig
 from train.data.index import U64, Index
 from train.model.source import LocalModel, vae_identity
+from train.recipe.buckets import Size, check_buckets
 from train.recipe.captions import SEPARATOR
-from train.recipe.order import Plan, Size, check_buckets
+from train.recipe.order import Plan
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig, config_hash
 from train.engine import export
-from train.engine.loop import Session
 from train.engine.refusals import refuse_source
+from train.engine.restore import versions
+from train.engine.session import Session
 from train.model import networks, prediction, single_file
 from train.model import source as model_source
 from train.model.networks import Components
@@ -36,29 +37,30 @@ def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Com
     return source, networks.build(source, with_vae=with_vae)
 
 
-def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versions: dict[str, str]) -> None:
+def finish(config: StageConfig, session: Session, source: LocalModel, dataset_fingerprint: str) -> None:
     """Export, lineage, DONE; on the main process. Each step may be repeated after a kill.
 
     Raises Halt(STOPPED) when asked to stop under way: the next start makes the export, no update.
     """
-    if not session.place.is_main:
+    run, progress = session.run, session.run.progress
+    if not run.place.is_main:
         return
-    config, run = session.config, session.run
+    state = run.state(session.trained.scale)
 
     def poll() -> None:
-        if session.stop.asked:
+        if run.stop.asked:
             raise Halt(ExitCode.STOPPED, "stopped by a signal during the export: the same command makes it anew")
 
-    final = checkpoint.of_step(run.path, session.progress.step)
+    final = checkpoint.of_step(run.folder.path, progress.step)
     record = export.lineage_record(
         stage=config.stage,
         source=source,
         dataset_fingerprint=dataset_fingerprint,
         config_hash=config_hash(config),
         seed=config.seed,
-        updates=session.progress.updates,
-        images=session.progress.images,
-        versions=versions,
+        updates=progress.updates,
+        images=progress.images,
+        versions=versions(),
         license=export.license_of(config.export, source),
         weights_sha256=final.manifest.files["model.safetensors"].sha256,
         conditioning={
@@ -66,12 +68,12 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
             "context": config.model.context,
             "pooled_projection": config.model.pooled_projection,
         },
-        accepted=session.state(session)["accepted"],
+        accepted=state["accepted"],
         conversion=prediction.conversion(config, source),
-        extended=session.state(session)["extended"],
+        extended=state["extended"],
     )
     export.export_stage(
-        run.path,
+        run.folder.path,
         final.path / "model.safetensors",
         source,
         record,
@@ -79,9 +81,9 @@ def finish(session: Session, source: LocalModel, dataset_fingerprint: str, versi
         prediction=config.loss.prediction,
         zero_terminal_snr=config.noise.zero_terminal_snr,
         timesteps=config.noise.timesteps,
-        side_px=buckets.square_of(session.plan.buckets),
+        side_px=buckets.square_of(session.data.plan.buckets),
         average=final.path / "ema.safetensors" if "ema" in final.groups else None,
         poll=poll,
     )
-    done = {"stage": config.stage, "step": session.progress.step}
-    run.write_done({**done, "updates": session.progress.updates, "images": session.progress.images})
+    done = {"stage": config.stage, "step": progress.step}
+    run.folder.write_done({**done, "updates": progress.updates, "images": progress.images})

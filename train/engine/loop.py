@@ -9,200 +9,130 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy as np
-import torch
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
-from train.base.signals import StopFlag, grace_warning
-from train.config.stage import StageConfig
-from train.data.loader import Feed
-from train.diffusion.objective import Diffusion
-from train.engine.processes import Watch
-from train.engine.step import Gradients, Outcome, bad_step, compute_update, may_apply
-from train.observe.heldout import HeldOut
-from train.observe.previews import Previews
-from train.observe.tracker import SpikeDetector, Tracker, loss_by_decile
-from train.optim import collectives, optimizers, rounding
-from train.optim.collectives import Place
-from train.optim.ema import Ema
-from train.optim.loss_scale import LossScale
-from train.optim.zero1 import Shares
-from train.recipe import rng
-from train.recipe.order import Plan, Tile, trace_lines
-from train.recipe.schedule import lr_at, peaks
+from train.base.signals import grace_warning
+from train.engine.session import Session
+from train.engine.step import Outcome, bad_step, compute_update, may_apply, slot_timesteps
+from train.observe.tracker import loss_by_decile
+from train.optim import collectives, optimizers
+from train.recipe.order import Tile
 from train.storage.checkpoint import Progress
-from train.storage.rundir import RunDir
 from train.storage.saver import Saver
 
 log = logging.getLogger("anix")
 
 
-@dataclass
-class Session:
-    """What a running stage owns. `progress`, `scale` and `update_s` change with every update, the rest stays."""
-
-    config: StageConfig
-    place: Place
-    plan: Plan
-    feed: Feed
-    gradients: Gradients
-    diffusion: Diffusion
-    optimizer: torch.optim.Optimizer
-    parameters: dict[str, torch.nn.Parameter]  # trained ones by canonical name
-    ema: Ema | None
-    tracker: Tracker
-    saver: Saver | None  # on the main process
-    stop: StopFlag
-    run: RunDir
-    state: Callable[[Session], dict[str, Any]]  # what state.json says beside the progress
-    previews: Previews
-    held_out: HeldOut
-    progress: Progress
-    scale: LossScale
-    cycle_updates: int
-    last_step: int
-    shares: Shares | None = None  # ZeRO-1: which process steps which parameter
-    update_s: float = 0.0
-    watch: Watch = field(default_factory=lambda: Watch(None, 0, 1))  # over the other processes
-    stepping: bool = False  # the weights are between two updates: nothing may be saved
-    spikes: SpikeDetector = field(default_factory=SpikeDetector)
+def train(session: Session) -> None:
+    """Run the updates that are left; one that fails leaves in good order. What failed is raised."""
+    watch = session.run.watch
+    watch.step, watch.met = session.run.progress.step, True  # every group of processes exists
+    try:
+        run_updates(session)
+    except BaseException as error:
+        leave(session, error)
+        raise
 
 
 def run_updates(session: Session) -> Progress:
     """Train from the progress reached to the last plan step. Raises Halt(STOPPED) after a signal, saved."""
-    config, plan = session.config, session.plan
-    while session.progress.step < session.last_step:
-        step, started = session.progress.step, time.perf_counter()
+    trained, data, run = session.trained, session.data, session.run
+    while run.progress.step < run.last_step:
+        step, updates, started = run.progress.step, run.progress.updates, time.perf_counter()
 
         # Learning rate: a closed form of the updates applied, the same on every machine and after every resume.
-        rates = learning_rates(config, session.progress.updates, session.cycle_updates)
-        optimizers.set_lrs(session.optimizer, rates)
+        rates = trained.rates_at(updates)
+        optimizers.set_lrs(trained.optimizer, rates)
 
         # Gradients of the plan's next update, clipped; one read tells every process the same.
-        tiles = plan.update(step)
+        tiles = data.plan.update(step)
         images = sum(len(tile.rows) for tile in tiles)
         outcome = compute_update(
-            session.gradients,
-            session.feed.next_update(),
-            diffusion=session.diffusion,
-            scale=session.scale,
+            trained.gradients,
+            data.loader.next_update(),
+            diffusion=trained.diffusion,
+            scale=trained.scale,
             images=images,
-            tiles_here=len(session.feed.tiles),
+            tiles_here=len(data.loader.tiles),
             tiles_in_update=len(tiles),
             step=step,
-            max_grad_norm=config.optimizer.max_grad_norm,
-            stop_asked=lambda: session.stop.asked,
+            max_grad_norm=trained.max_grad_norm,
+            stop_asked=lambda: run.stop.asked,
         )
         applied = may_apply(outcome.losses_finite, outcome.grad_norm)
-        if not outcome.losses_finite or (not applied and not session.scale.enabled):
+        if not outcome.losses_finite or (not applied and not trained.scale.enabled):
             raise refuse_update(session, step, tiles, outcome)
 
         # The step itself. An overflow of fp16 gradients skips it: the plan moves on, the learning rate does not.
         if applied:
-            if session.saver is not None:
-                session.saver.before_step()  # a background save may still be copying the weights
-            session.stepping = True
+            if run.saver is not None:
+                run.saver.before_step()  # a background save may still be copying the weights
+            run.stepping = True
             faults.at("optimizer", step)
-            if config.model.weights == "bf16":
-                rounding.step(
-                    session.optimizer, session.parameters, seed=config.seed, update=session.progress.updates
-                )
-            else:
-                session.optimizer.step()
-            if session.shares is not None:
-                session.shares.spread(session.parameters)
-            if session.ema is not None:
-                session.ema.update(session.parameters, session.progress.updates + 1)
-        session.scale = session.scale.after(overflowed=not applied)
-        session.progress = session.progress.after(images, applied=applied)
-        session.stepping, session.watch.step = False, session.progress.step
-        if session.scale.exhausted:
+            trained.step(updates)
+        trained.scale = trained.scale.after(overflowed=not applied)
+        run.progress = run.progress.after(images, applied=applied)
+        run.stepping, run.watch.step = False, run.progress.step
+        if trained.scale.exhausted:
             raise refuse_update(session, step, tiles, outcome)
 
         # Record, look, save.
-        session.update_s = time.perf_counter() - started
+        run.update_s = time.perf_counter() - started
         log_update(session, tiles, outcome, rates)
         after_update(session, outcome)
-    return session.progress
-
-
-def learning_rates(config: StageConfig, updates: int, cycle_updates: int) -> dict[str, float]:
-    """Learning rate of every parameter group after `updates` applied updates."""
-    return {
-        group: lr_at(updates, peak=peak, config=config.schedule, cycle_updates=cycle_updates)
-        for group, peak in peaks(config).items()
-    }
+    return run.progress
 
 
 def after_update(session: Session, outcome: Outcome) -> None:
     """Previews, validation, checkpoints and the agreed stop, each when it is due; those of the end: see `conclude`."""
-    config, done = session.config, session.progress.step
-    last = done >= session.last_step
+    run, done = session.run, session.run.progress.step
+    saver, every_steps, last = run.saver, run.checkpoint.every_steps, done >= run.last_step
     if not last:
         look(session)
     if outcome.stop_asked and not last:
         save(session, now=True)
         raise Halt(ExitCode.STOPPED, f"stopped by a signal after update {done}; saved: the same command goes on")
-    if done % config.checkpoint.every_steps == 0 and not last:
+    if done % every_steps == 0 and not last:
         save(session)
-    if session.saver is not None:
-        if session.progress.updates and not session.saver.reserved and done + config.checkpoint.every_steps < session.last_step:
-            session.saver.reserve(tensors_here(session))  # the optimizer's state exists since the first update
-        session.saver.raise_failures()
-        report_saves(session, session.saver)
+    if saver is not None:
+        if run.progress.updates and not saver.reserved and done + every_steps < run.last_step:
+            saver.reserve(session.trained.tensors_here())  # the optimizer's state exists since the first update
+        saver.raise_failures()
+        report_saves(session, saver)
 
 
 def look(session: Session, *, last: bool = False) -> None:
     """Previews and held-out loss of the weights of now when they are due; at the end both are."""
-    config, done = session.config, session.progress.step
-    if config.sampling.every_steps and (last or done % config.sampling.every_steps == 0):
-        with session.watch.main_only("previews"):
-            session.previews.write(done, session.ema, session.tracker, session.stop)
-    if config.validation.every_steps and (last or done % config.validation.every_steps == 0):
-        session.held_out.measure(done, session.progress.updates, session.tracker, session.stop)
+    seen, run, done = session.observers, session.run, session.run.progress.step
+    if seen.previews_every_steps and (last or done % seen.previews_every_steps == 0):
+        with run.watch.main_only("previews"):
+            seen.previews.write(done, session.trained.ema, seen.tracker, run.stop)
+    if seen.held_out_every_steps and (last or done % seen.held_out_every_steps == 0):
+        seen.held_out.measure(done, run.progress.updates, seen.tracker, run.stop)
 
 
 def conclude(session: Session) -> None:
     """Save the last update, then look at it. A stop cuts the look short, and the next start takes it again."""
+    run = session.run
     save(session, now=True, permanent=True)
     look(session, last=True)
-    collectives.stop_if_asked(session.stop.asked, session.place.device, session.progress.step)
+    collectives.stop_if_asked(run.stop.asked, run.place.device, run.progress.step)
 
 
 def save(session: Session, *, now: bool = False, permanent: bool = False) -> None:
     """Save the present progress: in the background, or before returning with `now`."""
-    collectives.check_replicas(session.parameters, session.progress.step)
-    state = tensors(session)  # with ZeRO-1 a collective, so before anybody is waited for
-    wait = now or not session.config.checkpoint.background
-    with session.watch.main_only("save") if wait else contextlib.nullcontext():
-        if session.saver is None:
+    trained, run = session.trained, session.run
+    collectives.check_replicas(trained.parameters, run.progress.step)
+    tensors = trained.tensors()  # with ZeRO-1 a collective, so before anybody is waited for
+    wait = now or not run.checkpoint.background
+    with run.watch.main_only("save") if wait else contextlib.nullcontext():
+        if run.saver is None:
             return
         if now:
-            session.saver.save_now(session.progress, state, session.state(session), permanent=permanent)
+            run.saver.save_now(run.progress, tensors, run.state(trained.scale), permanent=permanent)
         else:
-            session.saver.save(session.progress, state, session.state(session))
-
-
-def tensors(session: Session) -> dict[str, dict[str, torch.Tensor]]:
-    """What a checkpoint holds beside its numbers; whole on the main process. With ZeRO-1 all must call it."""
-    found = tensors_here(session)
-    if session.shares is not None:
-        found["optimizer"] = session.shares.gather(found["optimizer"])
-    return found
-
-
-def tensors_here(session: Session) -> dict[str, dict[str, torch.Tensor]]:
-    """The part of `tensors` that this process has."""
-    found = {"model": {name: parameter.detach() for name, parameter in session.parameters.items()}}
-    found["optimizer"] = optimizers.state_tensors(session.optimizer, session.parameters)
-    if session.ema is not None:
-        found["ema"] = dict(session.ema.average)
-    return found
+            run.saver.save(run.progress, tensors, run.state(trained.scale))
 
 
 def leave(session: Session, error: BaseException) -> None:
@@ -212,17 +142,18 @@ def leave(session: Session, error: BaseException) -> None:
     nothing is saved from inside the optimizer's step or from differing replicas. With ZeRO-1 the main process does not
     have the whole optimizer state, so the last regular checkpoint is what remains.
     """
-    reason = session.watch.failed(error)
-    lost = session.stepping or isinstance(reason, collectives.ReplicasDiffer) or session.progress.step == 0
+    trained, run = session.trained, session.run
+    reason = run.watch.failed(error)
+    lost = run.stepping or isinstance(reason, collectives.ReplicasDiffer) or run.progress.step == 0
     over = isinstance(error, Halt) and error.code in (ExitCode.STOPPED, ExitCode.CANNOT_WRITE)
-    if session.saver is not None and session.shares is not None and not (lost or over):
-        session.tracker.alert(
-            f"update {session.progress.step} cannot be saved after a failure: with optimizer.sharding: zero1 the "
+    if run.saver is not None and trained.shares is not None and not (lost or over):
+        session.observers.tracker.alert(
+            f"update {run.progress.step} cannot be saved after a failure: with optimizer.sharding: zero1 the "
             "optimizer's state is spread over the processes. The last checkpoint stays valid"
         )
-    elif session.saver is not None and not lost and not over:
+    elif run.saver is not None and not lost and not over:
         try:
-            session.saver.save_now(session.progress, tensors(session), session.state(session))
+            run.saver.save_now(run.progress, trained.tensors(), run.state(trained.scale))
         except Exception as failure:  # the first error is the one to report
             log.warning("the last completed update could not be saved: %s", failure)
     if reason is not error:
@@ -231,70 +162,57 @@ def leave(session: Session, error: BaseException) -> None:
 
 def report_saves(session: Session, saver: Saver) -> None:
     """Say what became of the saves that ended, and whether a stop would leave time for one."""
+    tracker, run = session.observers.tracker, session.run
     for report in saver.reports():
         if report.path is None:
-            session.tracker.alert(f"checkpoint of step {report.step} not written: {report.reason}")
+            tracker.alert(f"checkpoint of step {report.step} not written: {report.reason}")
             continue
-        warning = grace_warning(session.update_s, report.write_s, session.config.launch.grace_s)
+        warning = grace_warning(run.update_s, report.write_s, run.grace_s)
         if warning:
-            session.tracker.alert(warning)
+            tracker.alert(warning)
 
 
 def refuse_update(session: Session, step: int, tiles: tuple[Tile, ...], outcome: Outcome) -> Halt:
     """What to raise for an update that must not be applied; the weights are those of the update before."""
     return bad_step(
-        session.run,
+        session.run.folder,
         step=step,
-        updates=session.progress.updates,
+        updates=session.run.progress.updates,
         tiles=tiles,
-        timesteps=slot_timesteps(session, tiles),
+        timesteps=slot_timesteps(tiles, session.data.seed, *session.data.timesteps),
         losses=outcome.losses_G.tolist(),
         grad_norm=outcome.grad_norm,
-        scale=session.scale.scale,
+        scale=session.trained.scale.scale,
     )
-
-
-def slot_timesteps(session: Session, tiles: tuple[Tile, ...]) -> np.ndarray:
-    """Timesteps of the update's slots in plan order, recomputed from the plan."""
-    low, high = session.config.noise.timesteps
-    uids = np.concatenate([tile.uids for tile in tiles])
-    epochs = np.concatenate([tile.epochs for tile in tiles])
-    return rng.timesteps(session.config.seed, uids, epochs, low, high)
 
 
 def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rates: dict[str, float]) -> None:
     """One line of metrics.jsonl; everything but the two times is the same for any number of processes."""
-    progress, images = session.progress, len(outcome.losses_G)
-    timesteps = slot_timesteps(session, tiles)
-    session.tracker.trace("".join(_trace(progress.step - 1, tiles, timesteps)))
-    spike = session.spikes.check(outcome.mean_loss)
+    data, seen, run, progress = session.data, session.observers, session.run, session.run.progress
+    timesteps = slot_timesteps(tiles, data.seed, *data.timesteps)
+    if seen.trace is not None:
+        seen.trace.write(progress.step - 1, tiles, timesteps)
+    spike = seen.spikes.check(outcome.mean_loss)
     if spike:
-        shown = f"scripts/show.py step {session.run.path} --update {progress.step - 1}"
-        session.tracker.alert(f"step {progress.step}: {spike}; its images: {shown}")
-    session.tracker.log(
+        shown = f"scripts/show.py step {run.folder.path} --update {progress.step - 1}"
+        seen.tracker.alert(f"step {progress.step}: {spike}; its images: {shown}")
+    seen.tracker.log(
         {
             "step": progress.step,
             "update": progress.updates,
-            "epoch": session.plan.epoch_of(progress.step - 1),
+            "epoch": data.plan.epoch_of(progress.step - 1),
             "images": progress.images,
             "loss": outcome.mean_loss,
             "lr_unet": rates["unet"],
             "lr_text_encoder": rates.get("text_encoder"),
             "grad_norm": outcome.grad_norm,
-            "images_per_s": images / session.update_s,
-            "data_wait_s": round(session.feed.wait_s, 6),
+            "images_per_s": len(outcome.losses_G) / run.update_s,
+            "data_wait_s": round(data.loader.wait_s, 6),
             "skipped": progress.skipped,
             "tags_cut": outcome.tags_cut,
-            "loss_scale": session.scale.scale,
+            "loss_scale": session.trained.scale.scale,
             "loss_by_decile": loss_by_decile(timesteps.tolist(), outcome.losses_G.tolist()),
-            **({"spike_sigmas": session.spikes.sigmas} if spike else {}),
+            **({"spike_sigmas": seen.spikes.sigmas} if spike else {}),
         },
-        update_s=session.update_s,
+        update_s=run.update_s,
     )
-
-
-def _trace(step: int, tiles: tuple[Tile, ...], timesteps: np.ndarray) -> Iterator[str]:
-    start = 0
-    for tile in tiles:
-        yield trace_lines(step, tile, timesteps[start : start + len(tile.rows)])
-        start += len(tile.rows)

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from train.base import signals
 from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask
+from train.storage.rundir import RunDir
 
 BEAT_S = 1.0
 SILENT_S = 3.0  # without a beat while being looked at: lost
@@ -44,6 +45,7 @@ _NO_STORE = "the store is gone in which the processes met"
 _STOPPED = "stopped: "  # instead of "done", in the key that the others wait for
 
 log = logging.getLogger("anix")
+LastWords = Callable[[ExitCode, str], object]
 
 
 class Watch:
@@ -56,7 +58,7 @@ class Watch:
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self.rank, self.world, self.step = rank, world, 0
         self._store = store
-        self.last_words: Callable[[ExitCode, str], object] = lambda code, reason: None
+        self.last_words: LastWords = lambda code, reason: None
         self.met = False
         self._calls = 0
         self._alone = False  # the main process at work of its own: it ends that first, whoever else is gone
@@ -282,9 +284,10 @@ def watch(rank: int, world: int) -> Watch:
 
 
 @contextlib.contextmanager
-def watching(rank: int, world: int) -> Iterator[Watch]:
+def watching(rank: int, world: int, last_words: LastWords = lambda code, reason: None) -> Iterator[Watch]:
     """The watch of this process for the length of a stage; an exception that leaves is told to the others."""
     watched = watch(rank, world)
+    watched.last_words = last_words
     try:
         yield watched
     except BaseException as error:
@@ -297,14 +300,18 @@ def watching(rank: int, world: int) -> Iterator[Watch]:
 
 
 @contextlib.contextmanager
-def joining(last_words: Callable[[ExitCode, str], object]) -> Iterator[None]:
-    """While the processes meet: a launcher that dies takes the meeting place along, and torch looks for it for minutes."""
-    met = threading.Event()
+def joining(run: RunDir, last_words: LastWords) -> Iterator[None]:
+    """While the processes meet: a launcher that dies takes the meeting place along, and torch looks for it for minutes.
+
+    From then on the run directory is known to be this run's, on every process.
+    """
+    met, reason = threading.Event(), "the launcher is gone, before the first update: the same command goes on"
+    if signals.orphaned():  # all are; a stop that only some have heard of is agreed upon after they met
+        raise Halt(ExitCode.STOPPED, reason)
 
     def look() -> None:
         while not met.wait(BEAT_S):
             if signals.orphaned() and not met.wait(GRACE_S):
-                reason = "the launcher is gone, before the first update: the same command goes on"
                 print(reason, file=sys.stderr, flush=True)
                 last_words(ExitCode.STOPPED, reason)
                 os._exit(ExitCode.STOPPED)
@@ -313,6 +320,7 @@ def joining(last_words: Callable[[ExitCode, str], object]) -> Iterator[None]:
     thread.start()
     try:
         yield
+        run.met = True
     finally:
         met.set()
         thread.join()

@@ -7,6 +7,7 @@ that are not finite, a checkpoint of another run) is refused later.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -14,8 +15,9 @@ from typing import TypeVar
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import load_prompts
 from train.config.schema import flatten
-from train.config.stage import StageConfig
+from train.config.stage import StageConfig, config_hash
 from train.data.selection import open_selection, refuse_other_vae
+from train.engine import finished
 from train.engine.export import stated_license
 from train.model import clip_tokens, prediction
 from train.model import source as model_source
@@ -23,13 +25,51 @@ from train.model.folder import TOKENIZERS
 from train.model.source import HUB_NAME, LocalModel
 from train.recipe import schedule
 from train.recipe.optimizer_state import checkpoint_bytes
-from train.recipe.order import Plan, check_strict_world, tiles_per_update
+from train.recipe.order import Plan, share_of
 from train.storage import resume, space
-from train.storage.rundir import RunDir
+from train.storage.rundir import RunDir, open_run_dir
 
 T = TypeVar("T")
 # A start with several faults ends with the code of the one that waiting does not mend.
 _FIRST = (ExitCode.USAGE, ExitCode.MISMATCH, ExitCode.CANNOT_WRITE, ExitCode.LOCKED)
+
+
+def open_run(config: StageConfig) -> RunDir | None:
+    """The run directory of this start, locked; None, and a line that says so, where the stage is already done.
+
+    Raises one Halt with everything that is wrong with a start that may not have it.
+    """
+    rank, world = own_place()
+    try:
+        refuse_entangled(config)
+        run = open_run_dir(config.output_dir, config.stage, rank=rank)
+    except Halt as refusal:  # what else is wrong is told with it
+        raise together([refusal, *refusals(config, None, world)]) from refusal
+    if run.done is not None and (answer := finished.answer(config)) is not None:
+        print(answer.text, file=sys.stderr)
+        if not answer.goes_on:
+            return None
+        run = open_run_dir(config.output_dir, config.stage, rank=rank, go_on=True)
+    return run
+
+
+def own_place() -> tuple[int, int]:
+    """RANK and WORLD_SIZE as launchers set them, 0 and 1 without one. Raises Halt(USAGE) where they make no sense."""
+    rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not (rank.isdigit() and world.isdigit() and int(rank) < int(world)):
+        raise Halt(ExitCode.USAGE, f"RANK is {rank!r} and WORLD_SIZE {world!r}: start the processes with a launcher")
+    return int(rank), int(world)
+
+
+def refuse_start(config: StageConfig, run: RunDir) -> None:
+    """One Halt with everything that is wrong with this start, as far as it shows before torch is loaded."""
+    found = refusals(config, run, own_place()[1])
+    try:
+        run.check_attempts(config_hash(config), config.resume.accept)
+    except Halt as halt:
+        found.append(halt)
+    if found:
+        raise together(found)
 
 
 def together(halts: Sequence[Halt]) -> Halt:
@@ -57,7 +97,7 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
         return None
 
     tried(lambda: resume.check_accept(config.resume.accept, flatten(config)))
-    tried(lambda: check_processes(config, world))
+    tried(lambda: share_of(config.batch, world))
     tried(refuse_foreign_engines)
     # A hub model is fetched once everything else is known to be right.
     local = Path(config.model.init_from).exists() or HUB_NAME.match(config.model.init_from) is None
@@ -79,22 +119,6 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
         if run.rank == 0 and (problem := _lacking(config, run, source)):
             found.append(Halt(ExitCode.MISMATCH, problem))
     return found
-
-
-def check_processes(config: StageConfig, world: int) -> tuple[int, int]:
-    """(tiles of every update per process, virtual ranks per process: strict only).
-
-    Raises Halt(MISMATCH) with the valid choices when the tiles do not divide among `world` processes.
-    """
-    batch = config.batch
-    tiles, accumulation = tiles_per_update(batch.micro, batch.effective, world)
-    if batch.accumulation not in (None, accumulation):
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"batch.accumulation {batch.accumulation} x micro {batch.micro} x {world} processes is not "
-            f"batch.effective {batch.effective}: leave it null, or give {accumulation}",
-        )
-    return accumulation, check_strict_world(tiles, world) if batch.determinism == "strict" else 1
 
 
 def refuse_foreign_engines() -> None:
@@ -135,14 +159,13 @@ def refuse_source(config: StageConfig, source: LocalModel) -> None:
         raise Halt(ExitCode.USAGE, "; ".join(problems))
 
 
-def check_schedule(config: StageConfig, plan: Plan) -> int:
-    """Updates per cycle of the schedule, which is refused here if it means something else than it says."""
-    updates = plan.cycle_updates if config.schedule.cycle_steps == "epoch" else config.schedule.cycle_steps
+def check_schedule(config: StageConfig, plan: Plan) -> None:
+    """Halt(USAGE) for a schedule that means something else than it says."""
+    updates = schedule.cycle_updates(config.schedule, plan)
     peaks = {"optimizer.unet_lr": config.optimizer.unet_lr}
     if config.model.train_text_encoders and config.optimizer.text_encoder_lr is not None:
         peaks["optimizer.text_encoder_lr"] = config.optimizer.text_encoder_lr
     schedule.check(config.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=config.epochs)
-    return updates
 
 
 def refuse_entangled(config: StageConfig) -> None:

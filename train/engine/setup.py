@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +13,11 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from train.config.stage import StageConfig
+from train.config.stage import BatchConfig, LaunchConfig, ModelConfig, OptimizerConfig, StageConfig
 from train.data.index import Index
 from train.data.selection import open_selection, refuse_other_vae, vae_mark
 from train.diffusion.objective import autocast
-from train.engine.refusals import check_processes, refuse_foreign_engines
+from train.engine.refusals import refuse_foreign_engines
 from train.model import memory, single_file, speed, text
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
 from train.model.recomputation import exempt_steps_of, set_checkpointing, set_text_checkpointing
@@ -24,8 +25,7 @@ from train.model.source import LocalModel
 from train.optim import optimizers, rounding
 from train.optim.collectives import Place
 from train.optim.zero1 import Shares
-from train.recipe import schedule
-from train.recipe.order import Plan, plan_fingerprint
+from train.recipe.order import Plan, plan_fingerprint, share_of
 from train.storage.saver import available_host_bytes
 from train.storage.state_files import PRECISIONS
 
@@ -40,6 +40,8 @@ class Machine:
     accelerator: Accelerator
     tiles_here: range  # tiles of every update that this process runs
     virtual_per_rank: int  # strict only
+    strict: bool  # sums in a fixed order
+    collective_timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,16 @@ class Execution:
     exempt_steps: int
     split: int
     text_checkpointing: bool
+
+
+@dataclass(frozen=True)
+class Model:
+    """The predecessor's files, its networks with what they were built from, and how tiles run through them."""
+
+    source: LocalModel
+    components: Components
+    networks: Networks
+    execution: Execution
 
 
 @dataclass(frozen=True)
@@ -63,15 +75,16 @@ class Data:
     vae: str  # `vae_mark` of the stage's
 
 
-def open_machine(config: StageConfig) -> Machine:
+def open_machine(batch: BatchConfig, launch: LaunchConfig) -> Machine:
     """Join the process group. Raises Halt(MISMATCH) when the tiles do not divide among the processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    accumulation, virtual_per_rank = check_processes(config, world)
+    accumulation, virtual_per_rank = share_of(batch, world)
     refuse_foreign_engines()
-    if config.batch.determinism == "strict":
+    strict = batch.determinism == "strict"
+    if strict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    timeout = datetime.timedelta(seconds=config.launch.collective_timeout_s)
+    timeout = datetime.timedelta(seconds=launch.collective_timeout_s)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast and loss scaling are ours: step.py, loss_scale.py
@@ -82,7 +95,8 @@ def open_machine(config: StageConfig) -> Machine:
     )
     rank = accelerator.process_index
     place = Place(rank, accelerator.num_processes, accelerator.device)
-    return Machine(place, accelerator, range(rank * accumulation, (rank + 1) * accumulation), virtual_per_rank)
+    tiles_here = range(rank * accumulation, (rank + 1) * accumulation)
+    return Machine(place, accelerator, tiles_here, virtual_per_rank, strict, launch.collective_timeout_s)
 
 
 def open_data(config: StageConfig, source: LocalModel) -> Data:
@@ -142,11 +156,23 @@ def free_bytes(place: Place) -> int:
     return free
 
 
+def open_model(
+    config: StageConfig, machine: Machine, plan: Plan, source: LocalModel, components: Components
+) -> Model:
+    """The networks as the stage trains them, recomputing as much as memory asks for."""
+    execution = settle(config, machine, plan, source)
+    networks = open_networks(config.model, config.precision, components, machine.place.device, execution)
+    if config.model.attention in ("flash", "cudnn"):
+        inputs = speed.attention_inputs(networks.unet, lambda: probe(networks, config.precision, config.data.max_tokens))
+        speed.check_attention(inputs, config.model.attention)
+    set_speed(networks, config.model)
+    return Model(source, components, networks, execution)
+
+
 def open_networks(
-    config: StageConfig, components: Components, machine: Machine, execution: Execution
+    settings: ModelConfig, precision: str, components: Components, device: torch.device, execution: Execution
 ) -> Networks:
-    """The trained module on its device, with the memory and speed options of the config."""
-    settings = config.model
+    """The trained module on its device, with the memory options of the config."""
     networks = Networks(
         components,
         train_text_encoders=settings.train_text_encoders,
@@ -157,12 +183,15 @@ def open_networks(
     if settings.train_text_encoders:
         for encoder in (networks.text_encoder, networks.text_encoder_2):
             set_text_checkpointing(encoder, execution.text_checkpointing)
-    cast_frozen(networks, PRECISIONS[config.precision])
+    cast_frozen(networks, PRECISIONS[precision])
     if settings.weights == "bf16":
         rounding.to_16_bit(trained_parameters(networks).values())
-    networks.to(machine.place.device)
-    if settings.attention in ("flash", "cudnn"):
-        speed.check_attention(speed.attention_inputs(networks.unet, lambda: probe(networks, config)), settings.attention)
+    networks.to(device)
+    return networks
+
+
+def set_speed(networks: Networks, settings: ModelConfig) -> None:
+    """Layout, number format and compilation of the U-Net, then every module in training mode."""
     if settings.channels_last:
         speed.to_channels_last(networks.unet)
     if settings.float8:
@@ -172,34 +201,33 @@ def open_networks(
     if settings.compile:
         speed.compile_blocks(networks.unet)
     set_train_mode(networks)
-    return networks
 
 
-def probe(networks: Networks, config: StageConfig) -> None:
+def probe(networks: Networks, precision: str, max_tokens: int) -> None:
     """One forward as in training, as small as the architecture allows; its values mean nothing."""
     device = next(networks.parameters()).device
     side = 2 ** len(networks.unet.config.block_out_channels)  # every level halves it but the last
-    ids_1_BN77 = torch.zeros(1, config.data.max_tokens // 75, 77, dtype=torch.int64, device=device)
-    latents_BCHW = torch.zeros(1, 4, side, side, dtype=PRECISIONS[config.precision], device=device)
+    ids_1_BN77 = torch.zeros(1, max_tokens // 75, 77, dtype=torch.int64, device=device)
+    latents_BCHW = torch.zeros(1, 4, side, side, dtype=PRECISIONS[precision], device=device)
     timesteps_B, size_B6 = torch.tensor([500], device=device), torch.zeros(1, 6, device=device)
-    with torch.no_grad(), autocast(device.type, config.precision):
+    with torch.no_grad(), autocast(device.type, precision):
         networks(latents_BCHW, timesteps_B, ids_1_BN77, ids_1_BN77, size_B6)
 
 
-def make_optimizer(config: StageConfig, networks: Networks, shares: Shares | None) -> torch.optim.Optimizer:
+def make_optimizer(
+    settings: OptimizerConfig, peaks: Mapping[str, float], networks: Networks, shares: Shares | None
+) -> torch.optim.Optimizer:
     """AdamW or Adafactor over one group per trained network, or over this process's share of each."""
-    peaks = schedule.peaks(config)
     groups = []
     for name, parameters in parameter_groups(networks).items():
         members = list((parameters if shares is None else shares.mine(parameters)).values())
         if members:
             groups.append((name, members, peaks[name]))
-    return optimizers.make_optimizer(groups, config.optimizer)
+    return optimizers.make_optimizer(groups, settings)
 
 
-def open_shares(config: StageConfig, networks: Networks, place: Place) -> Shares | None:
+def open_shares(sharding: str, networks: Networks, place: Place) -> Shares | None:
     """Which process keeps which part of the optimizer's state; None when each keeps all of it."""
-    if config.optimizer.sharding == "none" or place.world == 1:
+    if sharding == "none" or place.world == 1:
         return None
     return Shares(trained_parameters(networks), place)
-

@@ -22,12 +22,16 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import json_number, write_json
 from train.diffusion.objective import Batch, Diffusion, image_losses
 from train.model import speed
-from train.optim import optimizers
+from train.optim import optimizers, rounding
 from train.optim.collectives import BinaryCounter, FlatGradients, Place, reduce_pairwise
+from train.optim.ema import Ema
 from train.optim.loss_scale import LossScale
+from train.optim.zero1 import Shares
+from train.recipe import rng
 from train.recipe.order import Tile, partial_sums
 from train.storage.rundir import RunDir
 
+Rates = Callable[[int], dict[str, float]]  # updates applied -> learning rate of every parameter group
 
 @dataclass(frozen=True)
 class Outcome:
@@ -120,6 +124,56 @@ class Gradients:
         flat.check()
         if not faults.skips("reduce", step):
             reduce_pairwise(flat.flat, self.place.rank, self.groups or {})
+
+
+@dataclass
+class Trained:
+    """What is trained, and by what arithmetic. `scale` changes with every update."""
+
+    gradients: Gradients
+    diffusion: Diffusion
+    optimizer: torch.optim.Optimizer
+    optimizer_name: str
+    parameters: dict[str, torch.nn.Parameter]  # by canonical name
+    ema: Ema | None
+    shares: Shares | None  # ZeRO-1: which process steps which parameter
+    scale: LossScale
+    rates_at: Rates
+    max_grad_norm: float
+    rounding_seed: int | None = None  # of 16-bit weights
+
+    def step(self, updates: int) -> None:
+        """Apply the gradients that are ready after `updates` updates: own share, the others' shares, the average."""
+        if self.rounding_seed is not None:
+            rounding.step(self.optimizer, self.parameters, seed=self.rounding_seed, update=updates)
+        else:
+            self.optimizer.step()
+        if self.shares is not None:
+            self.shares.spread(self.parameters)
+        if self.ema is not None:
+            self.ema.update(self.parameters, updates + 1)
+
+    def tensors_here(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The part of `tensors` that this process has."""
+        found = {"model": {name: parameter.detach() for name, parameter in self.parameters.items()}}
+        found["optimizer"] = optimizers.state_tensors(self.optimizer, self.parameters)
+        if self.ema is not None:
+            found["ema"] = dict(self.ema.average)
+        return found
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """What a checkpoint holds beside its numbers; whole on the main process. With ZeRO-1 all must call it."""
+        found = self.tensors_here()
+        if self.shares is not None:
+            found["optimizer"] = self.shares.gather(found["optimizer"])
+        return found
+
+
+def slot_timesteps(tiles: Sequence[Tile], seed: int, low: int, high: int) -> np.ndarray:
+    """Timesteps in [low, high) of an update's slots in plan order, recomputed from the plan."""
+    uids = np.concatenate([tile.uids for tile in tiles])
+    epochs = np.concatenate([tile.epochs for tile in tiles])
+    return rng.timesteps(seed, uids, epochs, low, high)
 
 
 class TileBackward:

@@ -5,28 +5,19 @@ Shape legend: B images of a tile (or of the part in which it is executed), C H W
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
-
 import numpy as np
 import torch
 from torch import nn
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import StageConfig
 from train.data.dataset import assembled
 from train.diffusion.objective import Batch, image_losses
-from train.engine.loop import Session
+from train.engine.session import Session, Trained
 from train.model.text import TagTokenizer, size_vector
-from train.optim.zero1 import Shares
-from train.recipe.optimizer_state import checkpoint_bytes, state_bytes
+from train.optim import collectives
+from train.optim.optimizers import shapes_of
+from train.recipe.optimizer_state import state_bytes
 from train.recipe.order import Plan, Tile
-from train.storage import space
-from train.storage.rundir import RunDir
-from train.storage.saver import available_host_bytes
-
-log = logging.getLogger("anix")
-Parameters = Mapping[str, torch.nn.Parameter]  # trained ones by canonical name
 
 
 def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
@@ -36,7 +27,15 @@ def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
     return largest_first if device.type == "cuda" else largest_first[:1]
 
 
-def check(session: Session, tokenizer: TagTokenizer) -> int:
+def run(session: Session) -> None:
+    """`check`, between two chances to stop that all processes take alike."""
+    run, device = session.run, session.run.place.device
+    collectives.stop_if_asked(run.stop.asked, device, run.progress.step)
+    check(session)
+    collectives.stop_if_asked(run.stop.asked, device, run.progress.step)
+
+
+def check(session: Session) -> int:
     """Forward and backward of each shape with the longest caption; the peak in bytes (0 on a CPU).
 
     The optimizer's state and the partial sums of `strict`, which do not exist before the first step, are stood in for by
@@ -44,18 +43,19 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
     Gradients are dropped afterwards and no generator is touched. Raises Halt(OUT_OF_MEMORY) naming the bucket. Returns
     between two buckets when a stop was asked for: the caller's next agreed stop ends all processes.
     """
-    device, model = session.place.device, session.gradients.model
+    trained, plan, dataset = session.trained, session.data.plan, session.data.loader.dataset
+    device, model = session.run.place.device, trained.gradients.model
     target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     on_gpu = device.type == "cuda"
-    pending_bytes = pending_state_bytes(session) + session.gradients.partial_sums_bytes if on_gpu else 0
+    pending_bytes = pending_state_bytes(trained) + trained.gradients.partial_sums_bytes if on_gpu else 0
     reserve = torch.empty(pending_bytes, dtype=torch.uint8, device=device)
-    for width, height in shapes_to_try(session.plan, device):
-        if session.stop.asked:
+    for width, height in shapes_to_try(plan, device):
+        if session.run.stop.asked:
             break
-        images = -(-session.plan.largest_tiles[width, height] // session.diffusion.split)
-        part = synthetic_part(width, height, images, tokenizer, session.config.data.max_tokens).to(device)
+        images = -(-plan.largest_tiles[width, height] // trained.diffusion.split)
+        part = synthetic_part(width, height, images, dataset.tokenizer, dataset.data.max_tokens).to(device)
         try:
-            image_losses(target, part, session.diffusion).sum().backward()
+            image_losses(target, part, trained.diffusion).sum().backward()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise Halt(
                 ExitCode.OUT_OF_MEMORY,
@@ -63,56 +63,17 @@ def check(session: Session, tokenizer: TagTokenizer) -> int:
                 "raise batch.split, set model.gradient_checkpointing=full, or use an overlay of configs/memory/",
             ) from error
         finally:
-            session.gradients.clear()
+            trained.gradients.clear()
     del reserve
     return torch.cuda.max_memory_allocated(device) if on_gpu else 0
 
 
-def pending_state_bytes(session: Session) -> int:
+def pending_state_bytes(trained: Trained) -> int:
     """Optimizer state that this process's first step will allocate; 0 when a checkpoint has brought it."""
-    if session.optimizer.state:
+    if trained.optimizer.state:
         return 0
-    held = [parameter for group in session.optimizer.param_groups for parameter in group["params"]]
-    return state_bytes(session.config.optimizer.name, shapes_of(held))
-
-
-def shapes_of(parameters: Iterable[torch.nn.Parameter]) -> list[tuple[int, ...]]:
-    """Shape of each parameter."""
-    return [tuple(parameter.shape) for parameter in parameters]
-
-
-def check_room(config: StageConfig, run: RunDir, plan: Plan, parameters: Parameters, shares: Shares | None) -> None:
-    """Halt(MISMATCH) naming all that the disk and the host lack; before anything of the run directory is changed.
-
-    Room for the checkpoints that stay for ever may still be made while the run goes on: its lack is a warning.
-    """
-    average = bool(config.ema.decay)
-    one_bytes = checkpoint_bytes(
-        config.optimizer.name, shapes_of(parameters.values()), weights=config.model.weights, average=average
-    )
-    found = (space.lacking_space(run, one_bytes, config.checkpoint), _host(config, parameters, shares))
-    if problems := [problem for problem in found if problem]:
-        raise Halt(ExitCode.MISMATCH, "\n".join(problems))
-    warning = space.permanent_warning(
-        run, one_bytes, config.checkpoint, updates=plan.total_updates, updates_per_epoch=plan.updates_per_epoch
-    )
-    if warning:
-        log.warning(warning)
-
-
-def _host(config: StageConfig, parameters: Parameters, shares: Shares | None) -> str | None:
-    """What is wrong when the main process's host cannot take the optimizer state that ZeRO-1 gathers at a save."""
-    if shares is None:
-        return None
-    mine = shares.mine(parameters)
-    others = [parameter for name, parameter in parameters.items() if name not in mine]
-    need, have = state_bytes(config.optimizer.name, shapes_of(others)), available_host_bytes()
-    if have >= need:
-        return None
-    return (
-        f"optimizer.sharding: zero1 gathers {need / 1e9:.1f} GB of optimizer state in the main process's host "
-        f"memory at every save, and {have / 1e9:.1f} GB are available; use none, or a host with more memory"
-    )
+    held = [parameter for group in trained.optimizer.param_groups for parameter in group["params"]]
+    return state_bytes(trained.optimizer_name, shapes_of(held))
 
 
 def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:

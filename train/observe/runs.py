@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from train.base.errors import ExitCode, Halt
 from train.config.schema import flatten
 from train.config.stage import load_stage
-from train.observe.tracker import read_metrics
+from train.observe.metrics import read_metrics
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
 LARGEST = 1e150  # its square is finite still, and a sum of such squares

@@ -12,10 +12,11 @@ import sys
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import Any, TextIO
 
 from train.base.secrets import mask, mask_settings
 from train.config.stage import TrackingConfig
+from train.observe.metrics import MetricsFile
 from train.observe.outlets import Outlet, outlet_modes
 
 log = logging.getLogger("anix")
@@ -46,7 +47,6 @@ class Tracker:
         if not is_main:
             return
         self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl")
-        self._trace = MetricsFile(Path(run_dir) / "trace.txt") if tracking.trace else None
         self._bar = _make_bar(run_name, total_steps, resume_step)
         self._starvation = StarvationWatch()
         modes = outlet_modes(tracking)
@@ -78,11 +78,6 @@ class Tracker:
         self._bar.set_postfix_str(_postfix(plain), refresh=False)
         # Steps of the plan, not updates applied: a skipped update is a step less to go.
         self._bar.update(max(int(plain.get("step", self._bar.n + 1)) - self._bar.n, 0))
-
-    def trace(self, lines: str) -> None:
-        """Append to trace.txt which images an update used, where the config asks for it."""
-        if self.is_main and self._trace is not None:
-            self._trace.append(lines.removesuffix("\n"))
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Append a held-out measurement (`update`, `loss`, `strata`, ...) to validation.jsonl."""
@@ -125,67 +120,9 @@ class Tracker:
             return
         self._bar.close()
         self._metrics.close()
-        if self._trace is not None:
-            self._trace.close()
         if self._outlet:
             self._outlet.close(timeout_s)
             self._outlet = None
-
-
-class MetricsFile:
-    """Appends whole lines, flushed one by one; a torn last line of a killed run is cut off at the start."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._pending: list[str] = []
-        self._warned = False
-        self._file: IO[bytes] = path.open("ab", buffering=0)
-        self._good_bytes = _end_of_last_line(path)
-        self._file.truncate(self._good_bytes)
-
-    def append(self, line: str) -> None:
-        """Write `line`, after those that could not be written before."""
-        self._pending.append(line + "\n")
-        data = "".join(self._pending).encode()
-        try:
-            written = self._file.write(data) or 0
-            if written < len(data):
-                raise OSError(f"only {written} of {len(data)} bytes written")
-        except OSError as error:
-            self._undo_partial_write()
-            if not self._warned:
-                log.warning("%s cannot be written (%s): its lines are kept and tried again", self.path, error)
-            self._warned = True
-            return
-        self._good_bytes += len(data)
-        self._pending.clear()
-        self._warned = False
-
-    def close(self) -> None:
-        """Close the file; lines that never could be written are counted in a warning."""
-        if self._pending:
-            log.warning("%s lacks its last %d lines: they could not be written", self.path, len(self._pending))
-        self._file.close()
-
-    def _undo_partial_write(self) -> None:
-        try:
-            self._file.truncate(self._good_bytes)
-        except OSError as error:
-            log.debug("cannot cut %s back: %s", self.path, error)
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; lines that are torn or no objects are left out."""
-    records = []
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-    return records
 
 
 def loss_by_decile(
@@ -302,21 +239,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if isinstance(value, int) else str(value)
-
-
-def _end_of_last_line(path: Path) -> int:
-    """Bytes up to and including the last newline."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        position = size
-        while position > 0:
-            start = max(position - 65536, 0)
-            file.seek(start)
-            found = file.read(position - start).rfind(b"\n")
-            if found >= 0:
-                return start + found + 1
-            position = start
-    return 0
 
 
 SPIKE_SIGMAS = 6.0

@@ -178,3 +178,8 @@ def _placed(key: str, value: torch.Tensor, parameter: nn.Parameter) -> Any:
     if placed.shape == parameter.shape and not parameter.is_contiguous():
         placed = placed.contiguous(memory_format=torch.channels_last) if placed.ndim == 4 else placed
     return placed
+
+
+def shapes_of(parameters: Iterable[torch.nn.Parameter]) -> list[tuple[int, ...]]:
+    """Shape of each parameter."""
+    return [tuple(parameter.shape) for parameter in parameters]

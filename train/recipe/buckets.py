@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -132,3 +132,48 @@ def square_of(buckets: Sequence[Size]) -> int:
 def _check_size(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise ValueError(f"image size {width}x{height} is not positive")
+
+
+def merge_small_buckets(
+    counts: Mapping[Size, int], min_bucket: int, may: Callable[[Size, Size], bool] = lambda bucket, target: True
+) -> dict[Size, Size]:
+    """Final bucket of every non-empty bucket, itself included, when those of fewer than `min_bucket` images merge.
+
+    The smallest (then the smaller size) joins, whole, the bucket of nearest ln(w/h) (then larger area, then smaller
+    size) that all its images may go to, until all are large enough or find none. may(bucket, target): whether the
+    images that were `bucket`'s at first may go to `target`.
+    """
+    left = {size: count for size, count in counts.items() if count > 0}
+    members = {size: [size] for size in left}
+    settled: set[Size] = set()  # for good: what joins a bucket only adds conditions, and targets only become fewer
+    while small := [size for size, count in left.items() if count < min_bucket and size not in settled]:
+        moving = min(small, key=lambda size: (left[size], size))
+        targets = [size for size in left if size != moving and all(may(member, size) for member in members[moving])]
+        if not targets:
+            settled.add(moving)
+            continue
+        nearest = min(targets, key=lambda size: (_aspect_distance(moving, size), -size[0] * size[1], size))
+        left[nearest] += left.pop(moving)
+        members[nearest] += members.pop(moving)
+    return {member: final for final, joined in members.items() for member in joined}
+
+
+def _aspect_distance(one: Size, other: Size) -> float:
+    return round(abs(math.log(one[0] / one[1]) - math.log(other[0] / other[1])), 9)
+
+
+def check_buckets(counts: Mapping[Size, int], min_bucket: int | None) -> None:
+    """Refuse a prepared selection in which a bucket is smaller than asked for; null takes the buckets as prepared.
+
+    Merging means another crop, so other latents. Raises Halt(MISMATCH) naming the steps to rerun and the
+    `batch.min_bucket` that takes the buckets as they are.
+    """
+    small = {size: count for size, count in sorted(counts.items()) if 0 < count < (min_bucket or 1)}
+    if small and sum(count > 0 for count in counts.values()) > 1:  # a single bucket has nothing to merge with
+        names = ", ".join(f"{w}x{h} ({count} images)" for (w, h), count in small.items())
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"batch.min_bucket is {min_bucket}, and these buckets hold fewer images: {names}: set batch.min_bucket=null or "
+            f"batch.min_bucket={min(small.values())} to train with the buckets as they are, or set select.<stage>.min_bucket: "
+            f"{min_bucket} with a merge_crop that lets them merge, and rerun prepare.py select and prepare.py latents",
+        )

@@ -17,9 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from train.base.errors import ExitCode, Halt
+from train.config.stage import BatchConfig
 from train.recipe import rng
 from train.recipe.rng import Stream
 
@@ -304,34 +303,6 @@ def partial_sums(virtual_per_rank: int) -> int:
     return virtual_per_rank.bit_length() - 1
 
 
-def merge_small_buckets(
-    counts: Mapping[Size, int], min_bucket: int, may: Callable[[Size, Size], bool] = lambda bucket, target: True
-) -> dict[Size, Size]:
-    """Final bucket of every non-empty bucket, itself included, when those of fewer than `min_bucket` images merge.
-
-    The smallest (then the smaller size) joins, whole, the bucket of nearest ln(w/h) (then larger area, then smaller
-    size) that all its images may go to, until all are large enough or find none. may(bucket, target): whether the
-    images that were `bucket`'s at first may go to `target`.
-    """
-    left = {size: count for size, count in counts.items() if count > 0}
-    members = {size: [size] for size in left}
-    settled: set[Size] = set()  # for good: what joins a bucket only adds conditions, and targets only become fewer
-    while small := [size for size, count in left.items() if count < min_bucket and size not in settled]:
-        moving = min(small, key=lambda size: (left[size], size))
-        targets = [size for size in left if size != moving and all(may(member, size) for member in members[moving])]
-        if not targets:
-            settled.add(moving)
-            continue
-        nearest = min(targets, key=lambda size: (_aspect_distance(moving, size), -size[0] * size[1], size))
-        left[nearest] += left.pop(moving)
-        members[nearest] += members.pop(moving)
-    return {member: final for final, joined in members.items() for member in joined}
-
-
-def _aspect_distance(one: Size, other: Size) -> float:
-    return round(abs(math.log(one[0] / one[1]) - math.log(other[0] / other[1])), 9)
-
-
 def check_strict_world(tiles_per_update: int, world: int) -> int:
     """Virtual ranks per process of `determinism: strict`. Raises Halt(MISMATCH) unless the world is a power of two up to V."""
     virtual = virtual_ranks(tiles_per_update)
@@ -345,27 +316,19 @@ def check_strict_world(tiles_per_update: int, world: int) -> int:
     return virtual // world
 
 
-def check_buckets(counts: Mapping[Size, int], min_bucket: int | None) -> None:
-    """Refuse a prepared selection in which a bucket is smaller than asked for; null takes the buckets as prepared.
+def share_of(batch: BatchConfig, world: int) -> tuple[int, int]:
+    """(tiles of every update per process, virtual ranks per process: strict only).
 
-    Merging means another crop, so other latents. Raises Halt(MISMATCH) naming the steps to rerun and the
-    `batch.min_bucket` that takes the buckets as they are.
+    Raises Halt(MISMATCH) with the valid choices when the tiles do not divide among `world` processes.
     """
-    small = {size: count for size, count in sorted(counts.items()) if 0 < count < (min_bucket or 1)}
-    if small and sum(count > 0 for count in counts.values()) > 1:  # a single bucket has nothing to merge with
-        names = ", ".join(f"{w}x{h} ({count} images)" for (w, h), count in small.items())
+    tiles, accumulation = tiles_per_update(batch.micro, batch.effective, world)
+    if batch.accumulation not in (None, accumulation):
         raise Halt(
             ExitCode.MISMATCH,
-            f"batch.min_bucket is {min_bucket}, and these buckets hold fewer images: {names}: set batch.min_bucket=null or "
-            f"batch.min_bucket={min(small.values())} to train with the buckets as they are, or set select.<stage>.min_bucket: "
-            f"{min_bucket} with a merge_crop that lets them merge, and rerun prepare.py select and prepare.py latents",
+            f"batch.accumulation {batch.accumulation} x micro {batch.micro} x {world} processes is not "
+            f"batch.effective {batch.effective}: leave it null, or give {accumulation}",
         )
-
-
-def trace_lines(s: int, tile: Tile, timesteps: Sequence[int] | npt.NDArray[Any]) -> str:
-    """`s wxh uid epoch t`, one line per slot, uid in 16 hex digits: two runs train alike when these lines are equal."""
-    slots = zip(tile.uids.tolist(), tile.epochs.tolist(), timesteps, strict=True)
-    return "".join(f"{s} {tile.width}x{tile.height} {uid:016x} {epoch} {int(t)}\n" for uid, epoch, t in slots)
+    return accumulation, check_strict_world(tiles, world) if batch.determinism == "strict" else 1
 
 
 def plan_fingerprint(

@@ -14,6 +14,7 @@ from train.config.stage import StageConfig
 
 if TYPE_CHECKING:
     from train.config.stage import ScheduleConfig
+    from train.recipe.order import Plan
 
 
 def lr_at(updates: int, *, peak: float, config: ScheduleConfig, cycle_updates: int) -> float:
@@ -39,6 +40,18 @@ def lr_at(updates: int, *, peak: float, config: ScheduleConfig, cycle_updates: i
 def cycle_length(config: ScheduleConfig, *, images: int, effective: int) -> int:
     """`schedule.cycle_steps` in updates; `epoch` is floor(images / effective batch), at least 1."""
     return max(1, images // effective) if config.cycle_steps == "epoch" else config.cycle_steps
+
+
+def cycle_updates(config: ScheduleConfig, plan: Plan) -> int:
+    """Updates of a cycle in a run of `plan`."""
+    return plan.cycle_updates if config.cycle_steps == "epoch" else config.cycle_steps
+
+
+def rates_at(
+    updates: int, *, peaks: Mapping[str, float], config: ScheduleConfig, cycle_updates: int
+) -> dict[str, float]:
+    """Learning rate of every parameter group after `updates` applied updates; `peaks` as from `peaks`."""
+    return {group: lr_at(updates, peak=peak, config=config, cycle_updates=cycle_updates) for group, peak in peaks.items()}
 
 
 def long_warmup(config: ScheduleConfig, *, total_updates: int) -> str | None:

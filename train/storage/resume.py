@@ -7,11 +7,9 @@ refuse: it would be another run; `resume.accept` overrides by name and the accep
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from pathlib import Path
 from typing import Any, Literal
 
 from train.base.errors import ExitCode, Halt
@@ -153,59 +151,6 @@ def tensor_differences(
         other = [n for n in sorted(set(there) & set(expected)) if there[n] != expected[n]]
         lines += _named(f"{group}: other shape", [f"{n} {there[n]}, model {expected[n]}" for n in other])
     return lines
-
-
-def cut_metrics(metrics: Path, step: int) -> int:
-    """Move the lines of plan steps beyond `step` (steps done) to `<name>.discarded.jsonl`; how many they were.
-
-    Lines stand in the order of their steps, so the cut is one place in the file: the tail is copied and synced
-    first, then cut off. A torn last line, left by a kill, goes with it.
-    """
-    if not metrics.is_file():
-        return 0
-    with open(metrics, "rb") as file:
-        lines = file.readlines()
-    kept = 0
-    while kept < len(lines) and _belongs(lines[kept], step):
-        kept += 1
-    if kept == len(lines):
-        return 0
-    tail = b"".join(lines[kept:])
-    with open(metrics.with_suffix(".discarded.jsonl"), "ab") as file:
-        file.write(tail if tail.endswith(b"\n") else tail + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    with open(metrics, "r+b") as file:
-        file.truncate(sum(map(len, lines[:kept])))
-        os.fsync(file.fileno())
-    return len(lines) - kept
-
-
-def cut_trace(trace: Path, step: int) -> int:
-    """Drop the lines of plan steps from `step` on from trace.txt: they will be written again; how many they were."""
-    if not trace.is_file():
-        return 0
-    with open(trace, "rb") as file:
-        lines = file.readlines()
-    kept = 0
-    while kept < len(lines) and _traces_before(lines[kept], step):
-        kept += 1
-    with open(trace, "r+b") as file:
-        file.truncate(sum(map(len, lines[:kept])))
-    return len(lines) - kept
-
-
-def _belongs(line: bytes, step: int) -> bool:
-    try:
-        record = json.loads(line)
-        return line.endswith(b"\n") and int(record["step"]) <= step
-    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
-        return False
-
-
-def _traces_before(line: bytes, step: int) -> bool:
-    number = line.split(b" ", 1)[0]
-    return line.endswith(b"\n") and number.isdigit() and int(number) < step
 
 
 def _config_differences(state: Mapping[str, Any], now: Expectations) -> list[Difference]:

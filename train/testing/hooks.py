@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train.engine import loop
-from train.engine.loop import Session
+from train.engine.session import Session
 from train.testing.loop import MICRO, ROOT, TILES, WARM_UPDATES, tiny_session
 from train.testing.timing import Timing, row
 
@@ -48,7 +48,7 @@ class Alternating:
             self.hooks.wall_s.append(self._wall)
         self.on, self.left = not self.on, self.left - 1
         if self.left <= 0:
-            self.session.last_step = self.session.progress.step
+            self.session.run.last_step = self.session.run.progress.step
         self._began()
 
     def _began(self) -> None:
@@ -70,7 +70,7 @@ def hooks_row(folder: Path, repeats: int) -> dict[str, Any]:
         real: dict[str, Hook] = {"log_update": loop.log_update, "after_update": loop.after_update}
         try:
             for updates in (WARM_UPDATES, repeats * UPDATES_PER_REPEAT):
-                session.last_step = session.progress.step + 10**6  # no update is the last: at that one previews are due
+                session.run.last_step = session.run.progress.step + 10**6  # no update is the last: at that one previews are due
                 turns = Alternating(session, real["log_update"], real["after_update"], updates)
                 for name, hook in zip(real, (turns.log, turns.after), strict=True):
                     setattr(loop, name, hook)
@@ -96,6 +96,6 @@ def hooks_row(folder: Path, repeats: int) -> dict[str, Any]:
 
 def _wait_for_outlets(session: Session) -> None:
     deadline = time.monotonic() + OUTLETS_S
-    while session.tracker.undelivered() and time.monotonic() < deadline:
+    while session.observers.tracker.undelivered() and time.monotonic() < deadline:
         time.sleep(0.2)
     time.sleep(1.0)  # its process still digests what it got

@@ -21,7 +21,8 @@ from train.data.shards import write_shard
 from train.diffusion.objective import image_losses
 from train.engine import handoff, processes, setup
 from train.engine import session as sessions
-from train.engine.loop import Session, run_updates
+from train.engine.loop import run_updates
+from train.engine.session import Session
 from train.engine.step import TileBackward
 from train.optim import optimizers
 from train.storage.checkpoint import Progress
@@ -57,36 +58,33 @@ def tiny_session(folder: Path, *overrides: str) -> Iterator[Session]:
         ],
     )  # fmt: skip
     run = open_run_dir(config.output_dir, config.stage)
-    machine = setup.open_machine(config)
+    machine = setup.open_machine(config.batch, config.launch)
     with contextlib.closing(run), processes.watching(machine.place.rank, machine.place.world) as watch:
         source, components = handoff.open_source(config, with_vae=False)
         data = setup.open_data(config, source)
-        execution = setup.settle(config, machine, data.plan, source)
-        networks = setup.open_networks(config, components, machine, execution)
-        stop = signals.StopFlag()
-        running = sessions.open_session(config, run, machine, data, source, components, networks, execution, stop)
-        running.watch = watch
+        model = setup.open_model(config, machine, data.plan, source, components)
+        running = sessions.open_session(config, run, signals.StopFlag(), machine, data, model, watch)
         with sessions.closing(running):
             yield running
 
 
 def advance(session: Session, updates: int) -> None:
     """Run that many updates of the real loop, with a checkpoint due at none of them."""
-    session.last_step = session.progress.step + updates + 1  # the loop saves at the true last step only
-    goal = session.progress.step + updates
-    session.last_step = goal
+    session.run.last_step = session.run.progress.step + updates + 1  # the loop saves at the true last step only
+    goal = session.run.progress.step + updates
+    session.run.last_step = goal
     run_updates(session)
 
 
 def bare_update(session: Session, batches: list[Any]) -> None:
     """The same tiles forward, backward, clip and step: no data, plan, learning rate, checks or log."""
-    for parameter in session.gradients.parameters:
+    for parameter in session.trained.gradients.parameters:
         parameter.grad = None
     for batch in batches:
-        losses_B = image_losses(session.gradients.model, batch, session.diffusion)
+        losses_B = image_losses(session.trained.gradients.model, batch, session.trained.diffusion)
         (losses_B.sum() / (MICRO * TILES)).backward()
-    optimizers.clip_grad_norm(session.gradients.parameters, session.config.optimizer.max_grad_norm)
-    session.optimizer.step()
+    optimizers.clip_grad_norm(session.trained.gradients.parameters, session.trained.max_grad_norm)
+    session.trained.optimizer.step()
 
 
 def loop_row(folder: Path, repeats: int) -> dict[str, Any]:
@@ -96,7 +94,7 @@ def loop_row(folder: Path, repeats: int) -> dict[str, Any]:
     A repeat of the row is a round of turns.
     """
     with tiny_session(folder) as session:
-        dataset = session.feed.dataset
+        dataset = session.data.loader.dataset
         batches = [dataset[0, number] for number in range(TILES)]
         advance(session, WARM_UPDATES)
         timings = {"ours": Timing(), "bare": Timing()}
@@ -162,15 +160,15 @@ def _is_mask(value: Any) -> bool:
 
 def micro_step_syncs(session: Session) -> Counter[str]:
     """A5: host reads of one micro-step (forward, loss, backward of one tile) of a real session."""
-    batch = session.feed.dataset[0, 0]
+    batch = session.data.loader.dataset[0, 0]
     assert not isinstance(batch, Exception)
     backward = TileBackward(
-        session.diffusion, session.scale, MICRO * TILES, TILES, session.place.device,
-        average=session.diffusion.loss.average,
+        session.trained.diffusion, session.trained.scale, MICRO * TILES, TILES, session.run.place.device,
+        average=session.trained.diffusion.loss.average,
     )  # fmt: skip
-    backward(session.gradients.model, batch, factor=1)
+    backward(session.trained.gradients.model, batch, factor=1)
     with SyncCounter() as counter:
-        backward(session.gradients.model, batch, factor=1)
+        backward(session.trained.gradients.model, batch, factor=1)
     return counter.found
 
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from train.recipe.buckets import Size, assign_many
-from train.recipe.order import merge_small_buckets
+from train.recipe.buckets import Size, assign_many, merge_small_buckets
 
 Numbers = npt.NDArray[np.float64]
 _ROUNDING = 1e-9  # of two shares that are equal on paper

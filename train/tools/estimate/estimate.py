@@ -13,11 +13,11 @@ from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig, config_hash
-from train.engine.refusals import check_processes
 from train.model import memory
 from train.model.memory import GIB, Prediction, Setup
 from train.recipe import schedule
 from train.recipe.buckets import make_buckets
+from train.recipe.order import share_of
 from train.storage.space import permanent_count
 from train.tools.estimate import tolerances
 from train.tools.estimate.images import Images, find_images, lengths, visits
@@ -59,7 +59,7 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
     processes that training refuses; Halt(USAGE) for updates outside the run and for numbers that make no sense.
     """
     check_request(request)
-    accumulation, _ = check_processes(config, request.world)
+    accumulation, _ = share_of(config.batch, request.world)
     images = find_images(config, request.images)
     per_epoch, total = lengths(config, images)
     cycle = _cycle(config, images)

@@ -9,7 +9,8 @@ import numpy as np
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig
-from train.recipe.order import Plan, check_buckets
+from train.recipe.buckets import check_buckets
+from train.recipe.order import Plan
 
 _CARD_IMAGES = {
     ("animagine31", "pretrain"): (873_504, "assumed: card"),

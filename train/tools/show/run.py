@@ -113,25 +113,24 @@ def _recompute(path: Path, config: Any, source: Any, components: Any, data: Any,
     from train.engine import loop, session, setup
     from train.engine.step import compute_update
 
-    machine = setup.open_machine(config)
+    machine = setup.open_machine(config.batch, config.launch)
     machine = replace(machine, place=replace(machine.place, rank=RANK_OF_A_GUEST))
     run = RunDir(path.absolute(), config.stage, RANK_OF_A_GUEST)
     run.look_up_to = update
-    execution = setup.settle(config, machine, data.plan, source)
-    networks = setup.open_networks(config, components, machine, execution)
-    running = session.open_session(config, run, machine, data, source, components, networks, execution, StopFlag())
-    start = running.progress.step
-    running.last_step = update
+    model = setup.open_model(config, machine, data.plan, source, components)
+    running = session.open_session(config, run, StopFlag(), machine, data, model)
+    start = running.run.progress.step
+    running.run.last_step = update
     with session.closing(running):
         loop.run_updates(running)
         tiles = data.plan.update(update)
         outcome = compute_update(
-            running.gradients,
-            running.feed.next_update(),
-            diffusion=running.diffusion,
-            scale=running.scale,
+            running.trained.gradients,
+            running.data.loader.next_update(),
+            diffusion=running.trained.diffusion,
+            scale=running.trained.scale,
             images=sum(len(tile.rows) for tile in tiles),
-            tiles_here=len(running.feed.tiles),
+            tiles_here=len(running.data.loader.tiles),
             tiles_in_update=len(tiles),
             step=update,
             max_grad_norm=config.optimizer.max_grad_norm,

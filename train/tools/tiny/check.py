@@ -26,7 +26,7 @@ from train.base.files import file_sha256, replace_file
 from train.config.prompts import PromptsFile, load_prompts
 from train.diffusion import sampling
 from train.model import text
-from train.observe import tracker
+from train.observe.metrics import read_metrics
 from train.recipe import captions
 from train.tools.tiny.draw import HAIR, hair_boxes
 from train.tools.tiny.posts import CheckPrompt, check_prompts
@@ -147,7 +147,7 @@ def sheet_of(images: Sequence[Image.Image], columns: int = 12) -> Image.Image:
 
 def first_and_last_loss(metrics: Path, window: int = _LOSS_WINDOW) -> tuple[int, float, float]:
     """(updates, mean loss of the first `window`, of the last); raises Halt(USAGE) when there are none."""
-    losses = [float(line["loss"]) for line in tracker.read_metrics(metrics) if "loss" in line]
+    losses = [float(line["loss"]) for line in read_metrics(metrics) if "loss" in line]
     if not losses:
         raise Halt(ExitCode.USAGE, f"{metrics} holds no losses: train the stage first")
     return len(losses), float(np.mean(losses[:window])), float(np.mean(losses[-window:]))

@@ -1,0 +1,145 @@
+"""Taking up an interrupted run: what its checkpoint must have been written under, its state, and its files cut back."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from train.base.errors import ExitCode, Halt
+from train.config.schema import flatten
+from train.config.stage import StageConfig, config_hash
+from train.data.index import Index, changes_since, save_selection
+from train.engine import finished
+from train.engine.setup import Data, Execution
+from train.model.networks import Networks, overlay, trained_parameters
+from train.model.source import LocalModel
+from train.observe import metrics, trace
+from train.optim import optimizers
+from train.optim.ema import Ema
+from train.optim.loss_scale import LossScale
+from train.recipe import rng
+from train.storage import checkpoint, resume, state_files
+from train.storage.rundir import RunDir, remove_leftovers
+
+log = logging.getLogger("anix")
+SELECTION = "selection.safetensors"  # beside config.yaml: which images and captions this run trains on
+
+
+def expectations(
+    config: StageConfig, data: Data, source: LocalModel, networks: Networks, ema: Ema | None
+) -> resume.Expectations:
+    """What a checkpoint of this run must have been written under, and what the next one says about itself."""
+    model = state_files.specs(trained_parameters(networks))
+    return resume.Expectations(
+        stage=config.stage,
+        config=resume.without_secrets(flatten(config)),
+        held={
+            "data.path": f"{data.index.fingerprint}/{data.index.selection_hash}",
+            "model.init_from": source.sha256,
+            "model.vae": data.vae,
+            # Pins: a wrong one was refused before, a right one changes nothing.
+            "model.init_sha256": source.sha256,
+            "model.vae_sha256": data.vae,
+            "model.tokenizers": data.tokenizer.identity(),
+        },
+        facts={"dataset": data.index.fingerprint, "plan": data.fingerprint, "parent": source.sha256},
+        notes={"canary": rng.canary(config.seed), "threads": torch.get_num_threads(), "versions": versions()},
+        tensors={"model": model, "optimizer": None} | ({"ema": model} if ema is not None else {}),
+        accept=config.resume.accept,
+        defaults=flatten(StageConfig()),
+    )
+
+
+def versions() -> dict[str, str]:
+    """What decides a run's last bits beside the hardware."""
+    import diffusers
+    import transformers
+
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    return found | {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
+
+
+def restore(
+    run: RunDir,
+    expected: resume.Expectations,
+    networks: Networks,
+    optimizer: torch.optim.Optimizer,
+    ema: Ema | None,
+    index: Index,
+    *,
+    name: str,
+    verify: str,
+    is_main: bool,
+) -> checkpoint.Loaded | None:
+    """Load the newest sound checkpoint into the networks, the optimizer `name` and the average; None for a new run."""
+    resume.check_accept(expected.accept, expected.config)
+    changes = changes_since(run.path / SELECTION, index)
+    try:
+        loaded = checkpoint.load_newest(run, expected, verify=verify)
+    except Halt as halt:
+        raise Halt(halt.code, halt.message + (f"\nThe dataset changed: {changes}" if changes else "")) from halt
+    if loaded is None:
+        if is_main:
+            begin(run, index, None)
+        return None
+    if loaded.progress.updates and loaded.manifest.files["optimizer.safetensors"].tensors == 0:
+        raise Halt(ExitCode.MISMATCH, f"{loaded.path}: {loaded.progress.updates} updates, and no optimizer state")
+    overlay(networks, loaded.tensors("model"), loaded.path / "model.safetensors")
+    optimizers.load_state_tensors(
+        optimizer,
+        trained_parameters(networks),
+        loaded.tensors("optimizer"),
+        name=name,
+        source=loaded.path,
+    )
+    if ema is not None:
+        ema.load(loaded.tensors("ema"))
+    if is_main:
+        begin(run, index, loaded)
+        log.info("resuming after update %d from %s", loaded.progress.step, loaded.path)
+        if loaded.comparison.warned or loaded.comparison.accepted:
+            log.warning("settings changed since the checkpoint:\n%s", loaded.comparison.table())
+    return loaded
+
+
+def begin(run: RunDir, index: Index, loaded: checkpoint.Loaded | None) -> None:
+    """The first writes of a start, once nothing can refuse it any more: what an earlier start left over is cleared.
+
+    A run killed before its first checkpoint has logged updates that will come again.
+    """
+    step = loaded.progress.step if loaded else 0
+    remove_leftovers(run.path)
+    save_selection(run.path / SELECTION, index)
+    metrics.cut(run.metrics, step)
+    metrics.cut(run.path / "validation.jsonl", step)
+    trace.cut(run.path / trace.FILE, step)
+
+
+def state_of(
+    config: StageConfig,
+    expected: resume.Expectations,
+    loaded: checkpoint.Loaded | None,
+    world: int,
+    execution: Execution,
+    done: Mapping[str, Any] | None,
+) -> Callable[[LossScale], dict[str, Any]]:
+    """What state.json says beside the progress: settings, hashes, loss scale, and where the run was (re)started."""
+    earlier = loaded.state.get("history", []) if loaded else []
+    # Those of earlier resumes too: the checkpoint that is loaded next knows the new settings only.
+    accepted = list(loaded.state.get("accepted", [])) if loaded else []
+    accepted += [f"step {loaded.progress.step}: {found}" for found in loaded.comparison.accepted] if loaded else []
+    extended = list(loaded.state.get("extended", [])) if loaded else []
+    extended += finished.went_on(loaded.progress.step, done, loaded.comparison) if loaded else []
+    fixed = expected.to_state() | {
+        "history": [*earlier, [loaded.progress.step if loaded else 0, world]],
+        "config_hash": config_hash(config),
+        "accepted": accepted,
+        "extended": extended,
+        "execution": asdict(execution),  # what auto picked
+    }
+    return lambda scale: {**fixed, "scaler": scale.to_state()}

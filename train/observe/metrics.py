@@ -1,0 +1,116 @@
+"""Files with a line of JSON per update (metrics.jsonl, validation.jsonl): appended to, cut back on a resume, read."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import IO, Any
+
+log = logging.getLogger("anix")
+
+
+class MetricsFile:
+    """Appends whole lines, flushed one by one; a torn last line of a killed run is cut off at the start."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pending: list[str] = []
+        self._warned = False
+        self._file: IO[bytes] = path.open("ab", buffering=0)
+        self._good_bytes = _end_of_last_line(path)
+        self._file.truncate(self._good_bytes)
+
+    def append(self, line: str) -> None:
+        """Write `line`, after those that could not be written before."""
+        self._pending.append(line + "\n")
+        data = "".join(self._pending).encode()
+        try:
+            written = self._file.write(data) or 0
+            if written < len(data):
+                raise OSError(f"only {written} of {len(data)} bytes written")
+        except OSError as error:
+            self._undo_partial_write()
+            if not self._warned:
+                log.warning("%s cannot be written (%s): its lines are kept and tried again", self.path, error)
+            self._warned = True
+            return
+        self._good_bytes += len(data)
+        self._pending.clear()
+        self._warned = False
+
+    def close(self) -> None:
+        """Close the file; lines that never could be written are counted in a warning."""
+        if self._pending:
+            log.warning("%s lacks its last %d lines: they could not be written", self.path, len(self._pending))
+        self._file.close()
+
+    def _undo_partial_write(self) -> None:
+        try:
+            self._file.truncate(self._good_bytes)
+        except OSError as error:
+            log.debug("cannot cut %s back: %s", self.path, error)
+
+
+def cut(metrics: Path, step: int) -> int:
+    """Move the lines of plan steps beyond `step` (steps done) to `<name>.discarded.jsonl`; how many they were.
+
+    Lines stand in the order of their steps, so the cut is one place in the file: the tail is copied and synced
+    first, then cut off. A torn last line, left by a kill, goes with it.
+    """
+    if not metrics.is_file():
+        return 0
+    with open(metrics, "rb") as file:
+        lines = file.readlines()
+    kept = 0
+    while kept < len(lines) and _belongs(lines[kept], step):
+        kept += 1
+    if kept == len(lines):
+        return 0
+    tail = b"".join(lines[kept:])
+    with open(metrics.with_suffix(".discarded.jsonl"), "ab") as file:
+        file.write(tail if tail.endswith(b"\n") else tail + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    with open(metrics, "r+b") as file:
+        file.truncate(sum(map(len, lines[:kept])))
+        os.fsync(file.fileno())
+    return len(lines) - kept
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; lines that are torn or no objects are left out."""
+    records = []
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def _end_of_last_line(path: Path) -> int:
+    """Bytes up to and including the last newline."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        position = size
+        while position > 0:
+            start = max(position - 65536, 0)
+            file.seek(start)
+            found = file.read(position - start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            position = start
+    return 0
+
+
+def _belongs(line: bytes, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return line.endswith(b"\n") and int(record["step"]) <= step
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return False
