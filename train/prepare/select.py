@@ -19,8 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset import DatasetConfig, SelectConfig, dataset_dir
-from train.config.dataset_rules import MAX_REPEATS
+from train.config.dataset import MAX_REPEATS, DatasetConfig, SelectConfig, dataset_dir
 from train.prepare.choosing.candidates import Candidates
 from train.prepare.choosing.filters import by_quota, capped, where
 from train.prepare.choosing.merging import Cost, merge, told
