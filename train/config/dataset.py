@@ -260,7 +260,7 @@ class DatasetConfig:
     root: str = key("data", "folder of all datasets")
     seed: int = key(0, "of frozen latents and selections", at_least=0)
     tokenizers: str | None = key(None, "folder with tokenizer/ and tokenizer_2/; null = token counts are left out")
-    separator: str = key("|||", "between the fixed and the flexible part of a caption")
+    separator: str = key("|||", "between the fixed and the flexible part of a caption, as the sources write it")
     buckets: BucketsConfig = field(default_factory=BucketsConfig)
     sources: list[SourceConfig] = key(list, "where images and metadata come from")
     policy: PolicyConfig = field(default_factory=PolicyConfig)

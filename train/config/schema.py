@@ -341,8 +341,26 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(option) for option in arguments)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
+    if origin in (list, tuple):
+        count = "" if origin is list or arguments[-1] is Ellipsis else f"{len(arguments)} x "
+        return f"list of {count}{describe(arguments[0])}"
+    if origin is dict:
+        return f"name: {describe(arguments[1])}"
+    if dataclasses.is_dataclass(hint):
+        return "a section"
+    if hint is Any:
+        return "a number or a list of numbers"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
     return names.get(hint, str(hint))
+
+
+def plainly(value: Any) -> Any:
+    """A default as YAML and JSON write it: sections and their lists as dicts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plainly(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plainly(inner) for name, inner in value.items()}
+    return [plainly(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def flatten(config: Any) -> dict[str, Any]:

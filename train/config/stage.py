@@ -115,7 +115,7 @@ class NoiseConfig:
     """Forward diffusion."""
 
     offset: float = key(0.0, "one number per image and channel is added to its noise, times this", at_least=0)
-    offset_adaptive: float = key(0.0, "adds this x the mean of the latent's channel to the offset")
+    offset_adaptive: float = key(0.0, "adds this x |mean of the latent's channel| to the offset")
     multires_iterations: int = key(0, "octaves of coarser noise; 0 = off", at_least=0)
     multires_discount: float = key(0.3, "strength of each coarser octave")
     input_perturbation: float = key(0.0, "extra noise on the input alone", at_least=0)
