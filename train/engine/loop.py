@@ -135,7 +135,7 @@ def learning_rates(config: StageConfig, updates: int, cycle_updates: int) -> dic
     """Learning rate of every parameter group after `updates` applied updates."""
     return {
         group: lr_at(updates, peak=peak, config=config.schedule, cycle_updates=cycle_updates)
-        for group, peak in peaks(config).items()
+        for group, peak in peaks(config.optimizer).items()
     }
 
 

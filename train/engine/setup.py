@@ -187,7 +187,7 @@ def probe(networks: Networks, config: StageConfig) -> None:
 
 def make_optimizer(config: StageConfig, networks: Networks, shares: Shares | None) -> torch.optim.Optimizer:
     """AdamW or Adafactor over one group per trained network, or over this process's share of each."""
-    peaks = schedule.peaks(config)
+    peaks = schedule.peaks(config.optimizer)
     groups = []
     for name, parameters in parameter_groups(networks).items():
         members = list((parameters if shares is None else shares.mine(parameters)).values())
