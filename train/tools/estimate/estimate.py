@@ -263,7 +263,7 @@ def _time_report(
     checkpointing: str | None,
 ) -> dict[str, Any]:
     """Hours, use of the card and cost, with the origin of the speed they rest on."""
-    counts = images.buckets or {(1024, 1024): 1}
+    counts, model = images.buckets or {(1024, 1024): 1}, config.model
     useful = sum(memory.image_flops(setup, *bucket) * count for bucket, count in counts.items()) // sum(counts.values())
     speed = find_speed(
         gpu,
@@ -272,7 +272,7 @@ def _time_report(
         flops_per_image=useful,
         given=request.images_per_s,
         bench=request.bench,
-        settings={key: getattr(config.model, key) for key in ("compile", "channels_last", "float8")}
+        settings={"compile": model.compile, "channels_last": model.channels_last, "float8": model.float8}
         | {"strict": config.batch.determinism == "strict", "dtype": config.precision, "optimizer": config.optimizer.name}
         | ({"checkpointing": checkpointing} if checkpointing else {}),
     )
