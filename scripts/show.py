@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Look inside: a caption, an image's bucket, a dataset and what it set aside, a checkpoint, a model, one update of a run."""
+"""Look inside: a caption, an image's bucket, a dataset and what it set aside, a checkpoint, a model, an update, the keys."""
 
 import sys
 from pathlib import Path

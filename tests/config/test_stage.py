@@ -144,6 +144,22 @@ def test_every_problem_in_one_message(stage_yaml: Path) -> None:
     assert all(word in message for word in ("batch.mico", "seed", "precision"))
 
 
+def test_types_ranges_missing_keys_and_what_does_not_go_together_come_at_once(stage_yaml: Path) -> None:
+    message = refusal(stage_yaml, "epochs='1'", "noise.offset=-1", "dtype=fp16", "batch.micro=7", "schedule=3")
+    told = ("epochs is '1'", "noise.offset is -1, must be at least 0", "unknown key dtype", "batch.effective 96 is no multiple",
+            "schedule must hold keys and values")  # fmt: skip
+    assert [word for word in told if word not in message] == [], message
+    stage_yaml.write_text(MINIMAL.replace("seed: 31\n", "").replace("name: adamw, ", ""))
+    message = refusal(stage_yaml, "optimizer.text_encoder_lr=null", "batch.split=0")
+    told = ("missing value for optimizer.name, seed", "batch.split is 0", "model.train_text_encoders needs")
+    assert [word for word in told if word not in message] == [], message
+
+
+def test_a_rule_tells_nothing_of_keys_that_are_unsound_by_themselves(stage_yaml: Path) -> None:
+    message = refusal(stage_yaml, "batch.micro=x", "noise.timesteps=[5,true]", "schedule.processes=0")
+    assert message.count(";") == 2, "batch.effective % 'x', and the order of 5 and true, are nobody's problem"
+
+
 def test_three_question_marks_are_no_value(stage_yaml: Path) -> None:
     assert "data.max_tokens: ???" in refusal(stage_yaml, "data.max_tokens=???")
     assert "seed: ???" in refusal(stage_yaml, "seed=???")

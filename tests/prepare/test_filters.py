@@ -18,8 +18,7 @@ from oddimages import drawn, encoded
 from preparedset import prepare
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset import DatasetConfig, SourceConfig, load_settings
-from train.config.dataset_rules import MAX_REPEATS
+from train.config.dataset import MAX_REPEATS, DatasetConfig, SourceConfig, load_settings
 from train.prepare.choosing.predicates import evaluate, parse
 from train.prepare.choosing.repeats import visits_of
 from train.prepare.tables.quarantine import Complaint, too_many
@@ -312,7 +311,7 @@ def test_folders_that_are_no_repeats(tmp_path: Path) -> None:
         visits_of([source], far)
     assert halt.value.code == ExitCode.MISMATCH
     for repeats in (0, -1, MAX_REPEATS + 1):
-        with pytest.raises(Halt, match=r"sources\[0\]\.repeats must be in 1\.\.32767, or kohya"):
+        with pytest.raises(Halt, match=r"sources\[0\]\.repeats is -?\d+, must be in \[1, 32767\]"):
             settings(tmp_path, repeats=repeats)
 
 

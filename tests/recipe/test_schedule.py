@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import ScheduleConfig
-from train.recipe.schedule import check, cycle_length, lr_at
+from train.config.stage import OptimizerConfig, ScheduleConfig
+from train.recipe.schedule import check, cycle_length, lr_at, peak_keys, peaks
 
 COSINE = ScheduleConfig(name="cosine_restarts", min_lr=1e-6, decay=0.9)
 PROCESS = replace(COSINE, unit="process_step", processes=2)
@@ -103,11 +103,18 @@ def test_cosine_stays_between_floor_and_the_cycles_peak(update, cycle, peak, dec
 
 
 @pytest.mark.parametrize(
-    ("steps", "images", "effective", "length"),
-    [("epoch", 873_504, 96, 9099), ("epoch", 873_599, 96, 9099), ("epoch", 5, 96, 1), (9099, 5, 96, 9099)],
+    ("steps", "epoch", "length"), [("epoch", 9099, 9099), ("epoch", 1, 1), (9099, 1, 9099)]
 )
-def test_cycle_length(steps, images, effective, length):
-    assert cycle_length(replace(COSINE, cycle_steps=steps), images=images, effective=effective) == length
+def test_cycle_length(steps, epoch, length):
+    assert cycle_length(replace(COSINE, cycle_steps=steps), epoch_updates=epoch) == length
+
+
+def test_the_peaks_of_the_groups_are_those_of_the_keys():
+    alone = OptimizerConfig(name="adamw", unet_lr=1e-5)
+    assert peaks(alone) == {"unet": 1e-5}
+    both = replace(alone, text_encoder_lr=2e-6)
+    assert peaks(both) == {"unet": 1e-5, "text_encoder": 2e-6, "text_encoder_2": 2e-6}
+    assert peak_keys(both) == {"optimizer.unet_lr": 1e-5, "optimizer.text_encoder_lr": 2e-6}
 
 
 def run_check(config=COSINE, peak=1e-5, cycle=9099, total=TOTAL, epochs=10):

@@ -14,9 +14,11 @@ from typing import Literal
 from omegaconf import MISSING
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset_rules import settings_problems
+from train.config.dataset_rules import DATASET_RULES
+from train.config.key import key
 from train.config.schema import load_into
 
+MAX_REPEATS = 32_767  # what the tables' int16 holds
 STEPS = ("ingest", "probe", "score", "tag", "dedupe", "label", "select", "latents", "report")
 
 
@@ -24,59 +26,59 @@ STEPS = ("ingest", "probe", "score", "tag", "dedupe", "label", "select", "latent
 class BucketsConfig:
     """The table of training sizes, as in the recipe."""
 
-    area_px: int = 1048576
-    min_px: int = 512
-    max_px: int = 2048
-    step_px: int = 64
+    area_px: int = key(1048576, "most pixels of a size", at_least=1)
+    min_px: int = key(512, "shortest side", at_least=1)
+    max_px: int = key(2048, "longest side", at_least=1)
+    step_px: int = key(64, "sides are multiples of this, itself one of 8", at_least=8)
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One place that images and their metadata come from."""
 
-    name: str = MISSING  # first half of every key, `<name>:<id>`
+    name: str = key(MISSING, "first half of every key, `<name>:<id>`")
     adapter: Literal[
         "danbooru", "table", "sidecar", "sd_scripts", "imagefolder", "webdataset", "danbooru2023", "e621", "gelbooru",
         "deepghs", "simpletuner",
-    ] = MISSING
-    path: str = MISSING  # folder or file with the metadata
-    images: str | None = None  # the source root that pictures are looked up in; null = `path` or its folder
-    columns: dict[str, str] = field(default_factory=dict)  # our column: theirs
-    tag_separator: str | None = None  # of tags joined in one text, in columns of tags or else captions; null = commas
-    dictionary: str | None = None  # CSV (name, category, count, aliases) that gives uncategorised tags a category
-    rating_scheme: Literal["gsqe", "sqe"] | None = None  # sqe: s means safe; null = the adapter's, or asked for
-    assume_rating: Literal["g", "s"] | None = None  # of records without any rating; never overrides one
-    escaped: bool = False  # tags carry backslashes before brackets
-    on_bad_tag: Literal["error", "drop", "replace"] = "error"
-    on_second_separator: Literal["error", "fork", "suffix"] = "error"
-    caption_ext: str | None = None  # ending of the caption files, such as .caption; null = .txt
-    caption_lines: Literal["join", "first", "variants"] = "join"  # of a caption of several lines; variants comes later
-    keep_tokens: int = 0  # the first N tags of a caption without separator are fixed
-    repeats: int | Literal["kohya"] = 1  # visits of each image; kohya = the number that its folder's name begins with
-    follow_links: bool = False  # read what links that lead out of the source point to
-    on_missing_caption: Literal["error", "take"] = "error"  # take = a picture without .txt is a record without caption
-    npz_vae: str | None = None  # the VAE that made the sd-scripts .npz beside the images; null = they are not used
+    ] = key(MISSING, "which layout is read")
+    path: str = key(MISSING, "folder or file with the metadata")
+    images: str | None = key(None, "the source root that pictures are looked up in; null = `path` or its folder")
+    columns: dict[str, str] = key(dict, "our column: theirs")
+    tag_separator: str | None = key(None, "of tags joined in one text, in columns of tags or else captions; null = commas")
+    dictionary: str | None = key(None, "CSV (name, category, count, aliases) that gives uncategorised tags a category")
+    rating_scheme: Literal["gsqe", "sqe"] | None = key(None, "sqe: s means safe; null = the adapter's, or asked for")
+    assume_rating: Literal["g", "s"] | None = key(None, "of records without any rating; never overrides one")
+    escaped: bool = key(False, "tags carry backslashes before brackets")
+    on_bad_tag: Literal["error", "drop", "replace"] = key("error", "a tag that no caption can hold")
+    on_second_separator: Literal["error", "fork", "suffix"] = key("error", "a caption with the separator twice")
+    caption_ext: str | None = key(None, "ending of the caption files, such as .caption; null = .txt")
+    caption_lines: Literal["join", "first", "variants"] = key("join", "of a caption of several lines; variants comes later")
+    keep_tokens: int = key(0, "the first N tags of a caption without separator are fixed", at_least=0)
+    repeats: int | Literal["kohya"] = key(1, "visits of each image; kohya = the number that its folder's name begins with", at_least=1, at_most=MAX_REPEATS)
+    follow_links: bool = key(False, "read what links that lead out of the source point to")
+    on_missing_caption: Literal["error", "take"] = key("error", "take = a picture without .txt is a record without caption")
+    npz_vae: str | None = key(None, "the VAE that made the sd-scripts .npz beside the images; null = they are not used")
 
 
 @dataclass(frozen=True)
 class QualityConfig:
     """Quality tags from the score within the rating."""
 
-    source: Literal["table", "empirical", "none"] = "table"
-    table: str = "full"  # full | after_5m | path of a JSON file {g: [six thresholds], s: ..., q: ..., e: ...}
-    group_by: list[str] = field(default_factory=lambda: ["rating"])  # empirical: [rating] or [rating, year]
-    min_group: int = 200  # smaller groups use the pooled thresholds
-    min_distinct: int = 7  # so do groups with fewer distinct scores
-    min_age_days: int = 0  # younger posts get no quality tag
+    source: Literal["table", "empirical", "none"] = key("table", "table = fixed thresholds; empirical = from the set itself")
+    table: str = key("full", "full, after_5m, or a JSON file {g: [six thresholds], s: ..., q: ..., e: ...}")
+    group_by: list[str] = key(lambda: ["rating"], "of empirical: [rating] or [rating, year]")
+    min_group: int = key(200, "smaller groups use the pooled thresholds", at_least=1)
+    min_distinct: int = key(7, "so do groups with fewer distinct scores", at_least=1)
+    min_age_days: int = key(0, "younger posts get no quality tag", at_least=0)
 
 
 @dataclass(frozen=True)
 class YearRange:
     """Posts of the years first..last get `tag`."""
 
-    tag: str = MISSING
-    first: int = MISSING
-    last: int = MISSING
+    tag: str = key(MISSING, "the year tag")
+    first: int = key(MISSING, "first year of its posts")
+    last: int = key(MISSING, "last year of its posts")
 
 
 def _card_years() -> list[YearRange]:
@@ -93,40 +95,40 @@ def _card_years() -> list[YearRange]:
 class YearConfig:
     """Year tags."""
 
-    ranges: list[YearRange] = field(default_factory=_card_years)  # card
-    before: Literal["none", "clamp"] = "none"  # years before the first range
-    after: Literal["none", "clamp"] = "none"  # years after the last range
+    ranges: list[YearRange] = key(_card_years, "tag, first and last year of each; default = the card's")
+    before: Literal["none", "clamp"] = key("none", "years before the first range; clamp = the first tag")
+    after: Literal["none", "clamp"] = key("none", "years after the last range; clamp = the last tag")
 
 
 @dataclass(frozen=True)
 class AestheticConfig:
     """Aesthetic tags; thresholds belong to one classifier."""
 
-    thresholds: tuple[float, float, float] = (0.71, 0.45, 0.27)  # card
+    thresholds: tuple[float, float, float] = key((0.71, 0.45, 0.27), "score of very aesthetic, aesthetic, displeasing; default = the card's", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
 class StringsConfig:
     """How a tag is written."""
 
-    underscore: Literal["len3", "kaomoji"] = "len3"
+    underscore: Literal["len3", "kaomoji"] = key("len3", "which tags keep their underscores: those of up to 3 characters, or the kaomoji")
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
     """From metadata to caption. A switch left null has the preset's value."""
 
-    preset: Literal["default", "animagine31"] = "default"
-    meta_blacklist: Literal["per_tag", "whole_group"] | None = None
-    year_source: Literal["media_or_post", "media"] | None = None
-    year_fallback: Literal["none", "early"] | None = None
-    aesthetic_edges: Literal["lower_bin", "very_displeasing"] | None = None
-    aesthetic_skip_substring: bool | None = None
-    banned_artist: Literal["drop", "keep"] | None = None
-    missing_rating_or_score: Literal["omit", "raise"] | None = None
-    rating_words: Literal["accept", "raise"] | None = None
-    empty_tags: Literal["remove", "keep"] | None = None
-    duplicate_tags: Literal["first", "all"] | None = None
+    preset: Literal["default", "animagine31"] = key("default", "values of the switches below that are null; animagine31 = as released")
+    meta_blacklist: Literal["per_tag", "whole_group"] | None = key(None, "meta tags that no caption shows: tag by tag, or the whole group")
+    year_source: Literal["media_or_post", "media"] | None = key(None, "whose date is the year")
+    year_fallback: Literal["none", "early"] | None = key(None, "year tag of posts without a date")
+    aesthetic_edges: Literal["lower_bin", "very_displeasing"] | None = key(None, "where a score on a threshold belongs")
+    aesthetic_skip_substring: bool | None = key(None, "no aesthetic tag where a quality tag holds the same words")
+    banned_artist: Literal["drop", "keep"] | None = key(None, "the tag banned_artist")
+    missing_rating_or_score: Literal["omit", "raise"] | None = key(None, "of posts that lack one")
+    rating_words: Literal["accept", "raise"] | None = key(None, "rating words instead of letters")
+    empty_tags: Literal["remove", "keep"] | None = key(None, "tags that are empty after cleaning")
+    duplicate_tags: Literal["first", "all"] | None = key(None, "tags that stand twice")
     quality: QualityConfig = field(default_factory=QualityConfig)
     year: YearConfig = field(default_factory=YearConfig)
     aesthetic: AestheticConfig = field(default_factory=AestheticConfig)
@@ -137,116 +139,116 @@ class PolicyConfig:
 class ExcludeConfig:
     """Filters of the user's. The hard exclusions are code and have no key."""
 
-    deleted: bool = True
-    banned: bool = True
-    tags: list[str] = field(default_factory=list)  # of posts and of captions; spaces and underscores are one
+    deleted: bool = key(True, "leave out deleted posts")
+    banned: bool = key(True, "leave out banned posts")
+    tags: list[str] = key(list, "of posts and of captions; spaces and underscores are one")
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
     """Which files are accepted; everything else is quarantined with a reason."""
 
-    formats: list[str] = field(default_factory=lambda: ["jpeg", "png", "webp", "bmp", "gif", "avif"])
-    max_pixels: int = 200_000_000  # refused from the header, before decoding
-    max_aspect: float = 4.0  # 2048/512: beyond it the crop grows without limit
-    min_area_px: int | None = None  # null = small images are enlarged and counted
-    animated: Literal["refuse", "first"] = "refuse"
-    allow_truncated: bool = False
-    timeout_s: float = 60.0  # per file
+    formats: list[str] = key(lambda: ["jpeg", "png", "webp", "bmp", "gif", "avif"], "file formats that are accepted, by content")
+    max_pixels: int = key(200_000_000, "refused from the header, before decoding", at_least=1)
+    max_aspect: float = key(4.0, "2048/512: beyond it the crop grows without limit", at_least=1)
+    min_area_px: int | None = key(None, "null = small images are enlarged and counted", at_least=0)
+    animated: Literal["refuse", "first"] = key("refuse", "first = the first frame is the picture")
+    allow_truncated: bool = key(False, "take what can be read of a cut file")
+    timeout_s: float = key(60.0, "per file", above=0)
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
     """Where aesthetic scores come from."""
 
-    source: Literal["none", "column", "hf_image_classification"] = "none"
-    path: str | None = None  # column: parquet or CSV with `key` and `column`
-    column: str = "score"
-    model: str | None = None  # folder of an image-classification model, or the name that a column's scores carry
-    label: str = "hq"  # class whose probability is the score
-    batch: int = 8
-    device: str = "auto"
+    source: Literal["none", "column", "hf_image_classification"] = key("none", "where aesthetic scores come from")
+    path: str | None = key(None, "column: parquet or CSV with `key` and `column`")
+    column: str = key("score", "name of the column with scores")
+    model: str | None = key(None, "folder of an image-classification model, or the name that a column's scores carry")
+    label: str = key("hq", "class whose probability is the score")
+    batch: int = key(8, "pictures at once", at_least=1)
+    device: str = key("auto", "auto = a GPU where there is one")
 
 
 @dataclass(frozen=True)
 class TagConfig:
     """Where tags come from for pictures that have none."""
 
-    source: Literal["none", "column", "wd"] = "none"
-    path: str | None = None  # column: parquet or CSV with `key` and `column`
-    column: str = "tags"
-    model: str | None = None  # wd: folder with model.onnx and selected_tags.csv, or a name for the column's tags
-    general_threshold: float = 0.35
-    character_threshold: float = 0.85
-    use: Literal["missing", "all"] = "missing"  # missing = only pictures without any tag
-    batch: int = 8
+    source: Literal["none", "column", "wd"] = key("none", "where tags come from for pictures that have none")
+    path: str | None = key(None, "column: parquet or CSV with `key` and `column`")
+    column: str = key("tags", "name of the column with tags")
+    model: str | None = key(None, "wd: folder with model.onnx and selected_tags.csv, or a name for the column's tags")
+    general_threshold: float = key(0.35, "least probability of a general tag", at_least=0)
+    character_threshold: float = key(0.85, "least probability of a character", at_least=0)
+    use: Literal["missing", "all"] = key("missing", "missing = only pictures without any tag")
+    batch: int = key(8, "pictures at once", at_least=1)
 
 
 @dataclass(frozen=True)
 class DedupeConfig:
     """Equal files and equal pixels are always reduced to one; similar ones are reported or dropped."""
 
-    phash: Literal["report", "drop"] = "report"
-    phash_distance: int = 3  # bits of 64; at most 4
+    phash: Literal["report", "drop"] = key("report", "similar pictures are reported, or all but one dropped")
+    phash_distance: int = key(3, "bits of 64 that may differ", at_least=0, at_most=4)
 
 
 @dataclass(frozen=True)
 class QuotaConfig:
     """Shares of a column's values in a selection of `total` images."""
 
-    by: str = MISSING
-    shares: dict[str, float] = field(default_factory=dict)
-    total: int = MISSING
+    by: str = key(MISSING, "column whose values are shared out")
+    shares: dict[str, float] = key(dict, "value: its part of 1")
+    total: int = key(MISSING, "images in all", at_least=1)
 
 
 @dataclass(frozen=True)
 class SelectConfig:
     """What one stage trains on."""
 
-    where: list[str] = field(default_factory=list)  # `column op value`, all must hold
-    allow: str | None = None  # file of keys that skip the predicates
-    deny: str | None = None  # file of keys that are never taken; wins over allow
-    caps: dict[str, int] = field(default_factory=dict)  # most images per artist, character, ...
-    quota: QuotaConfig | None = None
-    repeats: int = 1
-    seed: int | None = None  # null = the dataset's
-    min_bucket: int = 16  # smaller buckets are merged into one of like shape, or stay; the stage's micro-batch
-    merge_crop: float = 0.125  # most of its area that a picture may lose by that; 0 = nothing, 1 = always the nearest shape
+    where: list[str] = key(list, "`column op value`, all must hold")
+    allow: str | None = key(None, "file of keys that skip the predicates")
+    deny: str | None = key(None, "file of keys that are never taken; wins over allow")
+    caps: dict[str, int] = key(dict, "most images per artist, character, ...")
+    quota: QuotaConfig | None = key(None, "shares of a column's values")
+    repeats: int = key(1, "visits of each image an epoch, times the source's", at_least=1, at_most=MAX_REPEATS)
+    seed: int | None = key(None, "null = the dataset's")
+    min_bucket: int = key(16, "smaller buckets are merged into one of like shape, or stay; the stage's micro-batch", at_least=1)
+    merge_crop: float = key(0.125, "most of its area that a picture may lose by that; 0 = nothing, 1 = always the nearest shape", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
 class LatentsConfig:
     """How images are encoded and stored."""
 
-    vae: str | None = None  # folder or single file; needed by the step `latents`
-    dtype: Literal["fp16", "bf16"] = "fp16"  # of the stored values
-    encode: Literal["fp32", "fp16", "bf16"] = "fp32"  # of the VAE; fp16 needs the fp16-fix VAE
-    content: Literal["sample", "mean", "moments"] = "sample"
-    resize: Literal["lanczos", "area"] = "lanczos"
-    backend: Literal["pillow", "pyvips"] = "pillow"
-    batch: int = 8
-    device: str = "auto"
+    vae: str | None = key(None, "folder or single file; needed by the step `latents`")
+    dtype: Literal["fp16", "bf16"] = key("fp16", "of the stored values")
+    encode: Literal["fp32", "fp16", "bf16"] = key("fp32", "of the VAE; fp16 needs the fp16-fix VAE")
+    content: Literal["sample", "mean", "moments"] = key("sample", "one draw of the distribution, its mean, or both moments")
+    resize: Literal["lanczos", "area"] = key("lanczos", "filter")
+    backend: Literal["pillow", "pyvips"] = key("pillow", "library that decodes and resizes")
+    batch: int = key(8, "pictures at once", at_least=1)
+    device: str = key("auto", "auto = a GPU where there is one")
 
 
 @dataclass(frozen=True)
 class FailIfConfig:
     """A larger share than this makes the report exit 7; `judge.too_many` says what that is in a small set."""
 
-    hard_excluded: float = 0.0  # in any selection
-    quarantine_errors: float = 0.02
-    missing_rating: float = 0.05  # of rows whose source carries ratings
-    over_225_tokens: float = 0.05
-    empty_captions: float = 0.01
-    masterpiece: float = 0.25  # within a rating of at least quality.min_group rows
-    unreadable_latents: float = 0.0
-    crop_loss: float = 0.15  # mean share of a selection's area that the crop takes: 0.028 in the recipe's buckets + merge_crop
+    hard_excluded: float = key(0.0, "share of any selection")
+    quarantine_errors: float = key(0.02, "share of all files")
+    missing_rating: float = key(0.05, "share of rows whose source carries ratings")
+    over_225_tokens: float = key(0.05, "share of captions that are cut")
+    empty_captions: float = key(0.01, "share of captions without a tag")
+    masterpiece: float = key(0.25, "share within a rating of at least quality.min_group rows")
+    unreadable_latents: float = key(0.0, "share of stored latents")
+    crop_loss: float = key(0.15, "mean share of a selection's area that the crop takes: 0.028 in the recipe's buckets + merge_crop")
 
 
 @dataclass(frozen=True)
 class ReportConfig:
     """The health report."""
 
-    pictures: Literal["safe", "all", "none"] = "safe"  # safe = ratings g and s only
+    pictures: Literal["safe", "all", "none"] = key("safe", "safe = ratings g and s only")
     fail_if: FailIfConfig = field(default_factory=FailIfConfig)
 
 
@@ -254,24 +256,24 @@ class ReportConfig:
 class DatasetConfig:
     """From raw images to a training set."""
 
-    name: str = MISSING
-    root: str = "data"  # the dataset is <root>/<name>
-    seed: int = 0
-    tokenizers: str | None = None  # folder with tokenizer/ and tokenizer_2/; null = token counts are left out
-    separator: str = "|||"  # between the fixed and the flexible part of a caption
+    name: str = key(MISSING, "the dataset is <root>/<name>")
+    root: str = key("data", "folder of all datasets")
+    seed: int = key(0, "of frozen latents and selections", at_least=0)
+    tokenizers: str | None = key(None, "folder with tokenizer/ and tokenizer_2/; null = token counts are left out")
+    separator: str = key("|||", "between the fixed and the flexible part of a caption, as the sources write it")
     buckets: BucketsConfig = field(default_factory=BucketsConfig)
-    sources: list[SourceConfig] = field(default_factory=list)
+    sources: list[SourceConfig] = key(list, "where images and metadata come from")
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     exclude: ExcludeConfig = field(default_factory=ExcludeConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     tag: TagConfig = field(default_factory=TagConfig)
     dedupe: DedupeConfig = field(default_factory=DedupeConfig)
-    select: dict[str, SelectConfig] = field(default_factory=lambda: {"pretrain": SelectConfig()})
+    select: dict[str, SelectConfig] = key(lambda: {"pretrain": SelectConfig()}, "name of a stage: what it trains on")
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
-    max_quarantine_fraction: float = 0.02
-    workers: int = 4
+    max_quarantine_fraction: float = key(0.02, "a step that sets aside more ends with 7", at_least=0, at_most=1)
+    workers: int = key(4, "processes; 0 = none beside the first", at_least=0)
 
 
 def load_settings(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> DatasetConfig:
@@ -279,11 +281,7 @@ def load_settings(paths: Sequence[str | Path], overrides: Sequence[str] = ()) ->
 
     Raises Halt(USAGE) naming the key; nothing is repaired.
     """
-    settings = load_into(DatasetConfig, paths, overrides)
-    problems = settings_problems(settings)
-    if problems:
-        raise Halt(ExitCode.USAGE, "; ".join(problems))
-    return settings
+    return load_into(DatasetConfig, paths, overrides, DATASET_RULES)
 
 
 def dataset_dir(settings: DatasetConfig) -> Path:

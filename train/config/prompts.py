@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from omegaconf import MISSING
 
 from train.base.errors import ExitCode, Halt
-from train.config.schema import load_into
+from train.config.key import key
+from train.config.schema import all_problems, load_into
+from train.config.sound import judged
 
 Sampler = Literal["euler_a", "euler", "dpmpp_2m"]
 SAMPLER_TITLES: Mapping[Sampler, str] = {"euler_a": "Euler a", "euler": "Euler", "dpmpp_2m": "DPM++ 2M"}
@@ -35,23 +37,23 @@ MULTIPLES = f"a multiple of 8 from {MIN_SIDE_PX} to {MAX_SIDE_PX}"
 class Prompt:
     """One picture to make. `index` numbers the prompts of a file; with the seed it decides the noise."""
 
-    text: str = MISSING
-    width: int = 832
-    height: int = 1216
-    seed: int = 0
-    index: int = -1  # -1 = its place in the file
+    text: str = key(MISSING, "what the picture shows")
+    width: int = key(832, "of the picture in px, a multiple of 8", at_least=MIN_SIDE_PX, at_most=MAX_SIDE_PX)
+    height: int = key(1216, "of the picture in px, a multiple of 8", at_least=MIN_SIDE_PX, at_most=MAX_SIDE_PX)
+    seed: int = key(0, "of its noise, below 2^64", at_least=0)
+    index: int = key(-1, "with the seed it decides the noise; -1 = its place in the file", at_least=-1)
 
 
 @dataclass(frozen=True)
 class PromptsFile:
     """Settings shared by all prompts of a file, and the prompts."""
 
-    sampler: Sampler = "euler_a"  # card
-    steps: int = 28  # card: fewer than 30
-    guidance: float = 7.0  # card: 5 to 7
-    negative: str = NEGATIVE
-    quality_prefix: str = QUALITY_PREFIX
-    prompts: list[Prompt] = field(default_factory=list)
+    sampler: Sampler = key("euler_a", "one of the three that the picture's text names; default = the card's")
+    steps: int = key(28, "card: fewer than 30", at_least=1, at_most=MAX_STEPS)
+    guidance: float = key(7.0, "card: 5 to 7", at_least=0, at_most=100)
+    negative: str = key(NEGATIVE, "what the picture must not show; default = the card's")
+    quality_prefix: str = key(QUALITY_PREFIX, "put before every text; default = the card's")
+    prompts: list[Prompt] = key(list, "the pictures to make")
 
 
 def load_prompts(path: str | Path, overrides: Sequence[str] = ()) -> PromptsFile:
@@ -60,7 +62,7 @@ def load_prompts(path: str | Path, overrides: Sequence[str] = ()) -> PromptsFile
     Raises Halt(USAGE) naming the key (`prompts[2].width`) and the file.
     """
     try:
-        return checked(load_into(PromptsFile, [path], overrides))
+        return _numbered(load_into(PromptsFile, [path], overrides, [_problems]))
     except Halt as halt:
         prefix = "" if str(path) in halt.message else f"{path}: "
         raise Halt(halt.code, f"{prefix}{halt.message}") from halt
@@ -68,27 +70,37 @@ def load_prompts(path: str | Path, overrides: Sequence[str] = ()) -> PromptsFile
 
 def checked(settings: PromptsFile) -> PromptsFile:
     """`settings` with numbered prompts, or Halt(USAGE) listing everything that is out of range."""
-    problems = []
-    if not 1 <= settings.steps <= MAX_STEPS:
-        problems.append(f"steps is {settings.steps}, must be 1 to {MAX_STEPS}")
-    if not 0 <= settings.guidance <= 100:
-        problems.append(f"guidance is {settings.guidance}, must be 0 to 100")
-    if not 1 <= len(settings.prompts) <= MAX_PROMPTS:
-        problems.append(f"prompts holds {len(settings.prompts)} entries, must be 1 to {MAX_PROMPTS}")
-    texts = {"negative": settings.negative, "quality_prefix": settings.quality_prefix}
-    texts |= {f"prompts[{number}].text": prompt.text for number, prompt in enumerate(settings.prompts)}
-    # A byte of the command line that is no UTF-8 arrives as half a surrogate pair: no tokenizer and no PNG takes it.
-    problems += [f"{name} holds what cannot be written as UTF-8" for name, text in texts.items() if not _is_utf8(text)]
-    for number, prompt in enumerate(settings.prompts):
-        for side, pixels in (("width", prompt.width), ("height", prompt.height)):
-            if not MIN_SIDE_PX <= pixels <= MAX_SIDE_PX or pixels % 8:
-                problems.append(f"prompts[{number}].{side} is {pixels}, must be {MULTIPLES}")
-        if not 0 <= prompt.seed < 2**64:
-            problems.append(f"prompts[{number}].seed is {prompt.seed}, must be 0 to 2^64-1")
-    if problems:
+    if problems := all_problems(PromptsFile, asdict(settings), [_problems]):
         raise Halt(ExitCode.USAGE, "; ".join(problems))
+    return _numbered(settings)
+
+
+def _numbered(settings: PromptsFile) -> PromptsFile:
     numbered = [replace(p, index=number if p.index < 0 else p.index) for number, p in enumerate(settings.prompts)]
     return replace(settings, prompts=numbered)
+
+
+def _problems(settings: PromptsFile) -> Iterator[str]:
+    rules: list[Callable[[PromptsFile], str | None]] = [
+        lambda s: None if 1 <= len(s.prompts) <= MAX_PROMPTS else
+        f"prompts holds {len(s.prompts)} entries, must be 1 to {MAX_PROMPTS}",
+        lambda s: _text_problem("negative", s.negative),
+        lambda s: _text_problem("quality_prefix", s.quality_prefix),
+    ]  # fmt: skip
+    yield from judged(settings, rules)
+    for number, prompt in enumerate(settings.prompts):
+        rules_of_one: list[Callable[[Prompt], str | None]] = [
+            lambda p: _text_problem("text", p.text),
+            lambda p: f"width is {p.width}, must be a multiple of 8" if p.width % 8 else None,
+            lambda p: f"height is {p.height}, must be a multiple of 8" if p.height % 8 else None,
+            lambda p: None if p.seed < 2**64 else f"seed is {p.seed}, must be 0 to 2^64-1",
+        ]
+        yield from (f"prompts[{number}].{problem}" for problem in judged(prompt, rules_of_one))
+
+
+def _text_problem(key: str, text: str) -> str | None:
+    # A byte of the command line that is no UTF-8 arrives as half a surrogate pair: no tokenizer and no PNG takes it.
+    return None if _is_utf8(text) else f"{key} holds what cannot be written as UTF-8"
 
 
 def _is_utf8(text: str) -> bool:

@@ -1,7 +1,9 @@
 """YAML files and `key=value` overrides into frozen dataclasses: closed, strict, with suggestions.
 
 OmegaConf does the merging and the interpolation; this file adds what it is lenient about: a value of the
-wrong type is refused instead of converted, and a misspelt key is answered with the nearest one anywhere.
+wrong type is refused instead of converted, and a misspelt key is answered with the nearest one anywhere. All that is
+wrong with a config comes in one message: types, ranges (`train/config/key.py`), missing keys, and what does not go
+together, as far as the keys that a rule reads are sound.
 """
 
 from __future__ import annotations
@@ -11,15 +13,17 @@ import difflib
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from train.base.errors import ExitCode, Halt
 from train.config import shipped
+from train.config.key import Key, default_of, key_of, range_problems
+from train.config.sound import sound_part, told_by
 
 T = TypeVar("T")
 
@@ -28,26 +32,62 @@ ENVIRONMENT = ("ANIX_DATA", "ANIX_MODELS", "ANIX_RUNS")
 _MAX_BYTES = 1 << 20
 
 
-def load_into(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
+# What does not go together, as sentences that name the keys. A rule is handed the sound part of a config: reading a
+# key that has a problem of its own ends it.
+Rule = Callable[[Any], Iterable[str]]
+Problem = tuple[str, str]  # (key, sentence)
+
+
+def load_into(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = (), rules: Sequence[Rule] = ()) -> T:
     """An instance of the frozen dataclass `schema` from files (later win) and overrides (win over files).
 
-    Raises Halt(USAGE) for a missing file, unknown key, wrong type, bad choice or missing value.
+    Raises Halt(USAGE) for a missing file, and naming everything that is wrong with the keys and their values.
     """
     merged = merge_sources(paths, overrides)
     try:
         # Types are judged as they are after resolution: what the environment holds is text, and nothing is converted.
-        found = OmegaConf.to_container(merged, resolve=True)
-        if problems := list(_problems(schema, found, "", all_keys(schema))):
+        if problems := all_problems(schema, OmegaConf.to_container(merged, resolve=True), rules):
             raise Halt(ExitCode.USAGE, "; ".join(problems))
-        config = OmegaConf.merge(OmegaConf.structured(schema), merged)
-        missing = sorted(OmegaConf.missing_keys(config))
-        if missing:
-            raise Halt(ExitCode.USAGE, f"missing value for {', '.join(missing)}: set it in the YAML or as key=value")
-        return typing.cast(T, OmegaConf.to_object(config))
+        return typing.cast(T, OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), merged)))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
         first_line = str(error).splitlines()[0]
         raise Halt(ExitCode.USAGE, f"{key}: {first_line}" if key else first_line) from error
+
+
+def all_problems(schema: type, found: Any, rules: Sequence[Rule] = ()) -> list[str]:
+    """Every problem of the values `found` (nested dicts and lists, as YAML gives them) for a schema; each told once."""
+    problems = list(_problems(schema, found, "", all_keys(schema)))
+    missing = sorted(_missing(schema, found, ""))
+    told = [sentence for _, sentence in problems]
+    if missing:
+        told.append(f"missing value for {', '.join(missing)}: set it in the YAML or as key=value")
+    if isinstance(found, dict):
+        config = sound_part(schema, found, {key for key, _ in problems} | set(missing))
+        told += [sentence for rule in rules for sentence in told_by(rule, config)]
+    return list(dict.fromkeys(told))
+
+
+def _missing(hint: Any, value: Any, key: str) -> Iterator[str]:
+    """Keys that have no default and that nobody set, in sections and in lists and dicts of sections."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        hints = _hints(typing.cast(type, hint))
+        for field in dataclasses.fields(hint):
+            full = f"{key}.{field.name}" if key else field.name
+            if field.name not in value and field.default == MISSING:
+                yield full
+            else:
+                yield from _missing(hints[field.name], value.get(field.name, {}), full)
+    elif origin is dict and isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _missing(arguments[1], inner, f"{key}.{name}")
+    elif origin is list and isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _missing(arguments[0], inner, f"{key}[{number}]")
+    elif origin in (Union, types.UnionType) and isinstance(value, dict) and value:
+        for option in arguments:
+            yield from _missing(option, value, key)
 
 
 def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> DictConfig:
@@ -172,6 +212,30 @@ def _sections(hint: Any) -> Iterator[tuple[str, type]]:
             yield from _sections(option)
 
 
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """One key of a schema: what is said at it, its annotation and default, and where it is declared."""
+
+    said: Key
+    hint: Any
+    default: Any
+    declared: str  # module, class and field, with dots
+
+
+def keys_of(schema: type, prefix: str = "") -> dict[str, Found]:
+    """Every dotted key that holds a value; what the user names is `*`, a list's element `[]`, as in `all_keys`."""
+    found: dict[str, Found] = {}
+    hints = _hints(schema)
+    for field in dataclasses.fields(schema):
+        said, hint = key_of(field), hints[field.name]
+        if said is not None:
+            declared = f"{schema.__module__}.{schema.__qualname__}.{field.name}"
+            found[prefix + field.name] = Found(said, hint, default_of(field), declared)
+        for below, inner in _sections(hint):
+            found |= keys_of(inner, f"{prefix}{field.name}{below}.")
+    return found
+
+
 def leaves(schema: type, prefix: str = "") -> dict[str, Any]:
     """Annotation of every dotted key that holds a value."""
     found: dict[str, Any] = {}
@@ -185,42 +249,53 @@ def _hints(schema: type) -> dict[str, Any]:
     return typing.get_type_hints(schema)
 
 
-def _problems(hint: Any, value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
-    """Messages for everything in `value` that does not fit the annotation `hint`."""
+def _problems(hint: Any, value: Any, key: str, known: Sequence[str]) -> Iterator[Problem]:
+    """Everything in `value` that does not fit the annotation `hint`; the key is that of a whole list of plain values."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
         yield from _section_problems(typing.cast(type, hint), value, key, known)
     elif origin is dict:
         if not isinstance(value, dict):
-            yield f"{key} must hold keys and values"
+            yield key, f"{key} must hold keys and values"
             return
         for name, inner in value.items():
-            yield from _problems(arguments[1], inner, f"{key}.{name}", known)
+            if not isinstance(name, str):
+                yield key, f"{key}.{name}: the name {name!r} must be text, so in quotes"
+            yield from _inside(key, arguments[1], _problems(arguments[1], inner, f"{key}.{name}", known))
     elif origin in (list, tuple):
         if not isinstance(value, list | tuple):
             hint = f": no file has one, so write it whole, {key}=[...]" if isinstance(value, dict) else ""
-            yield f"{key} is {value!r}, must be a list{hint}"
+            yield key, f"{key} is {value!r}, must be a list{hint}"
         elif origin is tuple and arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            yield f"{key} is {value!r}, must hold {len(arguments)} values"
+            yield key, f"{key} is {value!r}, must hold {len(arguments)} values"
         else:
             for number, inner in enumerate(value):
                 element = arguments[0] if origin is list or arguments[-1] is Ellipsis else arguments[number]
-                yield from _problems(element, inner, f"{key}[{number}]", known)
+                yield from _inside(key, element, _problems(element, inner, f"{key}[{number}]", known))
     elif not fits(hint, value):
-        yield f"{key} is {value!r}, must be {describe(hint)}"
+        yield key, f"{key} is {value!r}, must be {describe(hint)}"
 
 
-def _section_problems(schema: type, value: Any, key: str, known: Sequence[str]) -> Iterator[str]:
+def _inside(key: str, hint: Any, problems: Iterable[Problem]) -> Iterator[Problem]:
+    """Problems of a list's or dict's items, put to the whole of it where the items are plain values."""
+    yield from problems if list(_sections(hint)) else ((key, sentence) for _, sentence in problems)
+
+
+def _section_problems(schema: type, value: Any, key: str, known: Sequence[str]) -> Iterator[Problem]:
     if not isinstance(value, dict):
-        yield f"{key or 'the config'} must hold keys and values, not {value!r}"
+        yield key, f"{key or 'the config'} must hold keys and values, not {value!r}"
         return
-    hints = _hints(schema)
+    hints, fields = _hints(schema), {field.name: field for field in dataclasses.fields(schema)}
     for name, inner in value.items():
         full = f"{key}.{name}" if key else str(name)
         if name not in hints:
-            yield f"unknown key {full}{_suggestion(full, known, key, hints)}"
-        else:
-            yield from _problems(hints[name], inner, full, known)
+            yield full, f"unknown key {full}{_suggestion(full, known, key, hints)}"
+            continue
+        problems = list(_problems(hints[name], inner, full, known))
+        yield from problems
+        said = key_of(fields[name])
+        if said is not None and not problems:
+            yield from ((full, sentence) for sentence in range_problems(said, inner, full))
 
 
 def _suggestion(unknown: str, known: Sequence[str], section: str, siblings: Iterable[str]) -> str:
@@ -267,8 +342,26 @@ def describe(hint: Any) -> str:
         return " or ".join(describe(option) for option in arguments)
     if origin is Literal:
         return "one of " + ", ".join(str(choice) for choice in arguments)
+    if origin in (list, tuple):
+        count = "" if origin is list or arguments[-1] is Ellipsis else f"{len(arguments)} x "
+        return f"list of {count}{describe(arguments[0])}"
+    if origin is dict:
+        return f"name: {describe(arguments[1])}"
+    if dataclasses.is_dataclass(hint):
+        return "a section"
+    if hint is Any:
+        return "a number or a list of numbers"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
     return names.get(hint, str(hint))
+
+
+def plainly(value: Any) -> Any:
+    """A default as YAML and JSON write it: sections and their lists as dicts."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plainly(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {name: plainly(inner) for name, inner in value.items()}
+    return [plainly(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def flatten(config: Any) -> dict[str, Any]:

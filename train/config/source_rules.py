@@ -6,7 +6,12 @@ A key that an adapter does not read must hold its default: set, it would promise
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from train.config.key import default_of
+from train.config.sound import judged
 
 if TYPE_CHECKING:
     from train.config.dataset import DatasetConfig, SourceConfig
@@ -30,46 +35,49 @@ READS: dict[str, frozenset[str]] = {  # adapter: the keys of a source that it re
 }
 
 
-def source_problems(settings: DatasetConfig) -> list[str]:
+def source_problems(settings: DatasetConfig) -> Iterator[str]:
     """Every problem of the sources' keys and of the separator of their captions."""
-    found = []
     if (problem := separator_problem(settings.separator)) is not None:
-        found.append(f"separator is {settings.separator!r}: {problem}")
+        yield f"separator is {settings.separator!r}: {problem}"
     for source in settings.sources:
-        found += [f"sources {source.name}: {problem}" for problem in (*_unread(source), *_captions(source, settings.separator))]
-    return found
+        rules: list[Callable[[SourceConfig], str | None]] = [partial(_unread, field=field) for field in dataclasses.fields(source)]
+        rules += [*_CAPTION_RULES, partial(_same_mark, separator=settings.separator)]
+        yield from (f"sources {source.name}: {problem}" for problem in judged(source, rules))
 
 
-def _unread(source: SourceConfig) -> list[str]:
-    """Keys that hold something else than their default and that the adapter does not read."""
-    found = []
-    for field in dataclasses.fields(source):
-        plain = field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-        if field.name in READS[source.adapter] or getattr(source, field.name) == plain:
-            continue
-        readers = ", ".join(adapter for adapter, keys in READS.items() if field.name in keys)
-        found.append(
-            f"{field.name} is {getattr(source, field.name)!r}, which adapter {source.adapter} does not read: leave it out "
-            f"(read by {readers})"
-        )
-    return found
+def _unread(source: SourceConfig, field: dataclasses.Field[Any]) -> str | None:
+    """A key that holds something else than its default and that the adapter does not read."""
+    value = getattr(source, field.name)
+    if field.name in READS[source.adapter] or value == default_of(field):
+        return None
+    readers = ", ".join(adapter for adapter, keys in READS.items() if field.name in keys)
+    return f"{field.name} is {value!r}, which adapter {source.adapter} does not read: leave it out (read by {readers})"
 
 
-def _captions(source: SourceConfig, separator: str) -> list[str]:
-    parts, ending = source.tag_separator, source.caption_ext
-    bad_ending = ending is not None and (not ending.strip(".") or not ending.isprintable() or set(ending) & set(' /\\*?"'))
-    rules = [
-        (source.caption_lines == "variants",
-         "caption_lines: variants (each line a caption of its own) comes with a later version: use join or first"),
-        (source.keep_tokens < 0, f"keep_tokens is {source.keep_tokens}, must be at least 0"),
-        (parts == "", "tag_separator is empty: name what stands between tags, such as ' ', or leave it out"),
-        (parts is not None and parts.strip() == separator,
-         f"tag_separator is {parts!r}, as separator: one stands between tags, the other between fixed and flexible ones"),
-        (ending is not None and f".{ending.lower()}".endswith(_METADATA),
-         f"caption_ext is {ending!r}, the ending of metadata, whose whole text would be the caption: choose the adapter that reads it"),
-        (bad_ending, f"caption_ext is {ending!r}: the ending of caption files, such as .caption"),
-    ]  # fmt: skip
-    return [message for broken, message in rules if broken]
+def _same_mark(source: SourceConfig, separator: str) -> str | None:
+    if source.tag_separator is None or source.tag_separator.strip() != separator:
+        return None
+    return f"tag_separator is {source.tag_separator!r}, as separator: one stands between tags, the other between fixed and flexible ones"
+
+
+def _ending(source: SourceConfig) -> str | None:
+    ending = source.caption_ext
+    if ending is None:
+        return None
+    if f".{ending.lower()}".endswith(_METADATA):
+        return (f"caption_ext is {ending!r}, the ending of metadata, whose whole text would be the caption: "
+                "choose the adapter that reads it")  # fmt: skip
+    bad = not ending.strip(".") or not ending.isprintable() or set(ending) & set(' /\\*?"')
+    return f"caption_ext is {ending!r}: the ending of caption files, such as .caption" if bad else None
+
+
+_CAPTION_RULES: tuple[Callable[[SourceConfig], str | None], ...] = (
+    lambda s: "caption_lines: variants (each line a caption of its own) comes with a later version: use join or first"
+    if s.caption_lines == "variants" else None,
+    lambda s: "tag_separator is empty: name what stands between tags, such as ' ', or leave it out"
+    if s.tag_separator == "" else None,
+    _ending,
+)  # fmt: skip
 
 
 def separator_problem(separator: str) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from omegaconf import MISSING, OmegaConf
 
-from train.base.errors import ExitCode, Halt
+from train.config.key import key
 from train.config.schema import load_into, merge_sources
 from train.config.stage_rules import stage_problems
 
@@ -24,208 +24,208 @@ from train.config.stage_rules import stage_problems
 class ModelConfig:
     """Which weights a stage starts from, and how the networks are run."""
 
-    init_from: str = MISSING  # run directory | diffusers folder | single file | owner/name@<40-digit commit>
-    init_sha256: str | None = None  # pin of the weights file; null = not checked
-    vae: str | None = None  # folder or file that replaces the VAE of init_from, in the export too
-    vae_sha256: str | None = None
-    tokenizers: str | None = None  # folder with tokenizer/ and tokenizer_2/; a single file means CLIP's (cliptokens)
-    train_text_encoders: bool = False
-    pooled_projection: Literal["correct", "sd_scripts"] = "correct"  # sd_scripts = untransposed, as released
-    context: Literal["stitched", "chunks"] = "stitched"  # 227 vectors | 77 per chunk as inference UIs feed
-    gradient_checkpointing: Literal["full", "partial", "none", "auto"] = "full"
-    compile: bool = False
-    channels_last: bool = False
-    attention: Literal["auto", "flash", "cudnn", "math"] = "auto"
-    float8: bool = False
-    weights: Literal["fp32", "bf16"] = "fp32"  # bf16 = stochastic rounding at every update
+    init_from: str = key(MISSING, "run directory, diffusers folder, single file, or owner/name@<40-digit commit>")
+    init_sha256: str | None = key(None, "pin of the weights file; null = not checked")
+    vae: str | None = key(None, "folder or file that replaces the VAE of init_from, in the export too")
+    vae_sha256: str | None = key(None, "pin of the VAE's file; null = not checked")
+    tokenizers: str | None = key(None, "folder with tokenizer/ and tokenizer_2/; null = those of init_from, and CLIP's for a single file")
+    train_text_encoders: bool = key(False, "both text encoders train with the U-Net")
+    pooled_projection: Literal["correct", "sd_scripts"] = key("correct", "sd_scripts = untransposed, as released")
+    context: Literal["stitched", "chunks"] = key("stitched", "stitched = 227 vectors; chunks = 77 per chunk, as inference UIs feed")
+    gradient_checkpointing: Literal["full", "partial", "none", "auto"] = key("full", "how much of the networks is computed again in the backward pass; auto = as memory allows", resume="warn")
+    compile: bool = key(False, "the repeated blocks through torch.compile", resume="warn")
+    channels_last: bool = key(False, "layout of the U-Net's convolutions", resume="warn")
+    attention: Literal["auto", "flash", "cudnn", "math"] = key("auto", "kernel of the attention; auto = torch's own order", resume="warn")
+    float8: bool = key(False, "matrix products of the U-Net in 8 bit (torchao)")
+    weights: Literal["fp32", "bf16"] = key("fp32", "of the trained networks; bf16 = stochastic rounding at every update")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which prepared dataset, and what is drawn from a caption."""
 
-    path: str = MISSING
-    select: str | None = None  # names select_<this>.parquet; null = the stage's name
-    separator: str | None = None  # held against the set's; null = the set's
-    shuffle_tags: bool = True
-    tag_dropout: float = 0.0  # each flex tag alone
-    caption_dropout: float = 0.0  # the whole caption
-    caption_dropout_every_epochs: int = 0  # every N-th epoch without captions; 0 = off
-    token_warmup_min: int = 1
-    token_warmup_steps: float = 0.0  # below 1: share of all updates
-    max_tokens: Literal[75, 150, 225] = 225
-    overflow: Literal["tag", "token"] = "tag"  # drop whole flex tags | cut inside a tag, as released
-    crop_conditioning: Literal["actual", "kohya", "zero"] = "actual"
-    workers: int = 4
-    prefetch: int = 2  # batches per worker
-    on_read_error: Literal["stop", "substitute"] = "stop"
-    worker_timeout_s: float = 300.0
+    path: str = key(MISSING, "folder of the prepared dataset")
+    select: str | None = key(None, "names select_<this>.parquet; null = the stage's name")
+    separator: str | None = key(None, "held against the set's; null = the set's", resume="free")
+    shuffle_tags: bool = key(True, "flex tags in a new order every epoch")
+    tag_dropout: float = key(0.0, "chance of each flex tag alone", at_least=0, below=1)
+    caption_dropout: float = key(0.0, "chance of the whole caption", at_least=0, below=1)
+    caption_dropout_every_epochs: int = key(0, "every N-th epoch without captions; 0 = off", at_least=0)
+    token_warmup_min: int = key(1, "flex tags that are kept at the warmup's start", at_least=0)
+    token_warmup_steps: float = key(0.0, "updates until all tags are kept; below 1: share of all updates", at_least=0)
+    max_tokens: Literal[75, 150, 225] = key(225, "of a caption, in chunks of 75")
+    overflow: Literal["tag", "token"] = key("tag", "tag = drop whole flex tags; token = cut inside a tag, as released")
+    crop_conditioning: Literal["actual", "kohya", "zero"] = key("actual", "the corner that the time ids name")
+    workers: int = key(4, "processes that read ahead; 0 = none", at_least=0, resume="free")
+    prefetch: int = key(2, "batches per worker", at_least=1, resume="free")
+    on_read_error: Literal["stop", "substitute"] = key("stop", "substitute = another image in the place of one that cannot be read", resume="free")
+    worker_timeout_s: float = key(300.0, "a batch that takes longer ends the run", above=0, resume="free")
 
 
 @dataclass(frozen=True)
 class BatchConfig:
     """Shape of an update: effective = micro x accumulation x processes."""
 
-    micro: int = MISSING  # images per tile; part of the run's identity
-    accumulation: int | None = None  # null = derived from the number of processes
-    effective: int = MISSING  # images per update
-    split: int | Literal["auto"] = 1  # parts in which a tile is executed; not part of the plan
-    min_bucket: int | None = None  # null = buckets as prepared; a number refuses a set with smaller ones
-    remainder: Literal["carry", "keep", "drop"] = "carry"
-    determinism: Literal["fast", "strict"] = "fast"
+    micro: int = key(MISSING, "images per tile; part of the run's identity", at_least=1)
+    accumulation: int | None = key(None, "tiles per process and update; null = derived from the number of processes", at_least=1, resume="warn")
+    effective: int = key(MISSING, "images per update = micro x accumulation x processes", at_least=1)
+    split: int | Literal["auto"] = key(1, "parts in which a tile is executed; not part of the plan; auto = as memory allows", at_least=1, resume="warn")
+    min_bucket: int | None = key(None, "null = buckets as prepared; a number refuses a set with smaller ones", at_least=1)
+    remainder: Literal["carry", "keep", "drop"] = key("carry", "images that fill no tile at an epoch's end: into the next epoch, a short tile, or left out")
+    determinism: Literal["fast", "strict"] = key("fast", "strict = the same bits on any number of processes")
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Optimizer and its arguments; groups are the U-Net and, where trained, each text encoder."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor"] = MISSING
-    unet_lr: float = MISSING
-    text_encoder_lr: float | None = None  # needed when the encoders train
-    weight_decay: float = 0.0
-    decay: Literal["all", "matrices"] = "all"  # the original decays norms, biases and embeddings too
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: Any = None  # null: 1e-8, Adafactor [1e-30, 1e-3]
-    scale_parameter: bool = False  # this and the next four are Adafactor's
-    relative_step: bool = False
-    warmup_init: bool = False
-    clip_threshold: float = 1.0
-    decay_rate: float = -0.8
-    max_grad_norm: float = 1.0  # one global norm over all trained parameters; 0 = off
-    sharding: Literal["none", "zero1"] = "none"
+    name: Literal["adamw", "adamw8bit", "adafactor"] = key(MISSING, "which optimizer")
+    unet_lr: float = key(MISSING, "peak learning rate of the U-Net", at_least=0)
+    text_encoder_lr: float | None = key(None, "peak of both text encoders; needed when they train", at_least=0)
+    weight_decay: float = key(0.0, "decoupled, times the learning rate", at_least=0)
+    decay: Literal["all", "matrices"] = key("all", "the original decays norms, biases and embeddings too; matrices = not those")
+    betas: tuple[float, float] = key((0.9, 0.99), "of AdamW", at_least=0, below=1)
+    eps: Any = key(None, "null: 1e-8, Adafactor [1e-30, 1e-3]")
+    scale_parameter: bool = key(False, "Adafactor: learning rate times the size of the parameter")
+    relative_step: bool = key(False, "Adafactor: its own learning rate; must stay false")
+    warmup_init: bool = key(False, "Adafactor: warmup of relative_step; must stay false")
+    clip_threshold: float = key(1.0, "Adafactor: of the update's root mean square", above=0)
+    decay_rate: float = key(-0.8, "Adafactor: exponent of the running averages")
+    max_grad_norm: float = key(1.0, "one global norm over all trained parameters; 0 = off", at_least=0)
+    sharding: Literal["none", "zero1"] = key("none", "zero1 = each process keeps a share of the optimizer's state", resume="warn")
 
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate as a closed form of the updates applied."""
 
-    name: Literal["cosine_restarts", "constant_with_warmup", "constant"] = MISSING
-    cycle_steps: int | Literal["epoch"] = "epoch"
-    cycles: int | None = None  # null = epochs
-    min_lr: float = 0.0
-    decay: float = 1.0  # of the peak, per cycle
-    warmup_steps: int = 0
-    unit: Literal["optimizer_step", "process_step"] = "optimizer_step"
-    processes: int = 1  # with process_step: how many times the released run advanced per update
-    first_step_at_min: bool = True  # the original class starts at min_lr (cosine only)
+    name: Literal["cosine_restarts", "constant_with_warmup", "constant"] = key(MISSING, "form of the learning rate over the updates")
+    cycle_steps: int | Literal["epoch"] = key("epoch", "updates per cycle of cosine_restarts", at_least=1)
+    cycles: int | None = key(None, "how many are announced; null = epochs", at_least=1)
+    min_lr: float = key(0.0, "floor of cosine_restarts", at_least=0)
+    decay: float = key(1.0, "of the peak, per cycle", above=0)
+    warmup_steps: int = key(0, "updates of constant_with_warmup until the peak", at_least=0)
+    unit: Literal["optimizer_step", "process_step"] = key("optimizer_step", "process_step = the released run's scheduler moved once per process")
+    processes: int = key(1, "with process_step: how many times the released run advanced per update", at_least=1)
+    first_step_at_min: bool = key(True, "the original class starts at min_lr (cosine_restarts only)")
 
 
 @dataclass(frozen=True)
 class NoiseConfig:
     """Forward diffusion."""
 
-    offset: float = 0.0
-    offset_adaptive: float = 0.0
-    multires_iterations: int = 0
-    multires_discount: float = 0.3
-    input_perturbation: float = 0.0
-    dtype: Literal["fp32", "compute"] = "fp32"  # compute = drawn and added in half, as released
-    timesteps: tuple[int, int] = (0, 1000)  # upper end exclusive
-    zero_terminal_snr: bool = False  # only with v: epsilon carries no signal at snr 0
+    offset: float = key(0.0, "one number per image and channel is added to its noise, times this", at_least=0)
+    offset_adaptive: float = key(0.0, "adds this x |mean of the latent's channel| to the offset")
+    multires_iterations: int = key(0, "octaves of coarser noise; 0 = off", at_least=0)
+    multires_discount: float = key(0.3, "strength of each coarser octave")
+    input_perturbation: float = key(0.0, "extra noise on the input alone", at_least=0)
+    dtype: Literal["fp32", "compute"] = key("fp32", "compute = drawn and added in half, as released")
+    timesteps: tuple[int, int] = key((0, 1000), "that are drawn; upper end exclusive")
+    zero_terminal_snr: bool = key(False, "only with v: epsilon carries no signal at snr 0")
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """What the network predicts and how errors are weighted and averaged."""
 
-    prediction: Literal["epsilon", "v"] = "epsilon"
-    average: Literal["images", "micro_batches"] = "images"
-    min_snr_gamma: float | None = None
-    debiased: bool = False
-    type: Literal["l2", "huber"] = "l2"
-    huber_c: float = 0.1
-    huber_schedule: Literal["constant", "exponential", "snr"] = "snr"
-    convert: bool = False  # must be true where prediction or zero terminal SNR differ from the parent's
+    prediction: Literal["epsilon", "v"] = key("epsilon", "what the network predicts")
+    average: Literal["images", "micro_batches"] = key("images", "over the images of an update, or first within each micro-batch, as released")
+    min_snr_gamma: float | None = key(None, "weight min(snr, gamma) by timestep; null = off", above=0)
+    debiased: bool = key(False, "weight 1 / sqrt(snr)")
+    type: Literal["l2", "huber"] = key("l2", "of the error")
+    huber_c: float = key(0.1, "where huber turns from square to line", above=0)
+    huber_schedule: Literal["constant", "exponential", "snr"] = key("snr", "how huber_c changes with the timestep")
+    convert: bool = key(False, "must be true where prediction or zero terminal SNR differ from the parent's")
 
 
 @dataclass(frozen=True)
 class EmaConfig:
     """Moving average of the weights, exported beside them."""
 
-    decay: float | None = None  # null = off
-    every_steps: int = 1
-    device: Literal["same", "cpu"] = "same"
+    decay: float | None = key(None, "of the moving average; null = off", at_least=0, below=1)
+    every_steps: int = key(1, "updates between two averagings", at_least=1)
+    device: Literal["same", "cpu"] = key("same", "where the average lies", resume="warn")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     """How often, how many, and what to do when the disk is full or busy."""
 
-    every_steps: int = 120
-    keep: int = 2
-    permanent_every_steps: int | None = None  # null = one epoch
-    background: bool = True
-    when_busy: Literal["skip", "wait"] = "skip"
-    on_full_disk: Literal["skip", "stop", "wait"] = "skip"
-    verify: Literal["full", "size"] = "full"
+    every_steps: int = key(120, "plan steps between checkpoints", at_least=1, resume="free")
+    keep: int = key(2, "newest ones that stay beside the permanent", at_least=2, resume="free")
+    permanent_every_steps: int | None = key(None, "these stay for ever; null = one epoch", at_least=1, resume="free")
+    background: bool = key(True, "written while training goes on", resume="free")
+    when_busy: Literal["skip", "wait"] = key("skip", "what to do while the last one is still being written", resume="free")
+    on_full_disk: Literal["skip", "stop", "wait"] = key("skip", "what to do when one does not fit", resume="free")
+    verify: Literal["full", "size"] = key("full", "how a checkpoint is checked before a resume: every byte, or sizes", resume="free")
 
 
 @dataclass(frozen=True)
 class ResumeConfig:
     """Named exceptions to the refusal to resume with changed settings."""
 
-    accept: tuple[str, ...] = ()
+    accept: tuple[str, ...] = key((), "keys, sections, or data, plan, parent, attempts whose change is accepted", resume="free")
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """What the exported files say about themselves."""
 
-    dtype: Literal["fp16", "fp32"] = "fp16"
-    license: str | None = None  # null = the parent's; none there and none here is an error
-    title: str | None = None
-    author: str | None = None
-    description: str | None = None
-    tags: str | None = None
+    dtype: Literal["fp16", "fp32"] = key("fp16", "of the exported files", resume="free")
+    license: str | None = key(None, "null = the parent's; none there and none here is an error", resume="free")
+    title: str | None = key(None, "in the single file's metadata", resume="free")
+    author: str | None = key(None, "in the single file's metadata", resume="free")
+    description: str | None = key(None, "in the single file's metadata", resume="free")
+    tags: str | None = key(None, "in the single file's metadata", resume="free")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """Preview pictures during training."""
 
-    every_steps: int = 0  # 0 = off; otherwise at the stage's end too
-    prompts: str = "configs/prompts.yaml"
+    every_steps: int = key(0, "updates between previews, and at the stage's end; 0 = off", at_least=0, resume="free")
+    prompts: str = key("configs/prompts.yaml", "the prompts file", resume="free")
 
 
 @dataclass(frozen=True)
 class ValidationConfig:
     """Held-out loss."""
 
-    every_steps: int = 0  # 0 = off; otherwise at the stage's end too
-    share: float = 0.0  # keys held out by a hash of the key alone
-    images: int = 256  # those with the lowest hashes
-    select: str | None = None  # selection that gives the images; null = the stage's. The last stage's in all: comparable
+    every_steps: int = key(0, "updates between held-out losses, and at the stage's end; 0 = off", at_least=0, resume="free")
+    share: float = key(0.0, "keys held out by a hash of the key alone", at_least=0, below=1)
+    images: int = key(256, "those with the lowest hashes", at_least=1, resume="free")
+    select: str | None = key(None, "selection that gives the images; null = the stage's. The last stage's in all: comparable", resume="free")
 
 
 @dataclass(frozen=True)
 class TrackingConfig:
     """Where metrics go beside metrics.jsonl."""
 
-    wandb: Literal["disabled", "offline", "online"] = "disabled"
-    tensorboard: bool = False
-    project: str | None = None
-    name: str | None = None
-    trace: bool = False  # writes trace.txt: update, bucket, uid, epoch, timestep of every slot
+    wandb: Literal["disabled", "offline", "online"] = key("disabled", "Weights & Biases beside metrics.jsonl", resume="free")
+    tensorboard: bool = key(False, "event files beside metrics.jsonl", resume="free")
+    project: str | None = key(None, "of wandb", resume="free")
+    name: str | None = key(None, "of the run in wandb", resume="free")
+    trace: bool = key(False, "writes trace.txt: update, bucket, uid, epoch, timestep of every slot", resume="free")
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """What the launcher and the process group allow."""
 
-    grace_s: float = 30.0  # between SIGTERM and SIGKILL
-    collective_timeout_s: float = 600.0
+    grace_s: float = key(30.0, "between SIGTERM and SIGKILL", at_least=0, resume="free")
+    collective_timeout_s: float = key(600.0, "a process that is silent for longer is lost", above=0, resume="free")
 
 
 @dataclass(frozen=True)
 class StageConfig:
     """One stage of the recipe."""
 
-    stage: str = MISSING  # names select_<stage>.parquet and the exported file
-    seed: int = MISSING
-    output_dir: str = MISSING
-    epochs: int = MISSING
-    max_updates: int | None = None
-    precision: Literal["fp16", "bf16", "fp32"] = "fp16"
+    stage: str = key(MISSING, "names select_<stage>.parquet and the exported file")
+    seed: int = key(MISSING, "of order, captions, noise and timesteps", at_least=0)
+    output_dir: str = key(MISSING, "the run directory", resume="free")
+    epochs: int = key(MISSING, "visits of every image", at_least=1, resume="warn")
+    max_updates: int | None = key(None, "ends the stage earlier; null = all epochs", at_least=1, resume="warn")
+    precision: Literal["fp16", "bf16", "fp32"] = key("fp16", "of the forward and backward pass")
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -258,11 +258,7 @@ def load_stage(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> St
 
     Raises Halt(USAGE) naming the key, with a suggestion for a misspelt one; nothing is repaired.
     """
-    config = load_into(StageConfig, paths, overrides)
-    problems = stage_problems(config)
-    if problems:
-        raise Halt(ExitCode.USAGE, "; ".join(problems))
-    return config
+    return load_into(StageConfig, paths, overrides, [stage_problems])
 
 
 def unresolved_yaml(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> str:

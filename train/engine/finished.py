@@ -141,8 +141,8 @@ def _refuse_another_past(
     if not (path / "checkpoints" / f"step-{step:08d}").is_dir():
         raise Halt(ExitCode.MISMATCH, f"{start}: its checkpoint of that update is gone. Choose another output_dir")
     before = replace(config, **{key: state["config"][key] for key in LENGTH if key in state["config"]})
-    images = selection.plan.images
-    then, now = _past(before, images, step, step), _past(config, images, selection.plan.total_updates, step)
+    epoch = selection.plan.cycle_updates
+    then, now = _past(before, epoch, step, step), _past(config, epoch, selection.plan.total_updates, step)
     if changed := [what for what in then if then[what] != now[what]]:
         raise Halt(
             ExitCode.MISMATCH,
@@ -151,11 +151,12 @@ def _refuse_another_past(
         )
 
 
-def _past(config: StageConfig, images: int, total_updates: int, updates: int) -> dict[str, Any]:
+def _past(config: StageConfig, epoch_updates: int, total_updates: int, updates: int) -> dict[str, Any]:
     """What decided the first `updates` of `total_updates` updates and may depend on the length of the run."""
-    cycle = schedule.cycle_length(config.schedule, images=images, effective=config.batch.effective)
+    cycle = schedule.cycle_length(config.schedule, epoch_updates=epoch_updates)
     rates = [
-        schedule.lr_at(update, peak=config.optimizer.unet_lr, config=config.schedule, cycle_updates=cycle)
+        schedule.lr_at(update, peak=peak, config=config.schedule, cycle_updates=cycle)
+        for peak in schedule.peaks(config.optimizer).values()
         for update in range(updates)
     ]
     warmup = warmup_length(config.data.token_warmup_steps, total_updates)

@@ -161,10 +161,8 @@ def refuse_source(config: StageConfig, source: LocalModel) -> None:
 
 def check_schedule(config: StageConfig, plan: Plan) -> None:
     """Halt(USAGE) for a schedule that means something else than it says."""
-    updates = schedule.cycle_updates(config.schedule, plan)
-    peaks = {"optimizer.unet_lr": config.optimizer.unet_lr}
-    if config.model.train_text_encoders and config.optimizer.text_encoder_lr is not None:
-        peaks["optimizer.text_encoder_lr"] = config.optimizer.text_encoder_lr
+    updates = schedule.cycle_length(config.schedule, epoch_updates=plan.cycle_updates)
+    peaks = schedule.peak_keys(config.optimizer)
     schedule.check(config.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=config.epochs)
 
 

@@ -116,7 +116,7 @@ def open_session(
     previews = Previews(config, model.components, networks, place)
     held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling)
     parameters, shares = trained_parameters(networks), open_shares(config.optimizer.sharding, networks, place)
-    optimizer = make_optimizer(config.optimizer, schedule.peaks(config), networks, shares)
+    optimizer = make_optimizer(config.optimizer, schedule.peaks(config.optimizer), networks, shares)
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
     expected = expectations(config, data, model.source, networks, ema)
     if place.is_main:
@@ -161,8 +161,8 @@ def open_session(
 def open_rates(config: StageConfig, plan: Plan) -> Rates:
     """The stage's schedule over the length of its run, refused if it means something else than it says."""
     check_schedule(config, plan)
-    cycle = schedule.cycle_updates(config.schedule, plan)
-    return partial(schedule.rates_at, peaks=schedule.peaks(config), config=config.schedule, cycle_updates=cycle)
+    cycle = schedule.cycle_length(config.schedule, epoch_updates=plan.cycle_updates)
+    return partial(schedule.rates_at, peaks=schedule.peaks(config.optimizer), config=config.schedule, cycle_updates=cycle)
 
 
 def open_trained(

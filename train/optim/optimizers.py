@@ -69,8 +69,8 @@ def _adafactor(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.op
         beta1=None,
         weight_decay=config.weight_decay,
         scale_parameter=config.scale_parameter,
-        relative_step=False,
-        warmup_init=False,
+        relative_step=config.relative_step,
+        warmup_init=config.warmup_init,
     )
 
 

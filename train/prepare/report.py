@@ -60,17 +60,17 @@ def checks(settings: DatasetConfig, facts: Facts) -> list[Facts]:
     captions, records = facts["captions"], max(facts["counts"]["records"], 1)
     tokens = captions["tokens"] or {"over_225": 0, "rows": 0}
     crop = max((stage["crop_loss"]["mean"] for stage in facts["buckets"].values()), default=0.0)
-    found: list[tuple[str, float, int | None, str]] = [  # name, count, of how many (None: no share), what it is
-        ("hard_excluded", captions["hard_excluded"], None, "hard-excluded rows in a selection"),
-        ("quarantine_errors", facts["quarantine"]["errors"], records, "share of records that are broken"),
-        ("missing_rating", *_missing_rating(settings), "share without rating, in sources that carry ratings"),
-        ("over_225_tokens", tokens["over_225"], tokens["rows"], "share of captions over 225 tokens"),
-        ("empty_captions", captions["empty"], captions["rows"], "share of empty captions"),
-        ("masterpiece", *_masterpiece(settings, facts), "largest share of masterpiece within a rating"),
-        ("crop_loss", crop, None, "largest mean share of a selection's area that the crop cuts away"),
-        ("unreadable_latents", facts["latents"]["unreadable"], None, "index rows without readable latent"),
+    found: list[tuple[str, float, float, int | None, str]] = [  # key, limit, count, of how many (None: no share), what it is
+        ("hard_excluded", limits.hard_excluded, captions["hard_excluded"], None, "hard-excluded rows in a selection"),
+        ("quarantine_errors", limits.quarantine_errors, facts["quarantine"]["errors"], records, "share of records that are broken"),
+        ("missing_rating", limits.missing_rating, *_missing_rating(settings), "share without rating, in sources that carry ratings"),
+        ("over_225_tokens", limits.over_225_tokens, tokens["over_225"], tokens["rows"], "share of captions over 225 tokens"),
+        ("empty_captions", limits.empty_captions, captions["empty"], captions["rows"], "share of empty captions"),
+        ("masterpiece", limits.masterpiece, *_masterpiece(settings, facts), "largest share of masterpiece within a rating"),
+        ("crop_loss", limits.crop_loss, crop, None, "largest mean share of a selection's area that the crop cuts away"),
+        ("unreadable_latents", limits.unreadable_latents, facts["latents"]["unreadable"], None, "index rows without readable latent"),
     ]
-    return [_check(name, count, total, getattr(limits, name), what) for name, count, total, what in found]
+    return [_check(name, count, total, limit, what) for name, limit, count, total, what in found]
 
 
 def _check(name: str, count: float, total: int | None, limit: float, what: str) -> Facts:

@@ -19,8 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset import DatasetConfig, dataset_dir
-from train.config.dataset_rules import MAX_REPEATS
+from train.config.dataset import MAX_REPEATS, DatasetConfig, dataset_dir
 from train.prepare.choosing.candidates import Candidates
 from train.prepare.choosing.filters import by_quota, capped, where
 from train.prepare.choosing.merging import Cost, merge, told
@@ -206,10 +205,10 @@ def _write(
     settings: DatasetConfig, stage: str, candidates: Candidates, rows: Rows, allowed: Mask,
     counts: list[tuple[str, int]], mark: str, repeats: Rows, notes: list[str],
 ) -> None:  # fmt: skip
-    config = settings.select[stage]
+    config, sizes = settings.select[stage], settings.buckets
     buckets, into, cost = merge(
         candidates.widths[rows].tolist(), candidates.heights[rows].tolist(), repeats.tolist(),
-        make_buckets(**asdict(settings.buckets)), least=config.min_bucket, crop=config.merge_crop,
+        make_buckets(sizes.area_px, sizes.min_px, sizes.max_px, sizes.step_px), least=config.min_bucket, crop=config.merge_crop,
     )  # fmt: skip
     table = pa.table(
         {

@@ -10,11 +10,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import StageConfig
 
 if TYPE_CHECKING:
-    from train.config.stage import ScheduleConfig
-    from train.recipe.order import Plan
+    from train.config.stage import OptimizerConfig, ScheduleConfig
 
 
 def lr_at(updates: int, *, peak: float, config: ScheduleConfig, cycle_updates: int) -> float:
@@ -25,7 +23,7 @@ def lr_at(updates: int, *, peak: float, config: ScheduleConfig, cycle_updates: i
     reproduce: its scheduler was advanced once per process, and this schedule did not stretch N to match.
     constant_with_warmup: peak * min(1, n / warmup_steps). Source: notebook, checked against the class it names.
     """
-    ticks = updates * (config.processes if config.unit == "process_step" else 1)
+    ticks = updates * ticks_per_update(config)
     if config.name == "constant":
         return peak
     if config.name == "constant_with_warmup":
@@ -37,14 +35,14 @@ def lr_at(updates: int, *, peak: float, config: ScheduleConfig, cycle_updates: i
     return config.min_lr + (top - config.min_lr) * (1 + math.cos(math.pi * inside / cycle_updates)) / 2
 
 
-def cycle_length(config: ScheduleConfig, *, images: int, effective: int) -> int:
-    """`schedule.cycle_steps` in updates; `epoch` is floor(images / effective batch), at least 1."""
-    return max(1, images // effective) if config.cycle_steps == "epoch" else config.cycle_steps
+def ticks_per_update(config: ScheduleConfig) -> int:
+    """By how much an update moves the schedule."""
+    return config.processes if config.unit == "process_step" else 1
 
 
-def cycle_updates(config: ScheduleConfig, plan: Plan) -> int:
-    """Updates of a cycle in a run of `plan`."""
-    return plan.cycle_updates if config.cycle_steps == "epoch" else config.cycle_steps
+def cycle_length(config: ScheduleConfig, *, epoch_updates: int) -> int:
+    """`schedule.cycle_steps` in updates; an epoch is `epoch_updates`, such as `Plan.cycle_updates`."""
+    return epoch_updates if config.cycle_steps == "epoch" else config.cycle_steps
 
 
 def rates_at(
@@ -56,7 +54,7 @@ def rates_at(
 
 def long_warmup(config: ScheduleConfig, *, total_updates: int) -> str | None:
     """One line where the warmup outlasts the run, so that the peak is never reached; None where it does not."""
-    last = max(total_updates - 1, 0) * (config.processes if config.unit == "process_step" else 1)
+    last = max(total_updates - 1, 0) * ticks_per_update(config)
     if config.name != "constant_with_warmup" or last >= config.warmup_steps:
         return None
     return (
@@ -82,7 +80,7 @@ def check(
     if config.name != "cosine_restarts":
         _check_constant(config)
         return
-    ticks = max(total_updates - 1, 0) * (config.processes if config.unit == "process_step" else 1)
+    ticks = max(total_updates - 1, 0) * ticks_per_update(config)
     last = max(ticks // cycle_updates, (config.cycles or epochs) - 1)
     for key, peak in peaks.items():
         for cycle in range(last + 1):
@@ -105,9 +103,15 @@ def _check_constant(config: ScheduleConfig) -> None:
             )
 
 
-def peaks(config: StageConfig) -> dict[str, float]:
+_GROUPS = {"optimizer.unet_lr": ("unet",), "optimizer.text_encoder_lr": ("text_encoder", "text_encoder_2")}
+
+
+def peak_keys(config: OptimizerConfig) -> dict[str, float]:
+    """Config key to peak learning rate. The encoders have one if and only if they train; `config/` sees to that."""
+    peaks = {"optimizer.unet_lr": config.unet_lr}
+    return peaks if config.text_encoder_lr is None else peaks | {"optimizer.text_encoder_lr": config.text_encoder_lr}
+
+
+def peaks(config: OptimizerConfig) -> dict[str, float]:
     """Parameter group to peak learning rate."""
-    groups = {"unet": config.optimizer.unet_lr}
-    if config.model.train_text_encoders and config.optimizer.text_encoder_lr is not None:
-        groups |= dict.fromkeys(("text_encoder", "text_encoder_2"), config.optimizer.text_encoder_lr)
-    return groups
+    return {group: peak for key, peak in peak_keys(config).items() for group in _GROUPS[key]}

@@ -1,7 +1,8 @@
-"""Whether a checkpoint may continue under the present settings, key by key. Standard library only.
+"""Whether a checkpoint may continue under the present settings, key by key. Loads no torch.
 
 free: the result cannot change. warn: the result may differ in its bits or its length, the run goes on.
-refuse: it would be another run; `resume.accept` overrides by name and the acceptance is recorded.
+refuse: it would be another run; `resume.accept` overrides by name and the acceptance is recorded. Which class a key
+has stands at the key, in `train/config/stage.py`.
 """
 
 from __future__ import annotations
@@ -10,23 +11,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask_settings
+from train.config.key import Resume
+from train.config.schema import keys_of
+from train.config.stage import StageConfig
 
-Class = Literal["free", "warn", "refuse"]
-_FREE_SECTIONS = {"tracking", "sampling", "checkpoint", "resume", "export", "launch"}
-_FREE = {
-    "output_dir", "data.workers", "data.prefetch", "data.on_read_error", "data.worker_timeout_s", "data.separator",
-    "validation.every_steps", "validation.images", "validation.select",
-}  # fmt: skip
-_WARN = {
-    "epochs", "max_updates", "batch.split", "batch.accumulation", "model.gradient_checkpointing",
-    "model.compile", "model.channels_last", "model.attention", "optimizer.sharding", "ema.device",
-}  # fmt: skip
 _SPECIAL_ACCEPTS = {"attempts", "data", "plan", "parent"}  # beside the config's own keys and sections
 _SHOWN = 6  # names per kind in a message
+_CLASSES: Mapping[str, Resume] = {name: found.said.resume for name, found in keys_of(StageConfig).items()}
 # Keys of the first schema that are gone, with their defaults: its checkpoints do not say which of theirs were not at
 # the default, later ones do. Who takes a key out of train/config/stage.py writes it here.
 _GONE: dict[str, Any] = {}
@@ -91,11 +86,9 @@ class Expectations:
         return [key for key in now if key not in defaults or now[key] != defaults[key]]
 
 
-def key_class(key: str) -> Class:
-    """Class of a flat config key, such as `batch.micro`; a named key goes before its section."""
-    if key in _FREE or key.partition(".")[0] in _FREE_SECTIONS:
-        return "free"
-    return "warn" if key in _WARN else "refuse"
+def key_class(key: str) -> Resume:
+    """Class of a flat config key, such as `batch.micro`, as it stands at the key; of one that is gone, `refuse`."""
+    return _CLASSES.get(key, "refuse")
 
 
 def without_secrets(flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
-from train.config.dataset_rules import MAX_REPEATS
+from train.config.dataset import MAX_REPEATS, DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.folders.files import source_root
 from train.prepare.tables.units import stream_table
 

@@ -19,22 +19,17 @@ from train.prepare.tables.units import config_id, stream_table, write_text
 from train.recipe.tag_policy import PERCENTILES, POOLED, QUALITY_TABLES, Policy, preset
 
 LOCK = "policy.lock.json"
-_SWITCHES = (
-    "meta_blacklist", "year_source", "year_fallback", "aesthetic_edges", "aesthetic_skip_substring", "banned_artist",
-    "missing_rating_or_score", "rating_words", "empty_tags", "duplicate_tags",
-)  # fmt: skip
 Counted = tuple[np.ndarray, np.ndarray]  # rising scores, how often each occurs
 _SCORE_COLUMNS = ["rating", "score", "score_real", "media_year", "created_year", "hard_exclusion"]
 
 
 def resolve(config: PolicyConfig) -> Policy:
     """The policy with every switch resolved; empirical thresholds are still missing (`freeze`)."""
-    chosen = {name: getattr(config, name) for name in _SWITCHES if getattr(config, name) is not None}
     quality = config.quality
     high, middle, low = config.aesthetic.thresholds
     return dataclasses.replace(
         preset(config.preset),
-        **chosen,
+        **{name: value for name, value in _switches(config).items() if value is not None},
         quality=quality.source != "none",
         quality_thresholds=_table(quality) if quality.source == "table" else {},
         quality_by_year=quality.source == "empirical" and "year" in quality.group_by,
@@ -45,6 +40,21 @@ def resolve(config: PolicyConfig) -> Policy:
         aesthetic_thresholds=(high, middle, low),
         underscore=config.strings.underscore,
     )
+
+
+def _switches(config: PolicyConfig) -> dict[str, Any]:
+    return {
+        "meta_blacklist": config.meta_blacklist,
+        "year_source": config.year_source,
+        "year_fallback": config.year_fallback,
+        "aesthetic_edges": config.aesthetic_edges,
+        "aesthetic_skip_substring": config.aesthetic_skip_substring,
+        "banned_artist": config.banned_artist,
+        "missing_rating_or_score": config.missing_rating_or_score,
+        "rating_words": config.rating_words,
+        "empty_tags": config.empty_tags,
+        "duplicate_tags": config.duplicate_tags,
+    }
 
 
 def _table(config: QualityConfig) -> dict[str, tuple[float, ...]]:

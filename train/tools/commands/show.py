@@ -1,4 +1,5 @@
-"""Look inside: a caption, an image's bucket, a dataset and what it set aside, a checkpoint, a model, one update of a run."""
+"""Look inside: a caption, an image's bucket, a dataset and what it set aside, a checkpoint, a model, one update of a run,
+every key of the configs."""
 
 from __future__ import annotations
 
@@ -12,11 +13,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as train/run.py: another number
 
 from train.recipe.captions import SEPARATOR
 from train.tools.show.dispatch import report_of, show
+from train.tools.show.keys import markdown
 
 
 def main() -> int:
     """Parse, ask the tool, print; with --json one JSON object on stdout and nothing else."""
     arguments = parse()
+    if arguments.what == "keys" and arguments.markdown:
+        print(markdown(), end="")
+        return 0
     with contextlib.redirect_stdout(sys.stderr):  # libraries that print must not break the JSON
         report = report_of(arguments)
     show(report, as_json=arguments.json)
@@ -56,4 +61,7 @@ def parse() -> argparse.Namespace:
     step.add_argument("path", type=Path, metavar="RUN")
     step.add_argument("--update", type=int, required=True)
     step.add_argument("--recompute", action="store_true", help="run the update again from the checkpoint before it")
+    keys = kinds.add_parser("keys", parents=[common], help="every key: default, values, meaning, what a resume may do")
+    keys.add_argument("pattern", nargs="?", help="part of a key, or a pattern such as '*.every_steps'")
+    keys.add_argument("--markdown", action="store_true", help="all of them as the page docs/keys.md")
     return parser.parse_args()

@@ -62,9 +62,10 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
     accumulation, _ = share_of(config.batch, request.world)
     images = find_images(config, request.images)
     per_epoch, total = lengths(config, images)
-    cycle = _cycle(config, images)
+    epoch_updates = per_epoch if images.plan is None else images.plan.cycle_updates
+    cycle, ticks = schedule.cycle_length(config.schedule, epoch_updates=epoch_updates), schedule.ticks_per_update(config.schedule)
     restarts = config.schedule.name == "cosine_restarts"
-    schedule.check(config.schedule, _peak_keys(config), cycle_updates=cycle, total_updates=total, epochs=config.epochs)
+    schedule.check(config.schedule, schedule.peak_keys(config.optimizer), cycle_updates=cycle, total_updates=total, epochs=config.epochs)
     if warning := schedule.long_warmup(config.schedule, total_updates=total):
         log.warning("%s", warning)
     gpu, how = find_gpu(request.gpu, request.memory_gib)
@@ -92,10 +93,10 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
         "schedule": {
             "name": config.schedule.name,
             "cycle_updates": cycle if restarts else None,
-            "updates_per_restart": cycle / _ticks(config) if restarts else None,
+            "updates_per_restart": cycle / ticks if restarts else None,
             "unit": config.schedule.unit,
         },
-        "lr": [lr_row(config, update, cycle) for update in _rows(request.updates, total, cycle / _ticks(config) if restarts else total)],
+        "lr": [lr_row(config, update, cycle) for update in _rows(request.updates, total, cycle / ticks if restarts else total)],
         "tolerances": {key: limit._asdict() for key, limit in tolerances.of(config).items()},
         "memory": memory_plan,
         "disk": _disk_report(config, None if foreign else setup, images, per_epoch, total, _free_disk(config, request, how)),
@@ -115,25 +116,6 @@ def check_request(request: Request) -> None:
             raise Halt(ExitCode.USAGE, f"{flag} is {number:g}, must be a number {'of 0 or more' if flag in free else 'above 0'}")
 
 
-def _cycle(config: StageConfig, images: Images) -> int:
-    """Updates per cycle of the schedule."""
-    if images.plan is not None and config.schedule.cycle_steps == "epoch":
-        return images.plan.cycle_updates
-    return schedule.cycle_length(config.schedule, images=images.count, effective=config.batch.effective)
-
-
-def _ticks(config: StageConfig) -> int:
-    """By how much an update moves the schedule."""
-    return config.schedule.processes if config.schedule.unit == "process_step" else 1
-
-
-def _peak_keys(config: StageConfig) -> dict[str, float]:
-    peaks = {"optimizer.unet_lr": config.optimizer.unet_lr}
-    if config.optimizer.text_encoder_lr is not None:
-        peaks["optimizer.text_encoder_lr"] = config.optimizer.text_encoder_lr
-    return peaks
-
-
 def _rows(asked: Sequence[int], total: int, cycle: float) -> list[int]:
     """Updates to tabulate: those asked for, else an even spread with the restarts' first updates."""
     outside = [update for update in asked if not 0 <= update < total]
@@ -150,11 +132,11 @@ def lr_row(config: StageConfig, update: int, cycle: int) -> dict[str, Any]:
     """Learning rates of one update (its 0-based number = updates applied before it) and its restart cycle."""
     rates = {
         key.removeprefix("optimizer."): schedule.lr_at(update, peak=peak, config=config.schedule, cycle_updates=cycle)
-        for key, peak in _peak_keys(config).items()
+        for key, peak in schedule.peak_keys(config.optimizer).items()
     }
     row: dict[str, Any] = {"update": update, "lr": rates["unet_lr"], **rates}
     if config.schedule.name == "cosine_restarts":
-        row["cycle"] = update * _ticks(config) // cycle
+        row["cycle"] = update * schedule.ticks_per_update(config.schedule) // cycle
     return row
 
 
@@ -281,7 +263,7 @@ def _time_report(
     checkpointing: str | None,
 ) -> dict[str, Any]:
     """Hours, use of the card and cost, with the origin of the speed they rest on."""
-    counts = images.buckets or {(1024, 1024): 1}
+    counts, model = images.buckets or {(1024, 1024): 1}, config.model
     useful = sum(memory.image_flops(setup, *bucket) * count for bucket, count in counts.items()) // sum(counts.values())
     speed = find_speed(
         gpu,
@@ -290,7 +272,7 @@ def _time_report(
         flops_per_image=useful,
         given=request.images_per_s,
         bench=request.bench,
-        settings={key: getattr(config.model, key) for key in ("compile", "channels_last", "float8")}
+        settings={"compile": model.compile, "channels_last": model.channels_last, "float8": model.float8}
         | {"strict": config.batch.determinism == "strict", "dtype": config.precision, "optimizer": config.optimizer.name}
         | ({"checkpointing": checkpointing} if checkpointing else {}),
     )

@@ -141,9 +141,8 @@ def write_curve(path: Path, config: StageConfig, total_updates: int, cycle_updat
 
     step = max(1, total_updates // CURVE_POINTS)
     updates = list(range(0, total_updates, step))
-    peaks = {"U-Net": config.optimizer.unet_lr}
-    if config.optimizer.text_encoder_lr is not None:
-        peaks["text encoders"] = config.optimizer.text_encoder_lr
+    names = {"optimizer.unet_lr": "U-Net", "optimizer.text_encoder_lr": "text encoders"}
+    peaks = {names[key]: peak for key, peak in schedule.peak_keys(config.optimizer).items()}
     figure, axes = pyplot.subplots(figsize=(9, 3.5), layout="constrained")
     for name, peak in peaks.items():
         rates = [

@@ -34,6 +34,10 @@ def report_of(a: argparse.Namespace) -> dict[str, Any]:
             from train.tools.show import quarantine
 
             return quarantine.report(a.path, a.step, a.reason)
+        case "keys":
+            from train.tools.show import keys
+
+            return keys.report(a.pattern)
         case "checkpoint":
             from train.tools.show import run
 
