@@ -37,7 +37,7 @@ class SourceConfig:
     name: str = MISSING  # first half of every key, `<name>:<id>`
     adapter: Literal[
         "danbooru", "table", "sidecar", "sd_scripts", "imagefolder", "webdataset", "danbooru2023", "e621", "gelbooru",
-        "deepghs", "simpletuner",
+        "deepghs", "simpletuner", "huggingface",
     ] = MISSING
     path: str = MISSING  # folder or file with the metadata
     images: str | None = None  # the source root that pictures are looked up in; null = `path` or its folder
