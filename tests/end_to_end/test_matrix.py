@@ -27,7 +27,7 @@ from train.recipe.order import Plan
 from train.testing.chaos import ranks
 
 ROWS = [(adapter, lacks) for adapter in anysource.ADAPTERS for lacks in anysource.LACKS]
-CAPTIONED = ("sidecar", "sd_scripts", "imagefolder", "simpletuner")
+CAPTIONED = ("sidecar", "sd_scripts", "imagefolder", "simpletuner", "huggingface")
 
 
 def prepared(folder: Path, adapter: str, lacks: str, **overrides: Any) -> Path:
@@ -114,7 +114,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Launched:
 
 # One row per adapter, each kind of lack at least once, those that a column is empty by first.
 CHOSEN = dict(zip(anysource.ADAPTERS, ("rating", "score", "separator", "separator", "tags", "tags", "date", "pictures",
-                                       "rating", "score", "separator"), strict=True))  # fmt: skip
+                                       "rating", "score", "separator", "rating"), strict=True))  # fmt: skip
 
 
 @pytest.mark.slow

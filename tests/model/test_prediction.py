@@ -175,7 +175,7 @@ def test_stock_diffusers_draws_what_we_draw(
         texts, pooled = condition.context_BLD, condition.added["text_embeds"]
         theirs = pipeline(
             prompt_embeds=texts[1:], negative_prompt_embeds=texts[:1], pooled_prompt_embeds=pooled[1:],
-            negative_pooled_prompt_embeds=pooled[:1], latents=picture_noise(prompt, 28, parts.vae)[0], width=64, height=64,
+            negative_pooled_prompt_embeds=pooled[:1], latents=picture_noise(prompt, parts.vae), width=64, height=64,
             num_inference_steps=28, guidance_scale=5.0,
         ).images[0]  # fmt: skip
     apart = np.abs(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float))

@@ -177,9 +177,22 @@ def _gelbooru(folder: Path, found: list[Post], lacks: str) -> dict[str, Any]:
     return {"path": str(folder / "posts.json")}
 
 
+def _huggingface(folder: Path, found: list[Post], lacks: str) -> dict[str, Any]:
+    """Embedded in parquet as `datasets` writes it, classes as numbers."""
+    import datasets
+
+    rows = [{"image": {"bytes": post["png"], "path": f"{post['id']}.png"}, "text": post["caption"], **_about(post)} for post in found]
+    kinds = {"image": datasets.Image(), "text": datasets.Value("string"), "created_at": datasets.Value("string"),
+             "rating": datasets.ClassLabel(names=list("gsqe")), "score": datasets.Value("int32")}  # fmt: skip
+    features = datasets.Features({column: kinds[column] for column in rows[0]})
+    (folder / "data").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(folder / "data" / "train-00000-of-00001.parquet"))
+    return {"columns": {key: key for key in _about(found[0])}}
+
+
 _LAYOUTS: dict[str, Callable[[Path, list[Post], str], dict[str, Any]]] = {
     "danbooru": _danbooru, "table": _table, "sidecar": _sidecar, "sd_scripts": _sd_scripts, "imagefolder": _imagefolder,
     "webdataset": _webdataset, "danbooru2023": _danbooru2023, "e621": _e621, "gelbooru": _gelbooru, "deepghs": _deepghs,
-    "simpletuner": _simpletuner,
+    "simpletuner": _simpletuner, "huggingface": _huggingface,
 }  # fmt: skip
 ADAPTERS = tuple(_LAYOUTS)

@@ -39,7 +39,7 @@ class SourceConfig:
     name: str = key(MISSING, "first half of every key, `<name>:<id>`")
     adapter: Literal[
         "danbooru", "table", "sidecar", "sd_scripts", "imagefolder", "webdataset", "danbooru2023", "e621", "gelbooru",
-        "deepghs", "simpletuner",
+        "deepghs", "simpletuner", "huggingface",
     ] = key(MISSING, "which layout is read")
     path: str = key(MISSING, "folder or file with the metadata")
     images: str | None = key(None, "the source root that pictures are looked up in; null = `path` or its folder")

@@ -27,6 +27,7 @@ READS: dict[str, frozenset[str]] = {  # adapter: the keys of a source that it re
     "sd_scripts": frozenset((*_EVERY, *_CAPTIONS, "npz_vae")),
     "imagefolder": frozenset((*_EVERY, *_CAPTIONS, "on_missing_caption", "columns", "rating_scheme", "npz_vae")),
     "webdataset": frozenset((*_EVERY, *_CAPTIONS, *_FILES, "columns", "rating_scheme")),
+    "huggingface": frozenset((*_EVERY, *_CAPTIONS, *_FILES, "columns", "rating_scheme", "npz_vae")) - {"images"},
     "danbooru2023": frozenset((*_EVERY, "rating_scheme", "npz_vae")),
     "e621": frozenset((*_EVERY, "rating_scheme", "npz_vae")),
     "gelbooru": frozenset((*_EVERY, "dictionary", "rating_scheme", "npz_vae")),

@@ -1,15 +1,17 @@
-"""Pictures from the networks in training or from a finished model: Euler ancestral and two deterministic samplers.
+"""Pictures from the networks in training or from a finished model, with diffusers' schedulers: what users will run.
 
-Noise comes from the PREVIEW stream alone, a function of (prompt seed, prompt index): no global generator is read
-or written, so a run with previews trains the same bits as one without.
+Noise is a function of (prompt seed, prompt index) alone: the start comes from the PREVIEW stream, the draws of Euler
+ancestral from a CPU generator that it seeds. No global generator is read or written, so a run with previews trains the
+same bits as one without.
 
-Shape legend: B batch, C latent channels, H W latent rows and columns, S noise draws, N text chunks, L context
-length, D width, P pooled width. Lower case h w are the picture's.
+Shape legend: B batch, C latent channels, H W latent rows and columns, N text chunks, L context length, D width,
+P pooled width. Lower case h w are the picture's.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import Prompt, Sampler
-from train.diffusion.noise import TIMESTEPS, alphas_cumprod
+from train.diffusion.noise import BETA_END, BETA_START, TIMESTEPS
 from train.model import text
 from train.recipe import captions, rng
 from train.recipe.captions import plain_tags
@@ -78,10 +80,12 @@ def sample_images(
             condition = _condition(tokens, encoders, texts, prompt, device, trained_as)
             latents_1CHW = denoise(
                 partial(_guided, components.unet, told=condition, guidance=guidance),
-                picture_noise(prompt, steps, components.vae).to(device),
+                picture_noise(prompt, components.vae).to(device),
+                steps=steps,
                 sampler=sampler,
                 prediction=trained_as.prediction,
                 zero_terminal_snr=trained_as.zero_terminal_snr,
+                generators=[step_generator(prompt)],
                 stop=stop,
             )
             if latents_1CHW is None:
@@ -150,56 +154,65 @@ def _guided(unet: Any, scaled_1CHW: Tensor, timestep: float, *, told: Condition,
 
 def denoise(
     predict: Callable[[Tensor, float], Tensor],
-    noise_S1CHW: Tensor,
+    noise_BCHW: Tensor,
     *,
+    steps: int,
     sampler: Sampler = "euler_a",
     prediction: str = "epsilon",
     zero_terminal_snr: bool = False,
+    generators: Sequence[torch.Generator] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """Latents [1,C,H,W] in fp32 at training scale, after S - 1 steps; None when stopped on the way.
+    """Latents [B,C,H,W] in fp32 at training scale; None when stopped on the way.
 
-    `predict(x / sqrt(sigma^2 + 1), timestep)` is the network; `noise_S1CHW` the start and one draw per step.
+    `predict(scaled latents, timestep)` is the network, `noise_BCHW` the start, `generators` one per picture, on the CPU,
+    from which Euler ancestral draws the noise of its steps.
     """
-    sigmas, timesteps = noise_levels(len(noise_S1CHW) - 1, zero_terminal_snr=zero_terminal_snr)
-    x_1CHW = noise_S1CHW[0] * sigmas[0]
-    previous: tuple[Tensor, float] | None = None
-    for step, timestep in enumerate(timesteps):
+    scheduler = scheduler_of(sampler, steps, prediction=prediction, zero_terminal_snr=zero_terminal_snr)
+    draws = {"generator": list(generators)} if sampler == "euler_a" else {}
+    x_BCHW = noise_BCHW * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
         if stop():
             return None
-        sigma, sigma_next = sigmas[step], sigmas[step + 1]
-        predicted_1CHW = predict(x_1CHW / (sigma**2 + 1) ** 0.5, timestep)
-        clean_1CHW = to_clean(x_1CHW, predicted_1CHW, sigma, prediction)
-        if sampler == "dpmpp_2m":
-            x_1CHW, previous = dpmpp_2m_step(x_1CHW, clean_1CHW, sigma, sigma_next, previous), (clean_1CHW, sigma)
+        predicted_BCHW = predict(scheduler.scale_model_input(x_BCHW, timestep), float(timestep))
+        x_BCHW = scheduler.step(predicted_BCHW, timestep, x_BCHW, return_dict=False, **draws)[0]
+    return x_BCHW
+
+
+def scheduler_of(sampler: Sampler, steps: int, *, prediction: str = "epsilon", zero_terminal_snr: bool = False) -> Any:
+    """diffusers' scheduler of a sampler, its timesteps and noise levels set.
+
+    Timesteps are spread evenly over the trained range from 999 on, as A1111 spreads them. (The "leading" spacing in SDXL's
+    folders starts at 946 with 28 steps and never shows the network pure noise.) With zero terminal snr they have the
+    "trailing" spacing that our exports name: 999, then every 1000/steps.
+    """
+    from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+
+    kinds: dict[Sampler, Any] = {
+        "euler_a": EulerAncestralDiscreteScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler,
+    }  # fmt: skip
+    with warnings.catch_warnings():  # diffusers' own use of numpy
+        warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        scheduler = kinds[sampler](
+            num_train_timesteps=TIMESTEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear",
+            prediction_type="v_prediction" if prediction == "v" else "epsilon", rescale_betas_zero_snr=zero_terminal_snr,
+            # under "linspace" one step would stand at t = 0
+            timestep_spacing="trailing" if zero_terminal_snr or steps == 1 else "linspace",
+        )  # fmt: skip
+        if sampler == "dpmpp_2m" and not zero_terminal_snr:
+            # its own "linspace" would end at t = 999/steps, in one long last step
+            scheduler.set_timesteps(timesteps=np.linspace(TIMESTEPS - 1, 0, steps).round().tolist())
         else:
-            drawn_1CHW = noise_S1CHW[step + 1] if sampler == "euler_a" else None
-            x_1CHW = euler_step(x_1CHW, clean_1CHW, sigma, sigma_next, drawn_1CHW)
-    return x_1CHW
+            scheduler.set_timesteps(steps)
+    if len(scheduler.timesteps) > steps:  # "trailing" of 61 steps, and of some others, rounds to one more, at t = -1
+        scheduler.timesteps = scheduler.timesteps[:steps]
+        scheduler.sigmas = torch.cat([scheduler.sigmas[:steps], scheduler.sigmas[-1:]])
+    scheduler.set_begin_index(0)
+    return scheduler
 
 
-def noise_levels(steps: int, *, zero_terminal_snr: bool = False) -> tuple[list[float], list[float]]:
-    """(steps + 1 noise levels, falling, the last 0; steps timesteps from 999 on).
-
-    sigma = sqrt((1 - a) / a) at timesteps spread evenly over the trained range down to 0, as A1111's Euler a does. (The
-    "leading" spacing in SDXL's folders starts at 946 with 28 steps and never shows the network pure noise.) With zero
-    terminal snr they are those of the "trailing" spacing that our exports name: 999, then every 1000/steps.
-    """
-    alphas = alphas_cumprod(zero_terminal_snr).numpy()
-    if zero_terminal_snr:
-        alphas[-1] = 2.0**-24  # an infinite noise level has no next one; as in diffusers
-    timesteps = np.linspace(TIMESTEPS - 1, 0, steps)
-    if zero_terminal_snr:
-        timesteps = np.round(TIMESTEPS - np.arange(steps) * (TIMESTEPS / steps)) - 1
-    sigmas = np.interp(timesteps, np.arange(TIMESTEPS), np.sqrt((1 - alphas) / alphas))
-    return [*sigmas.tolist(), 0.0], timesteps.tolist()
-
-
-def picture_noise(prompt: Prompt, steps: int, vae: Any) -> Tensor:
-    """All noise of one picture, fp32 [steps + 1, 1, C, H, W] on the CPU: the start, then one draw per step.
-
-    The start does not depend on `steps`, nor any of it on the other prompts of the file.
-    """
+def picture_noise(prompt: Prompt, vae: Any) -> Tensor:
+    """The noise that a picture starts from, fp32 [1,C,H,W] on the CPU; it does not depend on the file's other prompts."""
     config = vae.config
     factor = 2 ** (len(config.block_out_channels) - 1)
     if prompt.width % factor or prompt.height % factor:
@@ -207,45 +220,14 @@ def picture_noise(prompt: Prompt, steps: int, vae: Any) -> Tensor:
             ExitCode.USAGE,
             f"prompts[{prompt.index}]: {prompt.width}x{prompt.height} px is no multiple of this VAE's factor {factor}",
         )
-    shape = (steps + 1, 1, config.latent_channels, prompt.height // factor, prompt.width // factor)
+    shape = (1, config.latent_channels, prompt.height // factor, prompt.width // factor)
     return torch.from_numpy(rng.normals(prompt.seed, rng.Stream.PREVIEW, max(prompt.index, 0), 0, shape))
 
 
-def to_clean(x: Tensor, predicted: Tensor, sigma: float, prediction: str) -> Tensor:
-    """The clean latents that a prediction at noise level `sigma` means; x = clean + sigma * noise."""
-    if prediction == "v":
-        return x / (sigma**2 + 1) - predicted * (sigma / (sigma**2 + 1) ** 0.5)
-    return x - sigma * predicted
-
-
-def euler_step(x: Tensor, clean: Tensor, sigma: float, sigma_next: float, noise: Tensor | None) -> Tensor:
-    """One Euler step from `sigma` to `sigma_next`; ancestral when `noise` (of x's shape) is given.
-
-    Karras et al. 2022, algorithm 2 with the churn of k-diffusion's ancestral sampler: go down to sigma_down,
-    add noise of sigma_up, with sigma_down^2 + sigma_up^2 = sigma_next^2.
-    """
-    up = 0.0
-    if noise is not None:
-        up = (sigma_next**2 * (sigma**2 - sigma_next**2) / sigma**2) ** 0.5
-    down = (sigma_next**2 - up**2) ** 0.5
-    stepped = x + (x - clean) / sigma * (down - sigma)
-    return stepped if noise is None else stepped + noise * up
-
-
-def dpmpp_2m_step(
-    x: Tensor, clean: Tensor, sigma: float, sigma_next: float, previous: tuple[Tensor, float] | None
-) -> Tensor:
-    """One step of DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); `previous` = (clean, sigma) of the step before."""
-    if sigma_next == 0:
-        return clean
-    ratio = sigma_next / sigma
-    if previous is None:
-        return ratio * x + (1 - ratio) * clean
-    previous_clean, previous_sigma = previous
-    # Step lengths in log-SNR; r = the last one over this one.
-    r = np.log(previous_sigma / sigma) / np.log(sigma / sigma_next)
-    extrapolated = clean + (clean - previous_clean) / (2 * float(r))
-    return ratio * x + (1 - ratio) * extrapolated
+def step_generator(prompt: Prompt) -> torch.Generator:
+    """Where the noise of a picture's steps comes from: on the CPU, so that a picture is the same on every device."""
+    low, high = rng.words(prompt.seed, rng.Stream.PREVIEW, max(prompt.index, 0), 1, 2).tolist()
+    return torch.Generator().manual_seed(low | high << 32)
 
 
 def decode(vae: Any, latents_BCHW: Tensor) -> list[Image.Image]:

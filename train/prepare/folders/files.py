@@ -150,7 +150,7 @@ def _read_cell(path: Path, member: str) -> bytes:
 
 @lru_cache(maxsize=64)
 def _group_sizes(path: str, mtime_ns: int) -> tuple[int, ...]:
-    if not path.endswith(".parquet"):
+    if not path.lower().endswith(".parquet"):
         with pa.memory_map(path) as data, pa.ipc.open_stream(data) as stream:
             return tuple(batch.num_rows for batch in stream)
     metadata = pq.read_metadata(path)
@@ -159,7 +159,7 @@ def _group_sizes(path: str, mtime_ns: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1)  # rows are read in order: the group of the last one is kept
 def _column_of_group(path: str, mtime_ns: int, group: int, column: str) -> Any:
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         with pq.ParquetFile(path) as file:
             return file.read_row_group(group, columns=[column]).column(column)
     with pa.ipc.open_stream(pa.memory_map(path)) as stream:

@@ -13,7 +13,7 @@ _TABLES = (".parquet", ".csv", ".tsv")
 _FILES: dict[str, tuple[str, ...]] = {  # adapter: endings of the files that it reads alone; all read folders
     "sidecar": (), "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",), "table": _TABLES,
     "danbooru": _JSON, "gelbooru": _JSON, "e621": _JSON, "sd_scripts": _JSON, "deepghs": (".parquet",),
-    "simpletuner": (".parquet",), "danbooru2023": (".db", ".sqlite", ".sqlite3"),
+    "huggingface": (*_JSON, *_TABLES, ".arrow", ".tar"), "simpletuner": (".parquet",), "danbooru2023": (".db", ".sqlite", ".sqlite3"),
 }  # fmt: skip
 _OPEN_ENDED = ("danbooru", "gelbooru", "e621", "sd_scripts", "danbooru2023")  # dumps come with other endings, or none
 

@@ -19,6 +19,7 @@ from train.prepare.posts.caption_text import caption_ending
 
 _READ = {  # adapter: endings of what it reads in a folder; of the others everything but pictures
     "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",),
+    "huggingface": (".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tar"),
     "table": (".parquet", ".csv", ".tsv"), "danbooru2023": ("post.parquet", "posts.parquet"), "deepghs": (".parquet",), "simpletuner": (".parquet",),
 }  # fmt: skip
 _JSON = (".json", ".jsonl", ".ndjson")

@@ -10,8 +10,9 @@ import dataclasses
 import json
 import unicodedata
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -53,15 +54,15 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     for found in walk(source, root) if path.is_dir() else [path.name]:
         if isinstance(found, Quarantine):
             yield found
-        elif _is_metadata(found, alone=path.is_file()) and not _embedded(root / found):
+        elif lists_pictures(found, alone=path.is_file()) and not _embedded(root / found):
             files += 1
-            for post in _metadata(source, root, found, seen):
+            for post in metadata_rows(source, root, found, seen):
                 if isinstance(post, RawPost):
                     named.append(_mark(post.uri))
                 yield post
         elif found.lower().endswith(_EMBEDDED) and not _left_by_datasets(root / found):
             files += 1
-            yield from _embedded_rows(source, root, found)
+            yield from embedded_rows(source, root, found)
         elif is_image(found):
             pictures.append(_mark(found))
         elif other is None and found.lower().endswith((".jsonl", ".json", ".csv", ".tsv")):
@@ -93,7 +94,7 @@ def _say_forgotten(source: SourceConfig, root: Path, pictures: array[int], named
             f"such as {first}")  # fmt: skip
 
 
-def _is_metadata(name: str, *, alone: bool) -> bool:
+def lists_pictures(name: str, *, alone: bool = False) -> bool:
     """Whether a file may list pictures: by its name, or any kind but Arrow where the user named it."""
     return PurePosixPath(name).name in _METADATA or (alone and not name.lower().endswith(".arrow"))
 
@@ -116,7 +117,7 @@ def _with_defaults(source: SourceConfig, names: list[str]) -> SourceConfig:
     return dataclasses.replace(source, columns=columns)
 
 
-def _metadata(source: SourceConfig, root: Path, name: str, seen: Columns) -> Iterator[RawPost | Quarantine]:
+def metadata_rows(source: SourceConfig, root: Path, name: str, seen: Columns) -> Iterator[RawPost | Quarantine]:
     """Posts of a metadata file; `seen` takes in the columns of one without header."""
     mapped = _with_defaults(source, ["text", "file_name"])
     folder = str(PurePosixPath(name).parent)
@@ -143,7 +144,7 @@ def _checked(
 
     Raises Halt(USAGE) where no column has the file names or the captions.
     """
-    lines, asked = name.endswith(".jsonl"), False
+    lines, asked = _is_json(name), False
     columns = Columns() if lines else _columns(source, name, file)
 
     def ask() -> None:
@@ -155,7 +156,7 @@ def _checked(
     if lines:
         require_text(f"sources {source.name}", file)
     for number, row in _metadata_rows(mapped, name, file):
-        if isinstance(row, dict) and not name.endswith(".parquet"):
+        if isinstance(row, dict) and not name.lower().endswith(_EMBEDDED):
             columns.add(row)
             if lines:
                 seen.add(row)
@@ -167,24 +168,37 @@ def _checked(
         ask()
 
 
+def schema_of(file: Path) -> pa.Schema | None:
+    """That of a parquet or Arrow file, None for other kinds. Raises OSError or ArrowInvalid."""
+    if file.suffix.lower() == ".parquet":
+        return pq.read_schema(file)
+    return pa.ipc.open_stream(str(file)).schema if file.suffix.lower() == ".arrow" else None
+
+
 def _columns(source: SourceConfig, name: str, file: Path) -> Columns:
     """Those of a file with a header; none where it cannot be read, which is reported when its rows are."""
     try:
-        if name.endswith(".parquet"):
-            return Columns.of_schema(pq.read_schema(file))
+        if (schema := schema_of(file)) is not None:
+            return Columns.of_schema(schema)
         return Columns(csv_form(f"sources {source.name}", file).names)
     except (OSError, pa.ArrowInvalid, csv.Error):
         return Columns()
 
 
+def _is_json(name: str) -> bool:
+    return name.lower().endswith((".jsonl", ".json", ".ndjson"))
+
+
 def _metadata_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Any]]:
-    if name.endswith(".jsonl"):
+    if _is_json(name):
         return iter_values(file)
-    return csv_rows(source, name, file) if name.endswith(".csv") else parquet_rows(source, name, file)
+    if name.lower().endswith(".arrow"):
+        return _arrow_rows(source, name, file)
+    return parquet_rows(source, name, file) if name.lower().endswith(".parquet") else csv_rows(source, name, file)
 
 
 def _embedded(file: Path) -> bool:
-    if file.suffix != ".parquet":
+    if file.suffix.lower() != ".parquet":
         return False
     try:
         return "file_name" not in pq.read_schema(file).names
@@ -192,30 +206,53 @@ def _embedded(file: Path) -> bool:
         return False
 
 
-def _embedded_rows(source: SourceConfig, root: Path, name: str) -> Iterator[RawPost | Quarantine]:
+def embedded_rows(
+    source: SourceConfig, root: Path, name: str, labels: Mapping[str, Sequence[str]] = MappingProxyType({})
+) -> Iterator[RawPost | Quarantine]:
+    """Rows of a parquet or Arrow file that hold their pictures; `labels` are the names of columns that hold numbers of classes."""
     file, told = root / name, source
     try:
-        schema = pq.read_schema(file) if file.suffix == ".parquet" else pa.ipc.open_stream(str(file)).schema
+        schema = schema_of(file)
     except (OSError, pa.ArrowInvalid) as error:
         yield refused(source, name, 0, error)
         return
+    assert schema is not None  # by its ending
     source = _with_defaults(source, schema.names)
     image = source.columns.get("image", "image")
     check_pictures(source, name, file, image)
     check_header(told, name, schema.names)
-    check_caption(told, name, Columns.of_schema(schema), "text")
+    columns = Columns.of_schema(schema)
+    columns.words |= dict.fromkeys(labels, True)
+    check_caption(told, name, columns, "text")
     source = dataclasses.replace(source, columns={k: v for k, v in source.columns.items() if k != "uri"})
-    rows = parquet_rows(source, name, file) if file.suffix == ".parquet" else _arrow_rows(source, name, file)
+    rows = parquet_rows(source, name, file) if file.suffix.lower() == ".parquet" else _arrow_rows(source, name, file)
     for number, row in rows:
         if isinstance(row, Quarantine):
             yield row
             continue
         try:
             member = f"row:{number}:{image}"
-            post = mapped_post(source, row, f"{name} row {number}", root, name, member, f"{name}#{number}")
+            post = mapped_post(source, with_labels(row, labels), f"{name} row {number}", root, name, member, f"{name}#{number}")
             yield post if post.caption is not None or not wants_caption(told) else captionless(told, name, number)
         except REFUSALS as error:
             yield refused(source, name, number, error)
+
+
+def with_labels(row: Row, labels: Mapping[str, Sequence[str]]) -> Row:
+    """The row with names in the place of classes' numbers; -1 is no class. Raises BadRecord for a number without name."""
+    if not labels:
+        return row
+
+    def named(column: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [named(column, one) for one in value]
+        if not isinstance(value, int) or value == -1:
+            return None if value == -1 else value
+        if not 0 <= value < len(labels[column]):
+            raise BadRecord(f"{column} is {value}, and the set names {len(labels[column])} classes")
+        return labels[column][value]
+
+    return {**row, **{column: named(column, row[column]) for column in labels if column in row}}
 
 
 def _arrow_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:

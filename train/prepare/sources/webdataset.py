@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -77,14 +77,18 @@ class _Told:
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
     """Every image of every tar."""
     path = require_source(source)
-    root = source_root(source)
-    told = _Told()
-    tars = [path.name] if path.is_file() else walk(source, path)
+    yield from read_tars(source, source_root(source), [path.name] if path.is_file() else walk(source, path))
+
+
+def read_tars(source: SourceConfig, root: Path, tars: Iterable[str | Quarantine]) -> Iterator[RawPost | Quarantine]:
+    """Every image of these files, relative to `path`, or to its folder where it is a file."""
+    path, told = Path(source.path), _Told()
+    base = path.parent if path.is_file() else path
     for found in tars:
         if isinstance(found, Quarantine):
             yield found
         elif found.lower().endswith(".tar"):
-            yield from _tar(source, root, found, path if path.is_file() else path / found, told)
+            yield from _tar(source, root, found, base / found, told)
         elif found.lower().endswith(_COMPRESSED):
             told.passed_over("compressed tars are not read (unpack them to .tar)", found)
     for what, count in sorted(told.counts.items()):

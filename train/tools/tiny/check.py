@@ -126,11 +126,9 @@ def _denoised(components: Any, prompts: Sequence[CheckPrompt], settings: Prompts
         guided: torch.Tensor = negative_BCHW + settings.guidance * (positive_BCHW - negative_BCHW)
         return guided
 
-    draws = []
-    for prompt in prompts:
-        generator = torch.Generator().manual_seed(prompt.seed)
-        draws.append(torch.randn(settings.steps + 1, 4, height // 8, width // 8, generator=generator))
-    latents = sampling.denoise(predict, torch.stack(draws, dim=1), sampler=settings.sampler)
+    generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
+    start_BCHW = torch.cat([torch.randn(1, 4, height // 8, width // 8, generator=generator) for generator in generators])
+    latents = sampling.denoise(predict, start_BCHW, steps=settings.steps, sampler=settings.sampler, generators=generators)
     assert latents is not None  # only a stop() makes it None
     return latents
 
