@@ -403,6 +403,22 @@ def test_a_service_of_wandb_that_dies_or_stands_still(
 
 
 @pytest.mark.slow
+def test_a_resumed_run_is_the_same_one_at_its_own_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """wandb draws over `update`, so that lines from before the kill may be sent again."""
+    sent: list[dict[str, Any]] = []
+    real = trackers.flatten
+    monkeypatch.setattr(trackers, "flatten", lambda record: sent.append(real(record)) or sent[-1])
+    for first, resume in ((1, 0), (2, 1)):
+        run = tracker(tmp_path, wandb="offline", resume=resume)
+        for update in (first, first + 1):
+            run.log({"step": update, "update": update, "loss": 0.5})
+        run.close(60)
+    number = (tmp_path / "wandb_id.txt").read_text().strip()
+    assert [folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")] == [number] * 2
+    assert [record["update"] for record in sent] == [1, 2, 2, 3]
+
+
+@pytest.mark.slow
 def test_pictures_of_several_sizes_in_wandb(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     files = [tmp_path / "00.png", tmp_path / "01.png"]
     for file, size in zip(files, ((64, 96), (96, 64)), strict=True):
