@@ -14,29 +14,28 @@ from typing import Any
 
 import pytest
 import synthetic
-from outletchild import fake_child
+from faketrackers import fake_wandb, services
 from stages import Stage, result
 
 from train.base.errors import ExitCode
-from train.observe import outlets
+from train.observe import trackers
 from train.observe.tracker import Tracker
 
 pytestmark = pytest.mark.slow
 
-READY = "import sys, os, signal, time; print('ready', flush=True); "
-PROCESS_FAULTS = {
-    "never ready": "import time; time.sleep(60)",
-    "refuses": "print('UsageError: no key', flush=True)",
-    "dies at once": "import sys; sys.exit(1)",
-    "killed under way": READY + "[sys.stdin.readline() for _ in range(4)]; os.kill(os.getpid(), signal.SIGKILL)",
-    "hangs under way": READY + "sys.stdin.readline(); time.sleep(60)",
-    "hangs at the end": READY + "sys.stdin.read(); time.sleep(60)",
+FAULTS = {  # as test_tracker.Fake does them
+    "never opens": "open: hang",
+    "refuses": "open: raise",
+    "ends its thread": "open: exit",
+    "fails under way": "write: raise",
+    "hangs under way": "write: hang",
+    "hangs at the end": "close: hang",
 }
 
 
 @pytest.fixture
 def timed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Seconds that each call of `log` held up the training; short waits for the outlets."""
+    """Seconds that each call of `log` held up the training; short waits for the trackers."""
     spent: list[float] = []
     real = Tracker.log
 
@@ -46,8 +45,9 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         spent.append(time.perf_counter() - before)
 
     monkeypatch.setattr(Tracker, "log", log)
-    monkeypatch.setattr(outlets, "READY_S", 3.0)
-    monkeypatch.setattr(outlets, "CLOSE_S", 4.0)
+    monkeypatch.setattr(trackers, "INIT_S", 3.0)
+    monkeypatch.setattr(trackers, "CLOSE_S", 4.0)
+    monkeypatch.setattr(trackers, "KILL_S", 1.0)
     return spent
 
 
@@ -58,12 +58,12 @@ def check(stage: Stage, straight: Path, spent: list[float], *overrides: str) -> 
     assert sorted(spent)[len(spent) // 2] < 0.05  # the median: other processes share the cores
 
 
-@pytest.mark.parametrize("fault", PROCESS_FAULTS)
-def test_faults_of_the_process(
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_of_the_tracker(
     fault: str, straight: Path, dataset: Path, base_model: Path, tmp_path: Path, timed: list[float],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    fake_child(monkeypatch, PROCESS_FAULTS[fault])
+    fake_wandb(monkeypatch, [], FAULTS[fault])
     check(Stage(tmp_path, dataset, base_model), straight, timed, "tracking.wandb=online")
 
 
@@ -108,5 +108,6 @@ def test_faults_of_the_network(
         finally:
             for name in environment:
                 del os.environ[name]
+    assert services() == []
     written = b"".join(path.read_bytes() for path in stage.output.rglob("*") if path.is_file())
     assert b"0123456789" * 4 not in written

@@ -81,6 +81,6 @@ def test_between_keeps_all_that_a_unit_can_meet() -> None:
 
 def test_shares_stand_to_the_right_and_one_is_not_many() -> None:
     html = table(["name", "share"], [["a", "3.5 %"], ["b", "10.0 %"]])
-    assert html.count("<td class=n>") == 2
-    assert table(["name"], [["3 of 4"]]).count("class=n") == 0
+    assert html.count('<td class="n">') == 2
+    assert table(["name"], [["3 of 4"]]).count('class="n"') == 0
     assert [counted(n, "picture is", "pictures are") for n in (1, 2000)] == ["1 picture is", "2,000 pictures are"]

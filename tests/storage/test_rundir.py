@@ -182,7 +182,7 @@ def test_somebodys_folder_is_no_run_directory(tmp_path, name):
 
 
 def test_a_folder_with_other_files_and_a_plan_is_taken(tmp_path):
-    for name in ("plan.json", "lr.png", "notes.txt"):
+    for name in ("plan.json", "lr.svg", "notes.txt"):
         (tmp_path / name).write_text("x")
     rundir.open_run_dir(tmp_path, "s").close()
     rundir.open_run_dir(tmp_path, "s").close()

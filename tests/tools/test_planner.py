@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -92,7 +93,12 @@ def test_what_does_not_fit_exits_7_with_the_plan_printed(tmp_path: Path) -> None
     plan = json.loads(done.stdout)
     assert plan == json.loads((tmp_path / "o" / "plan.json").read_text())
     assert (plan["memory"]["fits"], plan["memory"]["modes"]["full"]) == (False, pytest.approx(65.3, abs=0.1))
-    assert (tmp_path / "o" / "lr.png").read_bytes().startswith(b"\x89PNG")
+    curve = ElementTree.parse(tmp_path / "o" / "lr.svg").getroot()
+    name = "{http://www.w3.org/2000/svg}"
+    lines = curve.findall(f".//{name}polyline")
+    assert (curve.tag, len(lines)) == (f"{name}svg", 1)
+    assert len(lines[0].attrib["points"].split()) > 100
+    assert "ft1: " in "".join(curve.itertext())
 
 
 def test_finetune_plan() -> None:

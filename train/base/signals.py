@@ -94,14 +94,8 @@ def raise_if_asked(what: str) -> None:
         raise Halt(ExitCode.STOPPED, f"{what}: stopped by a signal ({_latest.name}); {kept}")
 
 
-def ignore_in_worker() -> None:
-    """For a worker that ends with its input or is killed: a signal to the whole group is its parent's affair."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def reset_in_worker() -> None:
-    """For a data worker: it inherits our handlers and would ignore the pool's SIGTERM and die of Ctrl-C."""
+    """For a worker: it inherits our handlers where it is forked, and would ignore its pool's SIGTERM and die of Ctrl-C."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -1,6 +1,6 @@
 """Metrics of a run: metrics.jsonl (the source of truth), a progress bar, and wandb and TensorBoard beside it.
 
-wandb and TensorBoard live behind a bounded queue in a process of their own (train/observe/outlets.py).
+wandb and TensorBoard live behind bounded queues in threads (train/observe/trackers.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TextIO
 from train.base.secrets import mask, mask_settings
 from train.config.stage import TrackingConfig
 from train.observe.metrics import MetricsFile
-from train.observe.outlets import Outlet, outlet_modes
+from train.observe.trackers import Queued, close_trackers, open_trackers
 
 log = logging.getLogger("anix")
 
@@ -43,22 +43,19 @@ class Tracker:
         resume_step: int = 0,
     ) -> None:
         self.is_main = is_main
-        self._outlet: Outlet | None = None
+        self._trackers: list[Queued] = []
         if not is_main:
             return
         self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl")
         self._bar = _make_bar(run_name, total_steps, resume_step)
         self._starvation = StarvationWatch()
-        modes = outlet_modes(tracking)
-        if modes:
-            settings = {
-                "run_dir": str(Path(run_dir).resolve()),
-                "tensorboard": tracking.tensorboard,
-                "project": mask_settings(tracking.project or "anix"),
-                "name": mask_settings(tracking.name or run_name),
-                "config": {key: mask_settings(_plain(value)) for key, value in config_flat.items()},
-            }
-            self._outlet = Outlet(settings, modes)
+        settings = {
+            "run_dir": str(Path(run_dir).resolve()),
+            "project": mask_settings(tracking.project or "anix"),
+            "name": mask_settings(tracking.name or run_name),
+            "config": {key: mask_settings(_plain(value)) for key, value in config_flat.items()},
+        }
+        self._trackers = open_trackers(tracking, settings)
 
     def log(self, record: Mapping[str, Any], *, update_s: float = 0.0) -> None:
         """Append one update's record: step, update, epoch, images, loss, lr_unet, ... (numbers, text, lists).
@@ -70,8 +67,7 @@ class Tracker:
             return
         plain = {key: _plain(value) for key, value in record.items()}
         self._metrics.append(json.dumps(plain))
-        if self._outlet:
-            self._outlet.put({"kind": "metrics", "record": plain})
+        self._send({"kind": "metrics", "record": plain})
         starving = self._starvation.see(plain.get("data_wait_s") or 0.0, update_s)
         if starving:
             self.alert(starving)
@@ -90,39 +86,39 @@ class Tracker:
             file.close()
         except OSError as error:  # a measurement is not worth the run
             log.warning("validation.jsonl cannot be written: %s", error)
-        if self._outlet:
-            shown = {key: value for key, value in plain.items() if key not in ("update", "step", "losses")}
-            self._outlet.put({"kind": "metrics", "record": {"update": plain["update"], "validation": shown}})
+        shown = {key: value for key, value in plain.items() if key not in ("update", "step", "losses")}
+        self._send({"kind": "metrics", "record": {"update": plain["update"], "validation": shown}})
 
     def alert(self, text: str) -> None:
-        """One line above the bar, and in the outlets. Secrets are masked."""
+        """One line above the bar, and in the trackers. Secrets are masked."""
         if not self.is_main:
             return
         from tqdm import tqdm
 
         tqdm.write(f"WARNING: {mask(text)}", file=sys.stderr)
-        if self._outlet:
-            self._outlet.put({"kind": "alert", "text": mask(text)})
+        self._send({"kind": "alert", "text": mask(text)})
 
     def images(self, step: int, files: Sequence[str | Path]) -> None:
-        """Hand picture files that exist on disk to the outlets."""
-        if self.is_main and self._outlet:
-            paths = [str(Path(file).resolve()) for file in files]
-            self._outlet.put({"kind": "images", "step": step, "files": paths})
+        """Hand picture files that exist on disk to the trackers."""
+        if self.is_main:
+            self._send({"kind": "images", "step": step, "files": [str(Path(file).resolve()) for file in files]})
 
     def undelivered(self) -> int:
-        """Messages that the outlets have not taken yet."""
-        return self._outlet.waiting() if self.is_main and self._outlet else 0
+        """Messages that the trackers have not taken yet."""
+        return sum(one.waiting() for one in self._trackers)
 
     def close(self, timeout_s: float | None = None) -> None:
-        """Finish the bar and the file; wait at most `timeout_s` (30 s) for the outlets, then end them."""
+        """Finish the bar and the file; wait at most `timeout_s` (30 s) for the trackers, then end them."""
         if not self.is_main:
             return
         self._bar.close()
         self._metrics.close()
-        if self._outlet:
-            self._outlet.close(timeout_s)
-            self._outlet = None
+        close_trackers(self._trackers, timeout_s)
+        self._trackers = []
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        for one in self._trackers:
+            one.put(message)
 
 
 def loss_by_decile(

@@ -14,7 +14,7 @@ from train.testing.loop import MICRO, ROOT, TILES, WARM_UPDATES, tiny_session
 from train.testing.timing import Timing, row
 
 UPDATES_PER_REPEAT = 10  # half of them with hooks
-OUTLETS_S = 90.0  # what wandb and TensorBoard get to start before anything is timed
+TRACKERS_S = 90.0  # what wandb and TensorBoard get to start before anything is timed
 LOOKING = (  # previews on, never due
     "tracking.wandb=offline", "sampling.every_steps=1000000",
     f"sampling.prompts={ROOT / 'configs' / 'tiny' / 'prompts.yaml'}",
@@ -75,7 +75,7 @@ def hooks_row(folder: Path, repeats: int) -> dict[str, Any]:
                 for name, hook in zip(real, (turns.log, turns.after), strict=True):
                     setattr(loop, name, hook)
                 loop.run_updates(session)
-                _wait_for_outlets(session)
+                _wait_for_trackers(session)
         finally:
             for name, hook in real.items():
                 setattr(loop, name, hook)
@@ -87,15 +87,15 @@ def hooks_row(folder: Path, repeats: int) -> dict[str, Any]:
         "hooks by themselves, ms wall": round(statistics.median(turns.hooks.wall_s) * 1000, 3),
         "share of the update, CPU time": f"{hooks / whole:.2%}",
         "difference of the medians": f"{(ours - bare) / bare:+.1%} (as noisy as the machine)",
-        "includes": "metrics.jsonl, bar, queue to wandb's process, loss by timestep, spike and starvation watch",
+        "includes": "metrics.jsonl, bar, queue to wandb's thread, loss by timestep, spike and starvation watch",
     }
     what = f"hooks of an update of {TILES} x {MICRO} images, tiny SDXL, wandb offline, previews on but not due"
     rounds = {name: timing.rounds(UPDATES_PER_REPEAT // 2) for name, timing in turns.whole.items()}
     return row("A9", what, "<= 1 % of the update", rounds, MICRO * TILES, notes=notes)
 
 
-def _wait_for_outlets(session: Session) -> None:
-    deadline = time.monotonic() + OUTLETS_S
+def _wait_for_trackers(session: Session) -> None:
+    deadline = time.monotonic() + TRACKERS_S
     while session.observers.tracker.undelivered() and time.monotonic() < deadline:
         time.sleep(0.2)
-    time.sleep(1.0)  # its process still digests what it got
+    time.sleep(1.0)  # its service still digests what it got

@@ -6,16 +6,22 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from typing import Any, Generic, TypeVar
+from itertools import islice
+from typing import Generic, TypeVar
+
+from pebble import ProcessExpired, ProcessPool
 
 from train.base import signals
+from train.base.errors import ExitCode, Halt
 
 J = TypeVar("J")
 R = TypeVar("R")
+LOOK_S = 0.5  # how often a wait looks whether a signal came
 
 
 @dataclass(frozen=True)
@@ -26,119 +32,67 @@ class Lost:
     message: str
 
 
-@dataclass
-class _Worker:
-    process: Any
-    pipe: Connection
-    job: int | None = None
-    deadline: float = 0.0
-
-
 class Pool(Generic[J, R]):
     """`workers` processes that apply `function`, a function of a module; 0 = in this process, without limits."""
 
     def __init__(self, workers: int, function: Callable[[J], R], timeout_s: float, memory_bytes: int) -> None:
-        self.count, self.function, self.timeout_s, self.memory_bytes = workers, function, timeout_s, memory_bytes
-        self._workers: list[_Worker] = []
+        self.count, self.function, self.timeout_s = workers, function, timeout_s
+        # spawn, not fork: what torch and libvips hold in threads does not survive one. With `function` among the
+        # arguments its imports are done before a worker takes its first job, whose clock they would eat.
+        self._pool = ProcessPool(
+            max(workers, 1),
+            initializer=_begin,
+            initargs=(memory_bytes, function),
+            context=multiprocessing.get_context("spawn"),
+        )
 
     def __enter__(self) -> Pool[J, R]:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for worker in self._workers:
-            worker.pipe.close()  # idle workers end by themselves at the end of their input
-            worker.process.kill()  # they ignore what asks politely, see signals.ignore_in_worker
-        for worker in self._workers:
-            worker.process.join()
-        self._workers = []
+        self._pool.stop()
+        self._pool.join()
 
     def map(self, jobs: Iterable[J]) -> Iterator[R | Lost]:
-        """The result of every job, in order. Raises Halt(STOPPED) between two when a signal asked for it."""
+        """The result of every job, in order. Raises Halt: STOPPED between two when a signal asked for it, PEER_LOST
+        when workers end that had nothing to do.
+        """
+        source = iter(jobs)
         if self.count == 0:
-            for job in jobs:
+            for job in source:
                 signals.raise_if_asked("pictures")
                 yield self.function(job)
             return
-        source = enumerate(jobs)
-        done: dict[int, R | Lost] = {}
-        given, taken, more = 0, 0, True
-        while more or taken < given:
-            while more and given < taken + 4 * self.count and (worker := self._idle()) is not None:
-                item = next(source, None)
-                if item is None:
-                    more = False
-                    break
-                given += 1
-                worker.job, worker.deadline = item[0], time.monotonic() + self.timeout_s
-                worker.pipe.send(item[1])
-            if taken < given and taken not in done:
-                self._collect(done)
-            signals.raise_if_asked("pictures")  # before a worker that died of the same signal is taken for a crash
-            while taken in done:
-                yield done.pop(taken)
-                taken += 1
+        given: deque[Future[R]] = deque()
+        while True:
+            for job in islice(source, 4 * self.count - len(given)):
+                given.append(self._pool.schedule(self.function, (job,), timeout=self.timeout_s))
+            if not given:
+                return
+            yield self._result(given.popleft())
 
-    def _idle(self) -> _Worker | None:
-        free = next((worker for worker in self._workers if worker.job is None), None)
-        if free is None and len(self._workers) < self.count:
-            free = self._start()
-        return free
-
-    def _start(self) -> _Worker:
-        # spawn, not fork: a forked worker would keep its siblings' pipes open and outlive a killed parent.
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.function, self.memory_bytes), daemon=True)
-        process.start()
-        theirs.close()
-        worker = _Worker(process, ours)
-        self._workers.append(worker)
-        try:
-            worker.pipe.recv()  # its imports are done: the clock of the first job starts now
-        except EOFError:
+    def _result(self, future: Future[R]) -> R | Lost:
+        while not wait([future], LOOK_S).done:
             signals.raise_if_asked("pictures")
-            raise
-        return worker
-
-    def _collect(self, done: dict[int, R | Lost]) -> None:
-        """Wait for a result, or for the next time limit."""
-        busy = {worker.pipe: worker for worker in self._workers if worker.job is not None}
-        nearest = min(worker.deadline for worker in busy.values())
-        for pipe in wait(list(busy), max(nearest - time.monotonic(), 0)):
-            worker = busy[pipe]  # type: ignore[index]
-            assert worker.job is not None
-            try:
-                done[worker.job] = worker.pipe.recv()
-                worker.job = None
-            except EOFError:
-                worker.process.join()
-                self._lose(worker, Lost("crash", f"the decoder crashed (exit {worker.process.exitcode})"), done)
-        now = time.monotonic()
-        for worker in busy.values():
-            if worker.job is not None and now >= worker.deadline and not worker.pipe.poll():
-                worker.process.kill()
-                worker.process.join()
-                self._lose(worker, Lost("timeout", f"not decoded within {self.timeout_s:g} s"), done)
-
-    def _lose(self, worker: _Worker, lost: Lost, done: dict[int, R | Lost]) -> None:
-        assert worker.job is not None
-        done[worker.job] = lost
-        worker.pipe.close()
-        self._workers.remove(worker)
+        signals.raise_if_asked("pictures")  # before a worker that died of the same signal is taken for a crash
+        try:
+            return future.result()
+        except TimeoutError:
+            return Lost("timeout", f"not decoded within {self.timeout_s:g} s")
+        except ProcessExpired as error:
+            return Lost("crash", f"the decoder crashed (exit {error.exitcode})")
+        except BrokenProcessPool as error:
+            raise Halt(ExitCode.PEER_LOST, f"the processes that decode pictures were ended from outside ({error}); "
+                       "what is finished is kept, the same command goes on") from error  # fmt: skip
+        except Exception as error:
+            return Lost("crash", f"the decoder failed ({type(error).__name__}: {error})")
 
 
-def _serve(pipe: Connection, function: Callable[[Any], Any], memory_bytes: int) -> None:
-    signals.ignore_in_worker()
+def _begin(memory_bytes: int, _: object) -> None:
+    signals.reset_in_worker()  # a decoder that hangs dies of the pool's SIGTERM, Ctrl-C is the parent's affair
     used = _virtual_bytes()
     if used and memory_bytes:
         resource.setrlimit(resource.RLIMIT_AS, (used + memory_bytes, used + memory_bytes))
-    pipe.send(None)
-    while True:
-        try:
-            job = pipe.recv()
-        except (EOFError, OSError):  # the parent is gone
-            return
-        pipe.send(function(job))
 
 
 def _virtual_bytes() -> int:

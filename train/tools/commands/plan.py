@@ -24,7 +24,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--bench", type=Path, help="JSON of scripts/bench.py gpu, instead of --images-per-s")
     parser.add_argument("--price-per-hour", type=float, help="of one GPU")
     parser.add_argument("--disk-gb", type=float, help="free disk; default: this machine's, if planned for its GPU")
-    parser.add_argument("--out", type=Path, help="folder for plan.json and lr.png")
+    parser.add_argument("--out", type=Path, help="folder for plan.json and lr.svg")
     parser.add_argument("--write", action="store_true", help="write both into the stage's output_dir")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     return parser.parse_intermixed_args()

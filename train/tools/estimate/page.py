@@ -10,6 +10,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig
 from train.engine.finished import answer
 from train.recipe import schedule
+from train.tools.report.charts import COLOURS, as_file
 
 CURVE_POINTS = 4000
 
@@ -123,33 +124,26 @@ def _time_lines(time: dict[str, Any] | None) -> list[str]:
 
 
 def write_files(folder: Path, config: StageConfig, plan: dict[str, Any]) -> None:
-    """`plan.json` and `lr.png` in `folder`. Raises Halt(CANNOT_WRITE)."""
+    """`plan.json` and `lr.svg` in `folder`. Raises Halt(CANNOT_WRITE)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
-        write_curve(folder / "lr.png", config, plan["total_updates"], plan["schedule"]["cycle_updates"])
+        write_curve(folder / "lr.svg", config, plan["total_updates"], plan["schedule"]["cycle_updates"])
     except OSError as error:
         raise Halt(ExitCode.CANNOT_WRITE, f"cannot write the plan into {folder}: {error}") from error
 
 
 def write_curve(path: Path, config: StageConfig, total_updates: int, cycle_updates: int | None) -> None:
-    """The learning rate of every group over the run as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """The learning rate of every group over the run as an SVG."""
     step = max(1, total_updates // CURVE_POINTS)
     updates = list(range(0, total_updates, step))
     names = {"optimizer.unet_lr": "U-Net", "optimizer.text_encoder_lr": "text encoders"}
     peaks = {names[key]: peak for key, peak in schedule.peak_keys(config.optimizer).items()}
-    figure, axes = pyplot.subplots(figsize=(9, 3.5), layout="constrained")
-    for name, peak in peaks.items():
-        rates = [
-            schedule.lr_at(u, peak=peak, config=config.schedule, cycle_updates=cycle_updates or 1) for u in updates
-        ]
-        axes.plot(updates, rates, label=name, linewidth=1)
-    axes.set(xlabel="update", ylabel="learning rate", title=f"{config.stage}: {config.schedule.name}", ylim=(0, None))
-    axes.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    lines = [
+        (name, colour, [(float(u), schedule.lr_at(u, peak=peak, config=config.schedule, cycle_updates=cycle_updates or 1))
+                        for u in updates])
+        for (name, peak), colour in zip(peaks.items(), COLOURS, strict=False)
+    ]  # fmt: skip
+    highest = max((rate for _, _, points in lines for _, rate in points), default=0.0) or 1.0
+    title = f"{config.stage}: {config.schedule.name}, learning rate over updates"
+    path.write_text(as_file(title, lines, y_range=(0.0, highest)))

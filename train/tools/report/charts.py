@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from html import escape
 from itertools import accumulate
+
+from markupsafe import Markup, escape
+
+from train.prepare.health.pages import render
 
 WIDTH, HEIGHT = 340, 190
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 26
@@ -25,15 +28,15 @@ def line_chart(
     log: bool = False,
     spread: Points = (),
     nothing: str = "no data",
-) -> str:
+) -> Markup:
     """An SVG of named lines (name, colour, points); `spread` is drawn faintly behind them, raw values as dots.
 
     `log` makes the y axis logarithmic where every value is above 0. Without points it says `nothing`.
     """
     everything = [point for _, _, points in series for point in points] + list(spread)
     if not everything:
-        return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}: {nothing}">' \
-               f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" class="none">{nothing}</text></svg>'  # fmt: skip
+        return Markup(f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}: {nothing}">'
+                      f'<text x="{WIDTH / 2}" y="{HEIGHT / 2}" class="none">{nothing}</text></svg>')  # fmt: skip
     x_low, x_high = x_range or extent([x for x, _ in everything])
     y_low, y_high = y_range or extent([y for _, y in everything])
     log = log and y_low > 0
@@ -54,7 +57,7 @@ def line_chart(
         if len(points) == 1:
             x, y = points[0]
             parts.append(f'<circle cx="{across(x):.1f}" cy="{up(y):.1f}" r="2.5" fill="{colour}"/>')
-    return "".join([*parts, "</svg>"])
+    return Markup("".join([*parts, "</svg>"]))
 
 
 def bar_chart(
@@ -63,7 +66,7 @@ def bar_chart(
     *,
     label: str,
     high: float | None = None,
-) -> str:
+) -> Markup:
     """An SVG of grouped bars from 0 to `high`: (name, colour, one value per group or None)."""
     values = [value for _, _, row in bars for value in row if value is not None]
     if not values:
@@ -86,7 +89,13 @@ def bar_chart(
                     f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{HEIGHT - BOTTOM - y:.1f}" '
                     f'fill="{colour}"><title>{escape(name)}: {number(value)}</title></rect>'
                 )
-    return "".join([*parts, "</svg>"])
+    return Markup("".join([*parts, "</svg>"]))
+
+
+def as_file(title: str, series: Sequence[tuple[str, str, Points]], *, y_range: Range) -> str:
+    """A line chart with title and legend as the text of an SVG file, light or dark as its viewer is."""
+    chart, legend = line_chart(series, label=title, y_range=y_range), [(name, colour) for name, colour, _ in series]
+    return render("chart.svg", title=title, legend=legend, chart=chart, width=WIDTH, height=HEIGHT, left=LEFT)
 
 
 def smooth(points: Points, window: int) -> list[tuple[float, float]]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
+
+from markupsafe import Markup
 
 from train.observe.runs import Run, finite
 from train.observe.validation import LABELS, paired_change
+from train.prepare.health.pages import html, joined
 from train.recipe.tag_policy import AESTHETIC_TAGS, QUALITY_TAGS, RATING_TAGS, YEAR_RANGES
 from train.tools.report.charts import COLOURS, extent, line_chart
-from train.tools.report.parts import figure, name_of, table, with_interval
+from train.tools.report.parts import charts, name_of, with_interval
 
-KIND_OF_LOSS = ("loss.prediction", "noise.zero_terminal_snr")  # all that train/observe/heldout.py takes from the stage's own
+KIND_OF_LOSS = (
+    "loss.prediction",
+    "noise.zero_terminal_snr",
+)  # all that train/observe/heldout.py takes from the stage's own
 _ORDER = (  # of the strata's names, best first
     *QUALITY_TAGS, *(tags[0] for tags in RATING_TAGS.values()), *(name for name, _, _ in reversed(YEAR_RANGES)),
     *AESTHETIC_TAGS,
@@ -26,12 +31,11 @@ def held_out_section(runs: Sequence[Run]) -> str:
     if not measured:
         return ""
     lines = [
-        [(float(r["update"]), float(r["loss"])) for r in run.validation if finite(r.get("loss"))]
-        for _, run in measured
+        [(float(r["update"]), float(r["loss"])) for r in run.validation if finite(r.get("loss"))] for _, run in measured
     ]
     every = [y for points in lines for _, y in points]
-    charts = [
-        figure(
+    shown = [
+        (
             name_of(run, number),
             line_chart(
                 [(run.name, COLOURS[number % len(COLOURS)], points)],
@@ -48,14 +52,18 @@ def held_out_section(runs: Sequence[Run]) -> str:
         [stratum(name), *(with_interval(r.validation[-1]["strata"].get(name, {})) for _, r in measured)]
         for name in names
     ]
-    return (
-        "<p>Images that no stage trains on, with fixed noise and timesteps. Each stage measures its own selection, "
-        "unless <code>validation.select</code> names another.</p>"
-        f'<div class="charts">{"".join(charts)}</div><h3>At the end of each run</h3>'
-        + table(["stratum", *(name_of(run, number) for number, run in measured)], rows)
-        + "<p>Mean ± half-width of the 95 % interval over images (number of images).</p>"
-        + _changes([run for _, run in measured])
+    told = (
+        "Images that no stage trains on, with fixed noise and timesteps. Each stage measures its own selection, unless "
     )
+    parts = [
+        html.p(joined([told, html.code("validation.select"), " names another."])),
+        charts(shown),
+        html.h3("At the end of each run"),
+        html.table(["stratum", *(name_of(run, number) for number, run in measured)], rows),
+        html.p("Mean ± half-width of the 95 % interval over images (number of images)."),
+        _changes([run for _, run in measured]),
+    ]
+    return joined(parts)
 
 
 def _changes(runs: Sequence[Run]) -> str:
@@ -64,9 +72,11 @@ def _changes(runs: Sequence[Run]) -> str:
     pairs = [(before, after) for before, after in pairs if paired_change(_losses(before), _losses(after))]
     skipped = [(before, after) for before, after in pairs if _measured_otherwise(before, after)]
     pairs = [(before, after) for before, after in pairs if not _measured_otherwise(before, after)]
-    told = "".join(
-        f"<p>{_between(before, after)}: no change is shown, for their losses are not of one kind "
-        f"(they differ in {' and '.join(_measured_otherwise(before, after))}).</p>"
+    told = joined(
+        html.p(
+            f"{_between(before, after)}: no change is shown, for their losses are not of one kind "
+            f"(they differ in {' and '.join(_measured_otherwise(before, after))})."
+        )
         for before, after in skipped
     )
     if not pairs:
@@ -75,16 +85,15 @@ def _changes(runs: Sequence[Run]) -> str:
     rows = [["all", *(_change(before, after, None) for before, after in pairs)]]
     rows += [[stratum(name), *(_change(before, after, name) for before, after in pairs)] for name in names]
     head = ["stratum", *(_between(before, after) for before, after in pairs)]
-    return (
-        "<h3>Change on the images both measured</h3>"
-        + table(head, rows)
-        + "<p>The mean of each image's own difference: most of what makes one image harder than another cancels. "
-        "In colour where the 95 % interval leaves 0 out: green falls, red rises.</p>" + told
+    explained = (
+        "The mean of each image's own difference: most of what makes one image harder than another cancels. "
+        "In colour where the 95 % interval leaves 0 out: green falls, red rises."
     )
+    return joined([html.h3("Change on the images both measured"), html.table(head, rows), html.p(explained), told])
 
 
 def _between(before: Run, after: Run) -> str:
-    return f"{escape(before.name)} → {escape(after.name)}"
+    return f"{before.name} → {after.name}"
 
 
 def _measured_otherwise(before: Run, after: Run) -> list[str]:
@@ -104,7 +113,7 @@ def _change(before: Run, after: Run, name: str | None) -> str:
     shown, interval = with_interval(found, signed=True), found["interval"]
     if interval is None or abs(found["loss"]) <= interval:
         return shown
-    return f'<span class="{"good" if found["loss"] < 0 else "bad"}">{shown}</span>'
+    return Markup(html.span(shown, "good" if found["loss"] < 0 else "bad"))
 
 
 def _losses(run: Run) -> Mapping[str, Any]:
@@ -129,4 +138,4 @@ def in_order(names: set[str]) -> list[str]:
 def stratum(name: str) -> str:
     """`quality/masterpiece` as a cell."""
     label, _, value = name.partition("/")
-    return f'<span class="dim">{escape(label)}</span> {escape(value)}'
+    return joined([html.span(label, "dim"), " ", value])

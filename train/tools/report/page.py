@@ -1,10 +1,9 @@
-"""The report of one or several runs as one HTML page: no scripts, nothing loaded from anywhere, fit for printing."""
+"""The report of one or several runs as one HTML page, fit for printing."""
 
 from __future__ import annotations
 
 import datetime
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -13,11 +12,13 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import replace_file
 from train.base.secrets import mask
 from train.observe.runs import Picture, Run, as_yaml, config_differences, finite, read_pictures, read_run, told_apart
+from train.prepare.health.pages import html, joined
+from train.prepare.health.pages import page as whole_page
 from train.tools.quality.record import read_quality
 from train.tools.report.charts import COLOURS, Points, bar_chart, extent, line_chart, smooth
 from train.tools.report.charts import number as short
 from train.tools.report.heldout import held_out_section
-from train.tools.report.parts import STYLE, anchor, digest, figure, listed, name_of, table, text, with_interval
+from train.tools.report.parts import anchor, charts, digest, listed, name_of, text, with_interval
 from train.tools.report.quality import quality_section
 from train.tools.report.samples import comparison, strips
 
@@ -32,7 +33,6 @@ CHARTS = (  # key, title, noisy: dots with a running mean on a logarithmic axis,
 FAR = 10  # times; a decade is what a line may add to a logarithmic axis
 FEW = 10  # with fewer updates each counts, whatever it is
 EDGE_UPDATES = 50  # first and last updates whose mean the summary shows
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_page(
@@ -80,22 +80,13 @@ def page(
         ("Held-out loss", held_out_section(runs)),
         ("Stage comparison", comparison(runs, others)),
         ("Quality of the samples", quality_section(quality, [run.name for run in runs])),
-        ("Samples over time", "".join(strips(run) for run in runs)),
+        ("Samples over time", joined(strips(run) for run in runs)),
         ("Configuration", configuration(runs)),
         ("Lineage", lineage(runs)),
         ("Notes", listed([*notes, *(note for run in runs for note in run.notes)])),
     ]
-    shown = [(name, body) for name, body in sections if body]
-    links = "".join(f'<a href="#{anchor(name)}">{name}</a>' for name, _ in shown)
-    body = "".join(f'<section id="{anchor(name)}"><h2>{name}</h2>{body}</section>' for name, body in shown)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(heading)}</title><style>{STYLE}</style></head><body>"
-        f"<header><h1>{escape(heading)}</h1><p>Made {made}</p><nav>{links}</nav></header>"
-        f"<main>{body}</main></body></html>\n"
-    )
+    shown = [(anchor(name), name, body) for name, body in sections if body]
+    return whole_page(heading, "report.css", f"Made {made}", shown)
 
 
 def summary_table(runs: Sequence[Run]) -> str:
@@ -116,7 +107,7 @@ def summary_table(runs: Sequence[Run]) -> str:
         rows.append(
             [
                 name_of(run, number),
-                escape(run.ending),
+                run.ending,
                 text(final.get("update"), "{:,.0f}"),
                 text(final.get("images"), "{:,.0f}"),
                 text(first, "{:.4f}"),
@@ -128,12 +119,12 @@ def summary_table(runs: Sequence[Run]) -> str:
                 with_interval(held),
             ]
         )
-    return table(head, rows)
+    return joined([html.table(head, rows)])
 
 
 def curves(runs: Sequence[Run]) -> str:
     """One row of charts per metric, one chart per run."""
-    rows = []
+    rows: list[str] = []
     for key, label, noisy, shared in CHARTS:
         found = [run.waiting() if key == "waiting" else run.series(key) for run in runs]
         smoothed = [smooth(points, max(len(points) // 25, 1)) if noisy else points for points in found]
@@ -155,28 +146,27 @@ def curves(runs: Sequence[Run]) -> str:
                 spread=points if noisy and len(points) > 2 else (),
                 nothing="not trained" if key == "lr_text_encoder" and run.metrics else "no data",
             )
-            cells.append(figure(name_of(run, number), chart))
-        rows.append(f'<h3>{label}</h3><div class="charts">{"".join(cells)}</div>')
+            cells.append((name_of(run, number), chart))
+        rows += [html.h3(label), charts(cells)]
     if rows:
-        rows.insert(
-            0,
-            "<p>Over updates. Dots are single updates, lines a running mean. The runs share the y axis of every row but "
-            "the learning rates', which are powers of ten apart.</p>",
+        told = (
+            "Over updates. Dots are single updates, lines a running mean. The runs share the y axis of every row but "
         )
+        rows.insert(0, html.p(told + "the learning rates', which are powers of ten apart."))
     tenths = [(number, run, mean_deciles(run)) for number, run in enumerate(runs)]
     high = max((value or 0.0 for _, _, rows in tenths for _, row in rows for value in row), default=0.0)
     deciles = [
-        figure(name_of(run, number), decile_chart(run, COLOURS[number % len(COLOURS)], high))
+        (name_of(run, number), decile_chart(run, COLOURS[number % len(COLOURS)], high))
         for number, run, rows in tenths
         if rows
     ]
     if deciles:
-        rows.append(
-            "<h3>Loss by timestep, first and last tenth of the updates</h3>"
-            f'<div class="charts">{"".join(deciles)}</div>'
-            "<p>Tenths of the timestep range, 0 = least noise; grey first, colour last.</p>"
-        )
-    return "".join(rows) or "<p>No metrics found.</p>"
+        rows += [
+            html.h3("Loss by timestep, first and last tenth of the updates"),
+            charts(deciles),
+            html.p("Tenths of the timestep range, 0 = least noise; grey first, colour last."),
+        ]
+    return joined(rows or [html.p("No metrics found.")])
 
 
 def axis(points: Points, line: Points) -> list[float]:
@@ -214,13 +204,13 @@ def decile_chart(run: Run, colour: str, high: float) -> str:
 def configuration(runs: Sequence[Run]) -> str:
     """The keys in which the runs differ; for a single run all of them."""
     if len(runs) == 1:
-        rows = [[f"<code>{escape(k)}</code>", escape(mask(as_yaml(v)))] for k, v in sorted(runs[0].config.items())]
-        return table(["key", "value"], rows) if rows else ""
+        rows = [[html.code(k), mask(as_yaml(v))] for k, v in sorted(runs[0].config.items())]
+        return joined([html.table(["key", "value"], rows)]) if rows else ""
     different = config_differences(list(runs))
     if not different:
-        return "<p>The configurations are equal.</p>" if any(run.config for run in runs) else ""
-    rows = [[f"<code>{escape(key)}</code>", *(escape(mask(value)) for value in values)] for key, values in different]
-    return table(["key", *(name_of(run, number) for number, run in enumerate(runs))], rows)
+        return joined([html.p("The configurations are equal.")]) if any(run.config for run in runs) else ""
+    rows = [[html.code(key), *map(mask, values)] for key, values in different]
+    return joined([html.table(["key", *(name_of(run, number) for number, run in enumerate(runs))], rows)])
 
 
 def lineage(runs: Sequence[Run]) -> str:
@@ -236,8 +226,8 @@ def lineage(runs: Sequence[Run]) -> str:
             parent = parent if isinstance(parent, dict) else {}
             rows.append(
                 [
-                    escape(str(record.get("stage", "?"))),
-                    escape(str(parent.get("title") or parent.get("stage") or "?")) + digest(parent.get("sha256")),
+                    str(record.get("stage", "?")),
+                    joined([str(parent.get("title") or parent.get("stage") or "?"), digest(parent.get("sha256"))]),
                     digest(mark),
                     digest(record.get("dataset_fingerprint")),
                     digest(record.get("config_hash")),
@@ -245,8 +235,8 @@ def lineage(runs: Sequence[Run]) -> str:
                     text(record.get("seed"), "{}"),
                     text(record.get("updates"), "{:,}"),
                     text(record.get("images"), "{:,}"),
-                    escape(str(record.get("license", "?"))),
+                    str(record.get("license", "?")),
                 ]
             )
     head = ("stage", "parent", "weights", "dataset", "config", "code", "seed", "updates", "images", "licence")
-    return table(head, rows) if rows else ""
+    return joined([html.table(head, rows)]) if rows else ""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
+
 from train.base.errors import ExitCode, Halt
+from train.prepare.health.pages import html, joined
 from train.tools.quality.record import TITLES, shown
 from train.tools.report.charts import COLOURS, bar_chart
-from train.tools.report.parts import figure, table
+from train.tools.report.parts import charts
 
 MOST_TAGS = 40  # rows of the table by tag, the most asked for first
 GREY = "#6b7280"
@@ -41,20 +43,20 @@ def _section(record: Mapping[str, Any], names: Sequence[str]) -> str:
     colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
     statistics = [key for key in TITLES if any(key in stage["statistics"] for stage in stages.values())]
     rows = [
-        [_name(name, colours), escape(str(stage["pictures"])), *(_cell(stage["statistics"].get(key)) for key in statistics)]
+        [_name(name, colours), stage["pictures"], *(_cell(stage["statistics"].get(key)) for key in statistics)]
         for name, stage in stages.items()
     ]
-    parts = [table(["stage", "pictures", *(TITLES[key] for key in statistics)], rows)]
+    parts = [html.table(["stage", "pictures", *(TITLES[key] for key in statistics)], rows)]
     told = [*(EXPLAINED[key] for key in statistics), *_judges(record)]
-    parts.append(f'<ul class="told">{"".join(f"<li>{escape(line)}</li>" for line in told)}</ul>')
+    parts.append(html.listed(told, "told"))
     parts.append(_changes(record, statistics))
     parts.append(_scores(stages, colours))
     parts.append(_tags(stages, colours))
-    return "".join(parts)
+    return joined(parts)
 
 
 def _name(name: str, colours: Mapping[str, str]) -> str:
-    return f'<b style="color:{colours.get(name, GREY)}">{escape(name)}</b>'
+    return Markup(html.coloured(name, colours.get(name, GREY)))
 
 
 def _cell(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
@@ -63,11 +65,11 @@ def _cell(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     told = shown(estimate, signed=signed)
     if not signed or estimate["low"] is None or estimate["low"] <= 0 <= estimate["high"]:
         return told
-    return f'<span class="{"good" if estimate["low"] > 0 else "bad"}">{told}</span>'
+    return Markup(html.span(told, "good" if estimate["low"] > 0 else "bad"))
 
 
 def _small(estimate: Mapping[str, Any]) -> str:
-    return f'<span class="tight">{shown(estimate, digits=2)}</span>'
+    return Markup(html.span(shown(estimate, digits=2), "tight"))
 
 
 def _judges(record: Mapping[str, Any]) -> list[str]:
@@ -88,8 +90,8 @@ def _judges(record: Mapping[str, Any]) -> list[str]:
 def _changes(record: Mapping[str, Any], statistics: Sequence[str]) -> str:
     rows = [
         [
-            f"{escape(change['from'])} → {escape(change['to'])}",
-            escape(str(change["pictures"])),
+            f"{change['from']} → {change['to']}",
+            change["pictures"],
             *(_cell(change["statistics"].get(key), signed=True) for key in statistics),
         ]
         for change in record["changes"]
@@ -98,11 +100,8 @@ def _changes(record: Mapping[str, Any], statistics: Sequence[str]) -> str:
     if not rows:
         return ""
     head = ["from → to", "pairs", *(TITLES[key] for key in statistics)]
-    return (
-        "<h3>Change on the same prompts and seeds</h3>"
-        + table(head, rows)
-        + "<p>Resampled in pairs. In colour where the interval leaves 0 out: green rises, red falls.</p>"
-    )
+    explained = "Resampled in pairs. In colour where the interval leaves 0 out: green rises, red falls."
+    return joined([html.h3("Change on the same prompts and seeds"), html.table(head, rows), html.p(explained)])
 
 
 def _scores(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
@@ -111,8 +110,8 @@ def _scores(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         return ""
     shares = {name: [count / sum(one["histogram"]) for count in one["histogram"]] for name, one in found.items()}
     high = max(value for row in shares.values() for value in row)
-    charts = [
-        figure(
+    bars = [
+        (
             _name(name, colours),
             bar_chart(
                 [f"{place / len(row):g}" for place in range(len(row))],
@@ -133,11 +132,13 @@ def _scores(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         for name, one in found.items()
     ]
     quantiles = [f"{float(q):.0%} quantile" for q in next(iter(found.values()))["quantiles"]]
-    return (
-        f'<h3>Aesthetic score, share of pictures</h3><div class="charts">{"".join(charts)}</div>'
-        + table(["stage", *quantiles, *map(escape, words)], rows)
-        + "<p>Left edge of each bin below it. Words by the card's thresholds.</p>"
-    )
+    parts = [
+        html.h3("Aesthetic score, share of pictures"),
+        charts(bars),
+        html.table(["stage", *quantiles, *words], rows),
+        html.p("Left edge of each bin below it. Words by the card's thresholds."),
+    ]
+    return joined(parts)
 
 
 def _tags(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
@@ -155,8 +156,8 @@ def _tags(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         for tags in found.values():
             one = tags.get(tag)
             cells += [_small(one["recall"]), _small(one["precision"])] if one else ["–", "–"]
-        rows.append([escape(tag), escape(str(asked[tag])), *cells])
+        rows.append([tag, asked[tag], *cells])
     head = ["tag", "asked"]
     for name in found:
-        head += [f"{_name(name, colours)} recall", "precision"]
-    return "<h3>By tag</h3>" + table(head, rows)
+        head += [joined([_name(name, colours), " recall"]), "precision"]
+    return joined([html.h3("By tag"), html.table(head, rows)])

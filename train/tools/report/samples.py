@@ -5,11 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Mapping, Sequence
-from html import escape
 
+from markupsafe import Markup
 from PIL import Image
 
 from train.observe.runs import Picture, Run, newest_of_each
+from train.prepare.health.pages import html, joined
 from train.recipe import captions
 
 SIDE_PX = 200  # longest side of a picture in the page
@@ -36,7 +37,7 @@ def strips(run: Run) -> str:
             for ema in (False, True)
         )
         rows.append(row(wanted, raw, common, below=average))
-    return f"<h3>{escape(run.name)}</h3>{_told(common)}{_block(rows)}"
+    return joined([html.h3(run.name), _told(common), html.div(rows, "prompts")])
 
 
 def comparison(runs: Sequence[Run], others: Mapping[str, list[Picture]]) -> str:
@@ -57,7 +58,7 @@ def comparison(runs: Sequence[Run], others: Mapping[str, list[Picture]]) -> str:
                 cells.append(cell(found[0], name))
         if len(cells) > 1:
             rows.append(row(wanted, cells, common))
-    return _told(common) + _block(rows) if rows else ""
+    return joined([_told(common), html.div(rows, "prompts")]) if rows else ""
 
 
 def spaced(items: Sequence[int], most: int) -> list[int]:
@@ -81,11 +82,7 @@ def shared_tags(prompts: Sequence[str]) -> list[str]:
 
 
 def _told(common: Sequence[str]) -> str:
-    return f"<p>Every prompt starts: {escape(', '.join(common))}</p>" if common else ""
-
-
-def _block(rows: Sequence[str]) -> str:
-    return f'<div class="prompts">{"".join(rows)}</div>'
+    return Markup(html.p(f"Every prompt starts: {', '.join(common)}")) if common else ""
 
 
 def row(picture: Picture, cells: Sequence[str], common: Sequence[str] = (), *, below: Sequence[str] = ()) -> str:
@@ -93,10 +90,8 @@ def row(picture: Picture, cells: Sequence[str], common: Sequence[str] = (), *, b
     facts = ", ".join(f"{name.lower()} {picture.facts[name]}" for name in ("Seed", "Size") if name in picture.facts)
     tags = captions.split(picture.prompt)[1]
     shown = captions.join(tags[len(common) :]) if common else picture.prompt
-    lines = "".join(f'<div class="pictures">{"".join(line)}</div>' for line in (cells, below) if line)
-    return (
-        f'<div><p class="prompt">{escape(shown or picture.path.stem)} <small>{escape(facts)}</small></p>{lines}</div>'
-    )
+    heading = html.p(joined([shown or picture.path.stem, " ", html.small(facts)]), "prompt")
+    return Markup(html.div([heading, *(html.div(line, "pictures") for line in (cells, below) if line)]))
 
 
 def cell(picture: Picture, caption: str) -> str:
@@ -114,7 +109,4 @@ def cell(picture: Picture, caption: str) -> str:
     data = base64.b64encode(buffer.getvalue()).decode()
     larger = max(SMALL_PX / max(size), 1.0)
     width, height = (round(side * larger) for side in size)
-    return (
-        f'<figure><img alt="{escape(picture.prompt)}" width="{width}" height="{height}" '
-        f'src="data:image/jpeg;base64,{data}"><figcaption>{escape(caption)}</figcaption></figure>'
-    )
+    return Markup(html.figure(html.picture(data, picture.prompt, (width, height)), caption))
