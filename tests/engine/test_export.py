@@ -25,9 +25,9 @@ from train.config.stage import CheckpointConfig, ExportConfig, ModelConfig
 from train.diffusion.sampling import TrainedAs
 from train.engine import export
 from train.model import folder as model_folder
-from train.model import sdxl, single_file
+from train.model import layouts, sdxl, single_file
 from train.model import source as model_source
-from train.model.single_file import FAIPL
+from train.model.layouts import FAIPL
 from train.model.source import LocalModel
 from train.observe import inference
 from train.storage import checkpoint, rundir
@@ -122,7 +122,7 @@ def test_metadata_tells_the_truth(run: Path, base: Path) -> None:
     assert metadata["modelspec.license"] == "CC0-1.0"
     assert metadata["modelspec.prediction_type"] == "epsilon"
     assert metadata["modelspec.timestep_range"] == "0,1000"
-    record = single_file.record_in(metadata)
+    record = layouts.record_in(metadata)
     assert record["parent"]["sha256"] == model_source.model_sha256(base)
     assert (record["stage"], record["seed"], record["updates"], record["images"]) == ("ft1", 31, 5, 240)
     assert (record["dataset_fingerprint"], record["config_hash"]) == ("f" * 64, "c" * 64)

@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import ModelConfig
-from train.model import folder as model_folder
-from train.model import other_kinds, sdxl, single_file, source, spellings, vae_file
+from train.model import layouts, other_kinds, sdxl, single_file, source, vae_file
 from train.model.networks import fill
 from train.prepare.encoding.encoder import find_vae
 from train.storage import tensor_files
@@ -119,7 +118,7 @@ def huggingface_names(prefix: str) -> Callable[[Tensors], None]:
         for link in links:
             data = memoryview(tensors.pop(link.single).numpy().tobytes())
             whole = tensor_files.Blob("F32", link.shape, partial(iter, [data]))
-            for name, part in spellings.from_single(link, whole):
+            for name, part in layouts.from_single(link, whole):
                 data = torch.frombuffer(bytearray(part.read()), dtype=torch.float32).reshape(part.shape)
                 tensors[prefix + name.removeprefix("text_encoder_2.")] = data
 
@@ -127,7 +126,7 @@ def huggingface_names(prefix: str) -> Callable[[Tensors], None]:
 
 
 def tinysdxl_configs() -> sdxl.Configs:
-    return single_file.configs_in(tensor_files.open_file(huggingface_names.single))  # type: ignore[attr-defined]
+    return layouts.configs_in(tensor_files.open_file(huggingface_names.single))  # type: ignore[attr-defined]
 
 
 SPELLINGS = {
@@ -178,7 +177,7 @@ def test_a_file_without_vae_needs_one(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(Halt, match=r"bare has no VAE: set model\.vae"):
         weights_of(tmp_path / "bare")
     assert weights_of(tmp_path / "bare", other)[0] == want
-    source.glance(ModelConfig(init_from=str(tmp_path / "bare"), vae=str(other)))
+    source.look(ModelConfig(init_from=str(tmp_path / "bare"), vae=str(other)))
     single_file.to_single_file(tmp_path / "bare", tmp_path / "y.safetensors", vae=other / "vae")
     assert weights_of(tmp_path / "y.safetensors")[0] == want
 
@@ -478,4 +477,4 @@ def test_a_hub_name_without_commit_gets_the_line_to_paste(tmp_path: Path, monkey
 
 
 def test_the_usual_files_of_a_folder(folder: Path) -> None:
-    assert [path.name for path in model_folder.weight_files(folder / "vae")] == ["diffusion_pytorch_model.safetensors"]
+    assert [path.name for path in layouts.weight_files(folder / "vae")] == ["diffusion_pytorch_model.safetensors"]

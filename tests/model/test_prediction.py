@@ -20,7 +20,7 @@ from train.config.prompts import Prompt
 from train.config.stage import ExportConfig, ModelConfig, StageConfig, load_stage
 from train.diffusion.sampling import _condition, picture_noise, sample_images
 from train.engine import export
-from train.model import prediction, sdxl, single_file
+from train.model import layouts, prediction, sdxl, single_file
 from train.model import source as model_source
 from train.model.prediction import Objective
 from train.model.source import LocalModel
@@ -113,7 +113,7 @@ def test_a_single_file_of_another_maker(tmp_path: Path) -> None:
     folder = tinysdxl.write(tmp_path / "folder", "least")
     single_file.to_single_file(folder, tmp_path / "a.safetensors")
     tensors = load_file(tmp_path / "a.safetensors")
-    configs = json.loads(export.read_metadata(tmp_path / "a.safetensors")[single_file.CONFIGS_KEY])
+    configs = json.loads(export.read_metadata(tmp_path / "a.safetensors")[sdxl.CONFIGS_KEY])
     for marks, metadata, scheduler, own, words in (
         ((), {}, {}, (), "does not say what it predicts: taken as loss.prediction says, epsilon"),
         ((), {}, {}, V_ZERO, "taken as loss.prediction says, v with zero terminal SNR"),
@@ -125,7 +125,7 @@ def test_a_single_file_of_another_maker(tmp_path: Path) -> None:
         stored = {**configs, "scheduler": {**sdxl.STANDARD["scheduler"], **scheduler}}
         file = tmp_path / "b.safetensors"
         save_file({**tensors, **{mark: torch.empty(0) for mark in marks}}, file,
-                  {**metadata, single_file.CONFIGS_KEY: json.dumps(stored)})  # fmt: skip
+                  {**metadata, sdxl.CONFIGS_KEY: json.dumps(stored)})  # fmt: skip
         source = model_source.resolve(ModelConfig(init_from=str(file)))
         assert prediction.conversion(stage_of(*own), source) is None
         said = prediction.unstated(stage_of(*own), source)
@@ -138,7 +138,7 @@ def test_marks_of_a_full_size_file(marks: tuple[str, ...], tmp_path: Path) -> No
 
     save_file({"x": torch.zeros(1), **{mark: torch.empty(0) for mark in marks}}, tmp_path / "a.safetensors",
               {"modelspec.resolution": "768x768"})  # fmt: skip
-    configs = single_file.configs_in(tensor_files.open_file(tmp_path / "a.safetensors"))
+    configs = layouts.configs_in(tensor_files.open_file(tmp_path / "a.safetensors"))
     assert (configs["scheduler"]["prediction_type"] == "v_prediction") == ("v_pred" in marks)
     assert configs["scheduler"].get("rescale_betas_zero_snr", False) == ({"v_pred", "ztsnr"} <= set(marks))
     assert configs["unet"]["sample_size"] == 96

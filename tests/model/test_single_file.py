@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from train.base.errors import ExitCode, Halt
 from train.model import folder as model_folder
-from train.model import sdxl, single_file
+from train.model import layouts, sdxl, single_file
 from train.storage import tensor_files
 
 # diffusers 0.42's own schedulers on numpy 2.4
@@ -68,7 +68,7 @@ def same(one: Tensors, two: Tensors) -> None:
 
 def networks(folder: Path) -> Tensors:
     found: Tensors = {}
-    for network, file in model_folder.FILES.items():
+    for network, file in layouts.FILES.items():
         tensors = load_file(folder / network / file)
         found |= {sdxl.canonical(network, name): value for name, value in tensors.items()}
     return found
@@ -199,8 +199,8 @@ def test_a_vae_file_takes_the_place_of_the_models_own(plain: Path, tmp_path: Pat
     single_file.to_single_file(plain, tmp_path / "out.safetensors", vae=tmp_path / "vae.safetensors", metadata=told)
     opened = tensor_files.open_file(tmp_path / "out.safetensors")
     assert {opened.blobs[link.single].shape for link in links} == {link.shape for link in links}
-    assert single_file.record_in(opened.metadata) == {"stage": "ft1"}
-    single_file.single_weights(opened, single_file.configs_in(opened))  # whole, with the configs it carries
+    assert layouts.record_in(opened.metadata) == {"stage": "ft1"}
+    layouts.single_weights(opened, layouts.configs_in(opened))  # whole, with the configs it carries
 
 
 def test_sharded_folder_and_fp16_variant(plain: Path, tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_a_network_by_its_own_name_goes_before_a_variant_beside_it(plain: Path, 
     shutil.copytree(plain, tmp_path / "model")
     file = tmp_path / "model/unet/diffusion_pytorch_model.safetensors"
     save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file.with_suffix(".ema.safetensors"))
-    assert model_folder.weight_files(file.parent) == [file]
+    assert layouts.weight_files(file.parent) == [file]
 
 
 def test_v_prediction_is_marked_for_other_programs_and_read_back(plain: Path, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_v_prediction_is_marked_for_other_programs_and_read_back(plain: Path, tm
     tensors = load_file(tmp_path / "v.safetensors")
     assert (tensors["v_pred"].shape, tensors["ztsnr"].shape) == ((0,), (0,))
     bare = tensor_files.Tensors(tmp_path, {}, tensor_files.open_file(tmp_path / "v.safetensors").blobs)
-    for configs in (single_file.configs_in(bare), model_folder.read_configs(model)):
+    for configs in (layouts.configs_in(bare), layouts.read_configs(model)):
         assert configs["scheduler"]["prediction_type"] == "v_prediction"
         assert configs["scheduler"]["rescale_betas_zero_snr"] is True
     single_file.to_folder(tmp_path / "v.safetensors", tmp_path / "back")
@@ -430,11 +430,11 @@ def test_configs_that_describe_nothing_are_refused(
     """In a file's metadata and in a folder alike: a number of layers must not keep us busy for ever."""
     single = plain.parent / "model.safetensors"
     metadata = tensor_files.open_file(single).metadata
-    configs = json.loads(metadata[single_file.CONFIGS_KEY])
+    configs = json.loads(metadata[sdxl.CONFIGS_KEY])
     configs[network] |= {key: value}
     if value is None:
         del configs[network][key]
-    save_file(load_file(single), tmp_path / "x.safetensors", {**metadata, single_file.CONFIGS_KEY: json.dumps(configs)})
+    save_file(load_file(single), tmp_path / "x.safetensors", {**metadata, sdxl.CONFIGS_KEY: json.dumps(configs)})
     shutil.copytree(plain, tmp_path / "folder")
     (tmp_path / "folder" / network / "config.json").write_text(json.dumps(configs[network]))
     with pytest.raises(Halt, match=f"x.safetensors is no SDXL model: .*{words}") as caught:

@@ -23,7 +23,7 @@ from train.base.files import file_sha256, replace_file, write_json
 from train.base.secrets import mask_settings
 from train.config.stage import ExportConfig
 from train.model import folder as model_folder
-from train.model import sdxl, single_file
+from train.model import layouts, sdxl, single_file
 from train.model.source import LocalModel, model_sha256
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
@@ -54,7 +54,7 @@ def stated_license(settings: ExportConfig, source: LocalModel) -> str | None:
 
 
 def _inherited(source: LocalModel) -> str | None:
-    return source.license or (single_file.FAIPL if _is_animagine(source) else None)
+    return source.license or (layouts.FAIPL if _is_animagine(source) else None)
 
 
 def _is_animagine(source: LocalModel) -> bool:
@@ -102,7 +102,7 @@ def metadata_of(
         "modelspec.author": mask_settings(settings.author),
         "modelspec.description": mask_settings(settings.description),
         "modelspec.tags": mask_settings(settings.tags),
-        **{single_file.RECORD_PREFIX + key: _as_text(value) for key, value in record.items()},
+        **{layouts.RECORD_PREFIX + key: _as_text(value) for key, value in record.items()},
     }
     return {key: value for key, value in fields.items() if value}
 
@@ -216,7 +216,7 @@ def export_stage(
         told = {
             **metadata,
             "modelspec.title": metadata["modelspec.title"] + " (EMA)",
-            f"{single_file.RECORD_PREFIX}weights_sha256": file_sha256(average),
+            f"{layouts.RECORD_PREFIX}weights_sha256": file_sha256(average),
         }
         _write_single(run_path / f"{stage}-ema.safetensors", averaged, configs, told, source, dtype)
     poll()

@@ -102,7 +102,7 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
     # A hub model is fetched once everything else is known to be right.
     local = Path(config.model.init_from).exists() or HUB_NAME.match(config.model.init_from) is None
     if local:
-        tried(lambda: model_source.glance(config.model))
+        tried(lambda: model_source.look(config.model))
     selection = tried(lambda: open_selection(config))
     if selection is not None:
         tried(lambda: check_schedule(config, selection.plan))

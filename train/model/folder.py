@@ -9,26 +9,19 @@ import contextlib
 import ctypes
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import fsync_dir, read_json, replace_file, write_json
-from train.model import clip_tokens, other_kinds, sdxl, spellings
+from train.model import clip_tokens, layouts, sdxl
 from train.model.other_kinds import FEW, some
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
 
-FILES = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-    "text_encoder_2": "model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-}
 TOKENIZERS = ("tokenizer", "tokenizer_2")
 _HERE, _RENAME_EXCHANGE = -100, 2  # AT_FDCWD and a flag of renameat2(2)
 _TOKENIZER_FILES = (
@@ -37,101 +30,6 @@ _TOKENIZER_FILES = (
 )  # fmt: skip
 
 Weights = dict[str, Blob]
-
-
-def read(folder: Path, configs: sdxl.Configs, networks: Sequence[str] = sdxl.NETWORKS) -> spellings.Reading:
-    """Weights by canonical name of a diffusers folder, sharded or not; fp16 variants only where nothing else is.
-
-    Raises Halt(MISMATCH) as `spellings.read`, for each network by its file.
-    """
-    weights: Weights = {}
-    notes: list[str] = []
-    for network in networks:
-        files, others = _choice(folder / network)
-        blobs: dict[str, Blob] = {}
-        for file in files:
-            blobs |= tensor_files.open_file(file).blobs
-        reading = spellings.read(files[0], blobs, configs, (network,), alone=True)
-        weights |= reading.weights
-        told = [f"passed over files beside {files[0].name}: {some(others)}"] if others else []
-        notes += [f"{network}: {note}" for note in (*told, *reading.notes)]
-    return spellings.Reading(weights, None, tuple(notes))
-
-
-def weight_files(place: Path) -> list[Path]:
-    """The safetensors files that make up one network's folder. Halt(MISMATCH) when there are none, or not all."""
-    return _choice(place)[0]
-
-
-def _choice(place: Path) -> tuple[list[Path], list[str]]:
-    """(files of one network, names of older ones beside them that would be another copy of it).
-
-    One whole file goes before shards, which a program that saved anew may have left; of shards only whole sets count.
-    """
-    every = sorted(p for p in place.glob("*.safetensors") if ".non_ema" not in p.name)
-    groups: dict[str, list[Path]] = {}
-    for path in every:
-        groups.setdefault(re.sub(r"-\d{5}-of-", "-*-of-", path.name), []).append(path)
-    whole = {name: files for name, files in groups.items() if "-*-of-" not in name or len(files) == _shards(name)}
-    plain = [name for name in whole if ".fp16" not in name]
-    usual = [name for name in plain if name in FILES.values()]  # before an .ema or other variant beside it
-    sharded = [name for name in plain if "-*-of-" in name]
-    halves = [name for name in whole if name not in plain]
-    ranked = usual or sharded or plain or sorted(halves, key=lambda name: "-*-of-" in name)
-    if ranked:
-        if ranked[0] in plain and ranked[0] not in usual and len(ranked) > 1:
-            raise Halt(ExitCode.MISMATCH, f"{place} holds several copies of its weights ({some(ranked)}): leave one of them")
-        old = [path.name for name, files in groups.items() if name != ranked[0] and "-*-of-" in name for path in files]
-        index = [p.name for p in place.glob("*.index*.json") if "-*-of-" not in ranked[0]]
-        return whole[ranked[0]], sorted(old + index)
-    if groups:
-        name, files = next(iter(groups.items()))
-        raise Halt(ExitCode.MISMATCH, f"{place} holds {len(files)} of {_shards(name)} shards {name}: copy or download the others")
-    pickles = sorted(p.name for p in place.glob("*") if p.suffix in tensor_files.PICKLE_SUFFIXES)
-    hint = f"; {pickles[0]} is a pickle and is not read, because reading one can run any code" if pickles else ""
-    raise Halt(ExitCode.MISMATCH, f"{place} holds no .safetensors weights{hint}")
-
-
-def _shards(name: str) -> int:
-    """How many files a set of shards has by its name."""
-    match = re.search(r"-\*-of-(\d{5})", name)
-    return int(match[1]) if match else 1
-
-
-def read_configs(folder: Path, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.Configs:
-    """The networks' configs and the scheduler's, from a diffusers folder.
-
-    Of a network that is not among `networks`, because another takes its place, the config is there if the folder has it.
-    """
-    configs: dict[str, Mapping[str, Any]] = {}
-    for network in sdxl.NETWORKS:
-        path = folder / network / "config.json"
-        config = read_json(path)
-        if config is not None:
-            configs[network] = config
-        elif network in networks:
-            raise Halt(ExitCode.MISMATCH, _no_config(folder, path))
-    path = folder / "scheduler/scheduler_config.json"
-    scheduler = read_json(path) if path.exists() else sdxl.STANDARD["scheduler"]
-    if scheduler is None:
-        raise Halt(ExitCode.MISMATCH, f"{path} is damaged: it says what the model predicts")
-    configs["scheduler"] = scheduler
-    other_kinds.refuse_unet(configs["unet"], str(folder))
-    if "vae" in networks:
-        configs["vae"] = other_kinds.checked_vae(configs["vae"], str(folder))
-    sdxl.folder_shapes(configs, str(folder), networks)  # refused here, where the folder's name is known
-    return configs
-
-
-def _no_config(folder: Path, path: Path) -> str:
-    kind = str((read_json(folder / "model_index.json") or {}).get("_class_name", ""))
-    if kind and not kind.startswith("StableDiffusionXL"):
-        return f"{folder} is a folder of {some([kind])}, no SDXL model: the recipe trains StableDiffusionXLPipeline's"
-    if path.parent.name == "vae" and not path.parent.is_dir():
-        return f"{folder} has no VAE: set model.vae (convert.py: --vae) to SDXL's VAE, a folder or a file"
-    if path.parent.name == "text_encoder" and (folder / "text_encoder_2").is_dir():
-        return f"{path} is missing: {folder} has encoder 2 alone, as an SDXL refiner has; the recipe trains the base model"
-    return f"{path} is missing or damaged: {folder} is no complete diffusers SDXL folder"
 
 
 def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,7 +42,7 @@ def write_networks(
 ) -> dict[str, str]:
     """Write configs and weights of every network that `weights` holds, into subfolders; sha256 by relative path."""
     hashes = {}
-    for network, name in FILES.items():
+    for network, name in layouts.FILES.items():
         own = {key.partition(".")[2]: blob for key, blob in weights.items() if key.startswith(f"{network}.")}
         if not own:
             continue

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.model import sdxl
@@ -18,12 +17,32 @@ from train.storage.tensor_files import Blob
 
 NAMED = 8  # of a long list of tensors, so many are named
 FEW = 2  # where the sentence before has already said what is wrong
-SD1_SCALE = 0.18215  # also what diffusers takes where a VAE's config says nothing
 ORIGINAL = "start from the fp16 or fp32 original"
 _QUANT_MARKS = (
     "comfy_quant", "scaled_fp8", ".scale_weight", ".scale_input", ".weight_scale", ".absmax", ".quant_map", "quant_state",
     ".qweight", ".qzeros",
 )  # fmt: skip
+
+_SCHEDULE = (
+    "alphas_cumprod", "alphas_cumprod_prev", "betas", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "lvlb_weights", "logvar",
+)  # fmt: skip
+# Left by trainers and other programs; none is read when a picture is made, and none is a weight of SDXL.
+# Held against a name with and without its network's prefix: only of names that nothing wanted has.
+LEFTOVERS = {
+    "model_ema.*": r"model_ema\..*",
+    "sigmas": r"(denoiser\.|model_sampling\.)?(log_)?sigmas",
+    "noise schedule": "|".join(_SCHEDULE),
+    "loss.*": r"loss\..*",
+    "embedding_manager": r"embedding_manager(\..*)?",
+    "position_ids": r"(.*\.)?position_ids",
+    "logit_scale": r"(.*\.)?logit_(scale|bias)",
+    "attn_mask": r"(.*\.)?attn_mask",
+    "image encoder of CLIP": r"(visual|visual_projection|vision_model)(\..*)?",
+    "counters": r"global_step|epoch",
+}
+PROJECTION_1 = "text_projection of encoder 1"  # SDXL's encoder 1 has none; that of CLIP's whole model is left behind
 
 
 def some(names: Sequence[str], most: int = NAMED) -> str:
@@ -215,49 +234,3 @@ def network_of(name: str) -> str:
     """The network of a tensor by its name in the single file, or canonical."""
     found = (network for network, prefix in sdxl.PREFIXES.items() if name.startswith((prefix, f"{network}.")))
     return next(found, "unet")
-
-
-def refuse_unet(config: Mapping[str, Any], whose: str) -> None:
-    """Halt(MISMATCH) for a U-Net that reads or gives other than SDXL's four channels."""
-    channels = config.get("in_channels", 4), config.get("out_channels", 4)
-    if channels != (4, 4):
-        kind = {9: "an inpainting model: ", 8: "a model that edits pictures: "}.get(channels[0], "")
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"{whose} is {kind}its U-Net reads {channels[0]} channels and gives {channels[1]}, SDXL's base model 4 and "
-            "4: start from the model that it was made from",
-        )
-
-
-def checked_vae(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
-    """A VAE's config with its scaling_factor said.
-
-    Raises Halt(MISMATCH) for a VAE whose latents are not SDXL's: what its config says and nobody here would apply.
-    """
-    kind = config.get("_class_name", "AutoencoderKL")
-    if kind != "AutoencoderKL":
-        raise Halt(ExitCode.MISMATCH, f"{whose} is a VAE of the class {some([str(kind)])}; SDXL's is an AutoencoderKL")
-    channels = config.get("latent_channels", 4)
-    if channels != 4:
-        raise Halt(ExitCode.MISMATCH, f"{whose} is a VAE of {channels} channels (SD3's and Flux's have 16); SDXL's has 4")
-    for key in ("shift_factor", "latents_mean", "latents_std"):
-        if config.get(key) not in (None, 0, 0.0):
-            raise Halt(
-                ExitCode.MISMATCH,
-                f"{whose}: its VAE config sets {key} ({some([str(config[key])])}), which is not supported yet: latents "
-                "would be read without it. Name SDXL's VAE, or another with a scaling_factor alone",
-            )
-    factor = config.get("scaling_factor", SD1_SCALE)
-    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < 1e6:
-        raise Halt(ExitCode.MISMATCH, f"{whose}: scaling_factor of its VAE config is no positive number")
-    return {"scaling_factor": factor, **config}
-
-
-def refuse_other_scale(config: Mapping[str, Any], like: Mapping[str, Any], whose: str) -> None:
-    """Halt(MISMATCH) for Stable Diffusion 1's VAE in the place of SDXL's: of the same shapes, with other latents."""
-    if config["scaling_factor"] == SD1_SCALE != like.get("scaling_factor", SD1_SCALE):
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"{whose}: its scaling_factor is {SD1_SCALE} (or not set, which means that), that of Stable Diffusion 1's "
-            f"VAE; the model's own is {like['scaling_factor']}. Name SDXL's VAE; if this is one, set scaling_factor in its config.json",
-        )

@@ -28,6 +28,8 @@ LOGIT_SCALE = PREFIXES["text_encoder_2"] + "logit_scale"  # in the single file o
 LOGIT_SCALE_DEFAULT = 4.6052  # ln 100, where CLIP's training clips it
 CONFIGS_KEY = "anix.configs"  # metadata of a single file whose architecture is not SDXL's own
 
+SD1_SCALE = 0.18215  # also what diffusers takes where a VAE's config says nothing
+
 # Empty tensors by which inference programs tell a v-prediction model, and one with zero terminal snr, from SDXL's own.
 V_MARK, ZERO_SNR_MARK = "v_pred", "ztsnr"
 
@@ -86,6 +88,52 @@ def told_scheduler(scheduler: Mapping[str, Any], *, v: bool, zero_terminal_snr: 
     elif before:
         told |= {key: STANDARD["scheduler"][key] for key in ("timestep_spacing", "steps_offset")}
     return told
+
+
+def refuse_unet(config: Mapping[str, Any], whose: str) -> None:
+    """Halt(MISMATCH) for a U-Net that reads or gives other than SDXL's four channels."""
+    channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != (4, 4):
+        kind = {9: "an inpainting model: ", 8: "a model that edits pictures: "}.get(channels[0], "")
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{whose} is {kind}its U-Net reads {channels[0]} channels and gives {channels[1]}, SDXL's base model 4 and "
+            "4: start from the model that it was made from",
+        )
+
+
+def checked_vae(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """A VAE's config with its scaling_factor said.
+
+    Raises Halt(MISMATCH) for a VAE whose latents are not SDXL's: what its config says and nobody here would apply.
+    """
+    kind = config.get("_class_name", "AutoencoderKL")
+    if kind != "AutoencoderKL":
+        raise Halt(ExitCode.MISMATCH, f"{whose} is a VAE of the class {ascii(str(kind))[1:-1][:200]}; SDXL's is an AutoencoderKL")
+    channels = config.get("latent_channels", 4)
+    if channels != 4:
+        raise Halt(ExitCode.MISMATCH, f"{whose} is a VAE of {channels} channels (SD3's and Flux's have 16); SDXL's has 4")
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key) not in (None, 0, 0.0):
+            raise Halt(
+                ExitCode.MISMATCH,
+                f"{whose}: its VAE config sets {key} ({ascii(str(config[key]))[1:-1][:200]}), which is not supported yet: latents "
+                "would be read without it. Name SDXL's VAE, or another with a scaling_factor alone",
+            )
+    factor = config.get("scaling_factor", SD1_SCALE)
+    if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < 1e6:
+        raise Halt(ExitCode.MISMATCH, f"{whose}: scaling_factor of its VAE config is no positive number")
+    return {"scaling_factor": factor, **config}
+
+
+def refuse_other_scale(config: Mapping[str, Any], like: Mapping[str, Any], whose: str) -> None:
+    """Halt(MISMATCH) for Stable Diffusion 1's VAE in the place of SDXL's: of the same shapes, with other latents."""
+    if config["scaling_factor"] == SD1_SCALE != like.get("scaling_factor", SD1_SCALE):
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{whose}: its scaling_factor is {SD1_SCALE} (or not set, which means that), that of Stable Diffusion 1's "
+            f"VAE; the model's own is {like['scaling_factor']}. Name SDXL's VAE; if this is one, set scaling_factor in its config.json",
+        )
 
 
 def vae_factor(vae: Mapping[str, Any]) -> int:

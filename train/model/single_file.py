@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.base.files import read_json, replacing, write_json
-from train.model import clip_tokens, other_kinds, sdxl, spellings, vae_file
+from train.base.files import replacing, write_json
+from train.model import clip_tokens, layouts, sdxl, vae_file
 from train.model import folder as model_folder
 from train.model.folder import Weights, check_weights, refuse_existing
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
 
-FAIPL = "Fair AI Public License 1.0-SD"  # freedevproject.org/faipl-1.0-sd; Animagine XL 3.x and descendants
-LICENSE_IN_README = re.compile(r"^license(?:_name)?:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
-SIDECAR = "single_file.json"
 _EMPTY = Blob("F32", (0,), lambda: iter(()))
-RECORD_PREFIX = "anix."  # of our training record in a single file's metadata
-VAE_KEY = f"{RECORD_PREFIX}vae_sha256"
-_TEXTS = ("stage", "dataset_fingerprint", "config_hash", "code_revision", "license", "weights_sha256", "vae_sha256",
-          "date")  # fmt: skip
-CONFIGS_KEY = sdxl.CONFIGS_KEY
+VAE_KEY = f"{layouts.RECORD_PREFIX}vae_sha256"
 log = logging.getLogger("anix")
 
 
@@ -53,9 +45,9 @@ def to_folder(
     file, out = Path(file), Path(out)
     refuse_existing(out)
     source = tensor_files.open_file(file)
-    networks = networks_without(vae)
-    configs = model_folder.read_configs(Path(config), networks) if config else configs_in(source, networks)
-    reading = single_weights(source, configs, networks)
+    networks = layouts.networks_without(vae)
+    configs = layouts.read_configs(Path(config), networks) if config else layouts.configs_in(source, networks)
+    reading = layouts.single_weights(source, configs, networks)
     tell(file, reading.notes)
     configs, weights, metadata = _with_vae(configs, reading.weights, source.metadata, vae)
     given = Path(str(tokenizers or config)) if tokenizers or config else None
@@ -80,24 +72,19 @@ def to_single_file(
     folder, out = Path(folder), Path(out)
     refuse_existing(out)
     if metadata is None:
-        metadata = metadata_of_folder(folder)
-    networks = networks_without(vae)
-    configs = model_folder.read_configs(folder, networks)
-    reading = model_folder.read(folder, configs, networks)
+        metadata = layouts.metadata_of_folder(folder)
+    networks = layouts.networks_without(vae)
+    configs = layouts.read_configs(folder, networks)
+    reading = layouts.read_folder(folder, configs, networks)
     tell(folder, reading.notes)
     configs, weights, metadata = _with_vae(configs, reading.weights, metadata, vae)
-    return write_single_file(out, weights, configs, metadata, logit_scale=stored_scale(folder))
+    return write_single_file(out, weights, configs, metadata, logit_scale=layouts.stored_scale(folder))
 
 
 def tell(path: Path, notes: Sequence[str]) -> None:
     """One line about what was passed over or adapted in the tensors at `path`; none where nothing was."""
     if notes:
         log.info("%s: %s", path, "; ".join(notes))
-
-
-def networks_without(vae: str | Path | None) -> tuple[str, ...]:
-    """The networks that a model must hold itself: all, or all but the VAE where another takes its place."""
-    return sdxl.NETWORKS if vae is None else tuple(network for network in sdxl.NETWORKS if network != "vae")
 
 
 def write_single_file(
@@ -124,20 +111,12 @@ def write_single_file(
     metadata = dict(metadata)
     if not is_standard(configs):
         kept = {name: model_folder.loadable(name, configs[name]) for name in sorted(configs)}
-        metadata[CONFIGS_KEY] = json.dumps(kept)
+        metadata[sdxl.CONFIGS_KEY] = json.dumps(kept)
     try:
         with replacing(out, model_folder.half_written(out)) as tmp:
             return tensor_files.write(tmp, blobs, metadata)
     except OSError as error:
         raise Halt(ExitCode.CANNOT_WRITE, f"{out}: {error.strerror}") from error
-
-
-def single_weights(
-    source: tensor_files.Tensors, configs: sdxl.Configs, networks: Sequence[str] = sdxl.NETWORKS
-) -> spellings.Reading:
-    """The tensors of an opened single file, names and shapes proved complete, and what was passed over."""
-    other_kinds.refuse_other_kinds(source.path, source.blobs)
-    return spellings.read(source.path, source.blobs, configs, networks)
 
 
 def _with_vae(
@@ -150,29 +129,6 @@ def _with_vae(
     tell(vae.file, vae.notes)
     told = {key: value for key, value in metadata.items() if key != VAE_KEY}
     return {**configs, "vae": vae.config}, weights | vae.weights, told
-
-
-def configs_in(source: tensor_files.Tensors, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.Configs:
-    """The configs that a single file carries in its metadata, else SDXL's own."""
-    configs = sdxl.configs_of(source.metadata, source.blobs, str(source.path))
-    sdxl.folder_shapes(configs, str(source.path), networks)  # refused here, where the file's name is known
-    other_kinds.refuse_unet(configs["unet"], str(source.path))
-    if "vae" not in networks:
-        return configs
-    return {**configs, "vae": other_kinds.checked_vae(configs["vae"], str(source.path))}
-
-
-def record_in(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The training record back from a single file's metadata; empty for files of other makers."""
-    record: dict[str, Any] = {}
-    for key, text in metadata.items():
-        if key.startswith(RECORD_PREFIX) and key != CONFIGS_KEY:
-            name = key.removeprefix(RECORD_PREFIX)
-            try:
-                record[name] = text if name in _TEXTS else json.loads(text)
-            except (ValueError, RecursionError):
-                record[name] = text
-    return record
 
 
 def is_standard(configs: sdxl.Configs) -> bool:
@@ -206,53 +162,9 @@ def write_sidecar(folder: Path, metadata: Mapping[str, str], logit_scale: Blob |
     beside: dict[str, Any] = {"metadata": dict(metadata)}
     if logit_scale:
         beside["logit_scale"] = {"dtype": logit_scale.dtype, "hex": logit_scale.read().hex()}
-    write_json(folder / SIDECAR, beside)
-
-
-def metadata_of_folder(folder: Path) -> dict[str, str]:
-    """Metadata of the single file that a folder was made from; of any other, its U-Net file's and its licence."""
-    kept = (read_json(folder / SIDECAR) or {}).get("metadata")
-    if isinstance(kept, dict):
-        return {str(key): str(value) for key, value in kept.items()}
-    metadata = dict(tensor_files.open_file(model_folder.weight_files(folder / "unet")[0]).metadata)
-    metadata.pop("format", None)
-    if "modelspec.license" not in metadata and (license := _license_in_readme(folder / "README.md")):
-        metadata["modelspec.license"] = license
-    return metadata
-
-
-def _license_in_readme(path: Path) -> str | None:
-    """A hub model states its licence in the head of its README; after "other" comes license_name."""
-    if not path.is_file():
-        return None
-    text = path.read_text(encoding="utf-8", errors="replace")[:4000]
-    head = text.partition("\n---")[0] if text.startswith("---") else ""
-    names = [name.strip("\"'") for name in LICENSE_IN_README.findall(head)]
-    stated = [name for name in names if name != "other"]
-    if not stated:
-        return None
-    return FAIPL if stated[-1].lower().startswith("faipl-1.0-sd") else stated[-1]
-
-
-def stored_scale(folder: Path) -> Blob | None:
-    """logit_scale of the single file that a folder was made from."""
-    stored = (read_json(folder / SIDECAR) or {}).get("logit_scale")
-    if stored is None:
-        return None
-    try:
-        scale = _scalar(bytes.fromhex(stored["hex"]), str(stored["dtype"]))
-        whole = scale.dtype in tensor_files.EXPONENTS and len(scale.read()) == scale.size_bytes
-        if whole and tensor_files.finite(scale.read(), scale.dtype):
-            return scale
-    except (ValueError, TypeError, KeyError):
-        pass
-    raise Halt(ExitCode.MISMATCH, f"{folder / SIDECAR}: logit_scale is damaged; without that file the usual value is taken")
+    write_json(folder / layouts.SIDECAR, beside)
 
 
 def _default_scale(dtype: str) -> Blob:
     half = dtype == "F16"
-    return _scalar(struct.pack("<e" if half else "<f", sdxl.LOGIT_SCALE_DEFAULT), "F16" if half else "F32")
-
-
-def _scalar(data: bytes, dtype: str) -> Blob:
-    return Blob(dtype, (), lambda: iter([memoryview(data)]))
+    return layouts.scalar(struct.pack("<e" if half else "<f", sdxl.LOGIT_SCALE_DEFAULT), "F16" if half else "F32")

@@ -18,7 +18,7 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256, read_json
 from train.config.stage import ModelConfig
 from train.model import folder as model_folder
-from train.model import sdxl, single_file, vae_file
+from train.model import layouts, sdxl, vae_file
 from train.storage import manifest, tensor_files
 from train.storage.rundir import read_done
 from train.storage.tensor_files import Blob
@@ -58,10 +58,10 @@ def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
     Raises Halt: USAGE (no such path, malformed name), MISMATCH (unfinished or changed run, pickle, damaged or
     foreign file, wrong sha256).
     """
-    path = find(settings.init_from)
+    path = look(settings)
     read_all = hashed or settings.init_sha256 is not None
-    networks = single_file.networks_without(settings.vae)
-    if (path / "DONE").exists() or (path / "run.json").exists() or (path / "config.yaml").exists():
+    networks = layouts.networks_without(settings.vae)
+    if _is_run(path):
         model = _open_run(path, hashed, networks)
     else:
         opened = open_folder if path.is_dir() else open_single_file
@@ -79,32 +79,25 @@ def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
     if factor != usual:
         told = f"trains and samples with its VAE's scaling_factor {factor}; other programs take {usual} for a single file"
         model = replace(model, notes=(*model.notes, told))
-    if settings.init_sha256 and settings.init_sha256 != model.sha256:
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"model.init_from {path} has sha256 {model.sha256}, model.init_sha256 says {settings.init_sha256}",
-        )
-    model_folder.check_weights(
-        {name: blob.shape for name, blob in model.weights.items()}, sdxl.folder_shapes(model.configs), str(path)
-    )
     return model
 
 
-def glance(settings: ModelConfig) -> None:
-    """What shows before the libraries that build networks are loaded: files, headers, records, pinned hashes.
+def look(settings: ModelConfig) -> Path:
+    """The model's place: the first part of `resolve`, which needs none of the libraries that build networks.
 
-    Raises the Halts of `resolve`; names and shapes of the tensors are its affair.
+    Files, headers, records and pinned hashes are right then. Raises the Halts of `resolve`.
     """
     path = find(settings.init_from)
     digest = None
-    if (path / "DONE").exists() or (path / "run.json").exists() or (path / "config.yaml").exists():
+    if _is_run(path):
         if read_done(path) is None:
             raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
         digest = _final_of(path, hashed=False)[1].files["model.safetensors"].sha256
     elif path.is_dir():
         refuse_no_model(path)
-        for file in (file for network in single_file.networks_without(settings.vae) for file in model_folder.weight_files(path / network)):
-            tensor_files.open_file(file)
+        for network in layouts.networks_without(settings.vae):
+            for file in layouts.weight_files(path / network) if (path / network).is_dir() else ():
+                tensor_files.open_file(file)
         digest = model_sha256(path) if settings.init_sha256 else None
     else:
         tensor_files.open_file(path)
@@ -114,6 +107,11 @@ def glance(settings: ModelConfig) -> None:
             ExitCode.MISMATCH,
             f"model.init_from {path} has sha256 {digest}, model.init_sha256 says {settings.init_sha256}",
         )
+    return path
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).exists() for name in ("DONE", "run.json", "config.yaml"))
 
 
 def find(init_from: str, key: str = "model.init_from") -> Path:
@@ -210,10 +208,9 @@ def wanted_of_hub(file: str) -> bool:
 
 def open_folder(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.NETWORKS) -> LocalModel:
     """A diffusers SDXL folder."""
-    refuse_no_model(path)
     metadata = _folder_metadata(path)
-    configs = model_folder.read_configs(path, networks)
-    reading = model_folder.read(path, configs, networks)
+    configs = layouts.read_configs(path, networks)
+    reading = layouts.read_folder(path, configs, networks)
     return LocalModel(
         kind="folder",
         path=path,
@@ -222,8 +219,8 @@ def open_folder(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.
         weights=reading.weights,
         tokenizers=path if (path / "tokenizer").is_dir() else None,
         metadata=metadata,
-        lineage=read_json(path / "lineage.json") or single_file.record_in(metadata) or None,
-        logit_scale=single_file.stored_scale(path),
+        lineage=read_json(path / "lineage.json") or layouts.record_in(metadata) or None,
+        logit_scale=layouts.stored_scale(path),
         notes=reading.notes,
     )
 
@@ -231,9 +228,9 @@ def open_folder(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.
 def open_single_file(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.NETWORKS) -> LocalModel:
     """An original-layout SDXL checkpoint."""
     source = tensor_files.open_file(path)
-    configs = single_file.configs_in(source, networks)
-    reading = single_file.single_weights(source, configs, networks)
-    lineage = single_file.record_in(source.metadata) or None
+    configs = layouts.configs_in(source, networks)
+    reading = layouts.single_weights(source, configs, networks)
+    lineage = layouts.record_in(source.metadata) or None
     digest = _sha256_of_source(path) if hashed else ""
     return LocalModel(
         "single_file", path, digest, configs, reading.weights, None, source.metadata, lineage, reading.scale, reading.notes
@@ -242,8 +239,6 @@ def open_single_file(path: Path, hashed: bool = True, networks: Sequence[str] = 
 
 def _open_run(path: Path, hashed: bool, networks: Sequence[str]) -> LocalModel:
     """Trained weights in fp32 from the run's last checkpoint, the rest from its export."""
-    if read_done(path) is None:
-        raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
     lineage = read_json(path / "lineage.json")
     if lineage is None:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: lineage.json is missing or damaged")
@@ -263,7 +258,7 @@ def _open_run(path: Path, hashed: bool, networks: Sequence[str]) -> LocalModel:
             f"{weights_hash}, lineage.json says {lineage.get('weights_sha256')}",
         )
     trained = tensor_files.open_file(final / "model.safetensors")
-    foreign = sorted(set(trained.blobs) - set(exported.weights))
+    foreign = [name for name, blob in sorted(trained.blobs.items()) if _shape(exported.weights.get(name)) != blob.shape]
     if foreign:
         raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to {path / 'model'}: {foreign[:5]}")
     return LocalModel(
@@ -277,6 +272,10 @@ def _open_run(path: Path, hashed: bool, networks: Sequence[str]) -> LocalModel:
         lineage,
         exported.logit_scale,
     )
+
+
+def _shape(blob: Blob | None) -> tuple[int, ...] | None:
+    return None if blob is None else blob.shape
 
 
 def _final_of(path: Path, hashed: bool) -> tuple[Path, manifest.Manifest]:
@@ -327,7 +326,7 @@ def _sha256_while(path: Path, inode: int, size_bytes: int, changed_ns: int) -> s
 
 def model_sha256(folder: Path) -> str:
     """sha256 over the lines "<sha256>  <file>" (as sha256sum prints them) of a folder's U-Net and encoder files."""
-    files = [file for network in sdxl.NETWORKS[:3] for file in model_folder.weight_files(folder / network)]
+    files = [file for network in sdxl.NETWORKS[:3] for file in layouts.weight_files(folder / network)]
     lines = [f"{_sha256_of_source(file)}  {os.path.relpath(file, folder)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -336,7 +335,7 @@ def _folder_metadata(path: Path) -> dict[str, str]:
     """What a folder says about itself, our lineage first."""
     lineage = read_json(path / "lineage.json") or read_json(path.parent / "lineage.json") or {}
     stated = {"modelspec.license": str(lineage["license"])} if lineage.get("license") else {}
-    return {**single_file.metadata_of_folder(path), **stated}
+    return {**layouts.metadata_of_folder(path), **stated}
 
 
 def network_weights(model: LocalModel, network: str) -> Iterator[tuple[str, Blob]]:

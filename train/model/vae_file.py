@@ -15,7 +15,7 @@ from typing import Any
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.model import folder as model_folder
-from train.model import other_kinds, sdxl, spellings
+from train.model import layouts, other_kinds, sdxl
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
 
@@ -52,19 +52,19 @@ def open_vae(path: Path, asked_by: str, like: Mapping[str, Any] | None = None) -
         config = like
     else:
         config = stored
-    config = other_kinds.checked_vae(config, f"{asked_by} {path}")
+    config = sdxl.checked_vae(config, f"{asked_by} {path}")
     if like is not None:
-        other_kinds.refuse_other_scale(config, like, f"{asked_by} {path}")
+        sdxl.refuse_other_scale(config, like, f"{asked_by} {path}")
     other_kinds.refuse_as_vae(file, source.blobs, asked_by)
     reading = read_weights(source, config)
     return Vae(config, reading.weights, file, reading.notes)
 
 
-def read_weights(source: tensor_files.Tensors, config: Mapping[str, Any]) -> spellings.Reading:
-    """The VAE of `config` in a file's tensors, behind a prefix or not. Raises Halt(MISMATCH) as `spellings.read`."""
-    behind_prefix = any(spellings.placed(name)[0] == "vae" for name in source.blobs)
+def read_weights(source: tensor_files.Tensors, config: Mapping[str, Any]) -> layouts.Reading:
+    """The VAE of `config` in a file's tensors, behind a prefix or not. Raises Halt(MISMATCH) as `layouts.read`."""
+    behind_prefix = any(layouts.placed(name)[0] == "vae" for name in source.blobs)
     configs = {**sdxl.STANDARD, "vae": config}
-    return spellings.read(source.path, source.blobs, configs, ("vae",), alone=not behind_prefix)
+    return layouts.read(source.path, source.blobs, configs, ("vae",), alone=not behind_prefix)
 
 
 def _fits(source: tensor_files.Tensors, config: Mapping[str, Any]) -> bool:
@@ -79,13 +79,13 @@ def _file_in(folder: Path, asked_by: str) -> Path:
     """The weights file in a VAE's folder, in a model's, or in a finished run's model."""
     for place in (folder / "vae", folder / "model" / "vae", folder):
         if place != folder and place.is_dir():
-            return model_folder.weight_files(place)[0]
+            return layouts.weight_files(place)[0]
     if (folder / "model_index.json").is_file():
         raise Halt(ExitCode.MISMATCH, f"{asked_by} {folder} is a model folder without vae/: {_WAYS}")
     found = sorted(folder.glob("*.safetensors"))
     if not found and not (folder / "config.json").is_file():
         raise Halt(ExitCode.USAGE, f"{asked_by} {folder} holds no VAE (no config.json, no .safetensors): {_WAYS}")
-    return model_folder.weight_files(folder)[0]
+    return layouts.weight_files(folder)[0]
 
 
 def identity(weights: Mapping[str, Blob]) -> str:

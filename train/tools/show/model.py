@@ -10,7 +10,7 @@ from typing import Any
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.model import folder as model_folder
-from train.model import sdxl, single_file
+from train.model import layouts, sdxl, single_file
 from train.model.folder import Weights
 from train.storage import tensor_files
 
@@ -28,12 +28,12 @@ def report(path: Path) -> dict[str, Any]:
     folder = path / "model" if run else path
     if not (folder / "model_index.json").is_file():
         raise Halt(ExitCode.MISMATCH, f"{folder} is no diffusers folder (no model_index.json)")
-    configs = model_folder.read_configs(folder)
-    reading = model_folder.read(folder, configs)
+    configs = layouts.read_configs(folder)
+    reading = layouts.read_folder(folder, configs)
     weights = reading.weights
     tensor_files.refuse_non_finite(weights, str(folder))
     lineage = read_json(path / "lineage.json") or read_json(folder / "lineage.json") or {}
-    metadata = single_file.metadata_of_folder(folder)
+    metadata = layouts.metadata_of_folder(folder)
     return {
         "path": str(path),
         "kind": "run" if run else "folder",
@@ -46,8 +46,8 @@ def report(path: Path) -> dict[str, Any]:
 
 def _single(path: Path) -> dict[str, Any]:
     source = tensor_files.open_file(path)
-    configs = single_file.configs_in(source)
-    reading = single_file.single_weights(source, configs)
+    configs = layouts.configs_in(source)
+    reading = layouts.single_weights(source, configs)
     weights = reading.weights
     tensor_files.refuse_non_finite(weights, str(path))
     return {
@@ -81,8 +81,8 @@ def _model(configs: sdxl.Configs, weights: Weights) -> dict[str, Any]:
 
 def _origin(metadata: dict[str, str], lineage: dict[str, Any]) -> dict[str, Any]:
     spec = {key.removeprefix("modelspec."): value for key, value in metadata.items() if key.startswith("modelspec.")}
-    own = ("modelspec.", single_file.RECORD_PREFIX, single_file.CONFIGS_KEY)
-    record = lineage or single_file.record_in(metadata)
+    own = ("modelspec.", layouts.RECORD_PREFIX, sdxl.CONFIGS_KEY)
+    record = lineage or layouts.record_in(metadata)
     return {
         "license": record.get("license") or spec.get("license"),
         "modelspec": spec,
