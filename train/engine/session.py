@@ -40,7 +40,7 @@ from train.optim.ema import Ema
 from train.optim.loss_scale import loss_scale
 from train.recipe import rng, schedule
 from train.recipe.order import Plan
-from train.storage import checkpoint, resume, tensorfile
+from train.storage import checkpoint, resume, space, tensorfile
 from train.storage.checkpoint import Progress
 from train.storage.rundir import RunDir, remove_leftovers
 from train.storage.saver import Saver
@@ -312,7 +312,7 @@ def open_gradients(config: StageConfig, machine: Machine, networks: Networks) ->
 
 def open_saver(config: StageConfig, run: RunDir, plan: Plan, stop: StopFlag) -> Saver:
     """Background writer of checkpoints; one per epoch is kept for ever unless the config says otherwise."""
-    every = config.checkpoint.permanent_every_steps or max(plan.updates_per_epoch, 1)
+    every = space.permanent_every(config.checkpoint, plan.updates_per_epoch)
     return Saver(run, config.checkpoint, permanent_every=every, stopping=lambda: stop.asked)
 
 
