@@ -39,11 +39,10 @@ SHARED = {
         "loss.prediction", "noise.zero_terminal_snr", "noise.timesteps",
     ),
     "the held-out loss reads the set as training does": ("data.crop_conditioning", "data.on_read_error"),
-    "the worker measures the latent only where the noise asks for it": ("noise.offset_adaptive",),
     "a stage that goes on asks whether its past would have been another": ("data.token_warmup_steps",),
     "bytes of a checkpoint: before the start, in the dry run, at the save": ("ema.decay", "checkpoint.keep"),
     "when something is due: the loop asks, its owner and the dry run prepare for it": (
-        "checkpoint.every_steps", "checkpoint.permanent_every_steps", "checkpoint.background", "sampling.every_steps",
+        "checkpoint.every_steps", "checkpoint.background", "sampling.every_steps",
         "validation.every_steps", "validation.share",
     ),
     "accepted differences: a finished stage and a resume compare alike, a refusal checks the names": ("resume.accept",),
@@ -51,7 +50,6 @@ SHARED = {
     "a note says how pictures weigh": ("loss.average",),
     "opened by one room, closed by another": ("tracking.tensorboard",),
     "two process groups wait as long": ("launch.collective_timeout_s",),
-    "the benchmark takes the same update": ("optimizer.max_grad_norm",),
 }  # fmt: skip
 
 

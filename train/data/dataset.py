@@ -19,7 +19,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.stage import DataConfig, NoiseConfig
 from train.data.index import Index
 from train.data.shards import ShardReader
-from train.diffusion.noise import tile_noise
+from train.diffusion.noise import needs_means, tile_noise
 from train.diffusion.objective import Batch
 from train.model.text import TagTokenizer, size_vector
 from train.recipe import rng
@@ -69,7 +69,7 @@ class TileDataset(Dataset[Batch | Halt]):
         latents_BCHW, substituted = self._latents(tile, step)
         shape = tuple(latents_BCHW.shape[1:])
         low, high = self.noise.timesteps
-        means_BC = latents_BCHW.mean(dim=(2, 3)).numpy() if self.noise.offset_adaptive else None
+        means_BC = latents_BCHW.mean(dim=(2, 3)).numpy() if needs_means(self.noise) else None
         noises = tile_noise(
             self.noise, self.seed, tile.uids.tolist(), tile.epochs.tolist(), shape, latent_means_BC=means_BC
         )

@@ -35,6 +35,11 @@ def alphas_cumprod(zero_terminal_snr: bool = False) -> torch.Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
 
 
+def needs_means(config: NoiseConfig) -> bool:
+    """Whether the noise of an image depends on the means of its latent's channels."""
+    return bool(config.offset_adaptive)
+
+
 def tile_noise(
     config: NoiseConfig,
     seed: int,
@@ -76,7 +81,7 @@ def _offset(
     """
     channels = shape[0]
     scale = np.full((len(uids), channels), config.offset, dtype=np.float32)
-    if config.offset_adaptive:
+    if needs_means(config):
         if latent_means_BC is None:
             raise ValueError("noise.offset_adaptive needs the latents' channel means")
         scale = np.maximum(scale + config.offset_adaptive * np.abs(latent_means_BC), 0.0).astype(np.float32)

@@ -44,6 +44,7 @@ from train.optim.loss_scale import LossScale, loss_scale
 from train.optim.zero1 import Shares
 from train.recipe import schedule
 from train.recipe.order import Plan
+from train.storage import space
 from train.storage.checkpoint import Progress
 from train.storage.rundir import RunDir
 from train.storage.saver import Saver
@@ -266,7 +267,7 @@ def open_gradients(machine: Machine, networks: Networks) -> Gradients:
 
 def open_saver(run: RunDir, settings: CheckpointConfig, plan: Plan, stop: StopFlag) -> Saver:
     """Background writer of checkpoints; one per epoch is kept for ever unless the config says otherwise."""
-    every = settings.permanent_every_steps or max(plan.updates_per_epoch, 1)
+    every = space.permanent_every(settings, plan.updates_per_epoch)
     return Saver(run, settings, permanent_every=every, stopping=lambda: stop.asked)
 
 

@@ -36,9 +36,14 @@ def lacking_space(run: RunDir, one_bytes: float, settings: CheckpointConfig) -> 
     )
 
 
+def permanent_every(settings: CheckpointConfig, updates_per_epoch: int) -> int:
+    """Plan steps between checkpoints that are kept for ever: as configured, else one epoch."""
+    return settings.permanent_every_steps or max(updates_per_epoch, 1)
+
+
 def permanent_count(settings: CheckpointConfig, updates: int, updates_per_epoch: int) -> int:
     """Checkpoints that a run of `updates` keeps for ever: the first at or after each multiple, and the stage's end."""
-    every = max(settings.permanent_every_steps or max(updates_per_epoch, 1), settings.every_steps)
+    every = max(permanent_every(settings, updates_per_epoch), settings.every_steps)
     return -(-updates // every)
 
 
@@ -47,7 +52,7 @@ def permanent_warning(
 ) -> str | None:
     """What to tell when the checkpoints that this run keeps for ever will not fit; the run may start all the same."""
     one = one_bytes * SPACE_FACTOR
-    every = settings.permanent_every_steps or max(updates_per_epoch, 1)
+    every = permanent_every(settings, updates_per_epoch)
     there = list(committed(run.checkpoints))
     to_come = max(permanent_count(settings, updates, updates_per_epoch) - sum(m.permanent for *_, m in there), 0)
     need = to_come * one + max((settings.keep + 1) * one - sum(m.total_bytes for *_, m in there if not m.permanent), 0)
