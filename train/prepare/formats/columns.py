@@ -6,8 +6,9 @@ a whole set, noticed after all latents.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -53,6 +54,13 @@ class Columns:
     def listed(self) -> str:
         """The names, for messages."""
         return f"It has {listed(self.words)}"
+
+
+def with_defaults(source: SourceConfig, names: Collection[str], usual: Mapping[str, Sequence[str]]) -> SourceConfig:
+    """The source with a layout's own names, of `usual` the first that is there, where its map leaves a column out."""
+    found = {ours: next((name for name in theirs if name in names), None) for ours, theirs in usual.items()}
+    there = {ours: name for ours, name in found.items() if name is not None}
+    return dataclasses.replace(source, columns=there | source.columns)
 
 
 def check_mapped(source: SourceConfig, name: str, columns: Columns, ours: Iterable[str] | None = None) -> None:

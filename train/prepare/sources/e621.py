@@ -21,6 +21,12 @@ _GROUPS = {  # theirs: ours
     "general": "general", "species": "species", "character": "character", "copyright": "copyright", "artist": "artist",
     "contributor": "artist", "meta": "meta", "lore": "meta",
 }  # fmt: skip
+_FIELDS = {  # ours: theirs, a group and its member
+    "file_ext": ("file.ext", "extension"), "md5": ("file.md5",), "file_size": ("file.size",), "width": ("file.width",),
+    "height": ("file.height",), "created_at": ("created_at",), "rating": ("rating",), "score": ("score.total",),
+    "up_score": ("score.up",), "down_score": ("score.down",), "fav_count": ("fav_count",), "is_deleted": ("flags.deleted",),
+    "is_pending": ("flags.pending",), "parent_id": ("relationships.parent_id",), "has_children": ("relationships.has_children",),
+}  # fmt: skip
 
 
 def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
@@ -40,18 +46,17 @@ def _post(source: SourceConfig, root: Path, name: str, place: str, post: Mapping
 
 def e621_fields(post: Mapping[str, Any]) -> dict[str, Any]:
     """Our columns from the nested groups of the API. Raises BadRecord."""
-    file, score, flags, relations = (_part(post, name) for name in ("file", "score", "flags", "relationships"))
-    return {
-        "source_id": post_number(post.get("id")),
-        "file_ext": file.get("ext") or post.get("extension"), "md5": file.get("md5"), "file_size": file.get("size"),
-        "width": file.get("width"), "height": file.get("height"),
-        "created_at": post.get("created_at"),
-        "rating": post.get("rating"),
-        "score": score.get("total"), "up_score": score.get("up"), "down_score": score.get("down"),
-        "fav_count": post.get("fav_count"),
-        "is_deleted": flags.get("deleted"), "is_pending": flags.get("pending"),
-        "parent_id": relations.get("parent_id"), "has_children": relations.get("has_children"),
-    }  # fmt: skip
+    found = {ours: next(filter(_is_said, (_at(post, path) for path in paths)), None) for ours, paths in _FIELDS.items()}
+    return {"source_id": post_number(post.get("id")), **found}
+
+
+def _is_said(value: Any) -> bool:
+    return value is not None and value != ""
+
+
+def _at(post: Mapping[str, Any], path: str) -> Any:
+    group, _, name = path.rpartition(".")
+    return (_part(post, group) if group else post).get(name)
 
 
 def _part(post: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -26,7 +26,7 @@ from train.prepare.formats.columns import Columns, check_caption, check_header, 
 from train.prepare.formats.mapping import mapped_post
 from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost
 from train.prepare.sources import imagefolder, webdataset
-from train.prepare.sources.table import captionless, refused
+from train.prepare.sources.table import captioned, refused
 from train.prepare.tables.progress import say
 from train.prepare.tables.schemas import Quarantine
 
@@ -234,6 +234,6 @@ def _class_folders(source: SourceConfig, root: Path, part: _Part, library: Any) 
             if (uri := check_relative(_inside(source, root, place))) not in names:
                 continue  # refused by the walk
             post = mapped_post(mapped, imagefolder.with_labels(row, labels), uri, root, uri)
-            yield post if post.caption is not None or not wants_caption(source) else captionless(source, uri, number)
+            yield captioned(source, uri, number, post)
         except REFUSALS as error:
             yield refused(source, place, number, error)

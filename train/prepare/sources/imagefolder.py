@@ -30,18 +30,19 @@ from train.prepare.formats.columns import (
     check_header,
     check_mapped,
     check_names,
-    wants_caption,
+    with_defaults,
 )
 from train.prepare.formats.csvfile import csv_form, require_text
 from train.prepare.formats.jsonstream import Malformed, iter_values
 from train.prepare.formats.mapping import below, mapped_post
 from train.prepare.posts.census import Census
 from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost
-from train.prepare.sources.table import Row, captionless, check_pictures, csv_rows, parquet_rows, refused
+from train.prepare.sources.table import Row, captioned, check_pictures, csv_rows, parquet_rows, refused, row_posts
 from train.prepare.tables.progress import read_so_far, say
 from train.prepare.tables.schemas import REST_UNREAD, Quarantine
 
 _EMBEDDED = (".parquet", ".arrow")
+_USUAL = {"caption": ("text",), "uri": ("file_name",), "image": ("image",)}  # our column: the layout's own name
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
@@ -108,18 +109,9 @@ def _left_by_datasets(file: Path) -> bool:
         return False
 
 
-def _with_defaults(source: SourceConfig, names: list[str]) -> SourceConfig:
-    """The source with the layout's own column names filled in where the map leaves them out."""
-    columns = dict(source.columns)
-    for ours, theirs in (("caption", "text"), ("uri", "file_name"), ("image", "image")):
-        if theirs in names:
-            columns.setdefault(ours, theirs)
-    return dataclasses.replace(source, columns=columns)
-
-
 def metadata_rows(source: SourceConfig, root: Path, name: str, seen: Columns) -> Iterator[RawPost | Quarantine]:
     """Posts of a metadata file; `seen` takes in the columns of one without header."""
-    mapped = _with_defaults(source, ["text", "file_name"])
+    mapped = with_defaults(source, ["text", "file_name"], _USUAL)
     folder = str(PurePosixPath(name).parent)
     for number, row in _checked(source, mapped, name, root / name, seen):
         try:
@@ -132,7 +124,7 @@ def metadata_rows(source: SourceConfig, root: Path, name: str, seen: Columns) ->
             if not isinstance(file, str) or not file:
                 raise BadRecord(f"no {mapped.columns['uri']}: see columns.uri")
             post = mapped_post(mapped, row, f"{name} row {number}", root, below(root, file, folder))
-            yield post if post.caption is not None or not wants_caption(source) else captionless(source, name, number)
+            yield captioned(source, name, number, post)
         except REFUSALS as error:
             yield refused(source, name, number, error)
 
@@ -217,7 +209,7 @@ def embedded_rows(
         yield refused(source, name, 0, error)
         return
     assert schema is not None  # by its ending
-    source = _with_defaults(source, schema.names)
+    source = with_defaults(source, schema.names, _USUAL)
     image = source.columns.get("image", "image")
     check_pictures(source, name, file, image)
     check_header(told, name, schema.names)
@@ -225,17 +217,13 @@ def embedded_rows(
     columns.words |= dict.fromkeys(labels, True)
     check_caption(told, name, columns, "text")
     source = dataclasses.replace(source, columns={k: v for k, v in source.columns.items() if k != "uri"})
+
+    def post(number: int, row: Row) -> RawPost | Quarantine:
+        place, member = f"{name} row {number}", f"row:{number}:{image}"
+        return captioned(told, name, number, mapped_post(source, with_labels(row, labels), place, root, name, member, f"{name}#{number}"))
+
     rows = parquet_rows(source, name, file) if file.suffix.lower() == ".parquet" else _arrow_rows(source, name, file)
-    for number, row in rows:
-        if isinstance(row, Quarantine):
-            yield row
-            continue
-        try:
-            member = f"row:{number}:{image}"
-            post = mapped_post(source, with_labels(row, labels), f"{name} row {number}", root, name, member, f"{name}#{number}")
-            yield post if post.caption is not None or not wants_caption(told) else captionless(told, name, number)
-        except REFUSALS as error:
-            yield refused(source, name, number, error)
+    yield from row_posts(source, name, rows, post)
 
 
 def with_labels(row: Row, labels: Mapping[str, Sequence[str]]) -> Row:

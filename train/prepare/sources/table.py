@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
 from train.prepare.folders.files import require_source, source_root
 from train.prepare.folders.walking import walk
-from train.prepare.formats.columns import WORDS, check_header, listed
+from train.prepare.formats.columns import WORDS, check_header, listed, wants_caption
 from train.prepare.formats.csvfile import cells, csv_form
 from train.prepare.formats.mapping import mapped_post
 from train.prepare.posts.caption_text import SURROGATE
@@ -68,20 +68,50 @@ def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[R
     image = source.columns.get("image")
     if image is not None and names is not None:
         check_pictures(source, name, file, image)
+    uri = file.relative_to(root).as_posix() if file.is_relative_to(root) else name
+
+    def post(number: int, row: Row) -> RawPost:
+        place = f"{name} row {number}"
+        if image is None:
+            return mapped_post(source, row, place, root)
+        return mapped_post(source, row, place, root, uri, f"row:{number}:{image}", f"{name}#{number}")
+
     rows = parquet_rows(source, name, file) if file.suffix.lower() == ".parquet" else csv_rows(source, name, file)
+    yield from row_posts(source, name, rows, post)
+
+
+def row_posts(
+    source: SourceConfig, name: str, rows: Iterable[tuple[int, Row | Quarantine]], make: Callable[[int, Row], RawPost | Quarantine]
+) -> Iterator[RawPost | Quarantine]:
+    """What `make` makes of each (row number, row) of a file; a row that it refuses is lost alone."""
     for number, row in rows:
         if isinstance(row, Quarantine):
             yield row
             continue
-        place = f"{name} row {number}"
         try:
-            if image is not None:
-                uri = file.relative_to(root).as_posix() if file.is_relative_to(root) else name
-                yield mapped_post(source, row, place, root, uri, f"row:{number}:{image}", f"{name}#{number}")
-            else:
-                yield mapped_post(source, row, place, root)
+            yield make(number, row)
         except REFUSALS as error:
             yield refused(source, name, number, error)
+
+
+def captioned(source: SourceConfig, name: str, number: int, post: RawPost) -> RawPost | Quarantine:
+    """The post, or why it is not taken where it has no caption and the source wants one."""
+    return post if post.caption is not None or not wants_caption(source) else captionless(source, name, number)
+
+
+def parquet_files(source: SourceConfig) -> Iterator[Quarantine | tuple[str, Path, pa.Schema]]:
+    """(name relative to the source, file, schema) of the parquet files of a file or folder, their mapped columns checked."""
+    for name, file in table_files(source, require_source(source)):
+        if isinstance(file, Quarantine):
+            yield file
+        elif file.suffix.lower() == ".parquet":
+            try:
+                schema = pq.read_schema(file)
+            except (OSError, pa.ArrowInvalid) as error:
+                yield refused(source, name, 0, error)
+                continue
+            check_header(source, name, schema.names)
+            yield name, file, schema
 
 
 def check_pictures(source: SourceConfig, name: str, file: Path, image: str) -> None:
