@@ -120,6 +120,7 @@ def test_sizes(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert (node.end_lineno or 0) - node.lineno + 1 <= 60, f"{path.name}: {node.name}"
+            assert len(node.args.posonlyargs) + len(node.args.args) <= 8, f"{path.name}: {node.name}: say what they are"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
