@@ -162,6 +162,9 @@ def test_sizes(path: Path) -> None:
     short = path.parent.name == "scripts" or path == ROOT / "train" / "run.py"
     assert len(lines) <= (80 if short else 400)
     assert [found for found in functions(path) if found[0] > 60] == []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert len(node.args.posonlyargs) + len(node.args.args) <= 8, f"{path.name}: {node.name}: say what they are"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

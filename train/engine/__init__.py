@@ -1,1 +1,1 @@
-"""A stage from its refusals to the hand-off: setup, trial, session, step, loop, processes. The order of the phases stands in run.py."""
+"""A stage from its refusals to the hand-off: setup, restore, session, trial, loop, step, and how it ends. The order of the phases stands in run.py."""

@@ -13,7 +13,7 @@ from typing import Any
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.config.schema import flatten
-from train.config.stage import StageConfig, load_stage
+from train.config.stage import ModelConfig, StageConfig, load_stage
 from train.data.selection import Selection, open_selection, vae_mark
 from train.model import source as model_source
 from train.recipe import schedule
@@ -104,7 +104,7 @@ def _compared(config: StageConfig, state: Mapping[str, Any], selection: Selectio
         held.pop("data.path", None)
     parent = _run_sha256(Path(config.model.init_from))  # a run may have gone on since
     if any(state["config"].get(key) != flat[key] for key in _MODEL if key in held):
-        now = _held_by_model(config)
+        now = _held_by_model(config.model)
         held |= {key: now[key] for key in _MODEL if key in held}
         parent = now["model.init_from"]
     if parent is not None and "parent" in facts:
@@ -124,11 +124,11 @@ def _run_sha256(path: Path) -> str | None:
         return None
 
 
-def _held_by_model(config: StageConfig) -> dict[str, str]:
+def _held_by_model(model: ModelConfig) -> dict[str, str]:
     """What the paths of `model` hold, as a checkpoint of this start would say it."""
     from train.model.text import load_tag_tokenizer  # loads torch
 
-    source = model_source.resolve(config.model)
+    source = model_source.resolve(model)
     words = load_tag_tokenizer(source.tokenizers).identity() if source.tokenizers is not None else ""
     return dict(zip(_MODEL, (source.sha256, vae_mark(source), words, source.sha256, vae_mark(source)), strict=True))
 

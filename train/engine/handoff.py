@@ -26,7 +26,7 @@ def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Com
     """The model a stage starts from, checked, and its networks. The licence is settled before anything is spent."""
     faults.at("handoff")
     source = model_source.resolve(config.model)
-    refuse_source(config, source)
+    refuse_source(config.model, config.export, source)
     prediction.conversion(config, source)
     note = prediction.unstated(config, source)
     if note and os.environ.get("RANK", "0") == "0":

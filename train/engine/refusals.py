@@ -15,7 +15,7 @@ from typing import TypeVar
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import load_prompts
 from train.config.schema import flatten
-from train.config.stage import StageConfig, config_hash
+from train.config.stage import ExportConfig, ModelConfig, StageConfig, config_hash
 from train.data.selection import open_selection, refuse_other_vae
 from train.engine import finished
 from train.engine.export import stated_license
@@ -41,7 +41,7 @@ def open_run(config: StageConfig) -> RunDir | None:
     """
     rank, world = own_place()
     try:
-        refuse_entangled(config)
+        refuse_entangled(config.output_dir, config.model, config.data.path)
         run = open_run_dir(config.output_dir, config.stage, rank=rank)
     except Halt as refusal:  # what else is wrong is told with it
         raise together([refusal, *refusals(config, None, world)]) from refusal
@@ -113,7 +113,7 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
     # What the networks' shapes tell needs the libraries that build them, which a start that ends here never loads.
     source = tried(lambda: model_source.resolve(config.model, hashed=False))
     if source is not None and selection is not None:
-        tried(lambda: refuse_source(config, source))
+        tried(lambda: refuse_source(config.model, config.export, source))
         tried(lambda: prediction.conversion(config, source))
         tried(lambda: refuse_other_vae(config, selection.index, source))
         if run.rank == 0 and (problem := _lacking(config, run, source)):
@@ -139,10 +139,10 @@ def refuse_foreign_engines() -> None:
         )
 
 
-def refuse_source(config: StageConfig, source: LocalModel) -> None:
+def refuse_source(model: ModelConfig, export: ExportConfig, source: LocalModel) -> None:
     """Halt(USAGE) for a model that the stage's other settings do not go with, naming the setting."""
     problems = []
-    if config.model.pooled_projection == "sd_scripts" and source.kind != "single_file":
+    if model.pooled_projection == "sd_scripts" and source.kind != "single_file":
         problems.append(
             "model.pooled_projection: sd_scripts reproduces a trainer that read single files: give a .safetensors"
         )
@@ -153,7 +153,7 @@ def refuse_source(config: StageConfig, source: LocalModel) -> None:
             "names a folder with the model's own tokenizer/ and tokenizer_2/"
         )
     problems += [f"model.tokenizers: {folder} is no folder" for folder in folders if not folder.is_dir()]
-    if not stated_license(config.export, source):
+    if not stated_license(export, source):
         problems.append(f"{source.path} declares no licence: set export.license to the one its weights are under")
     if problems:
         raise Halt(ExitCode.USAGE, "; ".join(problems))
@@ -166,12 +166,11 @@ def check_schedule(config: StageConfig, plan: Plan) -> None:
     schedule.check(config.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=config.epochs)
 
 
-def refuse_entangled(config: StageConfig) -> None:
+def refuse_entangled(output_dir: str, model: ModelConfig, data_path: str) -> None:
     """Halt(MISMATCH) where the run would write or clear among what it reads. Comes before anything is made there."""
     problems = []
-    output = Path(os.path.realpath(config.output_dir))
-    model = config.model
-    named = [("model.init_from", model.init_from), ("model.vae", model.vae), ("data.path", config.data.path)]
+    output = Path(os.path.realpath(output_dir))
+    named = [("model.init_from", model.init_from), ("model.vae", model.vae), ("data.path", data_path)]
     named += [("model.tokenizers", os.path.join(model.tokenizers, name)) for name in TOKENIZERS if model.tokenizers]
     for key, value in named:
         if value is None or not os.path.exists(value):
@@ -179,10 +178,10 @@ def refuse_entangled(config: StageConfig) -> None:
         read = Path(os.path.realpath(value))
         if read.is_relative_to(output):
             problems.append(
-                f"{key} {value} lies in output_dir {config.output_dir}, where the run writes and clears: move one of them"
+                f"{key} {value} lies in output_dir {output_dir}, where the run writes and clears: move one of them"
             )
         elif output.is_relative_to(read):
-            problems.append(f"output_dir {config.output_dir} lies in {key} {value}, which a run only reads: choose another")
+            problems.append(f"output_dir {output_dir} lies in {key} {value}, which a run only reads: choose another")
     if problems:
         raise Halt(ExitCode.MISMATCH, "; ".join(problems))
 

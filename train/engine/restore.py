@@ -12,7 +12,7 @@ import torch
 
 from train.base.errors import ExitCode, Halt
 from train.config.schema import flatten
-from train.config.stage import StageConfig, config_hash
+from train.config.stage import StageConfig
 from train.data.index import Index, changes_since, save_selection
 from train.engine import finished
 from train.engine.setup import Data, Execution
@@ -121,7 +121,7 @@ def begin(run: RunDir, index: Index, loaded: checkpoint.Loaded | None) -> None:
 
 
 def state_of(
-    config: StageConfig,
+    config_hash: str,
     expected: resume.Expectations,
     loaded: checkpoint.Loaded | None,
     world: int,
@@ -137,7 +137,7 @@ def state_of(
     extended += finished.went_on(loaded.progress.step, done, loaded.comparison) if loaded else []
     fixed = expected.to_state() | {
         "history": [*earlier, [loaded.progress.step if loaded else 0, world]],
-        "config_hash": config_hash(config),
+        "config_hash": config_hash,
         "accepted": accepted,
         "extended": extended,
         "execution": asdict(execution),  # what auto picked

@@ -18,13 +18,11 @@ import torch
 
 from train.base.signals import StopFlag
 from train.config.schema import flatten
-from train.config.stage import CheckpointConfig, StageConfig
+from train.config.stage import CheckpointConfig, DataConfig, OptimizerConfig, StageConfig, config_hash
 from train.data.dataset import TileDataset
 from train.data.loader import Loader
 from train.data.selection import short_tiles_note
 from train.data.shards import ShardReader
-from train.diffusion.noise import alphas_cumprod
-from train.diffusion.objective import Diffusion
 from train.engine import room
 from train.engine.processes import Watch
 from train.engine.refusals import check_schedule
@@ -131,10 +129,14 @@ def open_session(
     progress = loaded.progress if loaded else Progress()
     if place.is_main and config.validation.every_steps:
         held_out.remember(run.path)
+    images = partial(TileDataset, seed=config.seed, data=config.data, noise=config.noise, scaling=scaling)
     scale = loss_scale(config.precision, loaded.state.get("scaler") if loaded else None)
     return Session(
-        open_trained(config, machine, model, optimizer, shares, ema, scale, rates_at),
-        TrainingData(plan, open_loader(config, machine, data, scaling, progress.step), config.seed, config.noise.timesteps),
+        open_trained(
+            config.optimizer, machine, model, optimizer, shares, ema, scale, rates_at,
+            rounding_seed=config.seed if config.model.weights == "bf16" else None,
+        ),
+        TrainingData(plan, open_loader(images, config.data, machine, data, progress.step), config.seed, config.noise.timesteps),
         Observers(
             tracker=open_tracker(config, run, place, plan, progress),
             trace=Trace(run.path) if config.tracking.trace and place.is_main else None,
@@ -154,7 +156,7 @@ def open_session(
             saver=open_saver(run, config.checkpoint, plan, stop) if place.is_main else None,
             checkpoint=config.checkpoint,
             grace_s=config.launch.grace_s,
-            state=state_of(config, expected, loaded, place.world, model.execution, run.done),
+            state=state_of(config_hash(config), expected, loaded, place.world, model.execution, run.done),
         ),
     )
 
@@ -167,7 +169,7 @@ def open_rates(config: StageConfig, plan: Plan) -> Rates:
 
 
 def open_trained(
-    config: StageConfig,
+    settings: OptimizerConfig,
     machine: Machine,
     model: Model,
     optimizer: torch.optim.Optimizer,
@@ -175,20 +177,22 @@ def open_trained(
     ema: Ema | None,
     scale: LossScale,
     rates_at: Rates,
+    *,
+    rounding_seed: int | None,
 ) -> Trained:
     """The networks with what makes and applies their gradients. A collective: every process has the same weights then."""
     return Trained(
         gradients=open_gradients(machine, model.networks),
-        diffusion=open_diffusion(config, machine.place, model.execution.split),
+        diffusion=model.diffusion,
         optimizer=optimizer,
-        optimizer_name=config.optimizer.name,
+        optimizer_name=settings.name,
         parameters=trained_parameters(model.networks),
         ema=ema,
         shares=shares,
         scale=scale,
         rates_at=rates_at,
-        max_grad_norm=config.optimizer.max_grad_norm,
-        rounding_seed=config.seed if config.model.weights == "bf16" else None,
+        max_grad_norm=settings.max_grad_norm,
+        rounding_seed=rounding_seed,
     )
 
 
@@ -196,20 +200,6 @@ def recent_losses(metrics: Path) -> list[float]:
     """The losses that metrics.jsonl ends with, so that a resumed run is not blind to spikes at first."""
     records = read_metrics(metrics)[-SPIKE_WINDOW :] if metrics.is_file() else []
     return [record["loss"] for record in records if isinstance(record.get("loss"), float)]
-
-
-def open_diffusion(config: StageConfig, place: Place, split: int) -> Diffusion:
-    """Noise schedule, noise offset and loss of the stage, and how the forward pass runs."""
-    return Diffusion(
-        alphas_T=alphas_cumprod(config.noise.zero_terminal_snr).to(place.device),
-        noise=config.noise,
-        loss=config.loss,
-        precision=config.precision,
-        split=split,
-        attention=config.model.attention,
-        deterministic=config.batch.determinism == "strict",
-        channels_last=config.model.channels_last,
-    )
 
 
 def open_tracker(config: StageConfig, run: RunDir, place: Place, plan: Plan, progress: Progress) -> Tracker:
@@ -225,26 +215,14 @@ def open_tracker(config: StageConfig, run: RunDir, place: Place, plan: Plan, pro
     )
 
 
-def open_loader(config: StageConfig, machine: Machine, data: Data, scaling: float, first_step: int) -> Loader:
+def open_loader(
+    images: Callable[..., TileDataset], settings: DataConfig, machine: Machine, data: Data, first_step: int
+) -> Loader:
     """Latents, noise and captions of this process's tiles, from the plan step reached."""
-    dataset = TileDataset(
-        data.index,
-        data.plan,
-        ShardReader(config.data.path),
-        data.tokenizer,
-        seed=config.seed,
-        data=config.data,
-        noise=config.noise,
-        scaling=scaling,
-        total_updates=data.plan.total_updates,
-    )
+    last_step = data.plan.total_updates
+    dataset = images(data.index, data.plan, ShardReader(settings.path), data.tokenizer, total_updates=last_step)
     return Loader(
-        dataset,
-        config.data,
-        machine.place.device,
-        tiles=machine.tiles_here,
-        first_step=first_step,
-        last_step=data.plan.total_updates,
+        dataset, settings, machine.place.device, tiles=machine.tiles_here, first_step=first_step, last_step=last_step
     )
 
 

@@ -16,7 +16,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from train.config.stage import BatchConfig, LaunchConfig, ModelConfig, OptimizerConfig, StageConfig
 from train.data.index import Index
 from train.data.selection import open_selection, refuse_other_vae, vae_mark
-from train.diffusion.objective import autocast
+from train.diffusion.noise import alphas_cumprod
+from train.diffusion.objective import Diffusion, autocast
 from train.engine.refusals import refuse_foreign_engines
 from train.model import memory, single_file, speed, text
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
@@ -55,12 +56,13 @@ class Execution:
 
 @dataclass(frozen=True)
 class Model:
-    """The predecessor's files, its networks with what they were built from, and how tiles run through them."""
+    """The predecessor's files, its networks with what they were built from, how tiles run through them, and the objective."""
 
     source: LocalModel
     components: Components
     networks: Networks
     execution: Execution
+    diffusion: Diffusion
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,17 @@ def open_model(
         inputs = speed.attention_inputs(networks.unet, lambda: probe(networks, config.precision, config.data.max_tokens))
         speed.check_attention(inputs, config.model.attention)
     set_speed(networks, config.model)
-    return Model(source, components, networks, execution)
+    diffusion = Diffusion(
+        alphas_T=alphas_cumprod(config.noise.zero_terminal_snr).to(machine.place.device),
+        noise=config.noise,
+        loss=config.loss,
+        precision=config.precision,
+        split=execution.split,
+        attention=config.model.attention,
+        deterministic=machine.strict,
+        channels_last=config.model.channels_last,
+    )
+    return Model(source, components, networks, execution, diffusion)
 
 
 def open_networks(

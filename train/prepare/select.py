@@ -186,7 +186,7 @@ def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: s
         counts, notes = [*counts, ("quota", len(order))], notes + found
     rows = np.sort(order)
     _check_visits(stage, candidates, rows, visits[rows])
-    _write(settings, stage, candidates, rows, allowed, counts, mark, visits[rows], notes)
+    _write(settings, stage, candidates, rows, allowed, counts=counts, mark=mark, repeats=visits[rows], notes=notes)
 
 
 def _check_visits(stage: str, candidates: Candidates, rows: Rows, visits: Rows) -> None:
@@ -202,7 +202,7 @@ def _check_visits(stage: str, candidates: Candidates, rows: Rows, visits: Rows) 
 
 
 def _write(
-    settings: DatasetConfig, stage: str, candidates: Candidates, rows: Rows, allowed: Mask,
+    settings: DatasetConfig, stage: str, candidates: Candidates, rows: Rows, allowed: Mask, *,
     counts: list[tuple[str, int]], mark: str, repeats: Rows, notes: list[str],
 ) -> None:  # fmt: skip
     config, sizes = settings.select[stage], settings.buckets
