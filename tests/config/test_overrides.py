@@ -69,3 +69,24 @@ def test_stage_configs_too() -> None:
     with pytest.raises(Halt, match=r"noise\.timesteps\.2: noise\.timesteps is a list of 2") as halt:
         load_stage([ROOT / "configs/ft1.yaml"], [*more, "noise.timesteps.2=5"])
     assert halt.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["###", "|||", "@@@", "%%", "---", "&&&", "***", ">>>", "!!!", "|", " ", ";", "`", ":", "my set #2", "a: b", "\U0001f600"],
+)
+def test_a_text_is_taken_as_it_was_typed(config: Path, text: str) -> None:
+    """YAML would read a comment, a block or a map there: nothing at all, half of it, or an error about a scanner."""
+    settings = load_settings([config], [f"sources.0.tag_separator={text}"])
+    assert settings.sources[0].tag_separator == text
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_nothing_and_numbers_are_what_yaml_says(config: Path, text: str) -> None:
+    settings = load_settings([config], ["separator='#'", f"sources.0.tag_separator={text}", "select.0.repeats=3", "sources.0.escaped=true"])
+    assert (settings.separator, settings.sources[0].tag_separator, settings.sources[0].escaped) == ("#", None, True)
+
+
+def test_an_open_bracket_or_quote_is_bad_usage(config: Path) -> None:
+    with pytest.raises(Halt, match="cannot be read"):
+        load_settings([config], ["exclude.tags=[a"])

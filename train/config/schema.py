@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -25,6 +26,7 @@ T = TypeVar("T")
 # Environment variables a config may refer to as ${oc.env:NAME}; locations only, so that no secret gets in.
 ENVIRONMENT = ("ANIX_DATA", "ANIX_MODELS", "ANIX_RUNS")
 _MAX_BYTES = 1 << 20
+_YAML_NULL = ("null", "~")
 
 
 def load_into(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> T:
@@ -85,14 +87,29 @@ def _load_yaml(path: Path) -> DictConfig:
 
 
 def _load_override(override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    """`key=value`: numbers, true, null, lists and quoted texts as in YAML, anything else as the text that it is.
+
+    A shell has no comments and no block texts: `###`, `|` or `my set #2` would be nothing, or cut off.
+    """
+    key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise Halt(ExitCode.USAGE, f"override {override!r} is not of the form key=value")
+    plain = text.strip()
     try:
-        return OmegaConf.from_dotlist([override])
+        if plain[:1] in ("[", "{", "'", '"') or not text or plain.lower() in _YAML_NULL or _is_scalar(plain):
+            return OmegaConf.from_dotlist([f"{key}={text}"])
+        return OmegaConf.from_dotlist([f"{key}={json.dumps(plain or text, ensure_ascii=False)}"])
     except Exception as error:  # the YAML scanner raises its own family here
         hint = f" ({_REFERENCE_RULE}; with brackets around it, in quotes)" if "${" in override else ""
         raise Halt(ExitCode.USAGE, f"override {override!r} cannot be read: {error}{hint}") from error
+
+
+def _is_scalar(text: str) -> bool:
+    """Whether YAML reads a number or a truth value there."""
+    try:
+        return isinstance(OmegaConf.from_dotlist([f"x={text}"]).x, bool | int | float)
+    except Exception:  # no YAML at all, so a text
+        return False
 
 
 def _items_placed(below: Any, over: Any, key: str) -> Any:
