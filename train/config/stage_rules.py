@@ -65,7 +65,7 @@ def _cross_problems(config: StageConfig) -> list[str]:
     stage_ok = bool(config.stage) and config.stage.replace("_", "").replace("-", "").isalnum()
     rules = [
         (not stage_ok, f"stage is {config.stage!r}: letters, digits, - and _ only, it names files"),
-        (batch.effective % batch.micro != 0,
+        (batch.effective % max(batch.micro, 1) != 0,
          f"batch.effective {batch.effective} is no multiple of batch.micro {batch.micro}"),
         (isinstance(batch.split, int) and batch.micro % max(int(batch.split), 1) != 0,
          f"batch.split {batch.split} does not divide batch.micro {batch.micro}"),
