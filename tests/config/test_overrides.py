@@ -69,3 +69,38 @@ def test_stage_configs_too() -> None:
     with pytest.raises(Halt, match=r"noise\.timesteps\.2: noise\.timesteps is a list of 2") as halt:
         load_stage([ROOT / "configs/ft1.yaml"], [*more, "noise.timesteps.2=5"])
     assert halt.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["###", "||", "@@@", "%%", "---", "&&&", "***", ">>>", "!!!", "|", " ", ";", "`", ":", "my set #2", "a: b", "\U0001f600"],
+)
+def test_a_text_is_taken_as_it_was_typed(config: Path, text: str) -> None:
+    """YAML would read a comment, a block or a map there: nothing at all, half of it, or an error about a scanner."""
+    settings = load_settings([config], ["sources.1.adapter=sidecar", f"sources.1.tag_separator={text}"])
+    assert settings.sources[1].tag_separator == text
+
+
+@pytest.mark.parametrize("text", ["null", "~", ""])
+def test_nothing_and_numbers_are_what_yaml_says(config: Path, text: str) -> None:
+    settings = load_settings([config], ["separator='#'", f"sources.0.dictionary={text}", "sources.0.escaped=true"])
+    assert (settings.separator, settings.sources[0].dictionary, settings.sources[0].escaped) == ("#", None, True)
+
+
+def test_an_open_bracket_or_quote_is_bad_usage(config: Path) -> None:
+    with pytest.raises(Halt, match="cannot be read"):
+        load_settings([config], ["exclude.tags=[a"])
+
+
+@pytest.mark.parametrize("override", ["probe=[a]", "select=[]", "report.fail_if=[1]", "exclude=[comic]"])
+def test_a_list_in_the_place_of_a_section_is_bad_usage(override: str) -> None:
+    """The shipped file holds these sections, and OmegaConf answers the merge with a bare TypeError."""
+    with pytest.raises(Halt, match=override.partition("=")[0]) as halt:
+        load_settings([ROOT / "configs" / "dataset.yaml"], [override])
+    assert halt.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize("key", ["batch.micro", "batch.effective", "batch.split"])
+def test_no_picture_at_once_is_bad_usage(key: str) -> None:
+    with pytest.raises(Halt, match=f"{key} is 0, must be at least 1"):
+        load_stage([ROOT / "configs" / "ft1.yaml"], [f"{key}=0"])

@@ -338,3 +338,21 @@ def test_links_and_pipes_in_walks_of_other_adapters(tmp_path: Path) -> None:
     (found,) = walk(source, tmp_path / "in")
     assert isinstance(found, Quarantine)
     assert "not a regular file" in found.message
+
+
+@pytest.mark.parametrize("adapter", ["danbooru", "sd_scripts", "webdataset", "deepghs"])
+def test_captioned_pictures_under_another_adapter_are_told_which_one_reads_them(tmp_path: Path, adapter: str) -> None:
+    """The shipped dataset.yaml with nothing but its path changed: `no record` alone would not say why."""
+    for name, caption in (("a.png", "1girl"), ("sub/b.png", "1boy"), ("c.png", None)):
+        picture(tmp_path / "in" / name, caption)
+    with pytest.raises(Halt, match="where 3 pictures lie, 2 of them with a text beside them: adapter sidecar reads those") as halt:
+        ingest.run(dataset(tmp_path, tmp_path / "in", adapter))
+    assert halt.value.code == ExitCode.MISMATCH
+
+
+def test_a_root_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    picture(tmp_path / "in" / "a.png")
+    (tmp_path / "out").write_text("a file in the place of the folder")
+    with pytest.raises(Halt, match=r"root .*out: .* cannot be made") as halt:
+        ingest.run(dataset(tmp_path, tmp_path / "in"))
+    assert halt.value.code == ExitCode.CANNOT_WRITE

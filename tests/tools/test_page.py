@@ -284,6 +284,13 @@ def test_no_directory_is_a_usage_error(tmp_path: Path) -> None:
     assert caught.value.code == ExitCode.USAGE
 
 
+def test_a_prepared_set_in_the_place_of_a_run_is_a_usage_error(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "dataset.json").write_text("{}")
+    with pytest.raises(Halt, match="set is no run directory: it holds none of run.json"):
+        write_page([tmp_path / "set"], tmp_path / "r.html")
+
+
 def test_a_page_that_cannot_be_written(runs: list[Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for out, code in ((tmp_path, ExitCode.USAGE), (tmp_path / "file" / "r.html", ExitCode.CANNOT_WRITE)):

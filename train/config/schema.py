@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 import types
 import typing
@@ -30,6 +31,7 @@ T = TypeVar("T")
 # Environment variables a config may refer to as ${oc.env:NAME}; locations only, so that no secret gets in.
 ENVIRONMENT = ("ANIX_DATA", "ANIX_MODELS", "ANIX_RUNS")
 _MAX_BYTES = 1 << 20
+_YAML_NULL = ("null", "~")
 
 
 # What does not go together, as sentences that name the keys. A rule is handed the sound part of a config: reading a
@@ -105,7 +107,7 @@ def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> Dict
         # OmegaConf's word for a missing value: in a merge it quietly leaves what was there
         if empty := sorted({key for layer in layers for key in OmegaConf.missing_keys(layer)}):
             raise Halt(ExitCode.USAGE, f"{', '.join(empty)}: ??? is no value; give one, or leave the key out")
-    except OmegaConfBaseException as error:  # a section in one, a number in the other
+    except (OmegaConfBaseException, TypeError) as error:  # a section in one, a number or a list in the other
         told = ", ".join([*map(str, paths), *overrides])
         raise Halt(ExitCode.USAGE, f"{told} do not go together: {str(error).splitlines()[0]}") from error
     return typing.cast(DictConfig, merged)
@@ -126,14 +128,29 @@ def _load_yaml(path: Path) -> DictConfig:
 
 
 def _load_override(override: str) -> DictConfig:
-    key, equals, _ = override.partition("=")
+    """`key=value`: numbers, true, null, lists and quoted texts as in YAML, anything else as the text that it is.
+
+    A shell has no comments and no block texts: `###`, `|` or `my set #2` would be nothing, or cut off.
+    """
+    key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise Halt(ExitCode.USAGE, f"override {override!r} is not of the form key=value")
+    plain = text.strip()
     try:
-        return OmegaConf.from_dotlist([override])
+        if plain[:1] in ("[", "{", "'", '"') or not text or plain.lower() in _YAML_NULL or _is_scalar(plain):
+            return OmegaConf.from_dotlist([f"{key}={text}"])
+        return OmegaConf.from_dotlist([f"{key}={json.dumps(plain or text, ensure_ascii=False)}"])
     except Exception as error:  # the YAML scanner raises its own family here
         hint = f" ({_REFERENCE_RULE}; with brackets around it, in quotes)" if "${" in override else ""
         raise Halt(ExitCode.USAGE, f"override {override!r} cannot be read: {error}{hint}") from error
+
+
+def _is_scalar(text: str) -> bool:
+    """Whether YAML reads a number or a truth value there."""
+    try:
+        return isinstance(OmegaConf.from_dotlist([f"x={text}"]).x, bool | int | float)
+    except Exception:  # no YAML at all, so a text
+        return False
 
 
 def _items_placed(below: Any, over: Any, key: str) -> Any:

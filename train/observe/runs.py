@@ -17,6 +17,7 @@ from train.observe.metrics import read_metrics
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
 LARGEST = 1e150  # its square is finite still, and a sum of such squares
+_OF_A_RUN = ("run.json", "config.yaml", "metrics.jsonl", "lineage.json", "samples", "DONE")
 PICTURE = re.compile(r"(\d+)(-ema)?\.png$")
 
 
@@ -90,10 +91,12 @@ class Run:
 
 
 def read_run(path: str | Path) -> Run:
-    """The run at `path`. Raises Halt(USAGE) only when there is no such directory."""
+    """The run at `path`. Raises Halt(USAGE) only when there is no such directory, or it holds other things alone."""
     folder = Path(path)
     if not folder.is_dir():
         raise Halt(ExitCode.USAGE, f"{folder} is no run directory")
+    if any(folder.iterdir()) and not any((folder / name).exists() for name in _OF_A_RUN):
+        raise Halt(ExitCode.USAGE, f"{folder} is no run directory: it holds none of {', '.join(_OF_A_RUN)}")
     run = Run(folder, folder.resolve().name)
     run.metrics = _latest(_lines(run, "metrics.jsonl"))
     run.validation = _measurements(run)

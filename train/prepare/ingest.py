@@ -6,6 +6,7 @@ rows, so memory holds the keys and one unit, whatever the size. A unit's name co
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
@@ -24,11 +25,13 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.choosing.repeats import tell_unread_folders
+from train.prepare.folders.kinds import is_image
 from train.prepare.folders.places import check_place
 from train.prepare.folders.unchanged import sources_mark
+from train.prepare.folders.walking import walk
 from train.prepare.formats.mapping import check_columns
 from train.prepare.posts.caption_remarks import CaptionTally, remarks
-from train.prepare.posts.caption_text import caption_rules
+from train.prepare.posts.caption_text import caption_ending, caption_rules
 from train.prepare.posts.census import Census, tell
 from train.prepare.posts.normalise import RawPost, printable, to_record
 from train.prepare.tables.progress import bar, reading
@@ -66,7 +69,7 @@ def run(settings: DatasetConfig) -> None:
 
     Raises Complaint(MISMATCH) after finishing, when more than `max_quarantine_fraction` of the posts are errors.
     """
-    dataset = dataset_dir(settings)
+    dataset = _opened(settings)
     config = config_id(code=INGEST_VERSION, schema=SCHEMA_VERSION, exclusions=EXCLUSIONS_VERSION)
     step = Step(dataset, "records", RECORDS, config)
     mark, sizes = sources_mark(settings.sources, f"{config} {settings.separator}")  # taken first: what changes meanwhile is met by the next run
@@ -94,6 +97,15 @@ def run(settings: DatasetConfig) -> None:
     write_text(step.folder / _MARK, json.dumps({"mark": mark, "units": names}, indent=1) + "\n")
     tell_unread_folders(settings)
     report_and_judge(settings, "ingest", len(order), refused)
+
+
+def _opened(settings: DatasetConfig) -> Path:
+    dataset = dataset_dir(settings)
+    try:
+        dataset.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Halt(ExitCode.CANNOT_WRITE, f"root {settings.root}: {dataset} cannot be made ({error.strerror})") from error
+    return dataset
 
 
 def _spill_folder(dataset: Path) -> Path:
@@ -131,7 +143,9 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
     total = kept + len(errors)
     if kept == 0:
         seen = errors or refused
-        places = ", ".join(f"{source.name} is adapter {source.adapter} at {source.path}" for source in settings.sources)
+        places = ", ".join(
+            f"{source.name} is adapter {source.adapter} at {source.path}{_plain_folder(source)}" for source in settings.sources
+        )
         first = f": {seen[0].key}: {seen[0].reason}: {seen[0].message}" if seen else ""
         raise Halt(ExitCode.MISMATCH, f"{step}: no record, {len(refused)} in quarantine{first}: check sources ({places})")
     cut = [entry for entry in errors if REST_UNREAD in entry.message]
@@ -149,6 +163,19 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
         )
     if errors:
         print(f"{step}: {set_aside(errors, dataset_dir(settings))}")
+
+
+def _plain_folder(source: SourceConfig) -> str:
+    """What lies at a source that gave nothing, where it is pictures with a text beside each: the commonest of all."""
+    if source.adapter == "sidecar" or not Path(source.path).is_dir():
+        return ""
+    names = [found for found in walk(dataclasses.replace(source, images=None), Path(source.path)) if isinstance(found, str)]
+    texts = {os.path.splitext(name)[0] for name in names if name.lower().endswith(caption_ending(source))}
+    shown = [name for name in names if is_image(name)]
+    beside = sum(os.path.splitext(name)[0] in texts or name in texts for name in shown)
+    if not shown:
+        return ""
+    return f", where {len(shown)} pictures lie, {beside} of them with a text beside them: adapter sidecar reads those"
 
 
 def read_source(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
