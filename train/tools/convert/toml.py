@@ -375,12 +375,14 @@ def _complete(theirs: Mapping[str, Any], result: Result) -> None:
     config.setdefault("stage", "converted")
     name = "".join(c if c.isalnum() or c in "-_" else "-" for c in str(config["stage"]))
     config["stage"] = name if any(c.isalnum() for c in name) else "converted"
+    if "epochs" not in config:
+        config["epochs"] = config["max_updates"]  # fewer could end the run before its steps: an epoch may be one update
+        result.notes["(ours) epochs"] = "max_train_epochs was not given; as many as max_updates, which ends the run"
     missing = {
         "seed": "the run had none; our streams need one",
-        "epochs": "max_train_epochs was not given; epochs x updates per epoch must reach max_updates",
         "data.path": "a prepared dataset: scripts/prepare.py", "output_dir": "not given",
     }  # fmt: skip
-    fill = {"seed": 0, "epochs": 1, "data.path": "data/prepared", "output_dir": f"runs/{config['stage']}"}
+    fill = {"seed": 0, "data.path": "data/prepared", "output_dir": f"runs/{config['stage']}"}
     for key, reason in missing.items():
         if key not in config:
             config[key] = fill[key]
