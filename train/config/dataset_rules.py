@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from train.config.dataset import DatasetConfig, PolicyConfig, QuotaConfig
 
 MAX_REPEATS = 32_767  # what the tables' int16 holds
+MAX_NAME = 100  # characters of what names a file or folder; file systems take 255 bytes, ours with an ending
 
 
 def settings_problems(settings: DatasetConfig) -> list[str]:
@@ -20,12 +21,13 @@ def settings_problems(settings: DatasetConfig) -> list[str]:
     stages = list(settings.select)
     buckets = settings.buckets
     rules = [
-        (not _is_name(settings.name), f"name is {settings.name!r}: letters, digits, . - and _ only, it names a folder"),
+        (not _is_name(settings.name), f"name is {settings.name!r}: letters, digits, . - and _ only, at most {MAX_NAME}, it names a folder"),
         (settings.seed < 0, "seed must be at least 0"),
         (not settings.sources, "sources is empty: name at least one source"),
         (len(set(names)) != len(names), f"sources: two have the same name in {names}"),
-        (not all(map(_is_name, stages)), f"select: {stages}: letters, digits, . - and _ only, they name files"),
+        (not all(map(_is_name, stages)), f"select: {stages}: letters, digits, . - and _ only, at most {MAX_NAME}, they name files"),
         (not 0 < buckets.min_px <= buckets.max_px, "buckets.min_px must be above 0 and at most buckets.max_px"),
+        (buckets.area_px <= 0, "buckets.area_px must be above 0"),
         (buckets.step_px <= 0 or buckets.step_px % 8 != 0, "buckets.step_px must be a multiple of 8"),
         (not all(map(str.strip, settings.exclude.tags)), "exclude.tags holds an empty tag"),
         (not 0 <= settings.max_quarantine_fraction <= 1, "max_quarantine_fraction must be in [0, 1]"),
@@ -43,7 +45,7 @@ def settings_problems(settings: DatasetConfig) -> list[str]:
     found = [message for broken, message in rules if broken] + source_problems(settings)
     for number, source in enumerate(settings.sources):
         if not _is_name(source.name) or ":" in source.name:
-            found.append(f"sources[{number}].name is {source.name!r}: letters, digits, . - and _ only")
+            found.append(f"sources[{number}].name is {source.name!r}: letters, digits, . - and _ only, at most {MAX_NAME}")
         if source.adapter == "table" and not source.columns:
             found.append(f"sources[{number}].columns is needed by adapter table: our column: theirs")
         if source.npz_vae is not None and settings.latents.content != "sample":
@@ -83,4 +85,4 @@ def _policy_problems(policy: PolicyConfig) -> list[str]:
 
 
 def _is_name(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None
+    return len(text) <= MAX_NAME and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None

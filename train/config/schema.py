@@ -64,7 +64,7 @@ def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> Dict
         # OmegaConf's word for a missing value: in a merge it quietly leaves what was there
         if empty := sorted({key for layer in layers for key in OmegaConf.missing_keys(layer)}):
             raise Halt(ExitCode.USAGE, f"{', '.join(empty)}: ??? is no value; give one, or leave the key out")
-    except OmegaConfBaseException as error:  # a section in one, a number in the other
+    except (OmegaConfBaseException, TypeError) as error:  # a section in one, a number or a list in the other
         told = ", ".join([*map(str, paths), *overrides])
         raise Halt(ExitCode.USAGE, f"{told} do not go together: {str(error).splitlines()[0]}") from error
     return typing.cast(DictConfig, merged)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from train.config.dataset_rules import MAX_NAME
 from train.config.schema import flatten
 from train.config.source_rules import separator_problem
 
@@ -62,10 +63,10 @@ def _cross_problems(config: StageConfig) -> list[str]:
     model, data, batch, optimizer = config.model, config.data, config.batch, config.optimizer
     low, high = config.noise.timesteps
     strict = batch.determinism == "strict"
-    stage_ok = bool(config.stage) and config.stage.replace("_", "").replace("-", "").isalnum()
+    stage_ok = 0 < len(config.stage) <= MAX_NAME and config.stage.replace("_", "").replace("-", "").isalnum()
     rules = [
-        (not stage_ok, f"stage is {config.stage!r}: letters, digits, - and _ only, it names files"),
-        (batch.effective % batch.micro != 0,
+        (not stage_ok, f"stage is {config.stage!r}: letters, digits, - and _ only, at most {MAX_NAME}, it names files"),
+        (batch.micro > 0 and batch.effective % batch.micro != 0,
          f"batch.effective {batch.effective} is no multiple of batch.micro {batch.micro}"),
         (isinstance(batch.split, int) and batch.micro % max(int(batch.split), 1) != 0,
          f"batch.split {batch.split} does not divide batch.micro {batch.micro}"),

@@ -13,6 +13,7 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
+from train.config.dataset_rules import MAX_NAME
 from train.recipe.buckets import make_buckets
 from train.tools.convert.keys import DATASET_PART, DIRECT, NOT_CARRIED
 from train.tools.convert.values import number, switch, whole
@@ -249,5 +250,5 @@ def _tell_of_folders(subsets: list[Subset], made: Made) -> None:
 def _source_name(path: Any, taken: set[str]) -> str:
     """The last part of a path as a name, numbered where another source has it."""
     last = PureWindowsPath(str(path)).stem  # reads both kinds of slashes
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in last).strip("-_") or "pictures"
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in last[: MAX_NAME - 5]).strip("-_") or "pictures"
     return next(n for n in (name, *(f"{name}-{number}" for number in range(2, 10_000))) if n not in taken)
