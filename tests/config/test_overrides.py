@@ -54,6 +54,10 @@ def test_a_number_that_is_a_name_stays_one(config: Path) -> None:
         ("sources.0.adaptr=sidecar", r"unknown key sources\[0\]\.adaptr: did you mean sources\[0\]\.adapter"),
         ("sources.0=sidecar", r"sources\[0\] must hold keys and values"),
         ("exclude.tags.0=comic", r"exclude\.tags=\[\.\.\.\]"),
+        ("select=[]", r"select=\[\] do not go together"),
+        ("name=" + 101 * "x", r"name is 'x+': .* at most 100"),
+        ("sources.0.name=" + 300 * "x", r"sources\[0\]\.name is 'x+': .* at most 100"),
+        ("buckets.area_px=-5", r"buckets\.area_px must be above 0"),
         ("sources.0.path=${oc.env:HOME}", r"sources\.0\.path: .* is refused"),
     ],
 )

@@ -68,6 +68,8 @@ def refusal(path: Path, *overrides: str) -> str:
         ("data.caption_dropout=1.0", "data.caption_dropout"),
         ("validation.every_steps=10", "needs validation.share"),
         ("stage=a/b", "stage is 'a/b'"),
+        (f"stage={101 * 'x'}", "at most 100, it names files"),
+        ("batch.micro=0", "batch.micro is 0, must be at least 1"),
         ("model.vae=${oc.env:HF_TOKEN}", "refused"),
         ("model.vae=${oc.decode:x}", "refused"),
         ("nonsense", "not of the form key=value"),

@@ -167,6 +167,8 @@ def test_a_file_without_vae_needs_one(folder: Path, tmp_path: Path) -> None:
     file = written(folder, tmp_path / "x.safetensors", without)
     with pytest.raises(Halt, match=r"SDXL without a VAE: set model\.vae"):
         weights_of(file)
+    with pytest.raises(Halt, match=r"latents\.vae .*x\.safetensors holds no VAE .*name SDXL's VAE"):
+        find_vae(str(file))
     other = tinysdxl.write(tmp_path / "other", "least", seed=3)
     want = {**weights_of(folder)[0], **{n: w for n, w in weights_of(other)[0].items() if n.startswith("vae.")}}
     assert weights_of(file, other / "vae")[0] == want

@@ -68,6 +68,10 @@ def test_the_hard_exclusions_see_all_of_the_text(options: dict[str, Any], monkey
     read("one, two\nthree; four, five ||| six", **options)
     assert all(word in seen[0] for word in ("one", "two", "three", "four", "five", "six"))
     monkeypatch.undo()
+    # what is taken out joins two words, and what was one word may have been two
+    for hidden in ("1girl\x00nsfw\x00kid", "1girl, ns\x00fw, k\x00id", "1girl, nsfw, 'kid'", "1girl\x85nsfw\x85kid"):
+        row = to_record(RawPost(id="1", place="p", uri="1.png", caption=hidden), source(**{"on_bad_tag": "drop", **options}))
+        assert isinstance(row, dict) and row["hard_exclusion"] == "R2", hidden
     row = to_record(RawPost(id="1", place="p", uri="1.png", caption="1girl\nnsfw\nkid"), source(caption_lines="first"))
     assert isinstance(row, dict)
     assert (row["caption"], row["hard_exclusion"]) == ("1girl", "R2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import tarfile
 import unicodedata
 from pathlib import Path
@@ -295,6 +296,24 @@ def test_a_path_of_another_adapter_names_it(tmp_path: Path) -> None:
             ingest.run(dataset(tmp_path, places(tmp_path) / name, "sidecar"))
     with pytest.raises(Halt, match=r"images .* is a file"):
         ingest.run(dataset(tmp_path, places(tmp_path), "sidecar", images=str(tmp_path / "in" / "a.png")))
+
+
+@pytest.mark.parametrize("adapter", ["sidecar", "danbooru", "sd_scripts", "webdataset"])
+def test_a_pipe_or_a_device_is_no_place(tmp_path: Path, adapter: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(Halt, match=r"sources s: path .* is a device or a pipe") as stopped:
+            ingest.run(dataset(tmp_path, path, adapter))
+        assert stopped.value.code == ExitCode.USAGE
+
+
+def test_a_source_that_gives_nothing_is_told_though_others_give(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    settings = dataset(tmp_path, places(tmp_path))
+    other = dataclasses.replace(settings.sources[0], name="other", path=str(tmp_path / "empty"))
+    ingest.run(dataclasses.replace(settings, sources=[*settings.sources, other]))
+    said = capsys.readouterr().out
+    assert "sources other: no record is taken" in said and "sources s: no record" not in said
 
 
 def test_one_picture_means_that_one_and_its_caption_is_watched(tmp_path: Path) -> None:

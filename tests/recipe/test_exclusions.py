@@ -25,6 +25,17 @@ def test_rule_1_at_any_rating(word: str, rating: str | None) -> None:
     assert excluded_by(rating=rating, tags=[], caption=f"a drawing, {word}", assume_rating="g") == "R1"
 
 
+@pytest.mark.parametrize("word", sorted(R1_WORDS))
+def test_rule_1_in_quotes_and_as_an_owner(word: str) -> None:
+    for written in (f"'{word}'", f"['x', '{word}']", f"{word}'s x", f"1{word}", f"{word[:2]}\u034f{word[2:]}"):
+        assert excluded_by(rating="g", tags=[written]) == "R1", written
+        assert excluded_by(rating="g", tags=[], caption=written) == "R1", written
+
+
+def test_an_apostrophe_inside_a_word_parts_nothing() -> None:
+    assert excluded_by(rating="e", tags=["baby's_breath"]) is None  # a flower
+
+
 @pytest.mark.parametrize("word", sorted(R2_WORDS | R2_TAGS))
 def test_rule_2_by_rating(word: str) -> None:
     for rating in ("q", "e", "questionable", "explicit", None, "unknown"):
@@ -52,8 +63,9 @@ def test_own_tags_count_as_a_rating(says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "written", ["KID", "ｋｉｄ", "(kid:1.3)", "((kid))", "\\(kid\\)", "[kid]", "k\u200bid", "kid-x", "x:kid", "x/kid.y", "&#107;id"]
-)
+    "written", ["KID", "ｋｉｄ", "(kid:1.3)", "((kid))", "\\(kid\\)", "[kid]", "k\u200bid", "kid-x", "x:kid", "x/kid.y", "&#107;id",
+                "'kid'", "['1girl', 'kid']", "1kid", "kid2", "k\u034fid", "k\ufe0fid", "ki\u3164d", "k\u0336i\u0336d\u0336", "k\U000e0101id"]
+)  # fmt: skip
 def test_one_word_many_spellings(written: str) -> None:
     assert excluded_by(rating="q", tags=[written]) == "R2"
 

@@ -136,7 +136,7 @@ def test_a_dataset_toml_is_a_dataset_yaml_that_loads(text: str, form: str, tmp_p
     lines = convert(tmp_path, data)
     assert load_settings([tmp_path / "out.yaml"]).name == "out"
     assert not [line for line in lines if line.startswith("to do")]
-    assert "(ours) the stage: set there: data.path=data/out data.select=all data.shuffle_tags=" in "\n".join(lines)
+    assert "(ours) the stage: set there: data.path=data/out data.select=pretrain data.shuffle_tags=" in "\n".join(lines)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.toml", "out.yaml"]
 
 
@@ -148,7 +148,7 @@ def test_subsets_are_sources(tmp_path: Path) -> None:
         ("second", "sidecar", "pictures/second", 1, 3, ".caption"),
     ]
     assert (made.buckets.area_px, made.buckets.min_px, made.buckets.max_px) == (1024**2, 512, 2048)
-    assert made.select["all"].min_bucket == 4
+    assert made.select["pretrain"].min_bucket == 4
     assert "data.shuffle_tags=true" in lines[-2] and "batch.micro=4" in lines[-2]
 
 
@@ -194,7 +194,7 @@ def test_a_front_ends_subsets_and_one_that_is_passed_over(tmp_path: Path) -> Non
 def test_a_training_toml_with_a_dataset_makes_both(text: str, name: str, tmp_path: Path) -> None:
     lines = convert(tmp_path, text, **({name: FOLDERS} if name else {}))
     stage, pictures = load_stage([tmp_path / "out.yaml"]), load_settings([tmp_path / "out_dataset.yaml"])
-    assert (stage.data.path, stage.data.select) == (f"data/{pictures.name}", "all") and "all" in pictures.select
+    assert (stage.data.path, stage.data.select) == (f"data/{pictures.name}", "pretrain") and list(pictures.select) == ["pretrain"]
     assert (stage.batch.micro, stage.batch.effective, stage.data.shuffle_tags) == (4, 4, True)
     assert len(pictures.sources) == 2 and pictures.latents.vae == "models/a.safetensors"
     assert not [line for line in lines if "dataset_config" in line or "(ours) data.path" in line]
@@ -214,7 +214,26 @@ def test_metadata_named_on_the_command_line(tmp_path: Path) -> None:
     stage, pictures = load_stage([tmp_path / "out.yaml"]), load_settings([tmp_path / "out_dataset.yaml"])
     source = pictures.sources[0]
     assert (source.adapter, source.path, source.images, source.repeats) == ("sd_scripts", "meta.json", "pictures", 3)
-    assert (stage.batch.micro, stage.data.shuffle_tags, pictures.select["all"].min_bucket) == (8, False, 8)
+    assert (stage.batch.micro, stage.data.shuffle_tags, pictures.select["pretrain"].min_bucket) == (8, False, 8)
+
+
+def test_a_run_that_was_given_steps_gets_its_steps(tmp_path: Path) -> None:
+    convert(tmp_path, KOHYA.replace("max_train_epochs = 4", "max_train_steps = 500"))
+    stage = load_stage([tmp_path / "out.yaml"])
+    assert (stage.max_updates, stage.epochs) == (500, 500), "one epoch of a small set would end it after a few"
+
+
+def test_a_folder_inside_another_subsets_folder_is_told(tmp_path: Path) -> None:
+    text = FOLDERS.replace("pictures/second", "C:/pictures/first girl/closer/second")
+    lines = "\n".join(convert(tmp_path, text))
+    assert "note: datasets[0].subsets[1].image_dir: lies inside that of datasets[0].subsets[0]" in lines
+    assert "subsets[0].image_dir: lies" not in lines and "lies inside" not in "\n".join(convert_again(tmp_path, FOLDERS))
+    assert lines.count("(ours) sources: a folder is read with all below it, a caption file with all its lines") == 1
+
+
+def convert_again(folder: Path, text: str) -> list[str]:
+    (folder / "out.yaml").unlink()
+    return convert(folder, text)
 
 
 GUI = {"LoRA_type": "", "pretrained_model_name_or_path": "a", "max_resolution": "1024,1024", "train_data_dir": "b"}

@@ -17,6 +17,8 @@ from train.config.source_rules import source_problems
 if TYPE_CHECKING:
     from train.config.dataset import DatasetConfig, PolicyConfig, SelectConfig, SourceConfig
 
+MAX_NAME = 100  # characters of what names a file or folder; file systems take 255 bytes, ours with an ending
+
 
 def settings_problems(settings: DatasetConfig) -> Iterator[str]:
     """What does not go together beside the policy, the sources and the selections."""
@@ -66,15 +68,15 @@ def _years(policy: PolicyConfig) -> str | None:
 
 
 def _is_name(text: str) -> bool:
-    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None
+    return len(text) <= MAX_NAME and re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text) is not None
 
 
 _RULES: tuple[Callable[[DatasetConfig], str | None], ...] = (
-    lambda s: None if _is_name(s.name) else f"name is {s.name!r}: letters, digits, . - and _ only, it names a folder",
+    lambda s: None if _is_name(s.name) else f"name is {s.name!r}: letters, digits, . - and _ only, at most {MAX_NAME}, it names a folder",
     lambda s: None if s.sources else "sources is empty: name at least one source",
     _doubled,
     lambda s: None if all(map(_is_name, s.select)) else
-    f"select: {list(s.select)}: letters, digits, . - and _ only, they name files",
+    f"select: {list(s.select)}: letters, digits, . - and _ only, at most {MAX_NAME}, they name files",
     lambda s: "buckets.min_px must be at most buckets.max_px" if s.buckets.min_px > s.buckets.max_px else None,
     lambda s: f"buckets.step_px is {s.buckets.step_px}, must be a multiple of 8" if s.buckets.step_px % 8 else None,
     lambda s: None if all(map(str.strip, s.exclude.tags)) else "exclude.tags holds an empty tag",
@@ -87,7 +89,7 @@ _RULES: tuple[Callable[[DatasetConfig], str | None], ...] = (
     if s.tag.character_threshold < s.tag.general_threshold else None,
 )  # fmt: skip
 _SOURCE: tuple[Callable[[SourceConfig], str | None], ...] = (
-    lambda s: f"name is {s.name!r}: letters, digits, . - and _ only" if not _is_name(s.name) or ":" in s.name else None,
+    lambda s: f"name is {s.name!r}: letters, digits, . - and _ only, at most {MAX_NAME}" if not _is_name(s.name) or ":" in s.name else None,
     lambda s: "columns is needed by adapter table: our column: theirs" if s.adapter == "table" and not s.columns else None,
 )
 _POLICY: tuple[Callable[[PolicyConfig], str | None], ...] = (

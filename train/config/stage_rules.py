@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from train.config.dataset_rules import MAX_NAME
 from train.config.key import default_of
 from train.config.sound import judged
 from train.config.source_rules import separator_problem
@@ -46,8 +47,8 @@ def _unread(optimizer: OptimizerConfig) -> str | None:
 
 
 _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
-    lambda c: None if c.stage and c.stage.replace("_", "").replace("-", "").isalnum() else
-    f"stage is {c.stage!r}: letters, digits, - and _ only, it names files",
+    lambda c: None if 0 < len(c.stage) <= MAX_NAME and c.stage.replace("_", "").replace("-", "").isalnum() else
+    f"stage is {c.stage!r}: letters, digits, - and _ only, at most {MAX_NAME}, it names files",
     lambda c: f"batch.effective {c.batch.effective} is no multiple of batch.micro {c.batch.micro}"
     if c.batch.effective % c.batch.micro else None,
     lambda c: f"batch.split {c.batch.split} does not divide batch.micro {c.batch.micro}"

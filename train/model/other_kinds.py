@@ -161,7 +161,7 @@ def refuse_as_vae(path: Path, blobs: Mapping[str, Blob], asked_by: str) -> None:
         raise Halt(
             ExitCode.MISMATCH, f"{asked_by} {path} is a VAE of {channels[0]} channels (SD3's and Flux's have 16); SDXL's has 4"
         )
-    if not names.holds("decoder.", "encoder."):
+    if not names.holds("decoder.conv_in", "encoder.conv_in"):  # text encoders have an `encoder.` too
         raise Halt(
             ExitCode.MISMATCH,
             f"{asked_by} {path} holds no VAE (first tensors: {some(sorted(blobs)[:3]) or 'none'}): name SDXL's VAE",

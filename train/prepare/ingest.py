@@ -215,6 +215,8 @@ def _parse(
                 if len(waiting) == _SPILL_ROWS:
                     files.append(_spill(waiting, spill / f"{len(files):05d}.arrow"))
                     waiting = []
+        if census.records == 0:
+            said.append(f"sources {source.name}: no record is taken: nothing at {source.path} is one for adapter {source.adapter}")
         said += [f"sources {source.name}: {remark}" for remark in remarks(tally, source, settings.separator)]
         tell(census)
         questions.append(census.question())

@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Iterable
 from functools import lru_cache
 
-EXCLUSIONS_VERSION = 1
+EXCLUSIONS_VERSION = 2  # 2: quotes, digits and what is not seen hide no word
 
 R1_WORDS = frozenset(
     ["loli", "lolis", "lolicon", "lolidom", "lolibaba", "shota", "shotas", "shotacon", "shotadom", "toddlercon",
@@ -38,9 +38,12 @@ RATING_WORDS = frozenset(["nsfw", "explicit", "questionable"])
 
 _QE = frozenset(["q", "e", "questionable", "explicit"])
 _GS = frozenset(["g", "s", "general", "sensitive", "safe"])
-# Apostrophes stay inside words; every other sign of punctuation parts them. Katakana is written
-# without spaces, so a run of it is a word.
-_PARTS = re.compile(r"[ァ-ヺー]+|(?:(?![ァ-ヺー_])[\w'])+")
+# Apostrophes stay inside words; digits and every other sign of punctuation part them, quotes around a word too.
+# Katakana is written without spaces, so a run of it is a word.
+_LETTERS = r"[^\W\d_ァ-ヺー]+"
+_PARTS = re.compile(rf"[ァ-ヺー]+|\d+|{_LETTERS}(?:'{_LETTERS})*")
+_UNSEEN = frozenset(["Cf", "Mn", "Me", "Cn", "Co"])  # categories of what takes no room of its own, or is no letter
+_FILLERS = "\u115f\u1160"  # letters by category, and blank
 _WEIGHT = re.compile(r":\s*[+-]?\d*\.?\d+(?=\s*[)\]>])")
 _QUALIFIER = re.compile(r"\(\s*([^()]*?)\s*\)")
 _RULE_WORDS = R1_WORDS | R1_WORDS_E621 | R2_WORDS | RATING_WORDS
@@ -135,11 +138,13 @@ def _exact(words: tuple[str, ...], *, whole: bool) -> frozenset[str]:
 
 
 def _words(text: str) -> tuple[str, ...]:
-    return tuple(_PARTS.findall(_plain(text)))
+    found = _PARTS.findall(_plain(text))
+    return tuple(owner if (owner := word.removesuffix("'s")) in R1_WORDS else word for word in found)
 
 
 def _plain(text: str) -> str:
-    """NFKC, lower case, without escapes, weights and invisible characters."""
+    """NFKC, lower case, without escapes, weights, invisible characters, and marks that no letter is written with."""
     text = unicodedata.normalize("NFKC", html.unescape(text).replace("\\", "")).lower()
-    text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    if not text.isascii():
+        text = "".join(c for c in text if unicodedata.category(c) not in _UNSEEN and c not in _FILLERS)
     return _WEIGHT.sub("", text)

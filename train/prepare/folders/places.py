@@ -23,8 +23,10 @@ def check_place(source: SourceConfig) -> None:
     if source.images is not None and Path(source.images).is_file():
         raise Halt(ExitCode.USAGE, f"sources {source.name}: images {source.images} is a file: name the folder of the pictures")
     path = Path(source.path)
-    if not path.is_file():
+    if path.is_dir() or not path.exists():  # what does not exist is told by the adapter
         return
+    if not path.is_file():
+        raise Halt(ExitCode.USAGE, f"sources {source.name}: path {source.path} is a device or a pipe: name a folder or a file")
     suffix, name = PurePosixPath(path.name).suffix.lower(), f"sources {source.name}: path {source.path}"
     endings = _FILES[source.adapter]
     if suffix in endings or (source.adapter == "sidecar" and is_image(path.name)):

@@ -110,8 +110,8 @@ def _file(source: SourceConfig, root: Path, uri: str, entry: os.DirEntry[str]) -
 
 
 def _refused_folder(source: SourceConfig, root: Path, top: str) -> Iterator[Quarantine]:
-    """One row for each picture behind a link that leads out; for each file where there is no picture, one if empty."""
-    found: dict[bool, list[str]] = {True: [], False: []}
+    """One row for each picture behind a link that leads out; one where there is none: other files are not ours to list."""
+    found: list[str] = []
     looked = 0
     for folder, folders, files in os.walk(root / top):
         folders[:] = sorted(
@@ -119,12 +119,12 @@ def _refused_folder(source: SourceConfig, root: Path, top: str) -> Iterator[Quar
             if not is_litter(name) and not name.startswith(".") and not is_inside(root, os.path.realpath(os.path.join(folder, name)))
         )  # fmt: skip
         for name in sorted(files):
-            if not is_litter(name):
-                found[is_image(name)].append(os.path.relpath(os.path.join(folder, name), root / top))
+            if is_image(name) and not is_litter(name):
+                found.append(os.path.relpath(os.path.join(folder, name), root / top))
         looked += len(folders) + len(files)
         if looked > _MOST_LISTED:
             break
-    for name in found[True] or found[False] or [""]:
+    for name in found or [""]:
         uri = f"{top}/{name}".rstrip("/")
         yield _refused(source, uri, "outside_root", UnsafePath(f"behind {top}, {_FOLLOW}"))
 

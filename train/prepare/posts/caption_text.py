@@ -98,10 +98,11 @@ def read_caption(text: str | Sequence[str], rules: CaptionRules, tally: CaptionT
         raise BadCaption(f"caption has more than {MAX_TAGS} tags")
     tally.add(pieces, several=several, single=single)
     caption = _unescaped(caption, rules)
-    if plain and not several:
-        return caption, caption
     whole = ", ".join(line for some in lines for line in some)
-    return caption, f"{_BAD_IN_CAPTION.sub('', whole)}, {caption}"
+    if plain and whole == checked:
+        return caption, caption
+    # as it came and without what parts words in it: what hides a word in one shows in the other
+    return caption, f"{whole}, {_BAD_IN_CAPTION.sub('', whole)}, {caption}"
 
 
 def mended(tag: str, bad: re.Pattern[str], on_bad_tag: str) -> str | None:

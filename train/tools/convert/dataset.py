@@ -13,11 +13,12 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
+from train.config.dataset_rules import MAX_NAME
 from train.recipe.buckets import make_buckets
 from train.tools.convert.keys import DATASET_PART, DIRECT, NOT_CARRIED
 from train.tools.convert.values import number, switch, whole
 
-SELECTION = "all"  # name of the one selection; the stage's data.select
+SELECTION = "pretrain"  # the one selection, by the name that a dataset config has without asking; the stage's data.select
 _STAGE: dict[str, Any] = {  # theirs: their default; one value for the whole stage here
     "shuffle_caption": False, "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0,
     "caption_tag_dropout_rate": 0.0, "token_warmup_min": 1, "token_warmup_step": 0, "batch_size": 1,
@@ -225,11 +226,29 @@ def _sources(subsets: list[Subset], made: Made) -> list[dict[str, Any]]:
             source["repeats"] = repeats if repeats == "kohya" else whole({"n": repeats}, "n", 1, 1, f"{subset.place}.num_repeats: ")
             made.notes[f"{subset.place}.num_repeats"] = f"became repeats: {source['repeats']} of the source {source['name']}"
         sources.append(source)
+    _tell_of_folders(subsets, made)
     return sources
+
+
+def _tell_of_folders(subsets: list[Subset], made: Made) -> None:
+    """Note how folders and caption files are read there and here, and which folders would be read twice."""
+    folders = [(s.place, PureWindowsPath(str(s.get("image_dir")))) for s in subsets if not s.get("metadata_file")]
+    if folders:
+        made.notes["(ours) sources"] = (
+            "a folder is read with all below it, a caption file with all its lines (caption_lines: first reads one); the "
+            "original reads line 1, and no subfolder but <repeats>_<name>"
+        )
+    for place, folder in folders:
+        for outer, other in folders:
+            if other in folder.parents:
+                made.notes[f"{place}.image_dir"] = (
+                    f"lies inside that of {outer}, which is read with all below it: its pictures would belong to both "
+                    "sources, so move it out"
+                )
 
 
 def _source_name(path: Any, taken: set[str]) -> str:
     """The last part of a path as a name, numbered where another source has it."""
     last = PureWindowsPath(str(path)).stem  # reads both kinds of slashes
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in last).strip("-_") or "pictures"
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "_-") else "-" for c in last[: MAX_NAME - 5]).strip("-_") or "pictures"
     return next(n for n in (name, *(f"{name}-{number}" for number in range(2, 10_000))) if n not in taken)

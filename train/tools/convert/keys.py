@@ -100,7 +100,7 @@ NO_COUNTERPART = {
     "sample_every_n_seconds": "see sampling.every_steps", "initial_epoch": "resumes by itself", "initial_step": "resumes by itself",
     "save_n_epoch_ratio": "see checkpoint.permanent_every_steps", "save_last_n_steps_state": "see checkpoint.keep",
     "save_last_n_epochs_state": "see checkpoint.keep", "save_state_on_train_end": "always", "huggingface_token": "a secret; not copied",
-    "secondary_separator": "tags are split at commas", "enable_wildcard": "captions are tags", "caption_prefix": "write it into the captions",
+    "secondary_separator": "it would stay in the text: write commas in its place", "enable_wildcard": "captions are tags", "caption_prefix": "write it into the captions",
     "caption_suffix": "write it into the captions", "masked_loss": "no masks", "alpha_mask": "no masks",
     "deepspeed": "see configs/launch", "highvram": "not needed",
     **dict.fromkeys(("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "async_upload",

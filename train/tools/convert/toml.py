@@ -19,6 +19,7 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import replace_file
 from train.config import schema
 from train.config.dataset import load_settings
+from train.config.dataset_rules import MAX_NAME
 from train.config.stage import StageConfig, load_stage
 from train.model.folder import refuse_existing
 from train.model.source import HUB_NAME
@@ -75,7 +76,7 @@ def convert_file(source: Path, out: Path, processes: int = 1) -> list[str]:
 
 def name_of(out: Path) -> str:
     """A file's name as the name of what it describes."""
-    name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in out.stem).lstrip("-_")
+    name = "".join(c if c.isascii() and (c.isalnum() or c in "-_") else "-" for c in out.stem).lstrip("-_")[:MAX_NAME]
     return name or "converted"
 
 
@@ -373,14 +374,16 @@ def _complete(theirs: Mapping[str, Any], result: Result) -> None:
     config.setdefault("precision", "fp32")
     config.setdefault("model.gradient_checkpointing", "none")
     config.setdefault("stage", "converted")
-    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in str(config["stage"]))
+    name = "".join(c if c.isalnum() or c in "-_" else "-" for c in str(config["stage"]))[:MAX_NAME]
     config["stage"] = name if any(c.isalnum() for c in name) else "converted"
+    if "epochs" not in config:
+        config["epochs"] = config["max_updates"]  # fewer could end the run before its steps: an epoch may be one update
+        result.notes["(ours) epochs"] = "max_train_epochs was not given; as many as max_updates, which ends the run"
     missing = {
         "seed": "the run had none; our streams need one",
-        "epochs": "max_train_epochs was not given; epochs x updates per epoch must reach max_updates",
         "data.path": "a prepared dataset: scripts/prepare.py", "output_dir": "not given",
     }  # fmt: skip
-    fill = {"seed": 0, "epochs": 1, "data.path": "data/prepared", "output_dir": f"runs/{config['stage']}"}
+    fill = {"seed": 0, "data.path": "data/prepared", "output_dir": f"runs/{config['stage']}"}
     for key, reason in missing.items():
         if key not in config:
             config[key] = fill[key]
