@@ -310,12 +310,12 @@ def test_report_names_the_broken_limit(copy: Path) -> None:
 
 
 def test_report_says_what_a_missing_rating_counts_as(copy: Path) -> None:
-    assert "<td>booru</td><td class=n>31</td><td>explicit</td>" in (copy / "data/set/report.html").read_text()
+    assert "<td>booru</td><td class=\"n\">31</td><td>explicit</td>" in (copy / "data/set/report.html").read_text()
     text = copy / "dataset.yaml"
     text.write_text(text.read_text().replace("adapter: danbooru", "adapter: danbooru, assume_rating: s"))
     prepare(settings_of(copy))
     assert json.loads((copy / "data/set/report.json").read_text())["counts"]["assume_rating"] == {"booru": "s"}
-    assert "<td>booru</td><td class=n>31</td><td>s</td>" in (copy / "data/set/report.html").read_text()
+    assert "<td>booru</td><td class=\"n\">31</td><td>s</td>" in (copy / "data/set/report.html").read_text()
 
 
 def test_hostile_text_is_shown_as_text(copy: Path) -> None:
