@@ -48,8 +48,6 @@ SHARED = {
     "accepted differences: a finished stage and a resume compare alike, a refusal checks the names": ("resume.accept",),
     "the curve's title and table": ("schedule.name", "schedule.unit"),
     "a note says how pictures weigh": ("loss.average",),
-    "opened by one room, closed by another": ("tracking.tensorboard",),
-    "two process groups wait as long": ("launch.collective_timeout_s",),
 }  # fmt: skip
 
 

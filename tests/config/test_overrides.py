@@ -57,7 +57,7 @@ def test_a_number_that_is_a_name_stays_one(config: Path) -> None:
         ("select=[]", r"select=\[\] do not go together"),
         ("name=" + 101 * "x", r"name is 'x+': .* at most 100"),
         ("sources.0.name=" + 300 * "x", r"sources\[0\]\.name is 'x+': .* at most 100"),
-        ("buckets.area_px=-5", r"buckets\.area_px must be above 0"),
+        ("buckets.area_px=-5", r"buckets\.area_px is -5, must be at least 1"),
         ("sources.0.path=${oc.env:HOME}", r"sources\.0\.path: .* is refused"),
     ],
 )

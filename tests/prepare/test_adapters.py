@@ -17,82 +17,24 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sixposts import (
+    COLUMNS,
+    NAMES,
+    POSTS,
+    api_post,
+    dump_post,
+    flat_post,
+    picture,
+    pictures,
+    records,
+    same,
+    source,
+)
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset import SourceConfig
-from train.prepare.folders.files import read_image
 from train.prepare.ingest import read_source
-from train.prepare.posts.normalise import RawPost, to_record
+from train.prepare.posts.normalise import RawPost
 from train.prepare.tables.schemas import TAG_GROUPS, Quarantine
-
-NAMES = {0: "general", 1: "artist", 3: "copyright", 4: "character", 5: "meta"}
-
-
-def _post(number: int) -> dict[str, Any]:
-    return {
-        "id": 1000 + number, "created_at": f"20{8 + number:02d}-12-31T23:30:00-05:00", "rating": "gsqegs"[number],
-        "score": 10 * number - 5, "up_score": 10 * number, "down_score": -5, "fav_count": number,
-        "image_width": 40 + number, "image_height": 50, "file_size": 0, "file_ext": "png", "md5": f"{number:032x}",
-        "is_deleted": number == 4, "is_banned": False, "is_pending": False,
-        "parent_id": 1000 if number == 5 else None, "has_children": number == 0,
-        "tags": {
-            "general": ["1girl", "long_hair", "^_^", 'say_"cheese"', "k-on!"], "character": [f"hero_{number}_(title)"],
-            "copyright": ["title"], "artist": ["someone"], "meta": ["highres"],
-        },
-    }  # fmt: skip
-
-
-POSTS = [_post(number) for number in range(6)]
-
-
-def _image(path: Path) -> bytes:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (8, 6), (1, 2, 3)).save(path)
-    return path.read_bytes()
-
-
-def _api(post: dict[str, Any]) -> dict[str, Any]:
-    rest = {key: value for key, value in post.items() if key != "tags"}
-    return rest | {f"tag_string_{group}": " ".join(tags) for group, tags in post["tags"].items()}
-
-
-def _dump(post: dict[str, Any]) -> dict[str, Any]:
-    """As in old dumps: text for numbers, a space inside the date, categories by number."""
-    number = {name: key for key, name in NAMES.items()}
-    rest = {key: value for key, value in post.items() if key != "tags"}
-    rest |= {key: str(rest[key]) for key in ("id", "score", "image_width", "image_height", "file_size", "fav_count")}
-    rest |= {"parent_id": str(post["parent_id"] or 0), "created_at": post["created_at"].replace("T", " ")}
-    tags = [{"name": tag, "category": str(number[group])} for group, tags in post["tags"].items() for tag in tags]
-    return rest | {"tags": tags}
-
-
-def _flat(post: dict[str, Any]) -> dict[str, Any]:
-    return post | {f"tags_{group}": tags for group, tags in post["tags"].items()}
-
-
-COLUMNS = {
-    "id": "id", "created_at": "created_at", "rating": "rating", "score": "score", "up_score": "up_score",
-    "down_score": "down_score", "fav_count": "fav_count", "width": "image_width", "height": "image_height",
-    "file_size": "file_size", "file_ext": "file_ext", "md5": "md5", "is_deleted": "is_deleted",
-    "is_banned": "is_banned", "is_pending": "is_pending", "parent_id": "parent_id", "has_children": "has_children",
-    **{f"tags_{group}": f"tags_{group}" for group in NAMES.values()},
-}  # fmt: skip
-
-
-def records(source: SourceConfig) -> list[dict[str, Any]]:
-    """Records by key; a refused post fails the test."""
-    found = []
-    for post in read_source(source):
-        assert isinstance(post, RawPost), post
-        row = to_record(post, source)
-        assert not isinstance(row, Quarantine), row
-        assert read_image(source, row["uri"], row["member"])[:4] == b"\x89PNG"
-        found.append(row)
-    return sorted(found, key=lambda row: row["key"])
-
-
-def source(path: Path, adapter: str, **options: Any) -> SourceConfig:
-    return SourceConfig(name="s", adapter=adapter, path=str(path), **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +42,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Records of the layout that gallery-dl writes, checked against literals."""
     folder = tmp_path_factory.mktemp("perpost")
     for post in POSTS:
-        _image(folder / f"danbooru_{post['id']}.png")
-        (folder / f"danbooru_{post['id']}.png.json").write_text(json.dumps(_api(post)))
+        picture(folder / f"danbooru_{post['id']}.png")
+        (folder / f"danbooru_{post['id']}.png.json").write_text(json.dumps(api_post(post)))
     rows = records(source(folder, "danbooru"))
     assert [row["key"] for row in rows] == [f"s:{1000 + number}" for number in range(6)]
     third = rows[3]
@@ -113,20 +55,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return rows
 
 
-def same(found: list[dict[str, Any]], expected: list[dict[str, Any]], but: tuple[str, ...] = ()) -> None:
-    left_out = {"uri", "member", *but} | ({"raw_hash"} if but else set())
-    for one, other in zip(found, expected, strict=True):
-        for name in set(other) - left_out:
-            assert one[name] == other[name], name
-
-
-def _images(folder: Path) -> None:
-    for post in POSTS:
-        _image(folder / f"{post['id']}.png")
-
-
 def test_danbooru_array_lines_and_page(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    posts = [_api(post) for post in POSTS]
+    posts = [api_post(post) for post in POSTS]
     texts = {
         "array.json": json.dumps(posts), "indented.json": json.dumps(posts, indent=2),
         "lines.jsonl": "\ufeff" + "\r\n".join(map(json.dumps, posts)), "page.json": json.dumps({"posts": posts}),
@@ -134,27 +64,27 @@ def test_danbooru_array_lines_and_page(tmp_path: Path, expected: list[dict[str, 
     }  # fmt: skip
     for name, text in texts.items():
         folder = tmp_path / name.replace(".", "_")
-        _images(folder)
+        pictures(folder)
         (folder / name).write_text(text)
         same(records(source(folder / name, "danbooru")), expected)
 
 
 def test_old_dump(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    _images(tmp_path)
-    (tmp_path / "dump.json").write_text("\n".join(json.dumps(_dump(post)) for post in POSTS))
+    pictures(tmp_path)
+    (tmp_path / "dump.json").write_text("\n".join(json.dumps(dump_post(post)) for post in POSTS))
     same(records(source(tmp_path, "danbooru")), expected)
 
 
 def test_old_dump_with_three_ratings(tmp_path: Path) -> None:
-    _images(tmp_path)
-    (tmp_path / "dump.jsonl").write_text("\n".join(json.dumps(_dump(post)) for post in POSTS))
+    pictures(tmp_path)
+    (tmp_path / "dump.jsonl").write_text("\n".join(json.dumps(dump_post(post)) for post in POSTS))
     rows = records(source(tmp_path, "danbooru", rating_scheme="sqe"))
     assert [row["rating"] for row in rows] == ["g", "g", "q", "e", "g", "g"]
 
 
 def test_table_parquet(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    _images(tmp_path)
-    rows = [_flat(post) for post in POSTS]
+    pictures(tmp_path)
+    rows = [flat_post(post) for post in POSTS]
     for row in rows:
         del row["tags"]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "posts.parquet", row_group_size=4)
@@ -162,12 +92,12 @@ def test_table_parquet(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
 
 
 def test_table_csv_keeps_quotes(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    _images(tmp_path)
+    pictures(tmp_path)
     with open(tmp_path / "posts.csv", "w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, sorted(COLUMNS.values()))
         writer.writeheader()
         for post in POSTS:
-            row = _flat(post) | {f"tags_{group}": " ".join(tags) for group, tags in post["tags"].items()}
+            row = flat_post(post) | {f"tags_{group}": " ".join(tags) for group, tags in post["tags"].items()}
             writer.writerow({name: row[name] for name in COLUMNS.values()})
     found = records(source(tmp_path / "posts.csv", "table", columns=COLUMNS, tag_separator=" "))
     same(found, expected)
@@ -191,8 +121,8 @@ def test_lists_that_a_table_holds_as_text(tmp_path: Path) -> None:
 
 
 def test_imagefolder_metadata(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    _images(tmp_path / "train")
-    lines = [json.dumps(_flat(post) | {"file_name": f"{post['id']}.png"}) for post in POSTS]
+    pictures(tmp_path / "train")
+    lines = [json.dumps(flat_post(post) | {"file_name": f"{post['id']}.png"}) for post in POSTS]
     (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(lines))
     found = records(source(tmp_path, "imagefolder", columns=COLUMNS))
     same(found, expected)
@@ -200,9 +130,9 @@ def test_imagefolder_metadata(tmp_path: Path, expected: list[dict[str, Any]]) ->
 
 
 def _embedded(tmp_path: Path) -> pa.Table:
-    data = _image(tmp_path / "x.png")
+    data = picture(tmp_path / "x.png")
     (tmp_path / "x.png").unlink()
-    rows = [{k: v for k, v in _flat(post).items() if k != "tags"} for post in POSTS]
+    rows = [{k: v for k, v in flat_post(post).items() if k != "tags"} for post in POSTS]
     table = pa.Table.from_pylist(rows)
     return table.append_column("image", pa.array([{"bytes": data, "path": None}] * 6))
 
@@ -226,7 +156,7 @@ def test_saved_dataset(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
 def test_results_that_datasets_cached_beside_a_saved_dataset_are_no_data(tmp_path: Path) -> None:
     import datasets
 
-    data = _image(tmp_path / "x.png")
+    data = picture(tmp_path / "x.png")
     rows = {"image": [{"bytes": data, "path": None}] * 2, "text": ["a", "b"]}
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "saved"))
     datasets.load_from_disk(str(tmp_path / "saved")).map(lambda row: {"text": row["text"] + "!"})
@@ -244,16 +174,16 @@ def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
 
 
 def test_webdataset(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    data = _image(tmp_path / "x.png")
+    data = picture(tmp_path / "x.png")
     with tarfile.open(tmp_path / "00000.tar", "w") as archive:
         for post in POSTS:
             _add(archive, f"{post['id']}.PNG", data)
-            _add(archive, f"{post['id']}.json", json.dumps(_api(post)).encode())
+            _add(archive, f"{post['id']}.json", json.dumps(api_post(post)).encode())
     same(records(source(tmp_path, "webdataset")), expected)
 
 
 def test_webdataset_key_ends_at_the_first_dot(tmp_path: Path) -> None:
-    data = _image(tmp_path / "x.png")
+    data = picture(tmp_path / "x.png")
     with tarfile.open(tmp_path / "00000.tar", "w") as archive:
         _add(archive, "dir.d/a.left.png", data)
         _add(archive, "dir.d/a.txt", b"1girl ||| smile")
@@ -302,14 +232,14 @@ def _base36(number: int) -> str:
 
 @pytest.mark.parametrize("older", [False, True])
 def test_danbooru2023_sqlite(tmp_path: Path, expected: list[dict[str, Any]], older: bool) -> None:
-    _images(tmp_path)
+    pictures(tmp_path)
     _database(tmp_path / "danbooru2023.db", older)
     same(records(source(tmp_path / "danbooru2023.db", "danbooru2023")), expected)
     assert sorted(path.suffix for path in tmp_path.iterdir()) == [".db", *[".png"] * 6]  # no journal beside it
 
 
 def test_danbooru2023_parquet_and_tars(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    data = _image(tmp_path / "x.png")
+    data = picture(tmp_path / "x.png")
     _database(tmp_path / "d.db", older=False)
     connection = sqlite3.connect(tmp_path / "d.db")
     for table in ("post", "tag", "posttagrelation"):
@@ -327,7 +257,7 @@ def test_danbooru2023_parquet_and_tars(tmp_path: Path, expected: list[dict[str, 
 
 
 def test_e621(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    _images(tmp_path)
+    pictures(tmp_path)
     posts = [
         {
             "id": post["id"], "created_at": post["created_at"], "rating": {"g": "s"}.get(post["rating"], post["rating"]),
@@ -347,7 +277,7 @@ def test_e621(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
 
 
 def test_gelbooru_with_dictionary(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    _images(tmp_path)
+    pictures(tmp_path)
     words = {"g": "general", "s": "sensitive", "q": "questionable", "e": "explicit"}
     posts = []
     for number, post in enumerate(POSTS):
@@ -405,14 +335,14 @@ def _halves(text: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("folder", ["", "images/"])
 def test_deepghs(tmp_path: Path, expected: list[dict[str, Any]], folder: str) -> None:
-    data = _image(tmp_path / "x" / "x.png")
-    rows = [_api(post) | {"created_at": datetime.fromisoformat(post["created_at"]).astimezone(UTC)} for post in POSTS]
+    data = picture(tmp_path / "x" / "x.png")
+    rows = [api_post(post) | {"created_at": datetime.fromisoformat(post["created_at"]).astimezone(UTC)} for post in POSTS]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "metadata.parquet", row_group_size=4)
     (tmp_path / folder).mkdir(exist_ok=True)
     for post in POSTS[:5]:
         with tarfile.open(tmp_path / f"{folder}{post['id'] % 1000:04d}.tar", "w") as archive:
             _add(archive, f"{post['id']}.png", data)
-    _image(tmp_path / "1005.png")  # as a file
+    picture(tmp_path / "1005.png")  # as a file
     found = records(source(tmp_path, "deepghs"))
     # parquet keeps the moment, not the offset it was written in
     same(found, expected, but=("created_at", "created_year"))
@@ -422,8 +352,8 @@ def test_deepghs(tmp_path: Path, expected: list[dict[str, Any]], folder: str) ->
 
 
 def test_deepghs_with_dates_as_text(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    _images(tmp_path)
-    pq.write_table(pa.Table.from_pylist([_api(post) for post in POSTS]), tmp_path / "posts.parquet")
+    pictures(tmp_path)
+    pq.write_table(pa.Table.from_pylist([api_post(post) for post in POSTS]), tmp_path / "posts.parquet")
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and nothing more")
     found = list(read_source(source(tmp_path, "deepghs")))
     assert [entry.key for entry in found if isinstance(entry, Quarantine)] == ["s:broken.parquet#0"]
@@ -434,7 +364,7 @@ def test_deepghs_with_dates_as_text(tmp_path: Path, expected: list[dict[str, Any
 def test_simpletuner_is_as_sidecars(tmp_path: Path) -> None:
     texts = {"a.png": "1girl ||| smile", "b/c.png": "2girls ||| hat", "d.png": "a caption"}
     for name, text in texts.items():
-        _image(tmp_path / "in" / name)
+        picture(tmp_path / "in" / name)
         (tmp_path / "in" / name).with_suffix(".txt").write_text(text)
     sidecars = records(source(tmp_path / "in", "sidecar"))
     rows = [

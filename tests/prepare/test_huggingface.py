@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 import pytest
 from PIL import Image
-from test_adapters import COLUMNS, POSTS, _api, _flat, _image, _images, records, same, source
+from sixposts import COLUMNS, POSTS, api_post, flat_post, picture, pictures, records, same, source
 
 from train.base.errors import ExitCode, Halt
 from train.prepare.folders.files import read_image
@@ -26,8 +26,8 @@ from train.prepare.tables.schemas import Quarantine
 def expected(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Records of the same posts as the adapters `danbooru` reads."""
     folder = tmp_path_factory.mktemp("posts")
-    _images(folder)
-    (folder / "posts.json").write_text(json.dumps([_api(post) for post in POSTS]))
+    pictures(folder)
+    (folder / "posts.json").write_text(json.dumps([api_post(post) for post in POSTS]))
     return records(source(folder / "posts.json", "danbooru"))
 
 
@@ -46,7 +46,7 @@ def no_network_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 
 def embedded(posts: list[dict[str, Any]], folder: Path, **features: Any) -> datasets.Dataset:
-    data = _image(folder / "drawn" / "one.png")
+    data = picture(folder / "drawn" / "one.png")
     found = datasets.Dataset.from_list([post | {"image": {"bytes": data, "path": None}} for post in posts])
     for column, feature in ({"image": datasets.Image()} | features).items():
         found = found.cast_column(column, feature)
@@ -54,7 +54,7 @@ def embedded(posts: list[dict[str, Any]], folder: Path, **features: Any) -> data
 
 
 def flat(post: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in _flat(post).items() if name != "tags"}
+    return {name: value for name, value in flat_post(post).items() if name != "tags"}
 
 
 def test_six_posts_in_parquet_and_in_a_saved_set(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
@@ -75,7 +75,7 @@ def test_six_posts_in_files_that_name_their_pictures(tmp_path: Path, expected: l
     rows = [flat(post) | {"file_name": f"{post['id']}.png"} for post in POSTS]
     for name in ("metadata.jsonl", "posts.jsonl", "posts.json", "metadata.csv"):
         folder = tmp_path / name.replace(".", "_")
-        _images(folder)
+        pictures(folder)
         if name.endswith(".csv"):
             with open(folder / name, "w", newline="") as file:
                 writer = csv.DictWriter(file, list(rows[0]))
@@ -90,11 +90,11 @@ def test_six_posts_in_files_that_name_their_pictures(tmp_path: Path, expected: l
 
 
 def test_six_posts_in_a_webdataset(tmp_path: Path, expected: list[dict[str, Any]]) -> None:
-    _images(tmp_path / "loose")
+    pictures(tmp_path / "loose")
     (tmp_path / "set").mkdir()
     with tarfile.open(tmp_path / "set" / "train-0000.tar", "w") as archive:
         for post in POSTS:
-            (tmp_path / "loose" / f"{post['id']}.json").write_text(json.dumps(_api(post)))
+            (tmp_path / "loose" / f"{post['id']}.json").write_text(json.dumps(api_post(post)))
             for ending in ("png", "json"):
                 archive.add(tmp_path / "loose" / f"{post['id']}.{ending}", f"{post['id']}.{ending}")
     same(records(source(tmp_path / "set", "huggingface")), expected)
@@ -103,7 +103,7 @@ def test_six_posts_in_a_webdataset(tmp_path: Path, expected: list[dict[str, Any]
 def test_class_folders_ask_for_the_label_and_take_its_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("miku", "red fox"):
         for number in range(2):
-            _image(tmp_path / "train" / name / f"{number}.png")
+            picture(tmp_path / "train" / name / f"{number}.png")
     with pytest.raises(Halt, match=r"columns\.caption: label\?") as caught:
         list(read_source(source(tmp_path, "huggingface")))
     assert caught.value.code == ExitCode.USAGE
@@ -140,7 +140,7 @@ def test_splits_and_files_outside_the_set_are_told(tmp_path: Path, capsys: pytes
 
 def test_one_broken_row_loses_that_row(tmp_path: Path) -> None:
     for number in range(3):
-        _image(tmp_path / f"{number}.png")
+        picture(tmp_path / f"{number}.png")
     lines = [json.dumps({"file_name": f"{number}.png", "text": "smile"}) for number in range(3)]
     (tmp_path / "metadata.jsonl").write_text("\n".join([lines[0], '{"file_name": "1.png", "text": ', lines[2]]))
     found = list(read_source(source(tmp_path, "huggingface")))
@@ -156,7 +156,7 @@ def refusal_of(path: Path, **options: Any) -> str:
 def test_what_is_not_on_this_disk_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert "hf download owner/pictures --repo-type dataset" in refusal_of(Path("owner/pictures"))
-    _image(tmp_path / "set" / "0.png")
+    picture(tmp_path / "set" / "0.png")
     (tmp_path / "set" / "README.md").write_text("---\nconfigs:\n- config_name: default\n  data_files: https://example.org/a.parquet\n---\n")
     assert "README.md of" in refusal_of(tmp_path / "set")
 
@@ -178,7 +178,7 @@ def test_several_configurations_are_asked_about(tmp_path: Path) -> None:
         "---\nconfigs:\n- config_name: small\n  data_files: a.jsonl\n- config_name: large\n  data_files: b.jsonl\n---\n"
     )
     for name in ("a", "b"):
-        _image(tmp_path / f"{name}.png")
+        picture(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"file_name": f"{name}.png", "text": name}))
     assert "['small', 'large']" in refusal_of(tmp_path)
     (row,) = records(source(tmp_path / "b.jsonl", "huggingface"))
@@ -196,7 +196,7 @@ def test_several_configurations_are_asked_about(tmp_path: Path) -> None:
 def test_what_holds_no_set_of_pictures_is_refused_with_words(files: dict[str, bytes | None], words: str, tmp_path: Path) -> None:
     for name, data in files.items():
         if data is None:
-            _image(tmp_path / name)
+            picture(tmp_path / name)
         else:
             (tmp_path / name).write_bytes(data)
     if words:
