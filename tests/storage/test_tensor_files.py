@@ -101,6 +101,6 @@ def test_three_writers_have_one_header(tmp_path: Path) -> None:
     assert all(torch.equal(found, tensors[name]) for name, found in load_file(tmp_path / "state").items())
     write_shard(tmp_path / "shard", torch.ones(2, 4, 1, 1, dtype=torch.float16), {"b": "2", "a": "1"})
     data = (tmp_path / "shard").read_bytes()
-    told = b'{"__metadata__": {"a": "1", "b": "2"}, "latents": {"dtype": "F16", "shape": [2, 4, 1, 1], "data_offsets": [0, 16]}}'
+    told = b'{"__metadata__": {"a": "1", "b": "2"}, "latents": {"data_offsets": [0, 16], "dtype": "F16", "shape": [2, 4, 1, 1]}}'
     assert data[8:].startswith(told) and len(data) % 8 == 0 and data.endswith(b"\x00\x3c" * 8)
     # ^ as written before there was one writer

@@ -26,8 +26,8 @@ def write_shard(path: Path, latents_NCHW: torch.Tensor, meta: Mapping[str, str])
     """Write one immutable shard atomically: temporary name, fsync, rename. `meta` goes into the header."""
     latents = latents_NCHW.detach().cpu().contiguous()
     kind = DTYPE_NAMES[latents.dtype], latents.shape
-    # With spaces, as the shards of every earlier set have them: the same pictures give the same bytes.
-    header, _ = tensor_files.header({TENSOR: kind}, dict(sorted(meta.items())), (", ", ": "))
+    # Sorted, as in the shards of every earlier set: the same pictures give the same bytes.
+    header, _ = tensor_files.header({TENSOR: kind}, meta, sort_keys=True)
     with replacing(path, peers=True) as tmp:
         tensor_files.stream(tmp, (header, memoryview(latents.reshape(-1).view(torch.uint8).numpy().data)))
 

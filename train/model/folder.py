@@ -1,7 +1,4 @@
-"""A diffusers SDXL folder: its weights as blobs by canonical name, its configs, its tokenizers, and writing one.
-
-Canonical names are "<network>.<tensor>", with the `text_model.` prefix in both text encoders (see `sdxl.canonical`).
-"""
+"""Writing a diffusers SDXL folder: networks, tokenizers and pipeline, all of it or nothing. Reading stands in `layouts`."""
 
 from __future__ import annotations
 

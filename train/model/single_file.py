@@ -1,6 +1,6 @@
 """Diffusers folder <-> original SDXL single file, bit for bit, tensor by tensor.
 
-Both readers return blobs by canonical name ("unet.conv_in.weight", "text_encoder.text_model...."), so the writers do
+The readers (`layouts`) return blobs by canonical name ("unet.conv_in.weight", "text_encoder.text_model...."), so the writers do
 not care where weights come from. What a folder has no place for (the file's metadata, logit_scale) stays beside it in
 `single_file.json`, and what a file has no place for (configs other than SDXL's own) in its metadata.
 """

@@ -358,9 +358,12 @@ def named(name: str, blob: Blob) -> str:
 
 
 def header(
-    kinds: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str], separators: tuple[str, str] = (",", ":")
+    kinds: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str], *, sort_keys: bool = False
 ) -> tuple[bytes, list[str]]:
-    """What a file of tensors of these (dtype, shape) begins with, and the order in which their data follows."""
+    """What a file of tensors of these (dtype, shape) begins with, and the order in which their data follows.
+
+    sort_keys: the JSON of a shard, spaced and sorted; elsewhere it is compact.
+    """
     # Widest element first: with the header padded to 8 every tensor lies at a multiple of its element size.
     order = sorted(kinds, key=lambda name: (-ITEM_BYTES[kinds[name][0]], name))
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -370,6 +373,6 @@ def header(
         end = offset + math.prod(shape) * ITEM_BYTES[dtype]
         entries[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(entries, separators=separators).encode()
+    text = json.dumps(entries, sort_keys=sort_keys, separators=None if sort_keys else (",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, order
