@@ -74,7 +74,7 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
     if source is not None and selection is not None:
         tried(lambda: refuse_source(config, source))
         tried(lambda: prediction.conversion(config, source))
-        tried(lambda: refuse_other_vae(config, selection.index, source))
+        tried(lambda: refuse_other_vae(config.data.path, selection.index, source))
         if run.rank == 0 and (problem := _lacking(config, run, source)):
             found.append(Halt(ExitCode.MISMATCH, problem))
     return found
@@ -167,5 +167,5 @@ def _lacking(config: StageConfig, run: RunDir, source: LocalModel) -> str | None
     """What is wrong when the checkpoints will not fit, judged by the shapes of the trained weights."""
     trained = ("unet.", "text_encoder.", "text_encoder_2.") if config.model.train_text_encoders else ("unet.",)
     shapes = [blob.shape for name, blob in source.weights.items() if name.startswith(trained)]
-    least = space.least_checkpoint_bytes(config, shapes)
+    least = space.least_checkpoint_bytes(config.optimizer.name, config.model.weights, shapes, averaged=bool(config.ema.decay))
     return space.lacking_space(run, least / space.SPACE_FACTOR, config.checkpoint)

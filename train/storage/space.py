@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import CheckpointConfig, StageConfig
+from train.config.stage import CheckpointConfig
 from train.storage import manifest
 from train.storage.manifest import Damaged, Manifest
 from train.storage.rundir import RunDir, free_bytes, leftover_bytes
@@ -68,15 +68,15 @@ def permanent_warning(
     )
 
 
-def least_checkpoint_bytes(config: StageConfig, shapes: Iterable[tuple[int, ...]]) -> int:
+def least_checkpoint_bytes(optimizer: str, weights: str, shapes: Iterable[tuple[int, ...]], *, averaged: bool) -> int:
     """What a checkpoint of parameters of these shapes takes at least: weights, optimizer state, average."""
     total = 0
     for shape in shapes:
         values = math.prod(shape)
-        state = {"adamw": 8 * values, "adamw8bit": 2 * values}.get(config.optimizer.name, 4 * values)
-        if config.optimizer.name == "adafactor" and len(shape) > 1:
+        state = {"adamw": 8 * values, "adamw8bit": 2 * values}.get(optimizer, 4 * values)
+        if optimizer == "adafactor" and len(shape) > 1:
             state = 4 * (values // shape[-1] + values // shape[-2]) if values else 0
-        total += values * (2 if config.model.weights == "bf16" else 4) + state + (4 * values if config.ema.decay else 0)
+        total += values * (2 if weights == "bf16" else 4) + state + (4 * values if averaged else 0)
     return total
 
 
