@@ -162,6 +162,21 @@ def test_a_rule_tells_nothing_of_keys_that_are_unsound_by_themselves(stage_yaml:
     assert message.count(";") == 2, "batch.effective % 'x', and the order of 5 and true, are nobody's problem"
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optimizer.unet_lr=.inf", "optimizer.unet_lr is inf, must be finite"),
+        ("optimizer.betas=[.nan,0.9]", "optimizer.betas holds nan, each must be finite"),
+        (f"checkpoint.keep=-{'9' * 400}", "must be at least 2"),
+        ("ema.decay=1", "ema.decay is 1, must be in [0, 1)"),
+        ("schedule.decay=0", "schedule.decay is 0, must be above 0"),
+        ("batch.split=0", "batch.split is 0, must be at least 1"),
+    ],
+)
+def test_ranges_are_told_in_one_form(stage_yaml: Path, override: str, told: str) -> None:
+    assert told in refusal(stage_yaml, override)
+
+
 def test_three_question_marks_are_no_value(stage_yaml: Path) -> None:
     assert "data.max_tokens: ???" in refusal(stage_yaml, "data.max_tokens=???")
     assert "seed: ???" in refusal(stage_yaml, "seed=???")

@@ -90,7 +90,7 @@ def range_problems(said: Key, value: Any, name: str) -> Iterator[str]:
         if isinstance(number, bool) or not isinstance(number, int | float):
             continue
         told = f"{name} holds {number}, each" if many else f"{name} is {number},"
-        if not math.isfinite(number):
+        if isinstance(number, float) and not math.isfinite(number):
             yield f"{told} must be finite"
         elif not said.holds(number):
             yield f"{told} must be {said.range()}"

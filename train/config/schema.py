@@ -289,6 +289,8 @@ def _problems(hint: Any, value: Any, key: str, known: Sequence[str]) -> Iterator
             for number, inner in enumerate(value):
                 element = arguments[0] if origin is list or arguments[-1] is Ellipsis else arguments[number]
                 yield from _inside(key, element, _problems(element, inner, f"{key}[{number}]", known))
+    elif isinstance(value, dict) and (section := next(filter(dataclasses.is_dataclass, arguments), None)) is not None:
+        yield from _section_problems(typing.cast(type, section), value, key, known)  # a section or nothing
     elif not fits(hint, value):
         yield key, f"{key} is {value!r}, must be {describe(hint)}"
 

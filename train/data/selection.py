@@ -142,13 +142,13 @@ def refuse_missing_shards(folder: str, shards: Iterable[str]) -> None:
         )
 
 
-def refuse_other_vae(config: StageConfig, index: Index, source: LocalModel) -> None:
-    """Halt(MISMATCH) when the latents were made with another VAE than the stage's."""
+def refuse_other_vae(folder: str, index: Index, source: LocalModel) -> None:
+    """Halt(MISMATCH) when the latents in `folder` were made with another VAE than the stage's."""
     own_vae = vae_identity(source) if index.vae_id else ""
     if index.vae_id != own_vae:
         raise Halt(
             ExitCode.MISMATCH,
-            f"data.path {config.data.path}: its latents were made with another VAE (identity {index.vae_id[:12]}) than "
+            f"data.path {folder}: its latents were made with another VAE (identity {index.vae_id[:12]}) than "
             f"the stage's ({own_vae[:12]}): set model.vae to that VAE, or run scripts/prepare.py latents with this one",
         )
 

@@ -115,7 +115,7 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
     if source is not None and selection is not None:
         tried(lambda: refuse_source(config.model, config.export, source))
         tried(lambda: prediction.conversion(config, source))
-        tried(lambda: refuse_other_vae(config, selection.index, source))
+        tried(lambda: refuse_other_vae(config.data.path, selection.index, source))
         if run.rank == 0 and (problem := _lacking(config, run, source)):
             found.append(Halt(ExitCode.MISMATCH, problem))
     return found

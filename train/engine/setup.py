@@ -104,7 +104,7 @@ def open_machine(batch: BatchConfig, launch: LaunchConfig) -> Machine:
 def open_data(config: StageConfig, source: LocalModel) -> Data:
     """Selection, held-out split and plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
     selection = open_selection(config)
-    refuse_other_vae(config, selection.index, source)
+    refuse_other_vae(config.data.path, selection.index, source)
     kept = selection.kept
     tokenizer = text.load_tag_tokenizer(source.tokenizers)
     fingerprint = plan_fingerprint(
