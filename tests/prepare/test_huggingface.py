@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import socket
 import tarfile
 from pathlib import Path
@@ -138,6 +139,14 @@ def test_splits_and_files_outside_the_set_are_told(tmp_path: Path, capsys: pytes
     assert "data/extra.parquet" in said
 
 
+def test_several_columns_of_pictures_are_all_offered(tmp_path: Path) -> None:
+    data = {"bytes": _image(tmp_path / "drawn" / "one.png"), "path": None}
+    kinds = datasets.Features({"mask": datasets.Image(), "picture": datasets.Image(), "text": datasets.Value("string")})
+    rows = [{"mask": data, "picture": data, "text": "a"}]
+    datasets.Dataset.from_list(rows, features=kinds).to_parquet(str(tmp_path / "train.parquet"))
+    assert re.search(r"columns\.image: (picture or mask|mask or picture)\?", refusal_of(tmp_path))
+
+
 def test_one_broken_row_loses_that_row(tmp_path: Path) -> None:
     for number in range(3):
         picture(tmp_path / f"{number}.png")
@@ -191,6 +200,7 @@ def test_several_configurations_are_asked_about(tmp_path: Path) -> None:
     ({"0.png": None, "1.png": None}, "adapter: sidecar"),
     ({"state.json": b"{}"}, "cannot open"),
     ({"train.parquet": b"PAR1 and nothing else"}, ""),
+    ({"0.txt": b"1girl", "1.txt": b"1girl", "0.png": None}, "adapter: sidecar"),
     ({"data.jsonl.gz": b"\x1f\x8b"}, "unpack"),
 ])  # fmt: skip
 def test_what_holds_no_set_of_pictures_is_refused_with_words(files: dict[str, bytes | None], words: str, tmp_path: Path) -> None:

@@ -168,10 +168,11 @@ def _read(source: SourceConfig, root: Path, part: _Part, library: Any) -> Iterat
     elif part.kind in _TABLES:
         yield from _tables(source, root, part, library)
     else:
+        hint = ". Pictures with .txt beside them are adapter: sidecar" if part.kind == "text" else ""
         raise Halt(
             ExitCode.MISMATCH,
-            f"sources {source.name}: {source.path} is a set of kind {part.kind} ({part.names[0]}), which holds no pictures that "
-            f"are read: an imagefolder, webdataset, {', '.join(_TABLES)} or a saved set is",
+            f"sources {source.name}: {source.path} is a set of kind {part.kind} ({', '.join(part.names[:1])}), which holds no pictures "
+            f"that are read: an imagefolder, webdataset, {', '.join(_TABLES)} or a saved set does{hint}",
         )
 
 

@@ -122,7 +122,7 @@ def check_pictures(source: SourceConfig, name: str, file: Path, image: str) -> N
     schema = pq.read_schema(file) if file.suffix.lower() == ".parquet" else pa.ipc.open_stream(str(file)).schema
     bytes_of = [field.name for field in schema if _holds_pictures(field.type)]
     if image not in schema.names:
-        hint = f"columns.image: {bytes_of[0]}" if bytes_of else "columns.image"
+        hint = f"columns.image: {' or '.join(bytes_of[:5])}" if bytes_of else "columns.image"
         files = "; pictures that lie beside it as files: adapter table, columns.uri" if not bytes_of else ""
         raise Halt(ExitCode.MISMATCH, f"{where} has no column {image} with images: set {hint}? It has {listed(schema.names)}{files}")
     if image not in bytes_of:
