@@ -1,6 +1,6 @@
 """How many rooms a start, an update and a save walk through. A newcomer follows these calls, so they have bounds.
 
-Before this house was built anew a start entered 58 files of `train/` in 119 pairs, an update 26 in 37, a save 16 in 18.
+In the flat tree of 68 files a start entered 50 files in 102 pairs, an update 25 in 37, a save 16 in 21.
 """
 
 from pathlib import Path
@@ -10,13 +10,13 @@ from stages import Stage
 from walks import Walker
 
 # Files and pairs of files at most; who lowers one writes the new number here.
-BOUNDS = {"start": (64, 131), "update": (27, 38), "save": (15, 17)}
+BOUNDS = {"start": (64, 131), "update": (26, 37), "save": (15, 17)}
 
 
 @pytest.mark.slow
 def test_a_start_an_update_and_a_save_stay_short_walks(base_model: Path, dataset: Path, tmp_path: Path) -> None:
     stage, walker = Stage(tmp_path, dataset, base_model, "ft1"), Walker()
-    assert walker.follow(lambda: stage.run("batch.micro=8", "batch.effective=16", "max_updates=3", "tracking.trace=false")) == 0, (
+    assert walker.follow(lambda: stage.run("batch.micro=8", "batch.effective=16", "max_updates=4", "tracking.trace=false")) == 0, (
         stage.message
     )
     for name, (files, pairs) in BOUNDS.items():

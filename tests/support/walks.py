@@ -32,7 +32,7 @@ class Walk:
 
 
 class Walker:
-    """Follows a run in the main thread: its start up to the first update, its second update, its last save."""
+    """Follows a run in the main thread: its start up to the first update, its third update, its last save."""
 
     def __init__(self) -> None:
         self.start, self.update, self.save = Walk(), Walk(), Walk()
@@ -67,7 +67,7 @@ class Walker:
             self._now = None
         elif name == "after_update" and event == "return":
             self._updates += 1
-            self._now = self.update if self._updates == 1 else None  # the second update: the first makes what it keeps
+            self._now = self.update if self._updates == 2 else None  # the third: those before open what they keep
         elif name == "save":
             if event == "call":
                 self.save = Walk()
