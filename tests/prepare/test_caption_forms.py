@@ -284,3 +284,22 @@ def test_the_stage_names_the_separator_of_its_set_or_none(tmp_path: Path) -> Non
 
 def test_dataset_config_has_the_separator() -> None:
     assert DatasetConfig().separator == "|||"
+
+
+@pytest.mark.parametrize(
+    ("texts", "options", "told"),
+    [
+        (["A girl with long hair, smiling, stands in the rain."], {}, "1 of 1 captions hold sentences"),
+        (["1girl, solo\nA girl stands in the rain. She holds an umbrella.", "1girl"], {}, "1 of 2 captions hold sentences"),
+        (["1girl, ||| The hat of the girl is red!"], {}, "1 of 1 captions hold sentences"),
+        (["1girl, dr. stone, solo.", "girl in the rain, hand on own hip"], {}, None),
+        ([r"ganyu \(genshin impact\), 1girl"], {}, "1 captions hold backslashes before brackets"),
+        ([r"ganyu \(genshin impact\), 1girl"], {"escaped": True}, None),
+    ],
+)
+def test_sentences_and_escaped_brackets_are_pointed_out(texts: list[str], options: dict[str, Any], told: str | None) -> None:
+    of, tally = source(**options), CaptionTally()
+    for text in texts:
+        to_record(RawPost(id="1", place="p", uri="1.png", caption=text), of, caption_rules(of), tally)
+    said = [line for line in remarks(tally, of, "|||") if "sentences" in line or "backslashes" in line]
+    assert [told] == [line[: len(told)] for line in said] if told else said == []

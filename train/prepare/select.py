@@ -49,11 +49,7 @@ Rows = npt.NDArray[np.int64]
 def run(settings: DatasetConfig) -> None:
     """Write select_<stage>.parquet for every stage. Raises Complaint(MISMATCH) when one is left without images."""
     dataset = dataset_dir(settings)
-    for stage, config in settings.select.items():  # before any work: a typing error is found at once
-        for text in config.where:
-            parse(text)
-        _keys(config.allow, f"select.{stage}.allow")
-        _keys(config.deny, f"select.{stage}.deny")
+    check_filters(settings)
     marks = {stage: selection_mark(settings, stage) for stage in settings.select}
     with Peers(dataset) as peers:
         if peers.owns(0) or not all(_done(dataset, stage, mark) for stage, mark in marks.items()):
@@ -81,6 +77,15 @@ def run(settings: DatasetConfig) -> None:
     if empty:  # the other stages can be trained all the same
         why = [f"select.{stage} leaves no image: {filters[stage]}" for stage in empty]
         raise Complaint(ExitCode.MISMATCH, "; ".join([*why, *all_notes(dataset, empty)]))
+
+
+def check_filters(settings: DatasetConfig) -> None:
+    """Before any work, also of earlier steps: a typing error is found at once. Raises Halt(USAGE)."""
+    for stage, config in settings.select.items():
+        for text in config.where:
+            parse(text)
+        _keys(config.allow, f"select.{stage}.allow")
+        _keys(config.deny, f"select.{stage}.deny")
 
 
 def selection_path(dataset: Path, stage: str) -> Path:

@@ -14,8 +14,10 @@ from typing import Any
 from train.prepare.posts.normalise import BadRecord
 
 _QUOTED = r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\""""
+_BYTES = re.compile(rf"b(?:{_QUOTED})", re.DOTALL)
 _QUOTES = re.compile(_QUOTED, re.DOTALL)
-_CALL = re.compile(r"(?:np\.|numpy\.)?(?:array|set|frozenset|tuple|list|deque|Index)\((.*)\)", re.DOTALL)
+_CALL = re.compile(r"(?:np\.|numpy\.)?(?:array|set|frozenset|tuple|list|deque|Index|dict_keys|dict_values|OrderedDict|Counter)\((.*)\)", re.DOTALL)
+_OTHER_CALL = re.compile(r"[A-Za-z_][\w.]*\((?:<[^>]*>,\s*)?[\[{(].*['\"].*[\]})].*\)", re.DOTALL)  # of a type not known here
 _DTYPE = re.compile(r",\s*dtype=[\w'\".<>|]+\s*$")
 _SCALAR = re.compile(rf"\b(?:np|numpy)\.\w+\(({_QUOTED}|[-+.\deE]+)\)", re.DOTALL)
 _SPACED = re.compile(r"\[\s*S(?:\s+S)+\s*\]")  # numpy puts no commas
@@ -33,10 +35,15 @@ def collection(text: str, column: str, *, of_tags: bool) -> list[Any] | dict[Any
     writing in a caption.
     """
     body = text.strip()
+    if body[:2] in ("b'", 'b"') and _BYTES.fullmatch(body):
+        raise BadRecord(f"{column} is printed bytes, {body[:80]!r}: decode them to text first")
     if not body or (body[0] not in _OPEN and body[-1] != ")"):  # nearly every cell
         return None
     if called := _CALL.fullmatch(body):
         body = _DTYPE.sub("", called[1]).strip() or "[]"
+    elif _OTHER_CALL.fullmatch(body):
+        raise BadRecord(f"{column} looks like a collection that a program printed and cannot be read: {text[:80]!r}: write JSON, or "
+                        "text joined by commas")  # fmt: skip
     body = _SCALAR.sub(r"\1", body)
     skeleton = _QUOTES.sub("S", body)
     if not _is_one_bracket(skeleton):

@@ -11,6 +11,7 @@ from train.config.dataset import SourceConfig
 from train.recipe.captions import SEPARATOR
 
 _NEARLY_ALL = 0.9
+_FEW = 0.01  # of the captions: a tag may look like a sentence by chance
 _LIKELY = ("，", "、", "；", ";", "|", "\t")  # between tags, in files that people bring
 _MARK = re.compile(r"(?<![^\s,])(([^\w\s,.!?])\2+)(?![^\s,])")  # two or more of a sign, alone between tags
 _SENTENCE = frozenset(
@@ -26,6 +27,8 @@ class CaptionTally:
     captions: int = 0  # that are not empty
     several_lines: int = 0
     separated: int = 0
+    sentences: int = 0
+    escapes: int = 0  # captions with backslashes before brackets
     likely: Counter[str] = field(default_factory=Counter)  # of captions that are one tag: what might part more of them
     marks: Counter[str] = field(default_factory=Counter)  # of captions without separator: what might be one
     beside: Counter[str] = field(default_factory=Counter)  # endings of texts beside captions that are not read
@@ -43,6 +46,8 @@ class CaptionTally:
         self.captions += 1
         self.several_lines += several
         self.separated += len(parts) > 1
+        self.sentences += any(map(_is_prose, parts))
+        self.escapes += any("\\(" in part or "\\[" in part for part in parts)
         if len(parts) == 1:
             self.marks.update({found[1] for found in _MARK.finditer(parts[0])})
         if single and (likely := next(filter(None, map(likely_separator, parts)), None)) is not None:
@@ -55,6 +60,11 @@ def likely_separator(text: str) -> str | None:
     words = text.split()
     spaced = len(words) > 1 and ("_" in text or (len(words) > 2 and _SENTENCE.isdisjoint(text.lower().split())))
     return found or (" " if spaced else None)
+
+
+def _is_prose(text: str) -> bool:
+    """Whether a text holds a sentence: a full stop, and words that no tags are made of."""
+    return (". " in text or text.rstrip().endswith((".", "!", "?"))) and len(_SENTENCE.intersection(text.lower().split())) > 1
 
 
 def remarks(tally: CaptionTally, source: SourceConfig, separator: str) -> Iterator[str]:
@@ -73,6 +83,13 @@ def remarks(tally: CaptionTally, source: SourceConfig, separator: str) -> Iterat
     for mark, count in tally.marks.most_common(1):
         if count >= enough and mark != separator:
             yield f"{count} of {tally.captions} captions hold {mark}: if fixed tags end there, set separator: {mark!r}"
+    if tally.sentences > _FEW * tally.captions:
+        yield (
+            f"{tally.sentences} of {tally.captions} captions hold sentences: commas part them as they part tags, and a stage with "
+            "data.shuffle_tags: true changes the order of the parts"
+        )
+    if tally.escapes and not source.escaped:
+        yield f"{tally.escapes} captions hold backslashes before brackets, which are trained as they stand (escaped: true takes them away)"
     idle = [key for key, plain in (("keep_tokens", 0), ("caption_lines", "join")) if getattr(source, key) != plain]
     if idle and not tally.captions:
         yield f"no caption was found, so {' and '.join(idle)} changes nothing"

@@ -28,6 +28,7 @@ def main() -> int:
     settings = load_settings(arguments.config, arguments.overrides)
     if arguments.step == "all":
         check_paths(settings)
+        importlib.import_module("train.prepare.select").check_filters(settings)
     started = time.monotonic()
     signals.install(orphan=True)
     steps = STEPS if arguments.step == "all" else (arguments.step,)
