@@ -7,7 +7,7 @@ from types import ModuleType
 from train.base import errors
 
 # Before the packages every room lay here. Scripts of other people that open model files by the old names go on.
-_EARLIER = {"sdxl": "train.model.sdxl", "singlefile": "train.model.single_file", "weightfile": "train.storage.weightfile"}
+_EARLIER = {"sdxl": "train.model.sdxl", "singlefile": "train.model.single_file", "weightfile": "train.storage.tensor_files"}
 sys.modules[f"{__name__}.exits"] = errors
 
 

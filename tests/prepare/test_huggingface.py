@@ -140,7 +140,7 @@ def test_splits_and_files_outside_the_set_are_told(tmp_path: Path, capsys: pytes
 
 
 def test_several_columns_of_pictures_are_all_offered(tmp_path: Path) -> None:
-    data = {"bytes": _image(tmp_path / "drawn" / "one.png"), "path": None}
+    data = {"bytes": picture(tmp_path / "drawn" / "one.png"), "path": None}
     kinds = datasets.Features({"mask": datasets.Image(), "picture": datasets.Image(), "text": datasets.Value("string")})
     rows = [{"mask": data, "picture": data, "text": "a"}]
     datasets.Dataset.from_list(rows, features=kinds).to_parquet(str(tmp_path / "train.parquet"))

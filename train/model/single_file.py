@@ -168,3 +168,8 @@ def write_sidecar(folder: Path, metadata: Mapping[str, str], logit_scale: Blob |
 def _default_scale(dtype: str) -> Blob:
     half = dtype == "F16"
     return layouts.scalar(struct.pack("<e" if half else "<f", sdxl.LOGIT_SCALE_DEFAULT), "F16" if half else "F32")
+
+
+def vae_weights(source: tensor_files.Tensors) -> Weights:
+    """Weights by canonical name of an opened file that holds SDXL's VAE, alone or with a model."""
+    return vae_file.read_weights(source, sdxl.STANDARD["vae"]).weights
