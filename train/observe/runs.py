@@ -90,13 +90,18 @@ class Run:
         return found
 
 
+def check_run(path: str | Path) -> None:
+    """Raises Halt(USAGE) for a folder that holds other things alone, such as a prepared set: it would be an empty page."""
+    folder = Path(path)
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in _OF_A_RUN):
+        raise Halt(ExitCode.USAGE, f"{folder} is no run directory: it holds none of {', '.join(_OF_A_RUN)}")
+
+
 def read_run(path: str | Path) -> Run:
-    """The run at `path`. Raises Halt(USAGE) only when there is no such directory, or it holds other things alone."""
+    """The run at `path`. Raises Halt(USAGE) only when there is no such directory."""
     folder = Path(path)
     if not folder.is_dir():
         raise Halt(ExitCode.USAGE, f"{folder} is no run directory")
-    if any(folder.iterdir()) and not any((folder / name).exists() for name in _OF_A_RUN):
-        raise Halt(ExitCode.USAGE, f"{folder} is no run directory: it holds none of {', '.join(_OF_A_RUN)}")
     run = Run(folder, folder.resolve().name)
     run.metrics = _latest(_lines(run, "metrics.jsonl"))
     run.validation = _measurements(run)

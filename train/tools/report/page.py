@@ -12,7 +12,17 @@ from typing import Any
 from train.base.errors import ExitCode, Halt
 from train.base.files import replace_file
 from train.base.secrets import mask
-from train.observe.runs import Picture, Run, as_yaml, config_differences, finite, read_pictures, read_run, told_apart
+from train.observe.runs import (
+    Picture,
+    Run,
+    as_yaml,
+    check_run,
+    config_differences,
+    finite,
+    read_pictures,
+    read_run,
+    told_apart,
+)
 from train.tools.quality.record import read_quality
 from train.tools.report.charts import COLOURS, Points, bar_chart, extent, line_chart, smooth
 from train.tools.report.charts import number as short
@@ -50,6 +60,8 @@ def write_page(
     that is no such record, CANNOT_WRITE.
     """
     judged = read_quality(quality) if quality is not None else None
+    for path in runs:
+        check_run(path)
     read = told_apart([read_run(path) for path in runs])
     notes: list[str] = []
     others = {name: read_pictures(folder, notes) for name, folder in (extra_samples or {}).items()}
