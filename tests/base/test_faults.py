@@ -143,7 +143,7 @@ def test_sleep(monkeypatch):
 )
 def test_ends(action, code):
     env = {**os.environ, "ANIX_FAULT": f"clip@2:{action}"}
-    script = "from train import faults; faults.at('clip', 1); print('alive', flush=True); faults.at('clip', 2)"
+    script = "from train.base import faults; faults.at('clip', 1); print('alive', flush=True); faults.at('clip', 2)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (code, "alive\n")
     assert action != "oom" or "MemoryError" in done.stderr

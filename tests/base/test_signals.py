@@ -57,7 +57,7 @@ def run_script(script: str, **env: str) -> subprocess.Popen:
 def test_one_interrupt_delivered_twice_is_one_but_a_later_one_ends_at_once():
     script = """
 import time
-from train import signals
+from train.base import signals
 stop = signals.install()
 stop.stop_now = lambda: print("bye", flush=True)
 print("ready")
@@ -79,7 +79,7 @@ while True:
 
 CHILD = """
 import os, sys, time
-from train import signals
+from train.base import signals
 stop = signals.install(orphan=True)
 print(os.getpid(), flush=True)
 end = time.monotonic() + 10
@@ -116,7 +116,7 @@ time.sleep(60)
 def test_workers_die_of_sigterm_and_survive_ctrl_c():
     script = """
 import os, signal, time
-from train import signals
+from train.base import signals
 signals.install()
 signals.reset_in_worker()
 os.kill(os.getpid(), signal.SIGINT)

@@ -25,7 +25,7 @@ TRAINER = """
 import os, signal, sys, time
 from pathlib import Path
 sys.path[0] = os.environ["ANIX_ROOT"]
-from train import signals
+from train.base import signals
 from train.base.console import Halt, run_cli
 from train.storage.rundir import open_run_dir
 

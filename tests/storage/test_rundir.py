@@ -20,7 +20,7 @@ from train.storage import rundir
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import os, sys, time
-from train import rundir
+from train.storage import rundir
 run = rundir.open_run_dir(sys.argv[1], "s")
 if len(sys.argv) > 2 and os.fork() == 0:
     time.sleep(60)  # a data worker that outlives its owner
@@ -72,7 +72,7 @@ def test_same_process_twice_is_refused_and_the_lock_survives(tmp_path):
     run = rundir.open_run_dir(tmp_path / "r", "s")
     with pytest.raises(Halt, match="already open in this process"):
         rundir.open_run_dir(tmp_path / "r", "s")
-    code = "import sys; from train import rundir; rundir.open_run_dir(sys.argv[1], 's')"
+    code = "import sys; from train.storage import rundir; rundir.open_run_dir(sys.argv[1], 's')"
     other = subprocess.run([sys.executable, "-c", code, str(tmp_path / "r")], cwd=ROOT, capture_output=True, text=True)
     assert "is in use by pid" in other.stderr
     run.close()
@@ -101,7 +101,7 @@ def test_directory_below_a_regular_file_cannot_be_written(tmp_path):
 
 def test_opening_loads_nothing_heavy(tmp_path):
     code = (
-        "import sys; from train import rundir; rundir.open_run_dir(sys.argv[1], 's');"
+        "import sys; from train.storage import rundir; rundir.open_run_dir(sys.argv[1], 's');"
         "print(*[m for m in ('torch', 'numpy', 'omegaconf', 'accelerate') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
