@@ -353,7 +353,7 @@ def test_settings_name_the_key(tmp_path: Path) -> None:
         "policy.presett=default": "policy.preset",
         "exclude.hard=false": "unknown key exclude.hard",
         "select.ft1.whre=[]": r"unknown key select.ft1.whre: did you mean select.ft1.where\?",
-        "select.ft1.quota.tota=3": "did you mean: 'total'",
+        "select.ft1.quota.tota=3": "did you mean select.ft1.quota.total",
         "where=[]": r"did you mean select.\*.where\?",
         "sources=[{name: s, adaptr: danbooru, path: x}]": r"did you mean sources\[0\].adapter\?",
         "policy.quality.zzz=1": "policy.quality knows group_by, min_age_days",

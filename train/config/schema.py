@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from train.base.errors import ExitCode, Halt
 from train.config import shipped
 from train.config.key import Key, default_of, key_of, range_problems
-from train.config.sound import sound_part, told_by
+from train.config.sound import other_kind, sound_part, told_by
 
 T = TypeVar("T")
 
@@ -59,6 +59,8 @@ def load_into(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[
 
 def all_problems(schema: type, found: Any, rules: Sequence[Rule] = ()) -> list[str]:
     """Every problem of the values `found` (nested dicts and lists, as YAML gives them) for a schema; each told once."""
+    if (other := other_kind(schema, found)) is not None:
+        return [other]
     problems = list(_problems(schema, found, "", all_keys(schema)))
     missing = sorted(_missing(schema, found, ""))
     told = [sentence for _, sentence in problems]
@@ -114,6 +116,8 @@ def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> Dict
 
 
 def _load_yaml(path: Path) -> DictConfig:
+    if path.is_dir():
+        raise Halt(ExitCode.USAGE, f"config file {path} is a folder: name a YAML file in it")
     if not path.is_file():
         raise Halt(ExitCode.USAGE, f"config file {path} does not exist")
     if path.stat().st_size > _MAX_BYTES:

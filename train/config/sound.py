@@ -85,3 +85,19 @@ def told_by(rules: Callable[[Any], Iterable[str]], config: Any) -> Iterator[str]
         yield from rules(config)
     except Unsound:
         return
+
+
+# A key that only one kind of config has: one sentence is better than a refusal of every key in the file.
+_OTHER_KINDS = {
+    "sources": "a dataset config, which scripts/prepare.py takes", "sampler": "a prompts file, which sampling.prompts names",
+    "optimizer": "a stage config, which train/run.py, plan.py and recipe.py take",
+}  # fmt: skip
+
+
+def other_kind(schema: type, found: Any) -> str | None:
+    """What a config is that was given in the place of another kind; None for one of its own."""
+    fields = {field.name for field in dataclasses.fields(schema)}
+    for mark, kind in _OTHER_KINDS.items():
+        if isinstance(found, dict) and mark in found and mark not in fields:
+            return f"this is {kind}: key {mark} is none of those that this command reads ({', '.join(sorted(fields))})"
+    return None

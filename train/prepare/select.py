@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import MAX_REPEATS, DatasetConfig, dataset_dir
-from train.prepare.choosing.candidates import Candidates
+from train.prepare.choosing.candidates import Candidates, known_column
 from train.prepare.choosing.filters import by_quota, capped, where
 from train.prepare.choosing.merging import Cost, merge, told
 from train.prepare.choosing.predicates import parse
@@ -83,7 +83,10 @@ def check_filters(settings: DatasetConfig) -> None:
     """Before any work, also of earlier steps: a typing error is found at once. Raises Halt(USAGE)."""
     for stage, config in settings.select.items():
         for text in config.where:
-            parse(text)
+            try:
+                known_column(parse(text).column)
+            except Halt as halt:
+                raise Halt(halt.code, halt.message.replace("select.where", f"select.{stage}.where")) from halt
         _keys(config.allow, f"select.{stage}.allow")
         _keys(config.deny, f"select.{stage}.deny")
 

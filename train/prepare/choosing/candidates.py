@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,8 +97,8 @@ class Candidates:
         for table, schema in (("probe", PROBE), ("records", RECORDS), ("labels", LABELS)):
             if name in schema.names:
                 return self._joined(table, name, schema.field(name).type)
-        known = sorted({*RECORDS.names, *PROBE.names, *LABELS.names, *_DERIVED})
-        raise Halt(ExitCode.USAGE, f"select: there is no column {name!r}; there are {', '.join(known)}")
+        known_column(name)
+        raise AssertionError(f"{name} is known and has no table")
 
     def visits(self) -> npt.NDArray[np.int64]:
         """int64[N]: how often its source wants each candidate visited."""
@@ -169,6 +170,15 @@ class Candidates:
                     refused.append((row["key"], rule))
         shown.close()
         return refused
+
+
+def known_column(name: str) -> None:
+    """Raises Halt(USAGE) for a column that no table has, with the nearest."""
+    known = sorted({*RECORDS.names, *PROBE.names, *LABELS.names, *_DERIVED})
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise Halt(ExitCode.USAGE, f"select.where: there is no column {name!r}{hint} There are {', '.join(known)}")
 
 
 def _suspicious(rows: pa.Table) -> npt.NDArray[np.bool_]:

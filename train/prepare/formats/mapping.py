@@ -26,6 +26,8 @@ FIELDS = (
     "up_score", "down_score", "fav_count", "is_deleted", "is_banned", "is_pending", "parent_id", "has_children",
     "pixel_hash_src",
 )  # fmt: skip
+# What pandas, Python and databases print for a missing value; as a caption each would be a word to learn.
+_PRINTED_MISSING = frozenset(["nan", "NaN", "None", "null", "NULL", "<NA>", "NaT", "\\N"])
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
 _KNOWN = frozenset(["id", "uri", "image", "caption", "fallback_caption", "tags", *FIELDS, *TAG_COLUMNS])
@@ -52,7 +54,7 @@ def mapped_post(
 
     Without an id column the id is the path. Raises BadRecord.
     """
-    values = {ours: row.get(theirs) for ours, theirs in source.columns.items()}
+    values = {ours: _said(ours, row.get(theirs)) for ours, theirs in source.columns.items()}
     tags = _tag_lists(source, values)
     fields = {name: values[name] for name in FIELDS if name in values}
     number = _plain_id(values.get("id"))
@@ -75,6 +77,14 @@ def mapped_post(
         tags=tags,
         caption=_caption(values.get("caption"), source.columns.get("caption", "caption")),
     )
+
+
+def _said(ours: str, value: Any) -> Any:
+    """The value, None for one that only says that there is none, which is counted; a path may be called so."""
+    if not isinstance(value, str) or value.strip() not in _PRINTED_MISSING or ours in ("id", "uri", "image"):
+        return value
+    note("missing", f"{value.strip()!r} in {ours}")
+    return None
 
 
 def below(root: Path, text: str, folder: str = "") -> str:

@@ -14,13 +14,15 @@ from typing import Any, Literal
 
 from train.config.dataset import SourceConfig
 
-Kind = Literal["litter", "linked_home", "spelling", "ending", "categories", "one_tag"]
+Kind = Literal["litter", "linked_home", "spelling", "ending", "categories", "one_tag", "missing", "escapes"]
 _LINES: Mapping[Kind, str] = {
     "litter": "{n} leftovers of desktops, NAS and other programs, and hidden folders, are passed over (such as {example})",
     "linked_home": "{n} linked folders lead to folders of the same source: their files are read once, where they lie (such as {example})",
     "spelling": "{n} names are spelt otherwise on the disk, in letter case or composed letters (such as {example})",
     "ending": "{n} pictures have another ending on the disk than in the metadata (such as {example})",
     "one_tag": "{n} cells of tags are one tag each (such as {example}): see tag_separator",
+    "missing": "{n} cells hold a printed missing value and count as empty (such as {example})",
+    "escapes": "{n} posts have HTML escapes in their tags (such as {example}): adapter gelbooru reads them, or escape them back",
     "categories": "{n} groups of tags in posts have an unknown category and count as general (such as {example})",
 }
 # So many rated posts without one `g` are no chance: of random posts today, four in ten are g.

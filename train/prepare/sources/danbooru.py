@@ -16,11 +16,13 @@ from train.prepare.folders.files import require_source, source_root
 from train.prepare.folders.layouts import find_image
 from train.prepare.folders.walking import walk
 from train.prepare.formats.jsonstream import Malformed, iter_values
+from train.prepare.posts.census import note
 from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost, refusal
 from train.prepare.posts.tag_groups import tag_groups
 from train.prepare.tables.schemas import Quarantine
 
 MakePost = Callable[[SourceConfig, Path, str, str, Mapping[str, Any]], RawPost]
+_ESCAPE = re.compile(r"&(?:#\d+|#x[0-9a-fA-F]+|amp|lt|gt|quot);")
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 _FIELDS = {  # our column: names in the API, in gallery-dl, in old dumps
     "source_id": ("id",),
@@ -121,10 +123,18 @@ def danbooru_post(
     mapped = post.get(source.columns["uri"]) if "uri" in source.columns else None
     if mapped is not None and not isinstance(mapped, str):
         raise BadRecord(f"{source.columns['uri']} is {mapped!r}, expected a path")
+    groups = tag_groups(post)
+    if found := _escaped(groups):
+        note("escapes", f"{found!r} in {place}")
     return RawPost(
-        id=str(fields["source_id"]), place=place, uri=mapped or uri, member=member, fields=fields,
-        tags=tag_groups(post),
+        id=str(fields["source_id"]), place=place, uri=mapped or uri, member=member, fields=fields, tags=groups,
     )  # fmt: skip
+
+
+def _escaped(groups: Mapping[str, Any]) -> str | None:
+    """The first tag with an HTML escape in it, which no tag of Danbooru has."""
+    listed = (tag for tags in groups.values() if isinstance(tags, list) for tag in tags)
+    return next((tag for tag in listed if isinstance(tag, str) and "&" in tag and _ESCAPE.search(tag)), None)
 
 
 def first_of(post: Mapping[str, Any], names: tuple[str, ...]) -> Any:

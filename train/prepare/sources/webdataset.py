@@ -262,7 +262,10 @@ def _post(
         return plain
     else:
         raise BadRecord(f"the .json is no Danbooru post: map its keys, such as columns.caption: caption. It has {listed(value)}")
-    found.caption = text if found.caption is None else found.caption
+    if found.caption is None:
+        found.caption = text
+    elif text is not None and text.strip() != found.caption:
+        told.passed_over("texts in tars are not read, since columns.caption takes the captions from their .json", f"{tar.name}/{caption}")
     return found
 
 
