@@ -339,7 +339,9 @@ def test_a_file_size_limit_is_a_failed_save_not_a_death(tmp_path):
     code = """
 import resource, sys
 from pathlib import Path
-from tests.storage.test_checkpoint import *
+from checkpoints import save_steps
+from train.storage import rundir
+from train.storage.checkpoint import SaveFailed
 run = rundir.open_run_dir(Path(sys.argv[1]), "pretrain")
 save_steps(run, 10)
 resource.setrlimit(resource.RLIMIT_FSIZE, (150, 150))
@@ -358,7 +360,7 @@ def run_python(code: str, *arguments: str):
     import sys
 
     root = Path(__file__).resolve().parents[2]
-    env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": f"{root}:{root / 'tests/support'}", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=env, cwd=root, timeout=120
     )

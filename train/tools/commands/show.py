@@ -1,5 +1,4 @@
-"""Look inside: a caption, an image's bucket, a dataset and what it set aside, a checkpoint, a model, one update of a run,
-every key of the configs."""
+"""Look inside: a caption, an image's bucket, a dataset and what it set aside, a checkpoint, a model, an update, the keys."""
 
 from __future__ import annotations
 
