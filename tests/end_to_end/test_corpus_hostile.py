@@ -376,7 +376,7 @@ CASES: dict[str, tuple[Case, str]] = {  # input: (case, what must be named)
     "caption of 1 GiB": (sidecars(huge_caption), "bad.txt"),
     "caption link out": (sidecars(linked_caption), "bad.png outside_root"),
     "picture link out": (sidecars(linked_picture), "bad.png outside_root"),
-    "folder link out": (sidecars(linked_folder), "bad/secret outside_root"),
+    "folder link out": (sidecars(linked_folder), "bad outside_root"),
     "caption is a device": (sidecars(device), "bad.png"),
     "line break in a name": (sidecars(named_with_newline), "bad\\nname.png"),
     "name that is not UTF-8": (sidecars(named_not_utf8), "bad\\udcff.png"),

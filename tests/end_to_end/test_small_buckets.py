@@ -161,7 +161,7 @@ def test_the_planner_counts_short_tiles(base_model: Path, tmp_path: Path) -> Non
     assert abs(plan_images.visits(config, images, 2, 15) - visits) <= 8
     report = estimate._bucket_report(config, images)
     assert report["short"] == {"64x96": 3, "96x64": 1}
-    assert estimate._cycle(config, images) == plan.cycle_updates == 3
+    assert estimate.plan_stage(config, estimate.Request())["schedule"]["cycle_updates"] == plan.cycle_updates == 3
     with pytest.raises(Halt, match=r"batch\.min_bucket is 4"):
         plan_images.find_images(load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "batch.min_bucket=4"]), None)
 

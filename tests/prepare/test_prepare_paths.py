@@ -35,4 +35,4 @@ def test_all_finds_a_filter_that_cannot_be_read_before_the_first_step(tmp_path: 
                f"root={here}/out", f"sources.0.path={here}", f"latents.vae={here}", "select.ft1.where=[quality]"]  # fmt: skip
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
     assert (done.returncode, (tmp_path / "out").exists()) == (2, False)
-    assert "select.where: 'quality'" in done.stderr
+    assert "select.ft1.where: 'quality'" in done.stderr
