@@ -44,7 +44,7 @@ CASES = {
     "fp32": (),
     "average": ("ema.decay=0.9",),
     "min-snr": ("loss.min_snr_gamma=5",),
-    "debiased, v": ("loss.debiased=true", "loss.prediction=v"),
+    "debiased, v": ("loss.debiased=true", "loss.prediction=v", "loss.convert=true"),
     "huber": ("loss.type=huber",),
     "more noise": ("noise.multires_iterations=4", "noise.input_perturbation=0.1", "noise.offset=0.1"),
     "split": ("batch.split=2",),
