@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from oddimages import drawn, encoded
 from preparedset import prepare
@@ -172,6 +173,7 @@ def test_the_shipped_file_takes_a_plain_folder(half_comic: Path) -> None:
 words = st.sampled_from(["a b", "a_b", "A b", "(a b:1.2)", "a\\_b", "c", "(c", "c:0.9)", "d d d", ""])
 
 
+@examples(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # a busy machine is no defect
 @given(st.lists(st.one_of(st.none(), st.lists(words, max_size=5)), max_size=8), st.lists(words.filter(bool), min_size=1, max_size=3, unique_by=plain_tag))
 def test_tags_against_plain_python(captions: list[list[str] | None], wanted: list[str]) -> None:
     texts = pa.array([None if tags is None else " ,".join(tags) for tags in captions], pa.string())
