@@ -118,7 +118,7 @@ class Place:
 def stop_if_asked(asked: bool, device: torch.device, step: int) -> None:
     """Halt(STOPPED) on every process alike when any of them was asked to stop. One collective, before update `step`.
 
-    Inside the loop the control vector carries the flag; this is for loading and preflight, where nothing is lost.
+    Inside the loop the control vector carries the flag; this is for loading and trial, where nothing is lost.
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         flag = torch.tensor([float(asked)], device=device)
