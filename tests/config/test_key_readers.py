@@ -33,7 +33,7 @@ SHARED = {
         "batch.split", "batch.determinism", "optimizer.name", "export.dtype",
     ),
     "how the weights were conditioned: training does it, the export says it, previews do the same": (
-        "model.pooled_projection", "model.context", "data.max_tokens",
+        "model.pooled_projection", "model.timestep_embedding", "model.context", "data.max_tokens",
     ),
     "what the network predicts: the loss reads it, the export says it, held-out loss and previews do the same": (
         "loss.prediction", "noise.zero_terminal_snr", "noise.timesteps",

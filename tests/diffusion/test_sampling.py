@@ -263,10 +263,11 @@ def test_options_of_the_training_reach_the_network(tiny: Tiny) -> None:
         sample_images(tiny, [prompt()], steps=2, trained_as=changed)[0].tobytes()
         for changed in (
             base, replace(base, max_tokens=75), replace(base, context="chunks"), replace(base, prediction="v"),
-            replace(base, pooled_projection="sd_scripts"),
+            replace(base, pooled_projection="sd_scripts"), replace(base, timestep_embedding="sd_scripts"),
         )
     ]  # fmt: skip
-    assert len(set(made)) == 5
+    assert len(set(made)) == 6
+    assert sample_images(tiny, [prompt()], steps=2)[0].tobytes() == made[0], "the networks are left as they were"
 
 
 def test_guidance_one_needs_no_negative(tiny: Tiny) -> None:

@@ -66,7 +66,8 @@ def finish(path: Path, source: LocalModel, trained: dict[str, torch.Tensor], **e
             stage="ft1", source=source, dataset_fingerprint="f" * 64, config_hash="c" * 64, seed=31, updates=5,
             images=240, versions={"torch": torch.__version__}, license=export.license_of(settings, source),
             weights_sha256=final.manifest.files["model.safetensors"].sha256,
-            conditioning={"max_tokens": 75, "context": "chunks", "pooled_projection": "sd_scripts"},
+            conditioning={"max_tokens": 75, "context": "chunks", "pooled_projection": "sd_scripts",
+                          "timestep_embedding": "sd_scripts"},
         )  # fmt: skip
         export.export_stage(path, final.path / "model.safetensors", source, record, settings)
         opened.write_done({"stage": "ft1"})
@@ -197,7 +198,9 @@ def test_a_moved_file_is_drawn_as_it_was_trained(run: Path, tmp_path: Path) -> N
     shutil.copy(run / "ft1.safetensors", tmp_path / "moved.safetensors")
     (tmp_path / "foreign").mkdir()
     moved = inference.open_model(tmp_path / "moved.safetensors", device="cpu", tokenizers=str(run / "model"))
-    assert moved.trained_as == TrainedAs(max_tokens=75, context="chunks", pooled_projection="sd_scripts")
+    assert moved.trained_as == TrainedAs(
+        max_tokens=75, context="chunks", pooled_projection="sd_scripts", timestep_embedding="sd_scripts"
+    )
     foreign = tmp_path / "foreign/model"
     shutil.copytree(run / "model", foreign)
     for name in ("training.yaml", "lineage.json", "single_file.json"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,10 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from train.base.errors import ExitCode, Halt
+from train.model import text
 from train.model.networks import (
     Components,
     Networks,
+    TimestepEmbedding,
     cast_frozen,
+    embedding_as,
     overlay,
     parameter_groups,
     set_train_mode,
@@ -151,8 +156,6 @@ def test_trained_encoders_are_not_cast(components: Components) -> None:
 
 
 def test_the_forward_pass_is_the_stock_unets(components: Components, base_model: Path) -> None:
-    from train.model import text
-
     networks = networks_of(components, train=False).eval()
     noisy, timesteps, ids_1, ids_2, sizes = inputs()
     context, pooled = text.encode(networks.text_encoder, networks.text_encoder_2, ids_1, ids_2)
@@ -161,6 +164,38 @@ def test_the_forward_pass_is_the_stock_unets(components: Components, base_model:
         noisy, timesteps, encoder_hidden_states=context, added_cond_kwargs={"text_embeds": pooled, "time_ids": sizes}
     ).sample
     assert torch.equal(networks(noisy, timesteps, ids_1, ids_2, sizes), wanted)
+
+
+@pytest.mark.parametrize(("embedding", "shift"), [("correct", 0), ("sd_scripts", 1)])
+def test_timesteps_are_embedded_with_the_released_runs_shift_or_without(
+    components: Components, base_model: Path, embedding: TimestepEmbedding, shift: int
+) -> None:
+    networks = Networks(components, train_text_encoders=False, context="stitched", pooled_projection="correct",
+                        timestep_embedding=embedding).eval()  # fmt: skip
+    half = networks.unet.config.block_out_channels[0] // 2
+    angles = [700 * math.exp(-math.log(10000) * i / (half - shift)) for i in range(half)]
+    wanted = torch.tensor([*(math.cos(a) for a in angles), *(math.sin(a) for a in angles)])
+    torch.testing.assert_close(networks.unet.time_proj(torch.tensor([700]))[0], wanted, rtol=0, atol=1e-4)
+    assert networks.unet.config.freq_shift == 0, "what is exported is what every consumer computes"
+
+    noisy, timesteps, ids_1, ids_2, sizes = inputs()
+    context, pooled = text.encode(networks.text_encoder, networks.text_encoder_2, ids_1, ids_2)
+    stock = UNet2DConditionModel.from_pretrained(base_model / "unet", freq_shift=shift)
+    stock.add_time_proj.downscale_freq_shift = 0  # the config's shift would move the six sizes too; the trainer's did not
+    added = {"text_embeds": pooled, "time_ids": sizes}
+    assert torch.equal(
+        networks(noisy, timesteps, ids_1, ids_2, sizes),
+        stock(noisy, timesteps, encoder_hidden_states=context, added_cond_kwargs=added).sample,
+    )
+
+
+def test_drawing_otherwise_leaves_the_training_as_it_was(components: Components) -> None:
+    networks = Networks(components, train_text_encoders=False, context="stitched", pooled_projection="correct",
+                        timestep_embedding="sd_scripts")  # fmt: skip
+    with contextlib.suppress(ZeroDivisionError), embedding_as(networks.unet, "correct"):
+        assert networks.unet.time_proj.downscale_freq_shift == 0
+        raise ZeroDivisionError
+    assert networks.unet.time_proj.downscale_freq_shift == 1
 
 
 def changed(base_model: Path, folder: Path, network: str, key: str, value: object) -> Path:

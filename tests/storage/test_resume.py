@@ -22,8 +22,8 @@ model.channels_last model.attention optimizer.sharding ema.device""".split())  #
 REFUSE = set("""stage seed precision validation.share batch.micro batch.effective batch.min_bucket batch.remainder
 batch.determinism data.path data.select data.shuffle_tags data.tag_dropout data.caption_dropout
 data.max_tokens model.init_from model.vae model.tokenizers model.train_text_encoders model.pooled_projection
-model.context model.float8 model.weights optimizer.name optimizer.unet_lr optimizer.weight_decay optimizer.betas
-schedule.name schedule.cycle_steps schedule.decay noise.offset noise.timesteps loss.prediction loss.average loss.convert
+model.timestep_embedding model.context model.float8 model.weights optimizer.name optimizer.unet_lr optimizer.weight_decay
+optimizer.betas schedule.name schedule.cycle_steps schedule.decay noise.offset noise.timesteps loss.prediction loss.average loss.convert
 ema.decay ema.every_steps""".split())  # noqa: SIM905
 # fmt: on
 

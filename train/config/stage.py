@@ -31,6 +31,7 @@ class ModelConfig:
     tokenizers: str | None = key(None, "folder with tokenizer/ and tokenizer_2/; null = those of init_from, and CLIP's for a single file")
     train_text_encoders: bool = key(False, "both text encoders train with the U-Net")
     pooled_projection: Literal["correct", "sd_scripts"] = key("correct", "sd_scripts = untransposed, as released")
+    timestep_embedding: Literal["correct", "sd_scripts"] = key("correct", "sd_scripts = frequencies shifted by one, as released")
     context: Literal["stitched", "chunks"] = key("stitched", "stitched = 227 vectors; chunks = 77 per chunk, as inference UIs feed")
     gradient_checkpointing: Literal["full", "partial", "none", "auto"] = key("full", "how much of the networks is computed again in the backward pass; auto = as memory allows", resume="warn")
     compile: bool = key(False, "the repeated blocks through torch.compile", resume="warn")

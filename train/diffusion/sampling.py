@@ -27,6 +27,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.prompts import Prompt, Sampler
 from train.diffusion.noise import BETA_END, BETA_START, TIMESTEPS
 from train.model import text
+from train.model.networks import TimestepEmbedding, embedding_as
 from train.recipe import captions, rng
 from train.recipe.captions import plain_tags
 
@@ -40,6 +41,7 @@ class TrainedAs:
     max_tokens: int = 225
     context: text.Context = "stitched"
     pooled_projection: text.PooledProjection = "correct"
+    timestep_embedding: TimestepEmbedding = "correct"
     prediction: str = "epsilon"  # or v
     zero_terminal_snr: bool = False
 
@@ -71,7 +73,9 @@ def sample_images(
     encoders = (components.text_encoder, components.text_encoder_2)
     tokens = text.TagTokenizer(components.tokenizer, getattr(components, "tokenizer_2", None))
     images: list[Image.Image] = []
-    with without_training((components.unet, *encoders, components.vae)), _autocast(device, dtype):
+    networks = (components.unet, *encoders, components.vae)
+    embedding = embedding_as(components.unet, trained_as.timestep_embedding)
+    with without_training(networks), embedding, _autocast(device, dtype):
         for prompt in prompts:
             if stop():
                 break

@@ -67,6 +67,7 @@ def finish(config: StageConfig, session: Session, source: LocalModel, dataset_fi
             "max_tokens": config.data.max_tokens,
             "context": config.model.context,
             "pooled_projection": config.model.pooled_projection,
+            "timestep_embedding": config.model.timestep_embedding,
         },
         accepted=state["accepted"],
         conversion=prediction.conversion(config, source),

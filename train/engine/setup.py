@@ -190,6 +190,7 @@ def open_networks(
         train_text_encoders=settings.train_text_encoders,
         context=settings.context,
         pooled_projection=settings.pooled_projection,
+        timestep_embedding=settings.timestep_embedding,
     )
     set_checkpointing(networks.unet, "partial", execution.exempt_steps)
     if settings.train_text_encoders:

@@ -6,9 +6,10 @@ Shape legend: B images, C latent channels, H W latent rows and columns, N text c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -22,6 +23,7 @@ from train.storage import tensor_files
 from train.storage.state_files import to_tensor
 from train.storage.tensor_files import Blob
 
+TimestepEmbedding = Literal["correct", "sd_scripts"]
 GROUPS = ("unet", "text_encoder", "text_encoder_2")  # parameter groups, in the order of the optimizer
 TOKENIZERS_KEY = "Name the model's own folder with tokenizer/ and tokenizer_2/ (model.tokenizers, or --tokenizers)"
 
@@ -97,7 +99,13 @@ class Networks(nn.Module):
     """U-Net and both text encoders as one module, so that DDP sees one model and syncs once per update."""
 
     def __init__(
-        self, components: Components, *, train_text_encoders: bool, context: text.Context, pooled_projection: text.PooledProjection
+        self,
+        components: Components,
+        *,
+        train_text_encoders: bool,
+        context: text.Context,
+        pooled_projection: text.PooledProjection,
+        timestep_embedding: TimestepEmbedding = "correct",
     ) -> None:
         super().__init__()
         self.unet = components.unet
@@ -106,6 +114,7 @@ class Networks(nn.Module):
         self.train_text_encoders = train_text_encoders
         self.context = context
         self.pooled_projection = pooled_projection
+        _shift_timesteps(self.unet, timestep_embedding)
         self.requires_grad_(False)
         self.unet.requires_grad_(True)
         if train_text_encoders:
@@ -135,6 +144,25 @@ class Networks(nn.Module):
         return self.unet(
             noisy_BCHW, timesteps_B, encoder_hidden_states=context_BLD, added_cond_kwargs=added, return_dict=False
         )[0]
+
+
+def _shift_timesteps(unet: Any, embedding: TimestepEmbedding) -> None:
+    """Angles t * 10000^(-i / (half - shift)), half = 160 in SDXL; the config stays as it is, so what is exported says 0.
+
+    The released run's trainer left the shift at its function's default of 1 (repaired there on 2024-03-15).
+    """
+    unet.time_proj.downscale_freq_shift = 1 if embedding == "sd_scripts" else unet.config.freq_shift
+
+
+@contextmanager
+def embedding_as(unet: Any, embedding: TimestepEmbedding) -> Iterator[None]:
+    """The U-Net's timesteps embedded as named for a while; a training finds it as it left it."""
+    before = unet.time_proj.downscale_freq_shift
+    _shift_timesteps(unet, embedding)
+    try:
+        yield
+    finally:
+        unet.time_proj.downscale_freq_shift = before
 
 
 def _freeze_unused(text_encoder: nn.Module) -> None:

@@ -23,6 +23,7 @@ CONDITIONING: dict[str, tuple[Any, ...]] = {
     "max_tokens": (75, 150, 225),
     "context": ("stitched", "chunks"),
     "pooled_projection": ("correct", "sd_scripts"),
+    "timestep_embedding": ("correct", "sd_scripts"),
 }
 
 

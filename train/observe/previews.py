@@ -92,6 +92,7 @@ def trained_as(config: StageConfig) -> TrainedAs:
         max_tokens=config.data.max_tokens,
         context=config.model.context,
         pooled_projection=config.model.pooled_projection,
+        timestep_embedding=config.model.timestep_embedding,
         prediction=config.loss.prediction,
         zero_terminal_snr=config.noise.zero_terminal_snr,
     )
