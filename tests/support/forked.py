@@ -14,12 +14,15 @@ import torch
 import torch.distributed as dist
 
 
-def run_ranks(world: int, function: Callable[..., Any], folder: Path, *args: Any, timeout_s: float = 120) -> list[Any]:
-    """What `function(rank, world, *args)` returned on each of `world` ranks (JSON values); fails with their traces."""
+def run_ranks(world: int, function: Callable[..., Any], folder: Path, *args: Any, timeout_s: float = 120, joined: bool = True) -> list[Any]:
+    """What `function(rank, world, *args)` returned on each of `world` ranks (JSON values); fails with their traces.
+
+    Without `joined` the function makes the process group.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     context = multiprocessing.get_context("fork")
     children = [
-        context.Process(target=_rank, args=(rank, world, function, str(folder), args)) for rank in range(world)
+        context.Process(target=_rank, args=(rank, world, function, str(folder), args, joined)) for rank in range(world)
     ]
     for child in children:
         child.start()
@@ -35,12 +38,13 @@ def run_ranks(world: int, function: Callable[..., Any], folder: Path, *args: Any
     return [result["value"] for result in results]
 
 
-def _rank(rank: int, world: int, function: Callable[..., Any], folder: str, args: tuple[Any, ...]) -> None:
+def _rank(rank: int, world: int, function: Callable[..., Any], folder: str, args: tuple[Any, ...], joined: bool) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     try:
-        store = dist.FileStore(f"{folder}/store", world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+        if joined:
+            store = dist.FileStore(f"{folder}/store", world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
         result = {"value": function(rank, world, *args)}
         dist.barrier()
         dist.destroy_process_group()

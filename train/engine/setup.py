@@ -95,6 +95,9 @@ def open_machine(batch: BatchConfig, launch: LaunchConfig) -> Machine:
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
         ],
     )
+    if accelerator.num_processes > 1:
+        # accelerate passes on only what differs from its own default, which is not that of a gloo group.
+        dist.distributed_c10d._set_pg_timeout(timeout)
     rank = accelerator.process_index
     place = Place(rank, accelerator.num_processes, accelerator.device)
     tiles_here = range(rank * accumulation, (rank + 1) * accumulation)
