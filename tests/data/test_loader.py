@@ -20,6 +20,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.stage import DataConfig
 from train.data.loader import Loader, PlaceSampler, _shortage
 from train.diffusion.objective import Batch
+from train.engine.ending import as_halt
 
 CPU = torch.device("cpu")
 
@@ -155,6 +156,26 @@ def test_a_silent_worker_is_noticed(dataset: Path, monkeypatch: pytest.MonkeyPat
     finally:
         source.close()
     assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), torch.AcceleratorError("CUDA error: ECC")])
+@pytest.mark.parametrize("where", ["copy", "pinning"])
+def test_an_error_of_the_device_is_not_one_of_the_data(
+    where: str, error: RuntimeError, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It surfaces where data reaches the device, or in the thread that pins memory, whatever has caused it."""
+    source = loader(dataset)
+    source.device = torch.device("meta")  # anything but the CPU: batches are copied
+
+    def fails(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(*((Batch, "to") if where == "copy" else (type(source.dataset), "__getitem__")), fails)
+    with pytest.raises(type(error)) as caught:
+        drain(source, 1)
+    assert caught.value is error
+    expected = ExitCode.OUT_OF_MEMORY if isinstance(error, torch.OutOfMemoryError) else ExitCode.UNEXPECTED
+    assert as_halt(caught.value).code == expected and "data" not in as_halt(caught.value).message
 
 
 def test_a_refusal_in_a_worker_keeps_its_code(dataset: Path, tmp_path: Path) -> None:

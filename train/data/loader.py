@@ -98,6 +98,13 @@ class Loader:
         self._deaths.restore()
 
     def _take(self) -> Batch:
+        batch = self._made()
+        self._number += 1
+        # A device tells of an error at whatever call comes next, often this one: it says nothing about the data.
+        return batch.to(self.device) if self.device.type != "cpu" else batch
+
+    def _made(self) -> Batch:
+        """The next batch on the host."""
         for attempt in range(POOL_RETRIES + 1):
             try:
                 if self._loader is None:
@@ -106,9 +113,8 @@ class Loader:
                     batch = next(self._loader)
                 if isinstance(batch, Halt):
                     raise batch
-                self._number += 1
-                return batch.to(self.device) if self.device.type != "cpu" else batch
-            except Halt:
+                return batch
+            except (Halt, torch.OutOfMemoryError, torch.AcceleratorError):  # the device's, by way of pinned memory
                 self.close()
                 raise
             except (RuntimeError, OSError, EOFError) as error:
