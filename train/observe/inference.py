@@ -1,4 +1,4 @@
-"""A finished model made ready to draw: run directory, diffusers folder or single file."""
+"""A model made ready to draw: run directory, checkpoint, diffusers folder or single file."""
 
 from __future__ import annotations
 
@@ -13,18 +13,10 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import Prompt, PromptsFile, checked
-from train.config.stage import ModelConfig, load_stage
-from train.diffusion.sampling import RECIPE, TrainedAs, sample_images
-from train.model import networks, single_file, source
+from train.diffusion.sampling import TrainedAs, sample_images
+from train.model import networks, single_file
 from train.model.networks import Components
-from train.observe.previews import trained_as
-
-CONDITIONING: dict[str, tuple[Any, ...]] = {
-    "max_tokens": (75, 150, 225),
-    "context": ("stitched", "chunks"),
-    "pooled_projection": ("correct", "sd_scripts"),
-    "timestep_embedding": ("correct", "sd_scripts"),
-}
+from train.observe import anymodel
 
 
 @dataclass(frozen=True)
@@ -46,13 +38,13 @@ def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None
     """
     place = open_device(device)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
-    local = source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers))
+    local = anymodel.open_any(path, tokenizers=tokenizers)
     single_file.tell(local.path, local.notes)
     components = networks.build(local)
     for network in (components.unet, components.text_encoder, components.text_encoder_2):
         nn.Module.to(network, place, dtype)  # past the library's own .to, which warns at every dtype
     nn.Module.to(components.vae, place, torch.float32 if components.vae.config.get("force_upcast") else dtype)
-    told = _conventions(Path(path), local)
+    told = anymodel.conventions(Path(path), local)
     name = str(local.metadata.get("modelspec.title") or name_of(path))
     return Model(components, name, local.sha256, told, place, dtype)
 
@@ -91,23 +83,6 @@ def adjusted(settings: PromptsFile, **changes: Any) -> PromptsFile:
         prompts = [replace(prompt, seed=seed) for prompt in prompts]
     given = {name: value for name, value in changes.items() if value is not None}
     return checked(replace(settings, prompts=prompts, **given))
-
-
-def _conventions(path: Path, local: source.LocalModel) -> TrainedAs:
-    """As the config beside the weights says; without one as the model's record and scheduler, else the recipe's."""
-    for file in (path / "training.yaml", path / "config.yaml", path.parent / "config.yaml"):
-        finished = (file.parent / "DONE").exists() or file.name == "training.yaml"
-        if file.is_file() and finished:
-            return trained_as(load_stage([file]))
-    scheduler, stated = local.configs["scheduler"], (local.lineage or {}).get("conditioning")
-    known = {
-        name: stated[name]
-        for name, choices in CONDITIONING.items()
-        if isinstance(stated, dict) and stated.get(name) in choices  # from a file that anybody may have written
-    }
-    if not str(scheduler.get("prediction_type", "")).startswith("v"):
-        return replace(RECIPE, **known)
-    return replace(RECIPE, prediction="v", zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")), **known)
 
 
 def name_of(path: str | Path) -> str:

@@ -11,7 +11,7 @@ from train.config import shipped
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="run directory, diffusers folder or .safetensors file")
+    parser.add_argument("--model", required=True, help="run directory, checkpoint, diffusers folder or .safetensors file")
     parser.add_argument("--out", required=True, type=Path, help="folder for NN.png and grid.png")
     parser.add_argument("--prompts", type=Path, default=shipped.folder() / "prompts.yaml", help="prompts file (default: the shipped configs/prompts.yaml)")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts in place of the file's prompts")

@@ -52,6 +52,10 @@ def parse() -> argparse.Namespace:
         ("model", "any model"),
     ):
         kinds.add_parser(name, parents=[common], help=what).add_argument("path", type=Path)
+    pair = kinds.add_parser("compare", parents=[common], help="how far two models lie apart, block by block")
+    for name, told in (("a", "run, checkpoint, folder or .safetensors file"), ("b", "what it is held against")):
+        pair.add_argument(name, type=Path, metavar=name.upper(), help=told)
+    pair.add_argument("--base", type=Path, metavar="C", help="compare what each moved from this one")
     aside = kinds.add_parser("quarantine", parents=[common], help="what preparing set aside, and why")
     aside.add_argument("path", type=Path, metavar="DATASET")
     aside.add_argument("--step", help="only what this step of prepare.py set aside")

@@ -26,6 +26,10 @@ def report_of(a: argparse.Namespace) -> dict[str, Any]:
             from train.tools.show import model
 
             return model.report(a.path)
+        case "compare":
+            from train.tools.show import compare
+
+            return compare.report(a.a, a.b, a.base)
         case "dataset":
             from train.tools.show import dataset
 

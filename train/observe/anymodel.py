@@ -1,0 +1,98 @@
+"""Any model by its path: run directory, checkpoint of a run, diffusers folder, single file. No tensor is read yet.
+
+A stage starts from finished models alone (`model.source`); whoever looks may also look at a run that is under way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from train.base.errors import ExitCode, Halt
+from train.config.stage import ModelConfig, StageConfig, load_stage
+from train.diffusion.sampling import RECIPE, TrainedAs
+from train.model import source
+from train.model.source import LocalModel
+from train.observe.previews import trained_as
+from train.storage import manifest, tensor_files
+from train.storage.rundir import read_done
+
+CONDITIONING: dict[str, tuple[Any, ...]] = {
+    "max_tokens": (75, 150, 225),
+    "context": ("stitched", "chunks"),
+    "pooled_projection": ("correct", "sd_scripts"),
+    "timestep_embedding": ("correct", "sd_scripts"),
+}
+
+
+def open_any(path: str | Path, *, tokenizers: str | None = None, hashed: bool = True) -> LocalModel:
+    """The model at `path`; of a run that is not finished its newest sound checkpoint, over the stage's own start.
+
+    Raises Halt: USAGE (no such path), MISMATCH (damaged or foreign, the start of a checkpoint's stage gone),
+    NO_CHECKPOINT (a run without a sound one, a checkpoint that is damaged).
+    """
+    folder = checkpoint_at(Path(path))
+    if folder is None:
+        return source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers), hashed=hashed)
+    config = stage_of(folder)
+    if config is None:
+        raise Halt(ExitCode.MISMATCH, f"{folder} is a checkpoint without its run: {folder.parents[1]} holds no config.yaml, which says what it started from")
+    start = source.resolve(replace(config.model, tokenizers=tokenizers or config.model.tokenizers), hashed=False)
+    trained = tensor_files.open_file(folder / "model.safetensors")
+    foreign = [name for name, blob in sorted(trained.blobs.items()) if name not in start.weights or start.weights[name].shape != blob.shape]
+    if foreign:
+        raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to model.init_from {start.path}: {foreign[:5]}")
+    record = manifest.read(folder).files["model.safetensors"]
+    weights = {**start.weights, **trained.blobs}
+    return replace(start, kind="run", path=folder, sha256=record.sha256, weights=weights, metadata={}, lineage=None)
+
+
+def checkpoint_at(path: Path) -> Path | None:
+    """The checkpoint that `path` means: itself, or the newest sound one of a run that is not finished; else None."""
+    if (path / manifest.NAME).is_file():
+        try:
+            manifest.verify(path, full=False)
+        except manifest.Damaged as damage:
+            raise Halt(ExitCode.NO_CHECKPOINT, f"{path} must not be used: {damage}") from damage
+        return path.absolute()
+    if not (path / "checkpoints").is_dir() or read_done(path) is not None:
+        return None
+    named = {step: p for p in (path / "checkpoints").iterdir() if (step := manifest.step_of(p.name)) is not None}
+    for _, folder in sorted(named.items(), reverse=True):
+        try:
+            manifest.verify(folder, full=False)
+        except manifest.Damaged:
+            continue  # left by a kill; a resume passes over it as well
+        return folder.absolute()
+    raise Halt(ExitCode.NO_CHECKPOINT, f"{path} is not finished and holds no sound checkpoint")
+
+
+def stage_of(path: Path) -> StageConfig | None:
+    """The config that a run, its checkpoint, its exported folder or its single file was made with; None without one.
+
+    Beside a lone file only the config of a finished run counts: any other may be of a stage that starts from the file.
+    """
+    inside = path.absolute()
+    own = [inside / "training.yaml", inside / "config.yaml", *([inside.parents[1] / "config.yaml"] if (inside / manifest.NAME).is_file() else [])]
+    beside = inside.parent / "config.yaml"
+    if (inside.parent / "DONE").is_file():
+        own.append(beside)
+    file = next((file for file in own if file.is_file()), None)
+    return None if file is None else load_stage([file])
+
+
+def conventions(path: Path, local: LocalModel) -> TrainedAs:
+    """As the config beside the weights says; without one as the model's record and scheduler, else the recipe's."""
+    config = stage_of(path)
+    if config is not None:
+        return trained_as(config)
+    scheduler, stated = local.configs["scheduler"], (local.lineage or {}).get("conditioning")
+    known = {
+        name: stated[name]
+        for name, choices in CONDITIONING.items()
+        if isinstance(stated, dict) and stated.get(name) in choices  # from a file that anybody may have written
+    }
+    if not str(scheduler.get("prediction_type", "")).startswith("v"):
+        return replace(RECIPE, **known)
+    return replace(RECIPE, prediction="v", zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")), **known)
