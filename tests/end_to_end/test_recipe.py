@@ -124,7 +124,7 @@ def test_one_cycle_is_one_epoch() -> None:
     )
     assert (plan.updates_per_epoch, plan.total_updates) == (9_099, 90_990)
     lr = [
-        lr_at(k, peak=config.optimizer.unet_lr, config=config.schedule, cycle_updates=plan.updates_per_epoch)
+        lr_at(k, peak=config.optimizer.unet_lr, config=config.schedule, cycle_updates=plan.updates_per_epoch, total_updates=plan.total_updates)
         for k in (1, 9_098, 9_099, 90_989)
     ]
     assert lr == pytest.approx([9.99999973e-06, 1.00000027e-06, 9e-06, 1.00000009e-06], rel=1e-8)

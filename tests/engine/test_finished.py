@@ -10,11 +10,8 @@ import pytest
 from stages import Stage, result, state, tree
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import ScheduleConfig, load_stage
-from train.engine import finished
-from train.engine.finished import answer
+from train.config.stage import load_stage
 from train.model.folder import new_folder
-from train.recipe import schedule
 from train.tools import stages
 from train.tools.estimate import page
 
@@ -97,29 +94,16 @@ def test_a_longer_run_that_is_stopped_goes_on_and_is_until_then_what_it_was(
     assert "parent" in child.message
 
 
-def test_a_past_that_would_have_been_another_is_refused(
-    dataset: Path, base_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_longer_run_with_another_past_is_refused(dataset: Path, base_model: Path, tmp_path: Path) -> None:
     stage = Stage(tmp_path, dataset, base_model)
-    share = ("data.token_warmup_steps=0.5", "data.token_warmup_min=2")
-    assert stage.run("max_updates=2", *share) == ExitCode.DONE, stage.message
+    cosine = ("schedule.name=cosine", "schedule.decay=1")
+    assert stage.run("max_updates=2", *cosine) == ExitCode.DONE, stage.message
     before = tree(stage.output)
-    assert stage.run("max_updates=4", *share) == ExitCode.MISMATCH
-    assert "captions (data.token_warmup_steps)" in stage.message
-    assert "cannot go on to 4" in stage.message
-    # no schedule of today depends on the length of the run; one that did would be refused as well
-    monkeypatch.setattr(finished, "warmup_length", lambda steps, total: 0)
-    config = load_stage([stage.yaml], [*stage.arguments("max_updates=4", *share)[2:]])
-    assert answer(config).goes_on  # type: ignore[union-attr]
-
-    def by_epochs(settings: ScheduleConfig, **_: int) -> int:
-        return next(lengths)
-
-    lengths = iter((2, 4))
-    monkeypatch.setattr(schedule, "cycle_length", by_epochs)
-    with pytest.raises(Halt, match=r"learning rates \(schedule\)"):
-        answer(config)
+    assert stage.run("max_updates=4", *cosine) == ExitCode.MISMATCH
+    assert "now 4 (schedule.name would have been another up to here)" in stage.message
     assert tree(stage.output) == before
+    assert stage.run("max_updates=4", "resume.accept=[max_updates]", *cosine) == ExitCode.DONE, stage.message
+    assert "finished after update 2, then max_updates" in (stage.output / "lineage.json").read_text()
 
 
 def test_without_its_last_checkpoint_a_stage_is_done_and_cannot_go_on(

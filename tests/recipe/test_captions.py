@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.recipe import rng
-from train.recipe.captions import DrawOptions, draw, draw_many, join, render, split, warmup_length
+from train.recipe.captions import DrawOptions, draw, draw_many, join, render, split
+from train.recipe.schedule import steps_of
 
 tag = (
     st.text(st.sampled_from("abc (:)_|-é"), min_size=1, max_size=6)
@@ -159,4 +160,4 @@ def test_token_warmup_never_cuts_below_its_minimum():
 
 @pytest.mark.parametrize(("steps", "updates"), [(0, 0), (0.05, 4549), (0.5, 45_495), (1, 1), (100, 100)])
 def test_warmup_below_one_is_a_share_of_all_updates(steps, updates):
-    assert warmup_length(steps, 90_990) == updates
+    assert steps_of(steps, 90_990) == updates

@@ -6,12 +6,15 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup, get_wsd_schedule
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import OptimizerConfig, ScheduleConfig
-from train.recipe.schedule import check, cycle_length, lr_at, peak_keys, peaks
+from train.config.stage import OptimizerConfig, ScheduleConfig, load_stage
+from train.config.stage_rules import stage_problems
+from train.recipe.schedule import check, cycle_length, lr_at, peak_keys, peaks, steps_of
 
 COSINE = ScheduleConfig(name="cosine_restarts", min_lr=1e-6, decay=0.9)
 PROCESS = replace(COSINE, unit="process_step", processes=2)
@@ -35,7 +38,7 @@ class StatefulRestarts:
 
 
 def cosine(updates: int, config: ScheduleConfig = COSINE) -> float:
-    return lr_at(updates, peak=1e-5, config=config, cycle_updates=9099)
+    return lr_at(updates, peak=1e-5, config=config, cycle_updates=9099, total_updates=TOTAL)
 
 
 @pytest.mark.parametrize(
@@ -81,24 +84,24 @@ def test_first_step_at_min_changes_update_zero_only():
 
 @pytest.mark.parametrize(("update", "lr"), [(0, 0), (1, 2e-8), (50, 1e-6), (99, 1.98e-6), (100, 2e-6), (5000, 2e-6)])
 def test_constant_with_warmup(update, lr):
-    assert lr_at(update, peak=2e-6, config=WARMUP, cycle_updates=1) == pytest.approx(lr, rel=1e-12)
+    assert lr_at(update, peak=2e-6, config=WARMUP, cycle_updates=1, total_updates=TOTAL) == pytest.approx(lr, rel=1e-12)
 
 
 def test_warmup_counted_per_process_is_half_as_long():
     halved = replace(WARMUP, unit="process_step", processes=2)
-    assert lr_at(25, peak=2e-6, config=halved, cycle_updates=1) == 1e-6
-    assert lr_at(50, peak=2e-6, config=halved, cycle_updates=1) == 2e-6
+    assert lr_at(25, peak=2e-6, config=halved, cycle_updates=1, total_updates=TOTAL) == 1e-6
+    assert lr_at(50, peak=2e-6, config=halved, cycle_updates=1, total_updates=TOTAL) == 2e-6
 
 
 def test_constant_and_no_warmup():
-    assert lr_at(0, peak=2e-6, config=ScheduleConfig(name="constant"), cycle_updates=1) == 2e-6
-    assert lr_at(0, peak=2e-6, config=replace(WARMUP, warmup_steps=0), cycle_updates=1) == 2e-6
+    assert lr_at(0, peak=2e-6, config=ScheduleConfig(name="constant"), cycle_updates=1, total_updates=TOTAL) == 2e-6
+    assert lr_at(0, peak=2e-6, config=replace(WARMUP, warmup_steps=0), cycle_updates=1, total_updates=TOTAL) == 2e-6
 
 
 @given(st.integers(1, 10**6), st.integers(1, 10**4), st.floats(1e-6, 1e-3), st.floats(0.5, 1))
 def test_cosine_stays_between_floor_and_the_cycles_peak(update, cycle, peak, decay):
     config = replace(COSINE, min_lr=0, decay=decay)
-    lr = lr_at(update, peak=peak, config=config, cycle_updates=cycle)
+    lr = lr_at(update, peak=peak, config=config, cycle_updates=cycle, total_updates=TOTAL)
     assert 0 <= lr <= peak * decay ** (update // cycle) * (1 + 1e-12)
 
 
@@ -150,6 +153,53 @@ def test_a_peak_below_the_floor_is_refused(changes, cycle):
     assert caught.value.code == ExitCode.USAGE
 
 
+@pytest.mark.parametrize("peak", [1e-5, 2e-6])
+@pytest.mark.parametrize(("warmup", "total"), [(0, 40), (7, 40), (0.1, 333), (100, 5000)])
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [
+        ("cosine", lambda o, w, t: get_cosine_schedule_with_warmup(o, w, t)),
+        ("linear", lambda o, w, t: get_linear_schedule_with_warmup(o, w, t)),
+        ("wsd", lambda o, w, t: get_wsd_schedule(o, w, int(0.2 * t), num_training_steps=t, decay_type="linear")),
+    ],
+)
+def test_schedules_over_the_run_are_those_of_transformers(name, theirs, warmup, total, peak):
+    config = ScheduleConfig(name=name, warmup_steps=warmup)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=peak)
+    reference = theirs(optimizer, steps_of(warmup, total), total)
+    for update in range(total):
+        mine = lr_at(update, peak=peak, config=config, cycle_updates=1, total_updates=total)
+        assert mine == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=1e-20), update
+        optimizer.step()
+        reference.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "update", "lr"),
+    [  # peak 1.1e-5, floor 1e-6, warmup 10 of 110, cooldown 22
+        ("cosine", 0, 0), ("cosine", 5, 5.5e-6), ("cosine", 10, 1.1e-5), ("cosine", 60, 6e-6), ("cosine", 110, 1e-6),
+        ("linear", 5, 5.5e-6), ("linear", 35, 8.5e-6), ("linear", 85, 3.5e-6), ("linear", 110, 1e-6),
+        ("wsd", 5, 5.5e-6), ("wsd", 10, 1.1e-5), ("wsd", 88, 1.1e-5), ("wsd", 99, 6e-6), ("wsd", 110, 1e-6),
+    ],
+)  # fmt: skip
+def test_literal_rates_of_schedules_over_the_run(name, update, lr):
+    config = ScheduleConfig(name=name, warmup_steps=10, min_lr=1e-6)
+    assert lr_at(update, peak=1.1e-5, config=config, cycle_updates=1, total_updates=110) == pytest.approx(lr, rel=1e-12)
+
+
+def test_warmup_and_cooldown_have_room_in_the_run():
+    config = ScheduleConfig(name="wsd", warmup_steps=30, cooldown_steps=0.8)
+    run_check(config, total=150)
+    with pytest.raises(Halt, match=r"schedule\.warmup_steps 30 and schedule\.cooldown_steps 112 .* 140 updates"):
+        run_check(config, total=140)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+def test_a_peak_below_the_floor_of_a_run_is_refused(name):
+    with pytest.raises(Halt, match=r"optimizer\.unet_lr 1e-05 is the peak .*schedule\.min_lr 2e-05"):
+        run_check(ScheduleConfig(name=name, min_lr=2e-5))
+
+
 @pytest.mark.parametrize(
     ("config", "key"),
     [
@@ -158,9 +208,14 @@ def test_a_peak_below_the_floor_is_refused(changes, cycle):
         (replace(WARMUP, min_lr=1e-7), "min_lr"),
         (replace(WARMUP, decay=0.9), "decay"),
         (ScheduleConfig(name="constant", cycles=3), "cycles"),
+        (ScheduleConfig(name="cosine", decay=0.9), "decay"),
+        (ScheduleConfig(name="linear", cycle_steps=9), "cycle_steps"),
+        (ScheduleConfig(name="cosine", cooldown_steps=9), "cooldown_steps"),
+        (ScheduleConfig(name="wsd", unit="process_step"), "unit"),
+        (ScheduleConfig(name="wsd", first_step_at_min=False), "first_step_at_min"),
+        (ScheduleConfig(name="wsd", warmup_steps=1.5), "warmup_steps"),
     ],
 )
 def test_keys_that_the_schedule_does_not_read_are_refused(config, key):
-    with pytest.raises(Halt, match=rf"schedule\.{key}") as caught:
-        run_check(config)
-    assert caught.value.code == ExitCode.USAGE
+    told = list(stage_problems(replace(load_stage(["configs/ft1.yaml"]), schedule=config)))
+    assert [key for sentence in told if f"schedule.{key} " in sentence] == [key], told

@@ -136,3 +136,23 @@ def test_unknown_name_in_accept():
     with pytest.raises(Halt, match=r"resume.accept: 'batch.mikro'.*did you mean 'batch.micro'") as caught:
         resume.check_accept(["attempts", "batch", "seed", "batch.mikro"], now().config)
     assert caught.value.code == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"schedule.name": "constant", "schedule.warmup_steps": 100, "data.token_warmup_steps": 5}, ""),
+        ({"schedule.name": "cosine_restarts"}, ""),
+        ({"schedule.name": "wsd"}, "schedule.name"),
+        ({"schedule.name": "cosine", "schedule.warmup_steps": 0.1}, "schedule.name, schedule.warmup_steps"),
+        ({"schedule.name": "constant", "data.token_warmup_steps": 0.5}, "data.token_warmup_steps"),
+    ],
+)
+def test_a_longer_run_whose_past_would_have_been_another_is_refused(settings, told):
+    saved = now(config={**settings, "epochs": 3}).to_state()
+    found = compare(saved, now(config={**settings, "epochs": 4}))
+    assert [str(d) for d in found.refused] == (
+        [f"epochs: checkpoint 3, now 4 ({told} would have been another up to here)"] if told else [])
+    assert [d.key for d in found.warned] == ([] if told else ["epochs"])
+    by_name = compare(saved, now(config={**settings, "epochs": 4}, accept=("epochs",)))
+    assert by_name.refused == () and [d.key for d in by_name.accepted] == (["epochs"] if told else [])

@@ -127,6 +127,8 @@ FINETUNE: dict[str, Any] = {
         ({"train_text_encoder": True, "learning_rate_te1": 3e-6}, "optimizer.text_encoder_lr", 3e-6),
         ({"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 4, "max_train_steps": 1000},
          "schedule.cycle_steps", 250),
+        ({"lr_scheduler": "cosine", "max_train_epochs": 3}, "schedule.name", "cosine"),
+        ({"lr_scheduler": "linear", "lr_warmup_steps": 0.1, "max_train_steps": 1000}, "schedule.warmup_steps", 100),
         ({"max_token_length": None}, "data.max_tokens", 75),
     ],
 )  # fmt: skip
@@ -253,7 +255,7 @@ def test_the_originals_defaults_and_values_written_as_text(changes: dict[str, An
         ({"huggingface_token": ""}, "huggingface_token", "empty"),
         ({"huggingface_path_in_repo": "a"}, "huggingface_path_in_repo", "no counterpart"),
         ({"debug_dataset": False}, "debug_dataset", "show.py step"),
-        ({"lr_scheduler": "cosine", "max_train_epochs": 3, "max_train_steps": 9}, "lr_scheduler", "set schedule.cycle_steps"),
+        ({"lr_scheduler": "cosine_with_restarts", "max_train_epochs": 3, "max_train_steps": 9}, "lr_scheduler", "set schedule.cycle_steps"),
         ({"lr_scheduler_type": "x.CosineAnnealingWarmupRestarts", "lr_scheduler_args": ["cycle_mult=2.0"]},
          "lr_scheduler_args cycle_mult", "no counterpart"),
     ],
@@ -275,7 +277,7 @@ def test_what_keeps_the_yaml_from_loading_is_told(tmp_path: Path) -> None:
     out = tmp_path / "o4.yaml"
     lines = convert_file(write(tmp_path, 'pretrained_model_name_or_path = "x"\nnoise_offset = nan\nmax_grad_norm = inf'), out)
     assert "noise.offset is nan, must be finite" in lines[-1]
-    cosine = 'pretrained_model_name_or_path = "x"\nlr_scheduler = "cosine"\nmax_train_epochs = 3'
+    cosine = 'pretrained_model_name_or_path = "x"\nlr_scheduler = "cosine_with_restarts"\nmax_train_epochs = 3'
     lines = convert_file(write(tmp_path, cosine), tmp_path / "o5.yaml")  # else three cycles where the original had one
     assert "schedule.cycle_steps is 0, must be at least 1" in lines[-1]
     for text in ('train_batch_size = "many"', 'optimizer_args = 5', 'optimizer_args = "eps=1"', "gradient_accumulation_steps = 0", 'lr_warmup_steps = "soon"'):

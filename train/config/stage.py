@@ -96,16 +96,20 @@ class OptimizerConfig:
     sharding: Literal["none", "zero1"] = key("none", "zero1 = each process keeps a share of the optimizer's state", resume="warn")
 
 
+OVER_THE_RUN = ("cosine", "linear", "wsd")  # schedules whose rates depend on the length of the run
+
+
 @dataclass(frozen=True)
 class ScheduleConfig:
     """Learning rate as a closed form of the updates applied."""
 
-    name: Literal["cosine_restarts", "constant_with_warmup", "constant"] = key(MISSING, "form of the learning rate over the updates")
+    name: Literal["cosine_restarts", "constant_with_warmup", "constant", "cosine", "linear", "wsd"] = key(MISSING, "form of the learning rate over the updates; cosine, linear and wsd reach over the whole run")
     cycle_steps: int | Literal["epoch"] = key("epoch", "updates per cycle of cosine_restarts", at_least=1)
     cycles: int | None = key(None, "how many are announced; null = epochs", at_least=1)
-    min_lr: float = key(0.0, "floor of cosine_restarts", at_least=0)
+    min_lr: float = key(0.0, "floor of cosine_restarts, cosine, linear and wsd", at_least=0)
     decay: float = key(1.0, "of the peak, per cycle", above=0)
-    warmup_steps: int = key(0, "updates of constant_with_warmup until the peak", at_least=0)
+    warmup_steps: float = key(0.0, "updates until the peak; below 1: share of all updates (not cosine_restarts, constant)", at_least=0)
+    cooldown_steps: float = key(0.2, "wsd: updates of the fall at the end; below 1: share of all updates", at_least=0)
     unit: Literal["optimizer_step", "process_step"] = key("optimizer_step", "process_step = the released run's scheduler moved once per process")
     processes: int = key(1, "with process_step: how many times the released run advanced per update", at_least=1)
     first_step_at_min: bool = key(True, "the original class starts at min_lr (cosine_restarts only)")

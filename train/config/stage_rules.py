@@ -15,7 +15,7 @@ from train.config.sound import judged
 from train.config.source_rules import separator_problem
 
 if TYPE_CHECKING:
-    from train.config.stage import OptimizerConfig, StageConfig
+    from train.config.stage import OptimizerConfig, ScheduleConfig, StageConfig
 
 
 def stage_problems(config: StageConfig) -> Iterator[str]:
@@ -43,6 +43,39 @@ def _unread(optimizer: OptimizerConfig) -> str | None:
     held = {field.name: (getattr(optimizer, field.name), default_of(field)) for field in fields(optimizer) if field.name in unread}
     told = [f"optimizer.{key} is {value}, but optimizer.name {optimizer.name} does not read it: leave it out"
             for key, (value, plain) in held.items() if value != plain]  # fmt: skip
+    return "; ".join(told) or None
+
+
+# What a schedule reads of the keys that only some read; `unit`, `processes` and the keys of the cycle stand at their
+# defaults where they say nothing, and older configs may hold them beside constant and constant_with_warmup.
+_SCHEDULE_READS = {
+    "cosine_restarts": {"min_lr", "decay", "cycles", "cycle_steps", "first_step_at_min", "unit"},
+    "constant": {"unit", "cycle_steps", "first_step_at_min"},
+    "constant_with_warmup": {"warmup_steps", "unit", "cycle_steps", "first_step_at_min"},
+    "cosine": {"min_lr", "warmup_steps"},
+    "linear": {"min_lr", "warmup_steps"},
+    "wsd": {"min_lr", "warmup_steps", "cooldown_steps"},
+}
+
+
+def _unread_schedule(schedule: ScheduleConfig) -> str | None:
+    some = set().union(*_SCHEDULE_READS.values()) - _SCHEDULE_READS[schedule.name]
+    told = [
+        f"schedule.{field.name} is {getattr(schedule, field.name)}, but schedule.name {schedule.name} does not read it: leave it out"
+        for field in fields(schedule)
+        if field.name in some and getattr(schedule, field.name) != default_of(field)
+    ]
+    return "; ".join(told) or None
+
+
+def _whole_steps(config: StageConfig) -> str | None:
+    """A number of steps is whole from 1 on; below it is a share."""
+    steps = {
+        "schedule.warmup_steps": config.schedule.warmup_steps, "schedule.cooldown_steps": config.schedule.cooldown_steps,
+        "data.token_warmup_steps": config.data.token_warmup_steps,
+    }  # fmt: skip
+    told = [f"{key} is {value}: a whole number of updates, or a share below 1" for key, value in steps.items()
+            if value >= 1 and value != int(value)]  # fmt: skip
     return "; ".join(told) or None
 
 
@@ -84,4 +117,6 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     lambda c: "ema.device: cpu without ema.decay keeps no average: set both" if c.ema.device == "cpu" and not c.ema.decay else None,
     lambda c: _eps(c.optimizer),
     lambda c: _unread(c.optimizer),
+    lambda c: _unread_schedule(c.schedule),
+    _whole_steps,
 )  # fmt: skip

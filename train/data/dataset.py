@@ -24,9 +24,10 @@ from train.diffusion.objective import Batch
 from train.model.text import TagTokenizer, size_vector
 from train.recipe import rng
 from train.recipe.buckets import crop_condition
-from train.recipe.captions import DrawOptions, draw_many, warmup_length
+from train.recipe.captions import DrawOptions, draw_many
 from train.recipe.order import Plan, Tile
 from train.recipe.rng import Stream
+from train.recipe.schedule import steps_of
 
 
 class TileDataset(Dataset[Batch | Halt]):
@@ -208,7 +209,7 @@ def draw_options(data: DataConfig, total_updates: int) -> DrawOptions:
         caption_dropout=data.caption_dropout,
         caption_dropout_every_epochs=data.caption_dropout_every_epochs,
         warmup_min=data.token_warmup_min,
-        warmup_updates=warmup_length(data.token_warmup_steps, total_updates),
+        warmup_updates=steps_of(data.token_warmup_steps, total_updates),
     )
 
 

@@ -16,13 +16,10 @@ from train.config.schema import flatten
 from train.config.stage import ModelConfig, StageConfig, load_stage
 from train.data.selection import Selection, open_selection, vae_mark
 from train.model import source as model_source
-from train.recipe import schedule
-from train.recipe.captions import warmup_length
 from train.storage import manifest, resume
-from train.storage.resume import Comparison, Expectations
+from train.storage.resume import LENGTH, Comparison, Expectations
 from train.storage.rundir import read_done
 
-LENGTH = ("epochs", "max_updates")  # the keys that make a run longer
 _MODEL = ("model.init_from", "model.vae", "model.tokenizers", "model.init_sha256", "model.vae_sha256")
 
 
@@ -53,11 +50,13 @@ def answer(config: StageConfig) -> Answer | None:
     except Halt:  # a set that was cleared away does not undo what was made of it
         selection = None
     found = _compared(config, state, selection)
-    longer = [difference for difference in found.warned if difference.key in LENGTH]
+    longer = [difference for difference in found.warned + found.accepted if difference.key in LENGTH]
     if longer and not found.refused and type(step) is int:
         selection = selection or open_selection(config)  # to go on, it is needed: this says what is wrong with it
         if selection.plan.total_updates > step:
-            _refuse_another_past(config, state, selection, path, step)
+            if not (path / "checkpoints" / f"step-{step:08d}").is_dir():
+                told = f"{path} was finished after update {step}, and its checkpoint of that update is gone"
+                raise Halt(ExitCode.MISMATCH, f"{told}: choose another output_dir")
             told = ", ".join(f"{d.key} {d.saved} is now {d.now}" for d in longer)
             return Answer(True, f"{name} was finished after update {step} and goes on to {selection.plan.total_updates}: {told}")
     if found.refused or found.warned:
@@ -76,7 +75,7 @@ def went_on(step: int, done: Mapping[str, Any] | None, comparison: Comparison) -
     """What lineage tells of a run that is taken up at `step`, after it was finished as `done` says."""
     if done is None or type(done.get("step")) is not int or step > done["step"]:
         return []
-    return [f"finished after update {done['step']}, then {d}" for d in comparison.warned if d.key in LENGTH]
+    return [f"finished after update {done['step']}, then {d}" for d in comparison.warned + comparison.accepted if d.key in LENGTH]
 
 
 def _state(path: Path, step: Any) -> dict[str, Any] | None:
@@ -131,33 +130,3 @@ def _held_by_model(model: ModelConfig) -> dict[str, str]:
     source = model_source.resolve(model)
     words = load_tag_tokenizer(source.tokenizers).identity() if source.tokenizers is not None else ""
     return dict(zip(_MODEL, (source.sha256, vae_mark(source), words, source.sha256, vae_mark(source)), strict=True))
-
-
-def _refuse_another_past(
-    config: StageConfig, state: Mapping[str, Any], selection: Selection, path: Path, step: int
-) -> None:
-    """Halt(MISMATCH) where the longer run would have applied other updates than those that this one has behind it."""
-    start = f"{path} was finished after update {step} and cannot go on to {selection.plan.total_updates}"
-    if not (path / "checkpoints" / f"step-{step:08d}").is_dir():
-        raise Halt(ExitCode.MISMATCH, f"{start}: its checkpoint of that update is gone. Choose another output_dir")
-    before = replace(config, **{key: state["config"][key] for key in LENGTH if key in state["config"]})
-    epoch = selection.plan.cycle_updates
-    then, now = _past(before, epoch, step, step), _past(config, epoch, selection.plan.total_updates, step)
-    if changed := [what for what in then if then[what] != now[what]]:
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"{start}: in a run of that length {' and '.join(changed)} of the updates already applied would have been "
-            "others. Choose another output_dir, or give these keys in updates instead of shares",
-        )
-
-
-def _past(config: StageConfig, epoch_updates: int, total_updates: int, updates: int) -> dict[str, Any]:
-    """What decided the first `updates` of `total_updates` updates and may depend on the length of the run."""
-    cycle = schedule.cycle_length(config.schedule, epoch_updates=epoch_updates)
-    rates = [
-        schedule.lr_at(update, peak=peak, config=config.schedule, cycle_updates=cycle)
-        for peak in schedule.peaks(config.optimizer).values()
-        for update in range(updates)
-    ]
-    warmup = warmup_length(config.data.token_warmup_steps, total_updates)
-    return {"the learning rates (schedule)": rates, "the captions (data.token_warmup_steps)": warmup}

@@ -165,7 +165,10 @@ def open_rates(config: StageConfig, plan: Plan) -> Rates:
     """The stage's schedule over the length of its run, refused if it means something else than it says."""
     check_schedule(config, plan)
     cycle = schedule.cycle_length(config.schedule, epoch_updates=plan.cycle_updates)
-    return partial(schedule.rates_at, peaks=schedule.peaks(config.optimizer), config=config.schedule, cycle_updates=cycle)
+    return partial(
+        schedule.rates_at, peaks=schedule.peaks(config.optimizer), config=config.schedule, cycle_updates=cycle,
+        total_updates=plan.total_updates,
+    )  # fmt: skip
 
 
 def open_trained(

@@ -65,11 +65,6 @@ def render(fixed: Sequence[str], flex: Sequence[str], separator: str = SEPARATOR
     return f"{join(fixed)}, {separator} {join(flex)}"
 
 
-def warmup_length(steps: float, total_updates: int) -> int:
-    """`data.token_warmup_steps` in updates: a value below 1 is a share of all updates, rounded down."""
-    return int(steps * total_updates) if steps < 1 else int(steps)
-
-
 def draw(
     fixed: Sequence[str], flex: Sequence[str], options: DrawOptions, *, seed: int, uid: int, epoch: int, update: int
 ) -> tuple[list[str], list[str]]:

@@ -10,29 +10,55 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from train.base.errors import ExitCode, Halt
+from train.config.stage import OVER_THE_RUN
 
 if TYPE_CHECKING:
     from train.config.stage import OptimizerConfig, ScheduleConfig
 
 
-def lr_at(updates: int, *, peak: float, config: ScheduleConfig, cycle_updates: int) -> float:
-    """Learning rate of the next update when `updates` have been applied, for a group whose peak is `peak`.
+def lr_at(updates: int, *, peak: float, config: ScheduleConfig, cycle_updates: int, total_updates: int) -> float:
+    """Learning rate of the next update when `updates` have been applied, for a group whose peak is P = `peak`.
 
-    cosine_restarts: m + (P - m) * (1 + cos(pi * s / N)) / 2 in cycle c, where N = `cycle_updates`, n = updates * u,
-    c, s = divmod(n, N), P = peak * decay^c. u = 1, or with unit `process_step` the number of processes of the run to
-    reproduce: its scheduler was advanced once per process, and this schedule did not stretch N to match.
-    constant_with_warmup: peak * min(1, n / warmup_steps). Source: notebook, checked against the class it names.
+    With m = min_lr, w the warmup and T = `total_updates` in updates, n = updates * u, where u = 1, or with unit
+    `process_step` the number of processes of the run to reproduce: its scheduler was advanced once per process, and
+    its schedule did not stretch to match.
+    cosine_restarts: m + (top - m) * (1 + cos(pi * s / N)) / 2 in cycle c, where N = `cycle_updates`,
+    c, s = divmod(n, N), top = P * decay^c. Source: notebook, checked against the class it names.
+    All others climb as P * n / w while n < w. Then constant and constant_with_warmup stay at P; the rest fall to m:
+    cosine: m + (P - m) * (1 + cos(pi * x)) / 2 and linear: m + (P - m) * (1 - x), with x = (n - w) / (T - w);
+    wsd (warmup, stable, decay: Hu et al. 2024, arXiv 2404.06395): P until n = T - cooldown, then linear to m.
+    These three are checked against the functions of the same names in transformers.
     """
     ticks = updates * ticks_per_update(config)
-    if config.name == "constant":
+    if config.name == "cosine_restarts":
+        return _restarts(updates, ticks, peak, config, cycle_updates)
+    warmup, cooldown = spans(config, total_updates)
+    if ticks < warmup:
+        return peak * ticks / warmup
+    if config.name not in OVER_THE_RUN:
         return peak
-    if config.name == "constant_with_warmup":
-        return peak * min(1.0, ticks / config.warmup_steps) if config.warmup_steps else peak
+    start = total_updates - cooldown if config.name == "wsd" else warmup
+    gone = min(max(ticks - start, 0) / max(total_updates - start, 1), 1.0)
+    left = (1 + math.cos(math.pi * gone)) / 2 if config.name == "cosine" else 1 - gone
+    return config.min_lr + (peak - config.min_lr) * left
+
+
+def _restarts(updates: int, ticks: int, peak: float, config: ScheduleConfig, cycle_updates: int) -> float:
     if updates == 0 and config.first_step_at_min:  # the original's constructor writes the floor into the group
         return config.min_lr
     cycle, inside = divmod(ticks, cycle_updates)
     top = peak * config.decay**cycle
     return config.min_lr + (top - config.min_lr) * (1 + math.cos(math.pi * inside / cycle_updates)) / 2
+
+
+def spans(config: ScheduleConfig, total_updates: int) -> tuple[int, int]:
+    """Updates of the warmup and of wsd's cooldown; below 1 a share of all updates."""
+    return steps_of(config.warmup_steps, total_updates), steps_of(config.cooldown_steps, total_updates)
+
+
+def steps_of(steps: float, total_updates: int) -> int:
+    """Updates that a key in steps means, such as `data.token_warmup_steps`: below 1 a share of all, rounded down."""
+    return int(steps * total_updates) if steps < 1 else int(steps)
 
 
 def ticks_per_update(config: ScheduleConfig) -> int:
@@ -46,20 +72,24 @@ def cycle_length(config: ScheduleConfig, *, epoch_updates: int) -> int:
 
 
 def rates_at(
-    updates: int, *, peaks: Mapping[str, float], config: ScheduleConfig, cycle_updates: int
+    updates: int, *, peaks: Mapping[str, float], config: ScheduleConfig, cycle_updates: int, total_updates: int
 ) -> dict[str, float]:
     """Learning rate of every parameter group after `updates` applied updates; `peaks` as from `peaks`."""
-    return {group: lr_at(updates, peak=peak, config=config, cycle_updates=cycle_updates) for group, peak in peaks.items()}
+    return {
+        group: lr_at(updates, peak=peak, config=config, cycle_updates=cycle_updates, total_updates=total_updates)
+        for group, peak in peaks.items()
+    }
 
 
 def long_warmup(config: ScheduleConfig, *, total_updates: int) -> str | None:
     """One line where the warmup outlasts the run, so that the peak is never reached; None where it does not."""
     last = max(total_updates - 1, 0) * ticks_per_update(config)
-    if config.name != "constant_with_warmup" or last >= config.warmup_steps:
+    warmup, _ = spans(config, total_updates)
+    if last >= warmup:
         return None
     return (
-        f"schedule.warmup_steps {config.warmup_steps} is longer than the run, {total_updates} updates: the learning rate "
-        f"gets to {last / config.warmup_steps:.0%} of optimizer.unet_lr and no further"
+        f"schedule.warmup_steps {warmup} is longer than the run, {total_updates} updates: the learning rate "
+        f"gets to {last / warmup:.0%} of optimizer.unet_lr and no further"
     )
 
 
@@ -68,20 +98,19 @@ def check(
 ) -> None:
     """Refuse a schedule that means something else than it says; `peaks` maps a config key to its peak.
 
-    Raises Halt(USAGE) when a cycle of the run, or one announced by `schedule.cycles` (null: `epochs`), would peak
-    below `schedule.min_lr`, or when a key is set that the chosen schedule does not read.
+    Raises Halt(USAGE) when a peak of the run, or one announced by `schedule.cycles` (null: `epochs`), would lie
+    below `schedule.min_lr`, or when warmup and cooldown together are longer than the run.
     """
-    if config.name != "constant_with_warmup" and config.warmup_steps:
+    warmup, cooldown = spans(config, total_updates)
+    if config.name == "wsd" and warmup + cooldown > total_updates:
         raise Halt(
             ExitCode.USAGE,
-            f"schedule.warmup_steps is {config.warmup_steps}, but schedule.name {config.name} has no warmup: "
-            "set it to 0 or use constant_with_warmup",
+            f"schedule.warmup_steps {warmup} and schedule.cooldown_steps {cooldown} together are longer than the run, "
+            f"{total_updates} updates: shorten one, or give both as shares below 1",
         )
-    if config.name != "cosine_restarts":
-        _check_constant(config)
-        return
     ticks = max(total_updates - 1, 0) * ticks_per_update(config)
-    last = max(ticks // cycle_updates, (config.cycles or epochs) - 1)
+    restarts = config.name == "cosine_restarts"
+    last = max(ticks // cycle_updates, (config.cycles or epochs) - 1) if restarts else 0
     for key, peak in peaks.items():
         for cycle in range(last + 1):
             top = peak * config.decay**cycle
@@ -90,17 +119,10 @@ def check(
                     ExitCode.USAGE,
                     f"{key} {peak:g} x schedule.decay {config.decay:g} ^ {cycle} = {top:.3g} is the peak of cycle "
                     f"{cycle} and lies below schedule.min_lr {config.min_lr:g}: raise the peak or the decay, lower "
-                    f"min_lr, or run fewer than {cycle + 1} cycles (schedule.cycles, epochs)",
-                )
-
-
-def _check_constant(config: ScheduleConfig) -> None:
-    for key, unused in (("min_lr", 0), ("decay", 1), ("cycles", None)):
-        if getattr(config, key) != unused:
-            raise Halt(
-                ExitCode.USAGE,
-                f"schedule.{key} is {getattr(config, key)}, but schedule.name {config.name} does not read it",
-            )
+                    f"min_lr, or run fewer than {cycle + 1} cycles (schedule.cycles, epochs)"
+                    if restarts else
+                    f"{key} {peak:g} is the peak and lies below schedule.min_lr {config.min_lr:g}: raise it or lower min_lr",
+                )  # fmt: skip
 
 
 _GROUPS = {"optimizer.unet_lr": ("unet",), "optimizer.text_encoder_lr": ("text_encoder", "text_encoder_2")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,9 +17,10 @@ from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask_settings
 from train.config.key import Resume
 from train.config.schema import keys_of
-from train.config.stage import StageConfig
+from train.config.stage import OVER_THE_RUN, StageConfig
 
 _SPECIAL_ACCEPTS = {"attempts", "data", "plan", "parent"}  # beside the config's own keys and sections
+LENGTH = ("epochs", "max_updates")  # the keys that make a run longer
 _SHOWN = 6  # names per kind in a message
 _CLASSES: Mapping[str, Resume] = {name: found.said.resume for name, found in keys_of(StageConfig).items()}
 # Keys of the first schema that are gone, with their defaults: its checkpoints do not say which of theirs were not at
@@ -34,9 +35,10 @@ class Difference:
     key: str
     saved: Any
     now: Any
+    why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key}: checkpoint {_short(self.saved)}, now {_short(self.now)}"
+        return f"{self.key}: checkpoint {_short(self.saved)}, now {_short(self.now)}{self.why and f' ({self.why})'}"
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,8 @@ def compare(state: Mapping[str, Any], now: Expectations) -> Comparison:
     found: dict[str, list[Difference]] = {"refuse": [], "warn": [], "free": [], "accepted": []}
     for difference in _config_differences(state, now):
         kind = key_class(difference.key)
+        if difference.key in LENGTH and (shares := _shares_of_the_run(now.config)):
+            kind, difference = "refuse", replace(difference, why=f"{shares} would have been another up to here")
         if kind == "refuse" and _is_accepted(difference.key, now.accept):
             kind = "accepted"  # type: ignore[assignment]
         found[kind].append(difference)
@@ -126,6 +130,13 @@ def compare(state: Mapping[str, Any], now: Expectations) -> Comparison:
         if saved_notes[key] != _plain(now.notes[key]):
             found["warn"].append(Difference(key, saved_notes[key], _plain(now.notes[key])))
     return Comparison(tuple(found["refuse"]), tuple(found["warn"]), tuple(found["accepted"]), tuple(found["free"]))
+
+
+def _shares_of_the_run(config: Mapping[str, Any]) -> str:
+    """Keys whose values up to any update depend on the length of the run; empty where none does."""
+    found = ["schedule.name"] if config.get("schedule.name") in OVER_THE_RUN else []
+    steps = ("schedule.warmup_steps", "data.token_warmup_steps")
+    return ", ".join(found + [key for key in steps if 0 < config.get(key, 0) < 1])
 
 
 def tensor_differences(

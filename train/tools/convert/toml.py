@@ -281,8 +281,12 @@ def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> set[str
                 )
         elif warmup:
             notes["lr_warmup_steps"] = "ignored by the original: lr_scheduler is constant"
-    elif name in ("cosine", "cosine_with_restarts"):
-        cycles = whole(theirs, "lr_scheduler_num_cycles", 1, 1) if name != "cosine" else 1
+    elif name in ("cosine", "linear"):
+        config["schedule.name"] = name
+        if warmup:
+            config["schedule.warmup_steps"] = warmup
+    elif name == "cosine_with_restarts":
+        cycles = whole(theirs, "lr_scheduler_num_cycles", 1, 1)
         config |= {"schedule.name": "cosine_restarts", "schedule.cycles": cycles, "schedule.first_step_at_min": False}
         if steps:
             config["schedule.cycle_steps"] = math.ceil(steps / cycles)

@@ -96,7 +96,7 @@ def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
             "updates_per_restart": cycle / ticks if restarts else None,
             "unit": config.schedule.unit,
         },
-        "lr": [lr_row(config, update, cycle) for update in _rows(request.updates, total, cycle / ticks if restarts else total)],
+        "lr": [lr_row(config, update, cycle, total) for update in _rows(request.updates, total, cycle / ticks if restarts else total)],
         "tolerances": {key: limit._asdict() for key, limit in tolerances.of(config).items()},
         "memory": memory_plan,
         "disk": _disk_report(config, None if foreign else setup, images, per_epoch, total, _free_disk(config, request, how)),
@@ -128,10 +128,12 @@ def _rows(asked: Sequence[int], total: int, cycle: float) -> list[int]:
     return sorted(update for update in spread | restarts | {0, 1} if update < total)
 
 
-def lr_row(config: StageConfig, update: int, cycle: int) -> dict[str, Any]:
+def lr_row(config: StageConfig, update: int, cycle: int, total: int) -> dict[str, Any]:
     """Learning rates of one update (its 0-based number = updates applied before it) and its restart cycle."""
     rates = {
-        key.removeprefix("optimizer."): schedule.lr_at(update, peak=peak, config=config.schedule, cycle_updates=cycle)
+        key.removeprefix("optimizer."): schedule.lr_at(
+            update, peak=peak, config=config.schedule, cycle_updates=cycle, total_updates=total
+        )
         for key, peak in schedule.peak_keys(config.optimizer).items()
     }
     row: dict[str, Any] = {"update": update, "lr": rates["unet_lr"], **rates}

@@ -140,7 +140,8 @@ def write_curve(path: Path, config: StageConfig, total_updates: int, cycle_updat
     names = {"optimizer.unet_lr": "U-Net", "optimizer.text_encoder_lr": "text encoders"}
     peaks = {names[key]: peak for key, peak in schedule.peak_keys(config.optimizer).items()}
     lines = [
-        (name, colour, [(float(u), schedule.lr_at(u, peak=peak, config=config.schedule, cycle_updates=cycle_updates or 1))
+        (name, colour, [(float(u), schedule.lr_at(u, peak=peak, config=config.schedule, cycle_updates=cycle_updates or 1,
+                                                    total_updates=total_updates))
                         for u in updates])
         for (name, peak), colour in zip(peaks.items(), COLOURS, strict=False)
     ]  # fmt: skip
