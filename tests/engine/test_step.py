@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import synthetic
 import torch
+import torch.distributed as dist
 from diffusers import UNet2DConditionModel
+from forked import run_ranks
 from safetensors.torch import load_file
 from stages import Stage, opened
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -18,9 +21,10 @@ from updates import gradients, one_update, relative
 
 from train.base.errors import ExitCode, Halt
 from train.diffusion.objective import image_losses
-from train.engine import loop
+from train.engine import loop, trial
 from train.engine.session import Session
-from train.engine.step import bad_step, may_apply
+from train.engine.step import TileBackward, bad_step, may_apply
+from train.optim import optimizers
 from train.recipe import rng
 from train.recipe.order import Tile
 from train.recipe.rng import Stream
@@ -160,6 +164,53 @@ def test_what_a_short_tile_weighs(average: str, base_model: Path, tmp_path: Path
         share = (n / 5, m / 5) if average == "images" else (0.5, 0.5)
         wanted = {name: share[0] * first[name] + share[1] * second[name] for name in first}
         assert relative(gradients(session), wanted) < 1e-6
+
+
+def outside_the_buckets(rank: int, world: int, folder: str, data: str, model: str, overrides: list[str]) -> list[list[int]]:
+    """For each of three updates, how many gradients lie in none of DDP's buckets after each backward (in a forked process)."""
+    stage = Stage(Path(folder, str(rank)), Path(data), Path(model))
+    with opened(stage, "batch.effective=12", "batch.split=2", "data.workers=0", *overrides) as session:
+        buckets: list[tuple[int, int]] = []
+        addresses: list[list[int]] = []
+        trained, backward = session.trained, TileBackward.__call__
+
+        def noted(_: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+            buffer = bucket.buffer()
+            buckets.append((buffer.data_ptr(), buffer.data_ptr() + buffer.nbytes))
+            return dist.all_reduce(buffer.div_(world), async_op=True).get_future().then(lambda done: done.value()[0])
+
+        def looked_at(self: TileBackward, *args: Any, **kwargs: Any) -> None:
+            backward(self, *args, **kwargs)
+            addresses.append([0 if p.grad is None else p.grad.data_ptr() for p in trained.parameters.values()])
+
+        noted.__annotations__ = {}  # DDP checks those of a hook, and ours are text
+        trained.gradients.model.register_comm_hook(None, noted)
+        TileBackward.__call__ = looked_at  # type: ignore[method-assign]
+        calls, places = [], [p.grad.data_ptr() for p in trained.parameters.values() if p.grad is not None]
+        trained.gradients.model.register_forward_hook(lambda *_: calls.append(1))
+        trial.check(session)
+        assert calls, "what is tried before the first update runs through DDP"
+        assert not buckets, "and talks to nobody"
+        assert [p.grad.data_ptr() for p in trained.parameters.values() if p.grad is not None] == places
+        assert not any(p.grad.any() for p in trained.parameters.values() if p.grad is not None)
+        found = []
+        for step in range(3):  # DDP makes its buckets anew between the first and the second
+            optimizers.set_lrs(trained.optimizer, trained.rates_at(step))
+            one_update(session, step, tiles_here=3)
+            trained.step(step)
+            found.append([sum(not any(a <= at < b for a, b in buckets) for at in after) for after in addresses])
+            buckets.clear()
+            addresses.clear()
+    return found
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.weights=bf16", "precision=bf16", "model.channels_last=true"]])
+def test_gradients_lie_in_the_buckets_from_the_first_backward_on(
+    overrides: list[str], base_model: Path, dataset: Path, tmp_path: Path
+) -> None:
+    """2 processes x 3 tiles x 2 parts: beside them the buckets would hold every gradient a second time."""
+    names = (str(tmp_path / "runs"), str(dataset), str(base_model), overrides)
+    assert run_ranks(2, outside_the_buckets, tmp_path, *names) == [[[0] * 6] * 3] * 2
 
 
 def generator_states() -> list[bytes]:

@@ -41,6 +41,7 @@ def run_ranks(world: int, function: Callable[..., Any], folder: Path, *args: Any
 def _rank(rank: int, world: int, function: Callable[..., Any], folder: str, args: tuple[Any, ...], joined: bool) -> None:
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate asks for them, and uses the group that exists
     try:
         if joined:
             store = dist.FileStore(f"{folder}/store", world)

@@ -8,12 +8,12 @@ from train.engine.session import Session
 from train.engine.step import Outcome, compute_update
 
 
-def one_update(session: Session, step: int = 0) -> Outcome:
-    """Gradients of a plan step, not clipped, not applied."""
+def one_update(session: Session, step: int = 0, *, tiles_here: int | None = None) -> Outcome:
+    """Gradients of a plan step, not clipped, not applied; `tiles_here` of its tiles are this process's (None: all)."""
     tiles = session.data.plan.update(step)
     return compute_update(
         session.trained.gradients, session.data.loader.next_update(), diffusion=session.trained.diffusion, scale=session.trained.scale,
-        images=sum(len(tile.rows) for tile in tiles), tiles_here=len(tiles), tiles_in_update=len(tiles), step=step,
+        images=sum(len(tile.rows) for tile in tiles), tiles_here=tiles_here or len(tiles), tiles_in_update=len(tiles), step=step,
         max_grad_norm=0.0, stop_asked=lambda: False,
     )  # fmt: skip
 

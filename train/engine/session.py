@@ -28,7 +28,7 @@ from train.engine.processes import Watch
 from train.engine.refusals import check_schedule
 from train.engine.restore import expectations, restore, state_of
 from train.engine.setup import Data, Machine, Model, make_optimizer, open_shares
-from train.engine.step import Gradients, Rates, Trained
+from train.engine.step import Gradients, Rates, Trained, adopted_by_buckets
 from train.model.networks import Networks, trained_parameters
 from train.observe.heldout import HeldOut
 from train.observe.metrics import read_metrics
@@ -238,6 +238,7 @@ def open_gradients(machine: Machine, networks: Networks) -> Gradients:
         return Gradients(networks, parameters, place, strict_groups=groups, virtual_per_rank=machine.virtual_per_rank)
     if place.world == 1:
         return Gradients(networks, parameters, place)
+    adopted_by_buckets(parameters)
     with warnings.catch_warnings():
         # torch 2.13 renames broadcast_buffers; accelerate and older torch know the old name only.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)

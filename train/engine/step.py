@@ -54,7 +54,11 @@ class Outcome:
 
 
 class Gradients:
-    """Owner of an update's gradients: DDP's in fast mode, a flat buffer with a fixed order of sums in strict mode."""
+    """Owner of an update's gradients: DDP's in fast mode, a flat buffer with a fixed order of sums in strict mode.
+
+    Under DDP they lie in its buckets from the first backward on (`adopted_by_buckets`) and are cleared in place: a gradient
+    of None would be allocated beside its bucket by every backward that does not reduce, and held twice until one does.
+    """
 
     def __init__(
         self,
@@ -67,6 +71,7 @@ class Gradients:
         control: dist.ProcessGroup | None = None,
     ) -> None:
         self.model, self.place, self.control = model, place, control
+        self.wrapped = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self.parameters = list(parameters)
         self.groups, self.virtual_per_rank = strict_groups, virtual_per_rank
         self.flat = FlatGradients(self.parameters) if strict_groups is not None else None
@@ -82,12 +87,18 @@ class Gradients:
         return self.flat.flat.nbytes * partial_sums(self.virtual_per_rank) if self.flat is not None else 0
 
     def clear(self) -> None:
-        """Forget what was accumulated."""
+        """Forget what was accumulated; on one process in fast mode its memory is given back too."""
         if self.flat is not None:
             self.flat.zero()
+        elif self.wrapped is not None:
+            torch._foreach_zero_([p.grad for p in self.parameters if p.grad is not None])
         else:
             for parameter in self.parameters:
                 parameter.grad = None
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """A context whose backwards add to this process's gradients and to no other's: no collective."""
+        return self.wrapped.no_sync() if self.wrapped is not None else contextlib.nullcontext()
 
     def accumulate(self, batches: Iterable[Batch], tiles: int, step: int, backward: TileBackward) -> None:
         """Run every tile forward and backward and leave the sum over all processes in `.grad`."""
@@ -103,8 +114,7 @@ class Gradients:
             for part_number, part in enumerate(parts, 1):
                 last = number == tiles and part_number == len(parts)
                 skip = last and faults.skips("reduce", step)
-                wrapped = self.model if isinstance(self.model, nn.parallel.DistributedDataParallel) else None
-                with wrapped.no_sync() if wrapped and (not last or skip) else contextlib.nullcontext():
+                with contextlib.nullcontext() if last and not skip else self.alone():
                     backward(self.model, part, factor=self.factor)
 
     def _accumulate_strict(
@@ -124,6 +134,12 @@ class Gradients:
         flat.check()
         if not faults.skips("reduce", step):
             reduce_pairwise(flat.flat, self.place.rank, self.groups or {})
+
+
+def adopted_by_buckets(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients of zeros: DDP with `gradient_as_bucket_view` takes those that exist when it is made into its buckets."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
 
 
 @dataclass

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.data.dataset import assembled
@@ -44,10 +43,9 @@ def check(session: Session) -> int:
     between two buckets when a stop was asked for: the caller's next agreed stop ends all processes.
     """
     trained, plan, dataset = session.trained, session.data.plan, session.data.loader.dataset
-    device, model = session.run.place.device, trained.gradients.model
-    target = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    device, gradients = session.run.place.device, trained.gradients
     on_gpu = device.type == "cuda"
-    pending_bytes = pending_state_bytes(trained) + trained.gradients.partial_sums_bytes if on_gpu else 0
+    pending_bytes = pending_state_bytes(trained) + gradients.partial_sums_bytes if on_gpu else 0
     reserve = torch.empty(pending_bytes, dtype=torch.uint8, device=device)
     for width, height in shapes_to_try(plan, device):
         if session.run.stop.asked:
@@ -55,7 +53,8 @@ def check(session: Session) -> int:
         images = -(-plan.largest_tiles[width, height] // trained.diffusion.split)
         part = synthetic_part(width, height, images, dataset.tokenizer, dataset.data.max_tokens).to(device)
         try:
-            image_losses(target, part, trained.diffusion).sum().backward()
+            with gradients.alone():  # through the wrapper: what it keeps must fit too
+                image_losses(gradients.model, part, trained.diffusion).sum().backward()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise Halt(
                 ExitCode.OUT_OF_MEMORY,
@@ -63,7 +62,7 @@ def check(session: Session) -> int:
                 "raise batch.split, set model.gradient_checkpointing=full, or use an overlay of configs/memory/",
             ) from error
         finally:
-            trained.gradients.clear()
+            gradients.clear()
     del reserve
     return torch.cuda.max_memory_allocated(device) if on_gpu else 0
 

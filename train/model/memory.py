@@ -219,7 +219,7 @@ def predict(
 ) -> Prediction:
     """Peak bytes of an update that runs `images` of `bucket` (width, height in pixels) at once on one device.
 
-    Assumes that DDP's buckets are the gradients (`gradient_as_bucket_view`), and autocast without a weight cache.
+    Assumes that gradients lie in DDP's buckets throughout (`engine.step.adopted_by_buckets`), and autocast without a weight cache.
     """
     trained = sum(setup.trained().values())
     weight_bytes = 2 if setup.weights == "bf16" else 4

@@ -40,7 +40,7 @@ def to_16_bit(parameters: Iterable[nn.Parameter]) -> None:
 def step(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], *, seed: int, update: int
 ) -> None:
-    """`optimizer.step()` in fp32 for bf16 parameters, rounded stochastically; gradients are gone afterwards.
+    """`optimizer.step()` in fp32 for bf16 parameters, rounded stochastically; their gradients stay where they are.
 
     Works with any optimizer that skips parameters without a gradient, chunk by chunk, so its own state is fp32 (or
     8 bit) as if the weights were. `parameters`: all that train, of which the optimizer may hold a share; their order
@@ -54,7 +54,6 @@ def step(
     for parameter, rounding_seed in zip(parameters.values(), seeds_N, strict=True):
         if parameter.grad is not None and id(parameter) in in_optimizer:
             held.append((parameter, parameter.grad, rounding_seed))
-        parameter.grad = None
     generators: dict[torch.device, torch.Generator] = {}
     for chunk in _chunks(held):
         # Stand-ins, because a parameter whose own data changes its dtype gets a new gradient accumulator, on which
