@@ -8,6 +8,12 @@ from __future__ import annotations
 import re
 from pathlib import PurePosixPath
 
+JSON, TABLES = (".json", ".jsonl", ".ndjson"), (".parquet", ".csv", ".tsv")
+ENDINGS: dict[str, tuple[str, ...]] = {  # adapter: endings of the files that hold its records; sidecar's are named in the config
+    "sidecar": (), "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",), "table": TABLES,
+    "danbooru": JSON, "gelbooru": JSON, "e621": JSON, "sd_scripts": JSON, "deepghs": (".parquet",), "simpletuner": (".parquet",),
+    "huggingface": (*JSON, *TABLES, ".arrow", ".tar"), "danbooru2023": (".db", ".sqlite", ".sqlite3"),
+}  # fmt: skip
 IMAGE_SUFFIXES = frozenset(
     [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".jxl"]
 )

@@ -6,15 +6,8 @@ from pathlib import Path, PurePosixPath
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
-from train.prepare.folders.kinds import is_image, media_kind
+from train.prepare.folders.kinds import ENDINGS, JSON, TABLES, is_image, media_kind
 
-_JSON = (".json", ".jsonl", ".ndjson")
-_TABLES = (".parquet", ".csv", ".tsv")
-_FILES: dict[str, tuple[str, ...]] = {  # adapter: endings of the files that it reads alone; all read folders
-    "sidecar": (), "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",), "table": _TABLES,
-    "danbooru": _JSON, "gelbooru": _JSON, "e621": _JSON, "sd_scripts": _JSON, "deepghs": (".parquet",),
-    "huggingface": (*_JSON, *_TABLES, ".arrow", ".tar"), "simpletuner": (".parquet",), "danbooru2023": (".db", ".sqlite", ".sqlite3"),
-}  # fmt: skip
 _OPEN_ENDED = ("danbooru", "gelbooru", "e621", "sd_scripts", "danbooru2023")  # dumps come with other endings, or none
 
 
@@ -28,17 +21,17 @@ def check_place(source: SourceConfig) -> None:
     if not path.is_file():
         raise Halt(ExitCode.USAGE, f"sources {source.name}: path {source.path} is a device or a pipe: name a folder or a file")
     suffix, name = PurePosixPath(path.name).suffix.lower(), f"sources {source.name}: path {source.path}"
-    endings = _FILES[source.adapter]
+    endings = ENDINGS[source.adapter]
     if suffix in endings or (source.adapter == "sidecar" and is_image(path.name)):
         return
     kind = "picture" if is_image(path.name) else media_kind(path.name)
-    if kind is None and source.adapter in _OPEN_ENDED and suffix not in (*_TABLES, ".tar", ".txt", ".arrow"):
+    if kind is None and source.adapter in _OPEN_ENDED and suffix not in (*TABLES, ".tar", ".txt", ".arrow"):
         return
     fixes = [f"name a folder{' or a file ending in ' + ', '.join(endings) if endings else ' or one picture'}"]
     if "archive" in (kind or "") or suffix == ".tar":
         fixes = [f"unpack it and name the {'.tar' if source.adapter == 'webdataset' else 'folder'}"]
-    if suffix in _JSON + _TABLES + (".tar",):
-        other = [adapter for adapter, theirs in _FILES.items() if suffix in theirs]
+    if suffix in JSON + TABLES + (".tar",):
+        other = [adapter for adapter, theirs in ENDINGS.items() if suffix in theirs]
         fixes.append(f"or another adapter: {', '.join(other)} read {suffix}")
     raise Halt(
         ExitCode.USAGE, f"{name} is {f'a file ({kind})' if kind else 'a file'} that adapter {source.adapter} cannot read: {', '.join(fixes)}"

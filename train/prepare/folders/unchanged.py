@@ -14,15 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from train.config.dataset import SourceConfig
-from train.prepare.folders.kinds import is_image
+from train.prepare.folders.kinds import ENDINGS, is_image
 from train.prepare.posts.caption_text import caption_ending
 
-_READ = {  # adapter: endings of what it reads in a folder; of the others everything but pictures
-    "imagefolder": (".jsonl", ".csv", ".parquet", ".arrow"), "webdataset": (".tar",),
-    "huggingface": (".parquet", ".arrow", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".tar"),
-    "table": (".parquet", ".csv", ".tsv"), "danbooru2023": ("post.parquet", "posts.parquet"), "deepghs": (".parquet",), "simpletuner": (".parquet",),
-}  # fmt: skip
-_JSON = (".json", ".jsonl", ".ndjson")
+_READ = ENDINGS | {"danbooru2023": ("post.parquet", "posts.parquet")}  # of a folder; the table of tags is small
 
 
 def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[int]]:
@@ -30,7 +25,7 @@ def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[i
     digest = hashlib.sha256(version.encode())
     sizes = []
     for source in sources:
-        size, endings = 0, _READ.get(source.adapter, _JSON) if source.adapter != "sidecar" else (caption_ending(source),)
+        size, endings = 0, _READ[source.adapter] if source.adapter != "sidecar" else (caption_ending(source),)
         read = dataclasses.replace(source, repeats=1)  # which only `select` looks at
         digest.update(repr(dataclasses.astuple(read)).encode("utf-8", "backslashreplace"))
         for place in dict.fromkeys(filter(None, (source.path, source.images, source.dictionary))):

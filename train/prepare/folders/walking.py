@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from train.config.dataset import SourceConfig
-from train.prepare.folders.files import UnsafePath, check_relative, is_inside, resolve_inside
-from train.prepare.folders.kinds import is_image, is_litter, media_kind
+from train.prepare.folders.files import UnsafePath, check_relative, is_inside, require_source, resolve_inside
+from train.prepare.folders.kinds import ENDINGS, is_image, is_litter, media_kind
 from train.prepare.posts.census import note
-from train.prepare.posts.normalise import printable
+from train.prepare.posts.normalise import Found, printable
 from train.prepare.tables.schemas import ErrorReason, Quarantine
 
 _MOST_LISTED = 20_000  # entries behind a link that leads out, which may be the whole disk
@@ -37,6 +37,22 @@ def walk(source: SourceConfig, root: Path) -> Iterator[str | Quarantine]:
         else:
             met.add(real)
             yield from _refused_folder(source, root, uri)
+
+
+def each_file(source: SourceConfig, read: Callable[[str, Path], Iterator[Found]]) -> Iterator[Found]:
+    """What `read` makes of (name, path) of the source's one file, or of each below it that its adapter reads.
+
+    What the walk refuses is passed on. Raises Halt(USAGE) for a source that is not there.
+    """
+    path = require_source(source)
+    if path.is_file():
+        yield from read(path.name, path)
+        return
+    for found in walk(source, path):
+        if isinstance(found, Quarantine):
+            yield found
+        elif found.lower().endswith(ENDINGS[source.adapter]):
+            yield from read(found, path / found)
 
 
 def not_a_picture(source: SourceConfig, uri: str, kind: str) -> Quarantine:

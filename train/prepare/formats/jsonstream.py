@@ -11,7 +11,7 @@ import codecs
 import itertools
 import json
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Generator, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -61,11 +61,11 @@ def iter_values(path: Path) -> Iterator[tuple[int, Any]]:
         head = head.removeprefix(codecs.BOM_UTF8).lstrip()
         lines = path.suffix.lower() in (".jsonl", ".ndjson") or _first_line_is_whole(head)
         if _OPENING.match(head.decode("utf-8", "replace")) and not (lines and head.startswith(b"{")):
-            yield from _arrays(_Window(file))
+            yield from enumerate(value for _, value in _arrays(_Window(file)))
         elif lines:
             yield from _lines(file)
         else:
-            yield from _objects(_Window(file))
+            yield from enumerate(_objects(_Window(file)))
 
 
 def _first_line_is_whole(head: bytes) -> bool:
@@ -104,6 +104,7 @@ class _Window:
         # Bytes that are not UTF-8 become marks that a record's checks refuse, so only their post is lost.
         self._decode = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape").decode
         self._file, self.text, self.at, self.ended = file, "", 0, False
+        self.known = set[str]()  # keys of the object that was read last
 
     def fill(self, wanted: int) -> None:
         """Have so many characters from `at` on, or all there are."""
@@ -156,24 +157,43 @@ class _Window:
             self.at = end
             return Malformed(f"{_CONSTANTS[0]} is not JSON") if _CONSTANTS else value
 
-    def skip_broken(self, start: re.Pattern[str], known: set[str] | None) -> Literal["next", "last", "lost"]:
-        """Move to the next object that can be read; `known` are the keys that those before it had, None takes any."""
+    def skip_broken(self, start: re.Pattern[str], *, any_keys: bool) -> Literal["next", "last", "lost"]:
+        """Move to the next object that can be read and is like those before it, or like any."""
         for found in itertools.islice(start.finditer(self.text, self.at), _MOST_TRIES):
             try:
                 value, _ = _LENIENT.raw_decode(self.text, found.start(1))
             except (ValueError, RecursionError):
                 continue
-            if found.start(1) > self.at and _is_alike(value.keys(), known):
+            if found.start(1) > self.at and (any_keys or self._is_alike(value.keys())):
                 self.at = found.end()
                 return "next"
         return "last" if self.ended and _LAST.search(self.text, max(self.at, len(self.text) - 200)) else "lost"
 
 
-def _is_alike(keys: Set[str], known: set[str] | None) -> bool:
-    """Whether an object is one of those that a file lists, not one inside another; without any before it, by its id."""
-    if known:
-        return 2 * len(known & keys) > len(known)
-    return known is None or bool(keys & _IDS and not keys >= _TAG)
+    def _is_alike(self, keys: Set[str]) -> bool:
+        """Whether an object is one of those that a file lists, not one inside another; without any before it, by its id."""
+        if self.known:
+            return 2 * len(self.known & keys) > len(self.known)
+        return bool(keys & _IDS and not keys >= _TAG)
+
+    def listed(self, closing: str, read: Callable[[_Window], tuple[str, Any]], start: re.Pattern[str]) -> Generator[tuple[str, Any], None, str | None]:
+        """(name, value or Malformed) up to a bracket, behind which `at` then stands.
+
+        Returns that bracket, none at the end of the text, None where the rest is lost, which has been told.
+        """
+        while (letter := self.letter(_BLANKS_AND_COMMAS)) not in (closing, ""):
+            try:
+                name, value = read(self)
+                self.known = set(value) if isinstance(value, dict) else self.known
+            except (ValueError, RecursionError) as error:
+                name, value = "", _report(error)
+                found = self.skip_broken(start, any_keys=start is _MEMBER and not self.known)
+                if found != "next":
+                    yield name, value if found == "last" else _rest(value.message)
+                    return None
+            yield name, value
+        self.at += len(letter)
+        return letter
 
 
 def _report(error: Exception) -> Malformed:
@@ -184,46 +204,35 @@ def _rest(message: str) -> Malformed:
     return Malformed(f"{message}; {REST_UNREAD}")
 
 
-def _objects(window: _Window) -> Iterator[tuple[int, Any]]:
+def _objects(window: _Window) -> Iterator[Any]:
     """Values that follow each other: one post, or several as jq and appending scripts write them."""
-    row = 0
+    first = True
     while letter := window.letter():
-        if row and letter != "{":
-            yield row, _rest("more text after the value")
+        if not first and letter != "{":
+            yield _rest("more text after the value")
             return
         try:
             value = window.value()
         except (ValueError, RecursionError) as error:
             value = _report(error)
-            if window.skip_broken(_BEHIND, None) != "next":
-                yield row, value if window.ended else _rest(value.message)
+            if window.skip_broken(_BEHIND, any_keys=True) != "next":
+                yield value if window.ended else _rest(value.message)
                 return
-        yield row, value
-        row += 1
+        yield value
+        first = False
 
 
-def _arrays(window: _Window) -> Iterator[tuple[int, Any]]:
-    """Values of the arrays or pages that follow each other."""
-    row, known = 0, set[str]()
+def _arrays(window: _Window) -> Iterator[tuple[str, Any]]:
+    """("", value) of the arrays or pages that follow each other."""
     while (opening := window.opening()) is not None:
-        while (letter := window.letter(_BLANKS_AND_COMMAS)) not in ("]", ""):
-            try:
-                value = window.value()
-                known = set(value) if isinstance(value, dict) else known
-            except (ValueError, RecursionError) as error:
-                value = _report(error)
-                found = window.skip_broken(_SIBLING, known)
-                if found != "next":
-                    yield row, value if found == "last" else _rest(value.message)
-                    return
-            yield row, value
-            row += 1
-        window.at += len(letter)
+        letter = yield from window.listed("]", lambda inner: ("", inner.value()), _SIBLING)
+        if letter is None:
+            return
         if not letter or (opening[1] and not _page_ends(window)):
-            yield row, _rest("the array has no end" if not letter else "more text after the posts of a page")
+            yield "", _rest("the array has no end" if not letter else "more text after the posts of a page")
             return
     if window.letter():
-        yield row, _rest("more text after the array")
+        yield "", _rest("more text after the array")
 
 
 def _page_ends(window: _Window) -> bool:
@@ -254,18 +263,6 @@ def iter_members(path: Path) -> Iterator[tuple[str, Any]]:
             yield "", Malformed("expected an object of objects")
             return
         window.at += 1
-        known = set[str]()
-        while (letter := window.letter(_BLANKS_AND_COMMAS)) not in ("}", ""):
-            try:
-                name, value = _member(window)
-                known = set(value) if isinstance(value, dict) else known
-            except (ValueError, RecursionError) as error:
-                name, value = "", _report(error)
-                found = window.skip_broken(_MEMBER, known or None)
-                if found != "next":
-                    yield name, value if found == "last" else _rest(value.message)
-                    return
-            yield name, value
-        window.at += len(letter)
-        if not letter or window.letter():
+        letter = yield from window.listed("}", _member, _MEMBER)
+        if letter == "" or (letter and window.letter()):
             yield "", _rest("the object has no end" if not letter else "more text after the object")

@@ -65,6 +65,9 @@ class RawPost:
     e621: bool = False
 
 
+Found = RawPost | Quarantine  # what adapters yield
+
+
 def to_record(
     post: RawPost, source: SourceConfig, rules: CaptionRules | None = None, tally: CaptionTally | None = None
 ) -> dict[str, Any] | Quarantine:

@@ -23,11 +23,10 @@ from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
 from train.prepare.folders.files import require_source, source_root, tar_members
 from train.prepare.folders.layouts import find_image
-from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost
+from train.prepare.posts.normalise import REFUSALS, BadRecord, Found, RawPost
 from train.prepare.sources.danbooru import post_number
 from train.prepare.sources.table import refused
 from train.prepare.tables.progress import read_so_far
-from train.prepare.tables.schemas import Quarantine
 
 CATEGORIES = ("general", "artist", "character", "copyright", "meta")
 RATINGS = ("g", "s", "q", "e")
@@ -41,7 +40,7 @@ Row = Mapping[str, Any]
 TagTable = Mapping[int, tuple[str, int]]  # id: (name, category)
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every post of the database, by id."""
     path = require_source(source)
     root = source_root(source)

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
 
 from train.config.dataset import SourceConfig
 from train.prepare.folders.files import source_root
-from train.prepare.posts.normalise import RawPost
+from train.prepare.posts.normalise import Found
 from train.prepare.sources.danbooru import danbooru_post
 from train.prepare.sources.danbooru2023 import find_place
-from train.prepare.sources.table import Row, parquet_files, parquet_rows, row_posts
-from train.prepare.tables.schemas import Quarantine
+from train.prepare.sources.table import Row, each_parquet, parquet_rows, row_posts
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every row of the source's parquet files."""
-    root = source_root(source)
-    for found in parquet_files(source):
-        if isinstance(found, Quarantine):
-            yield found
-            continue
-        name, file, schema = found
 
-        def post(number: int, row: Row, name: str = name) -> RawPost:
+    def posts_of(name: str, file: Path, schema: pa.Schema) -> Iterator[Found]:
+        def post(number: int, row: Row) -> Found:
             made = danbooru_post(source, f"{name} row {number}", row, "", None)
             if not made.uri:
-                made.uri, made.member = find_place(root, int(made.id), made.fields)
+                made.uri, made.member = find_place(source_root(source), int(made.id), made.fields)
             return made
 
         every = dataclasses.replace(source, columns={column: column for column in schema.names if column != "image"})
-        yield from row_posts(source, name, parquet_rows(every, name, file), post)
+        return row_posts(source, name, parquet_rows(every, name, file), post)
+
+    yield from each_parquet(source, posts_of)

@@ -15,46 +15,35 @@ from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
-from train.prepare.folders.files import require_source
 from train.prepare.folders.layouts import find_image
-from train.prepare.posts.normalise import RawPost
+from train.prepare.posts.normalise import Found, RawPost
 from train.prepare.posts.tag_groups import CATEGORIES, tag_groups
-from train.prepare.sources.danbooru import first_of, json_posts, post_number, url_suffix
-from train.prepare.tables.schemas import Quarantine
+from train.prepare.sources.danbooru import fields_of, json_posts, post_number, url_suffix
 
 _FIELDS = {
-    "file_ext": ("file_ext", "extension"), "md5": ("md5", "hash"), "file_size": ("file_size",),
-    "width": ("width",), "height": ("height",), "created_at": ("created_at", "date"), "rating": ("rating",),
-    "score": ("score",), "fav_count": ("fav_count",), "parent_id": ("parent_id",), "has_children": ("has_children",),
+    "file_ext": "file_ext extension", "md5": "md5 hash", "created_at": "created_at date",
+    **{name: name for name in ("file_size", "width", "height", "rating", "score", "fav_count", "parent_id", "has_children")},
 }  # fmt: skip
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every post of the source."""
-    path = require_source(source)
     categories = read_dictionary(Path(source.dictionary)) if source.dictionary else {}
 
-    def post(source: SourceConfig, root: Path, name: str, place: str, value: Mapping[str, Any]) -> RawPost:
-        return _post(source, root, name, place, value, categories)
+    def post(source: SourceConfig, root: Path, name: str, place: str, post: Mapping[str, Any]) -> RawPost:
+        fields = fields_of(post, _FIELDS)
+        post_id = fields["source_id"] = post_number(post.get("id"))
+        status = post.get("status")
+        fields["is_deleted"], fields["is_pending"] = status == "deleted", status == "pending"
+        image, listed = post.get("image"), post
+        if isinstance(image, str) and image:
+            fields["file_ext"] = fields["file_ext"] or PurePosixPath(image).suffix.lstrip(".")
+            listed = {**post, "filename": PurePosixPath(image).stem}
+        fields["file_ext"] = fields["file_ext"] or url_suffix(post)
+        groups = tag_groups(post, categories, html.unescape)  # once: a tag may itself spell an escape
+        return RawPost(str(post_id), place, find_image(root, name, post_id, fields, listed), fields, groups, scheme="sqe")
 
-    yield from json_posts(source, path, post)
-
-
-def _post(
-    source: SourceConfig, root: Path, name: str, place: str, post: Mapping[str, Any], categories: Mapping[str, str]
-) -> RawPost:
-    fields = {column: first_of(post, names) for column, names in _FIELDS.items()}
-    post_id = fields["source_id"] = post_number(post.get("id"))
-    status = post.get("status")
-    fields["is_deleted"], fields["is_pending"] = status == "deleted", status == "pending"
-    image = post.get("image")
-    if not fields["file_ext"] and isinstance(image, str):
-        fields["file_ext"] = PurePosixPath(image).suffix.lstrip(".")
-    fields["file_ext"] = fields["file_ext"] or url_suffix(post)
-    groups = tag_groups(post, categories, html.unescape)  # once: a tag may itself spell an escape
-    listed = {**post, "filename": PurePosixPath(image).stem} if isinstance(image, str) and image else post
-    uri = find_image(root, name, post_id, fields, listed)
-    return RawPost(id=str(post_id), place=place, uri=uri, fields=fields, tags=groups, scheme="sqe")
+    yield from json_posts(source, post)
 
 
 def read_dictionary(path: Path) -> dict[str, str]:

@@ -24,7 +24,7 @@ from train.prepare.folders.files import check_relative, source_root
 from train.prepare.folders.walking import walk
 from train.prepare.formats.columns import Columns, check_caption, check_header, check_mapped, wants_caption
 from train.prepare.formats.mapping import mapped_post
-from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost
+from train.prepare.posts.normalise import REFUSALS, BadRecord, Found
 from train.prepare.sources import imagefolder, webdataset
 from train.prepare.sources.table import captioned, refused
 from train.prepare.tables.progress import say
@@ -45,7 +45,7 @@ class _Part:
     builder: Any = None  # None: a saved set
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every row of every split."""
     path, root = _local(source), source_root(source)
     with _library() as (library, cache):
@@ -160,7 +160,7 @@ def _met(source: SourceConfig, root: Path, names: set[str]) -> Generator[Quarant
     return met
 
 
-def _read(source: SourceConfig, root: Path, part: _Part, library: Any) -> Iterator[RawPost | Quarantine]:
+def _read(source: SourceConfig, root: Path, part: _Part, library: Any) -> Iterator[Found]:
     if part.kind == "imagefolder":
         yield from _class_folders(source, root, part, library)
     elif part.kind == "webdataset":
@@ -176,7 +176,7 @@ def _read(source: SourceConfig, root: Path, part: _Part, library: Any) -> Iterat
         )
 
 
-def _tables(source: SourceConfig, root: Path, part: _Part, library: Any) -> Iterator[RawPost | Quarantine]:
+def _tables(source: SourceConfig, root: Path, part: _Part, library: Any) -> Iterator[Found]:
     seen = Columns()
     for name in part.names:
         if not name.lower().endswith(_ENDINGS):
@@ -211,7 +211,7 @@ def _labels(features: Any, library: Any) -> dict[str, list[str]]:
     return found
 
 
-def _class_folders(source: SourceConfig, root: Path, part: _Part, library: Any) -> Iterator[RawPost | Quarantine]:
+def _class_folders(source: SourceConfig, root: Path, part: _Part, library: Any) -> Iterator[Found]:
     """Pictures in folders named after what they show: `label` is that name."""
     stream = part.builder.as_streaming_dataset(split=part.split)
     labels = _labels(stream.features, library)

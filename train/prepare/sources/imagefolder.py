@@ -36,7 +36,7 @@ from train.prepare.formats.csvfile import csv_form, require_text
 from train.prepare.formats.jsonstream import Malformed, iter_values
 from train.prepare.formats.mapping import below, mapped_post
 from train.prepare.posts.census import Census
-from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost
+from train.prepare.posts.normalise import REFUSALS, BadRecord, Found, RawPost
 from train.prepare.sources.table import Row, captioned, check_pictures, csv_rows, parquet_rows, refused, row_posts
 from train.prepare.tables.progress import read_so_far, say
 from train.prepare.tables.schemas import REST_UNREAD, Quarantine
@@ -46,7 +46,7 @@ _USUAL = {"caption": ("text",), "uri": ("file_name",), "image": ("image",)}  # o
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every image of the folder's metadata files, parquet files and Arrow files."""
     require_source(source)
     root = source_root(source)
@@ -109,7 +109,7 @@ def _left_by_datasets(file: Path) -> bool:
         return False
 
 
-def metadata_rows(source: SourceConfig, root: Path, name: str, seen: Columns) -> Iterator[RawPost | Quarantine]:
+def metadata_rows(source: SourceConfig, root: Path, name: str, seen: Columns) -> Iterator[Found]:
     """Posts of a metadata file; `seen` takes in the columns of one without header."""
     mapped = with_defaults(source, ["text", "file_name"], _USUAL)
     folder = str(PurePosixPath(name).parent)
@@ -200,7 +200,7 @@ def _embedded(file: Path) -> bool:
 
 def embedded_rows(
     source: SourceConfig, root: Path, name: str, labels: Mapping[str, Sequence[str]] = MappingProxyType({})
-) -> Iterator[RawPost | Quarantine]:
+) -> Iterator[Found]:
     """Rows of a parquet or Arrow file that hold their pictures; `labels` are the names of columns that hold numbers of classes."""
     file, told = root / name, source
     try:
@@ -218,7 +218,7 @@ def embedded_rows(
     check_caption(told, name, columns, "text")
     source = dataclasses.replace(source, columns={k: v for k, v in source.columns.items() if k != "uri"})
 
-    def post(number: int, row: Row) -> RawPost | Quarantine:
+    def post(number: int, row: Row) -> Found:
         place, member = f"{name} row {number}", f"row:{number}:{image}"
         return captioned(told, name, number, mapped_post(source, with_labels(row, labels), place, root, name, member, f"{name}#{number}"))
 

@@ -13,26 +13,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from train.config.dataset import SourceConfig
-from train.prepare.folders.files import require_source, source_root
-from train.prepare.folders.kinds import IMAGE_SUFFIXES, is_image, media_kind
+from train.prepare.folders.files import source_root
+from train.prepare.folders.kinds import IMAGE_SUFFIXES, JSON, is_image, media_kind
 from train.prepare.folders.names import on_disk, other_ending
+from train.prepare.folders.walking import each_file
 from train.prepare.formats.jsonstream import Malformed, iter_members, iter_values
-from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost, refusal
-from train.prepare.sources.danbooru import JSON_SUFFIXES, json_files
-from train.prepare.tables.schemas import Quarantine
+from train.prepare.posts.normalise import REFUSALS, BadRecord, Found, RawPost, refusal
 
 _PATH_KEYS = ("image_path", "image", "file_name", "path", "image_key")
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every image that the metadata names."""
-    path = require_source(source)
     root = source_root(source)
-    for name, file in json_files(source, path):
-        if isinstance(file, Quarantine):
-            yield file
-            continue
-        members = _lines(file) if name.lower().endswith(JSON_SUFFIXES[1:]) else iter_members(file)
+
+    def images_of(name: str, file: Path) -> Iterator[Found]:
+        members = _lines(file) if name.lower().endswith(JSON[1:]) else iter_members(file)
         for row, (key, value) in enumerate(members):
             place = f"{name} row {row}"
             try:
@@ -40,13 +36,13 @@ def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
             except REFUSALS as error:
                 yield refusal(f"{source.name}:{name}#{row}", place, error)
 
+    yield from each_file(source, images_of)
+
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     for _, value in iter_values(file):
-        if isinstance(value, dict):
-            yield next((str(value[key]) for key in _PATH_KEYS if value.get(key)), ""), value
-        else:
-            yield "", value
+        named = (str(value[key]) for key in _PATH_KEYS if value.get(key)) if isinstance(value, dict) else iter(())
+        yield next(named, ""), value
 
 
 def _post(root: Path, place: str, key: str, value: Any) -> RawPost:

@@ -19,7 +19,7 @@ from train.prepare.folders.files import UnsafePath, require_source, resolve_insi
 from train.prepare.folders.kinds import is_image
 from train.prepare.folders.walking import pictures
 from train.prepare.posts.caption_text import MAX_CAPTION_BYTES, TEXT_ENDINGS, BadCaption, caption_ending
-from train.prepare.posts.normalise import RawPost
+from train.prepare.posts.normalise import Found, RawPost
 from train.prepare.tables.progress import counted
 from train.prepare.tables.schemas import Quarantine
 
@@ -27,7 +27,7 @@ from train.prepare.tables.schemas import Quarantine
 Texts = Mapping[str, list[tuple[str, str]]]
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every image below the source's folder, with its caption."""
     path = require_source(source)
     root, texts_root = source_root(source), path if path.is_dir() else path.parent
@@ -57,7 +57,7 @@ def _texts(root: Path, folder: str) -> Texts:
     return found
 
 
-def _image(source: SourceConfig, root: Path, uri: str, texts: Texts) -> RawPost | Quarantine:
+def _image(source: SourceConfig, root: Path, uri: str, texts: Texts) -> Found:
     ending, whole = caption_ending(source), _composed(os.path.basename(uri))
     # everything before the LAST dot: the sidecar of a.b.jpg is a.b.txt
     stem, suffix = os.path.splitext(whole)

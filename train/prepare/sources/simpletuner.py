@@ -7,40 +7,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
 
 from train.config.dataset import SourceConfig
 from train.prepare.folders.files import source_root
 from train.prepare.formats.cells import lines_in
 from train.prepare.formats.columns import Columns, check_caption, with_defaults
 from train.prepare.formats.mapping import mapped_post
-from train.prepare.posts.normalise import BadRecord, RawPost, is_missing
+from train.prepare.posts.normalise import BadRecord, Found, is_missing
 from train.prepare.sources.sd_scripts import find_stem
-from train.prepare.sources.table import Row, captioned, parquet_files, parquet_rows, row_posts
-from train.prepare.tables.schemas import Quarantine
+from train.prepare.sources.table import Row, captioned, each_parquet, parquet_rows, row_posts
 
 _DEFAULTS = {"uri": ("filename", "file_name", "id"), "caption": ("caption",), "width": ("width",), "height": ("height",)}
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every image that a row of the source's parquet files names."""
-    for found in parquet_files(source):
-        if isinstance(found, Quarantine):
-            yield found
-            continue
-        name, file, schema = found
+    root = source_root(source)
+
+    def posts_of(name: str, file: Path, schema: pa.Schema) -> Iterator[Found]:
         check_caption(source, name, Columns.of_schema(schema), "caption")
         mapped = with_defaults(source, schema.names, _DEFAULTS)
-        yield from row_posts(source, name, parquet_rows(mapped, name, file), partial(_post, source, mapped, name))
 
+        def post(number: int, row: Row) -> Found:
+            stem = row.get(mapped.columns.get("uri", ""))
+            if is_missing(stem):
+                raise BadRecord("no file name: map it with columns.uri")
+            made = mapped_post(mapped, row, f"{name} row {number}", root, find_stem(root, str(stem)))
+            fallback = row.get(mapped.columns.get("fallback_caption", ""))
+            if not made.caption and not is_missing(fallback):
+                made.caption = lines_in(fallback, mapped.columns["fallback_caption"])
+            return captioned(source, name, number, made)
 
-def _post(source: SourceConfig, mapped: SourceConfig, name: str, number: int, row: Row) -> RawPost | Quarantine:
-    root = source_root(source)
-    stem = row.get(mapped.columns.get("uri", ""))
-    if is_missing(stem):
-        raise BadRecord("no file name: map it with columns.uri")
-    post = mapped_post(mapped, row, f"{name} row {number}", root, find_stem(root, str(stem)))
-    if not post.caption:
-        fallback = row.get(mapped.columns.get("fallback_caption", ""))
-        post.caption = post.caption if is_missing(fallback) else lines_in(fallback, mapped.columns["fallback_caption"])
-    return captioned(source, name, number, post)
+        return row_posts(source, name, parquet_rows(mapped, name, file), post)
+
+    yield from each_parquet(source, posts_of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +13,23 @@ import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
-from train.prepare.folders.files import require_source, source_root
-from train.prepare.folders.walking import walk
+from train.prepare.folders.files import source_root
+from train.prepare.folders.walking import each_file
 from train.prepare.formats.columns import WORDS, check_header, listed, wants_caption
 from train.prepare.formats.csvfile import cells, csv_form
 from train.prepare.formats.mapping import mapped_post
 from train.prepare.posts.caption_text import SURROGATE
-from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost, refusal
+from train.prepare.posts.normalise import REFUSALS, BadRecord, Found, RawPost, refusal
 from train.prepare.tables.progress import read_so_far, say
 from train.prepare.tables.schemas import REST_UNREAD, Quarantine
 
-_SUFFIXES = (".parquet", ".csv", ".tsv")
 _BATCH_ROWS = 1000  # embedded images are large
 Row = Mapping[str, Any]
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every row of the source's file, or of the files of its folder."""
-    path = require_source(source)
-    root = source_root(source)
-    for name, file in table_files(source, path):
-        if isinstance(file, Quarantine):
-            yield file
-        else:
-            yield from _file(source, root, name, file)
-
-
-def table_files(source: SourceConfig, path: Path) -> Iterator[tuple[str, Path | Quarantine]]:
-    """(name relative to the source, file) of the tables of a file or folder."""
-    if path.is_file():
-        yield path.name, path
-        return
-    for found in walk(source, path):
-        if isinstance(found, Quarantine):
-            yield found.key, found
-        elif found.lower().endswith(_SUFFIXES):
-            yield found, path / found
+    yield from each_file(source, partial(_file, source, source_root(source)))
 
 
 def _header(source: SourceConfig, file: Path) -> list[str] | None:
@@ -60,7 +42,7 @@ def _header(source: SourceConfig, file: Path) -> list[str] | None:
         return None
 
 
-def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[RawPost | Quarantine]:
+def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[Found]:
     if (names := _header(source, file)) is not None:
         check_header(source, name, names)
         if not any(ours in WORDS for ours in source.columns):
@@ -81,8 +63,8 @@ def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[R
 
 
 def row_posts(
-    source: SourceConfig, name: str, rows: Iterable[tuple[int, Row | Quarantine]], make: Callable[[int, Row], RawPost | Quarantine]
-) -> Iterator[RawPost | Quarantine]:
+    source: SourceConfig, name: str, rows: Iterable[tuple[int, Row | Quarantine]], make: Callable[[int, Row], Found]
+) -> Iterator[Found]:
     """What `make` makes of each (row number, row) of a file; a row that it refuses is lost alone."""
     for number, row in rows:
         if isinstance(row, Quarantine):
@@ -94,24 +76,28 @@ def row_posts(
             yield refused(source, name, number, error)
 
 
-def captioned(source: SourceConfig, name: str, number: int, post: RawPost) -> RawPost | Quarantine:
+def captioned(source: SourceConfig, name: str, number: int, post: RawPost) -> Found:
     """The post, or why it is not taken where it has no caption and the source wants one."""
-    return post if post.caption is not None or not wants_caption(source) else captionless(source, name, number)
+    if post.caption is not None or not wants_caption(source):
+        return post
+    column = source.columns.get("caption", "")
+    message = f"{name} row {number}: no caption{f' in column {column!r}' if column else ''}: see columns.caption and on_missing_caption"
+    return Quarantine(f"{source.name}:{name}#{number}", "ingest", "missing_caption", message)
 
 
-def parquet_files(source: SourceConfig) -> Iterator[Quarantine | tuple[str, Path, pa.Schema]]:
-    """(name relative to the source, file, schema) of the parquet files of a file or folder, their mapped columns checked."""
-    for name, file in table_files(source, require_source(source)):
-        if isinstance(file, Quarantine):
-            yield file
-        elif file.suffix.lower() == ".parquet":
-            try:
-                schema = pq.read_schema(file)
-            except (OSError, pa.ArrowInvalid) as error:
-                yield refused(source, name, 0, error)
-                continue
-            check_header(source, name, schema.names)
-            yield name, file, schema
+def each_parquet(source: SourceConfig, read: Callable[[str, Path, pa.Schema], Iterator[Found]]) -> Iterator[Found]:
+    """What `read` makes of (name, file, schema) of the source's parquet files, their mapped columns checked."""
+
+    def one(name: str, file: Path) -> Iterator[Found]:
+        try:
+            schema = pq.read_schema(file)
+        except (OSError, pa.ArrowInvalid) as error:
+            yield refused(source, name, 0, error)
+            return
+        check_header(source, name, schema.names)
+        yield from read(name, file, schema)
+
+    yield from each_file(source, one)
 
 
 def check_pictures(source: SourceConfig, name: str, file: Path, image: str) -> None:
@@ -157,13 +143,6 @@ def _all_null(file: Path, path: str) -> bool:
 def refused(source: SourceConfig, name: str, number: int, error: Exception) -> Quarantine:
     """The quarantine row of a table's row."""
     return refusal(f"{source.name}:{name}#{number}", f"{name} row {number}", error)
-
-
-def captionless(source: SourceConfig, name: str, number: int) -> Quarantine:
-    """The quarantine row of a row that has no caption."""
-    column = source.columns.get("caption", "")
-    message = f"{name} row {number}: no caption{f' in column {column!r}' if column else ''}: see columns.caption and on_missing_caption"
-    return Quarantine(f"{source.name}:{name}#{number}", "ingest", "missing_caption", message)
 
 
 def parquet_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:

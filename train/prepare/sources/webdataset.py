@@ -24,7 +24,7 @@ from train.prepare.formats.jsonstream import MAX_VALUE_BYTES, Malformed, parse
 from train.prepare.formats.mapping import mapped_post
 from train.prepare.posts.caption_text import MAX_CAPTION_BYTES, caption_ending
 from train.prepare.posts.census import note
-from train.prepare.posts.normalise import REFUSALS, BadRecord, RawPost, printable
+from train.prepare.posts.normalise import REFUSALS, BadRecord, Found, RawPost, printable
 from train.prepare.sources.danbooru import danbooru_post
 from train.prepare.tables.progress import read_so_far, say
 from train.prepare.tables.schemas import REST_UNREAD, ErrorReason, Quarantine
@@ -74,13 +74,13 @@ class _Told:
         self.first.setdefault(what, member)
 
 
-def read(source: SourceConfig) -> Iterator[RawPost | Quarantine]:
+def read(source: SourceConfig) -> Iterator[Found]:
     """Every image of every tar."""
     path = require_source(source)
     yield from read_tars(source, source_root(source), [path.name] if path.is_file() else walk(source, path))
 
 
-def read_tars(source: SourceConfig, root: Path, tars: Iterable[str | Quarantine]) -> Iterator[RawPost | Quarantine]:
+def read_tars(source: SourceConfig, root: Path, tars: Iterable[str | Quarantine]) -> Iterator[Found]:
     """Every image of these files, relative to `path`, or to its folder where it is a file."""
     path, told = Path(source.path), _Told()
     base = path.parent if path.is_file() else path
@@ -99,7 +99,7 @@ def read_tars(source: SourceConfig, root: Path, tars: Iterable[str | Quarantine]
         say(f"sources {source.name}: columns are mapped, and its tars hold no .json that has them")
 
 
-def _tar(source: SourceConfig, root: Path, name: str, file: Path, told: _Told) -> Iterator[RawPost | Quarantine]:
+def _tar(source: SourceConfig, root: Path, name: str, file: Path, told: _Told) -> Iterator[Found]:
     tar, samples, done = _Tar(name), defaultdict[str, _Sample](_Sample), 0
     try:
         with tarfile.open(file, "r:") as archive:
@@ -187,7 +187,7 @@ def _paired(sample: _Sample, key: str, texts: list[str], ending: str) -> tuple[d
 
 def _posts(
     source: SourceConfig, root: Path, tar: _Tar, data: IO[bytes], key: str, sample: _Sample, told: _Told
-) -> Iterator[RawPost | Quarantine]:
+) -> Iterator[Found]:
     media = [(member, kind) for member in sample.others if (kind := media_kind(member)) is not None]
     if not sample.pictures and media:
         for member, kind in media:
