@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onepost import Post, label_post, percentile_thresholds
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import AestheticConfig, DatasetConfig, PolicyConfig, QualityConfig, SourceConfig, dataset_dir
@@ -23,7 +24,7 @@ from train.prepare.tables.units import read_table
 from train.prepare.tagging.policy import counted_thresholds
 from train.prepare.tagging.vectorised import Inputs, label_table
 from train.recipe.captions import split
-from train.recipe.tag_policy import COUNT_TAGS, LabelError, Policy, Post, label_post, percentile_thresholds, preset
+from train.recipe.tag_policy import COUNT_TAGS, LabelError, Policy, preset
 
 TAGS = [
     *COUNT_TAGS[:4], "solo", "long_hair", "long hair", "^_^", "(o)_(o)", "", " ", "highres", "commentary_request",

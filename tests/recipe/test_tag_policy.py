@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onepost import Post, label_post, percentile_thresholds, quality_tag
 
 from train.recipe.captions import render, split
 from train.recipe.tag_policy import (
@@ -19,13 +20,9 @@ from train.recipe.tag_policy import (
     QUALITY_TABLES,
     LabelError,
     Policy,
-    Post,
     aesthetic_tag,
-    label_post,
     parse_date,
-    percentile_thresholds,
     preset,
-    quality_tag,
     spaced,
     year_tag,
 )

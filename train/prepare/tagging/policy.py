@@ -150,7 +150,10 @@ def empirical(config: QualityConfig, policy: Policy, dataset: Path) -> dict[str,
 
 
 def counted_thresholds(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """`train.recipe.tag_policy.percentile_thresholds` of scores given as rising float64 values and how often each occurs."""
+    """The smallest value v with count(x <= v) / n >= p / 100 for each percentile, of rising values and how often each occurs.
+
+    With the strict rule `score > threshold` at most 5 % are masterpiece and equal scores are never parted.
+    """
     last = np.cumsum(counts)  # rank of the last of each value, from 1
     ranks = [-(-p * int(last[-1]) // 100) for p in PERCENTILES]
     found: np.ndarray = values[np.searchsorted(last, ranks, side="left")]

@@ -1,6 +1,6 @@
 """The tagging policy over a table: each distinct tag is looked at once, the rest is arithmetic on its number.
 
-Equal to `train.recipe.tag_policy.label_post`, row by row; a property test holds them together.
+Equal to labelling post by post, as `tests/support/onepost.py` does; a property test holds them together.
 """
 
 from __future__ import annotations
