@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`runs/tiny` after drawing, preparing and the three stages, as the quickstart does it."""
     folder = tmp_path_factory.mktemp("recipe")
     (folder / "configs").symlink_to(ROOT / "configs")
-    run(folder, "world.py")
+    run(folder, "tiny_world.py")
     run(folder, "prepare.py", "all", "--config", "configs/tiny/dataset.yaml")
     run(folder, "recipe.py", "--configs", *(f"configs/tiny/{stage}.yaml" for stage in STAGES))
     return folder / "runs" / "tiny"

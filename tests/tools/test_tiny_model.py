@@ -14,7 +14,6 @@ from safetensors import safe_open
 from train.base.errors import ExitCode, Halt
 from train.model.text import TagTokenizer, load_tokenizer
 from train.tools.tiny import model as tiny_model
-from train.tools.tiny import vae as tiny_vae
 from train.tools.tiny.check import hair_of
 from train.tools.tiny.draw import draw
 from train.tools.tiny.posts import make_post
@@ -115,7 +114,7 @@ def test_vae_is_small_and_keeps_hair_colours(model: Path) -> None:
 
     from train.diffusion.sampling import decode
 
-    assert tiny_vae.WEIGHTS.stat().st_size <= 1_000_000
+    assert tiny_model.VAE_WEIGHTS.stat().st_size <= 1_000_000
     vae = AutoencoderKL.from_pretrained(str(model / "vae")).eval()
     right, latents = 0, []
     with torch.no_grad():
@@ -131,6 +130,6 @@ def test_vae_is_small_and_keeps_hair_colours(model: Path) -> None:
 
 def test_file_bytes_do_not_depend_on_the_order_of_metadata() -> None:
     tensors = {"a": torch.arange(3.0), "b": torch.ones(2, 2)}
-    one = tiny_vae.deterministic_file(tensors, {"x": "1", "y": "2"})
-    assert one == tiny_vae.deterministic_file(tensors, {"y": "2", "x": "1"})
+    one = tiny_model.deterministic_file(tensors, {"x": "1", "y": "2"})
+    assert one == tiny_model.deterministic_file(tensors, {"y": "2", "x": "1"})
     assert (len(one) - 8 - int.from_bytes(one[:8], "little")) == 28

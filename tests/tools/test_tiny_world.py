@@ -12,6 +12,7 @@ import random
 from pathlib import Path
 
 import pytest
+from onepost import quality_tag
 from PIL import Image
 
 from train.base.errors import ExitCode, Halt
@@ -205,7 +206,7 @@ def test_the_aesthetic_table_has_every_key(world: Path) -> None:
 def test_quality_words_follow_the_shares(posts: list[tiny_posts.Post]) -> None:
     policy = tag_policy.preset("default")
     words = collections.Counter(
-        tag_policy.quality_tag(post.fields["score"], post.fields["rating"], None, None, policy) for post in posts
+        quality_tag(post.fields["score"], post.fields["rating"], None, None, policy) for post in posts
     )
     assert set(words) >= {"masterpiece", "best quality", "great quality", "good quality", "normal quality",
                           "low quality", "worst quality"}

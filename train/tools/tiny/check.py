@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from train.config.prompts import PromptsFile, load_prompts
 from train.diffusion import sampling
 from train.model import text
 from train.observe.metrics import read_metrics
+from train.observe.pictures import grid
 from train.recipe import captions
 from train.tools.tiny.draw import HAIR, hair_boxes
 from train.tools.tiny.posts import CheckPrompt, check_prompts
@@ -35,6 +36,7 @@ from train.tools.tiny.posts import CheckPrompt, check_prompts
 SETTINGS = Path(__file__).resolve().parents[3] / "configs" / "tiny" / "prompts.yaml"
 STAGES = ("pretrain", "ft1", "ft2")
 MAX_TOKENS = 75  # as the tiny configs train
+SHEET_COLUMNS = 12
 _LOSS_WINDOW = 50  # updates
 
 
@@ -62,12 +64,9 @@ def hair_of(image: Image.Image) -> str:
 
 def agreement(images: Sequence[Image.Image], prompts: Sequence[CheckPrompt]) -> Agreement:
     """Compare pictures with what their prompts ask for."""
-    wrong: dict[str, int] = defaultdict(int)
-    for image, prompt in zip(images, prompts, strict=True):
-        seen = hair_of(image)
-        if seen != prompt.hair:
-            wrong[f"{prompt.hair} -> {seen}"] += 1
-    return Agreement(len(prompts) - sum(wrong.values()), len(prompts), dict(sorted(wrong.items())))
+    seen = [(prompt.hair, hair_of(image)) for image, prompt in zip(images, prompts, strict=True)]
+    wrong = Counter(f"{asked} -> {found}" for asked, found in seen if asked != found)
+    return Agreement(len(prompts) - wrong.total(), len(prompts), dict(sorted(wrong.items())))
 
 
 def check_model(folder: Path, settings: PromptsFile | None = None, out: Path | None = None) -> Agreement:
@@ -87,7 +86,7 @@ def check_model(folder: Path, settings: PromptsFile | None = None, out: Path | N
         out.mkdir(parents=True, exist_ok=True)
         for number, image in enumerate(images):
             image.save(out / f"{number:02d}.png")
-        sheet_of(images).save(out / "sheet.png")
+        grid([images], SHEET_COLUMNS).save(out / "sheet.png")
     return agreement(images, prompts)
 
 
@@ -131,16 +130,6 @@ def _denoised(components: Any, prompts: Sequence[CheckPrompt], settings: Prompts
     latents = sampling.denoise(predict, start_BCHW, steps=settings.steps, sampler=settings.sampler, generators=generators)
     assert latents is not None  # only a stop() makes it None
     return latents
-
-
-def sheet_of(images: Sequence[Image.Image], columns: int = 12) -> Image.Image:
-    """All pictures on one white sheet, in cells of the largest."""
-    cell_w, cell_h = (max(image.size[axis] for image in images) for axis in (0, 1))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * cell_w, rows * cell_h), "white")
-    for number, image in enumerate(images):
-        sheet.paste(image, (number % columns * cell_w, number // columns * cell_h))
-    return sheet
 
 
 def first_and_last_loss(metrics: Path, window: int = _LOSS_WINDOW) -> tuple[int, float, float]:

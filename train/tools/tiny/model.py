@@ -11,15 +11,15 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import load, load_file
+from safetensors.torch import load, load_file, save
 from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256, replace_file
 from train.tools.tiny.tokenizer import EOS, build_vocabulary, write_tokenizer
-from train.tools.tiny.vae import WEIGHTS, build_vae, deterministic_file
 
 MODEL_VERSION = 3  # raise it when the architecture or the first weights change
 LICENSE = "Apache-2.0"  # of these weights; exports inherit it
@@ -46,12 +46,29 @@ UNET = {
 }
 
 
+SCALING_FACTOR = 0.13025  # SDXL's
+VAE = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (8, 16, 32, 48),
+    "layers_per_block": 1,
+    "norm_num_groups": 2,  # more would make it instance norm, which forgets colour
+    "sample_size": 128,
+    "scaling_factor": SCALING_FACTOR,
+    "force_upcast": False,
+}
+VAE_WEIGHTS = Path(__file__).with_name("assets") / "tiny_vae.safetensors"  # of tests/support/make_tiny_vae.py
+
+
 def write_model(folder: Path, seed: int = 5) -> bool:
     """Build the model folder; False when the same one is there already.
 
-    Raises Halt(MISMATCH) when `folder` holds something else, Halt(USAGE) when the VAE's weights are missing.
+    Raises Halt(MISMATCH) when `folder` holds something else.
     """
-    stamp = {"version": MODEL_VERSION, "seed": seed, "vae_sha256": _sha256(WEIGHTS)}
+    stamp = {"version": MODEL_VERSION, "seed": seed, "vae_sha256": file_sha256(VAE_WEIGHTS)}
     if folder.exists():
         found = json.loads((folder / _STAMP).read_text()) if (folder / _STAMP).is_file() else None
         if found != stamp:
@@ -66,12 +83,6 @@ def write_model(folder: Path, seed: int = 5) -> bool:
     return True
 
 
-def _sha256(path: Path) -> str:
-    if not path.is_file():
-        raise Halt(ExitCode.USAGE, f"{path} is missing: make it with python -m train.tools.tiny.vae")
-    return file_sha256(path)
-
-
 def _save(folder: Path, seed: int) -> None:
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
     from transformers import CLIPTokenizer
@@ -83,7 +94,7 @@ def _save(folder: Path, seed: int) -> None:
     unet, text_encoder, text_encoder_2 = build_trainable(seed)
     with torch.random.fork_rng(devices=[]):
         vae = build_vae()
-    vae.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
+    vae.load_state_dict({name: value.float() for name, value in load_file(VAE_WEIGHTS).items()})
     scheduler = EulerDiscreteScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
         prediction_type="epsilon", steps_offset=1, timestep_spacing="leading",
@@ -110,6 +121,23 @@ def _rewrite(path: Path) -> None:
         tensors = {name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}": value
                    for name, value in tensors.items()}
     replace_file(path, deterministic_file(dict(tensors), {"format": "pt", "modelspec.license": LICENSE}))
+
+
+def build_vae() -> Any:
+    """The network with whatever weights torch's generator gives."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(**VAE)
+
+
+def deterministic_file(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file whose bytes depend on the arguments alone: the library writes metadata in random order."""
+    plain = save(tensors)
+    length = int.from_bytes(plain[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(plain[8 : 8 + length])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + plain[8 + length :]
 
 
 def build_trainable(seed: int) -> tuple[nn.Module, nn.Module, nn.Module]:

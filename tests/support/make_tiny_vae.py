@@ -1,4 +1,4 @@
-"""Trains the tiny world's VAE and writes the weights that are kept beside this file: `python -m train.tools.tiny.vae`.
+"""Trains the tiny world's VAE and writes the weights that the product keeps: `python tests/support/make_tiny_vae.py`.
 
 A real `AutoencoderKL` (8x down, 4 channels), only narrow. It is trained once, on one CPU core in about ten minutes,
 because a picture's hair can only follow its tag if the VAE has learnt colour. The kept weights: 3,500 updates of 8,000,
@@ -9,7 +9,6 @@ latent channel are folded into its 1x1 convolutions, so that latents times 0.130
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -17,47 +16,18 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from train.base.files import replace_file
 from train.tools.tiny.draw import draw
+from train.tools.tiny.model import SCALING_FACTOR, VAE_WEIGHTS, build_vae, deterministic_file
 from train.tools.tiny.posts import make_post
 
 # Shape legend: B batch, C channels, H height, W width (pixels in pictures, pixels / 8 in latents).
-WEIGHTS = Path(__file__).with_name("assets") / "tiny_vae.safetensors"
-SCALING_FACTOR = 0.13025  # SDXL's
-CONFIG = {
-    "in_channels": 3,
-    "out_channels": 3,
-    "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (8, 16, 32, 48),
-    "layers_per_block": 1,
-    "norm_num_groups": 2,  # more would make it instance norm, which forgets colour
-    "sample_size": 128,
-    "scaling_factor": SCALING_FACTOR,
-    "force_upcast": False,
-}
 _WORLD_SEED = 0  # not the seed of any shipped world
 _BATCH = 8
 _KL_WEIGHT = 1e-3  # posterior deviation near 0.15 of the latents': the decoder then forgives a sampler's errors
-
-
-def build_vae() -> AutoencoderKL:
-    """The network with whatever weights torch's generator gives."""
-    return AutoencoderKL(**CONFIG)
-
-
-def deterministic_file(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file whose bytes depend on the arguments alone: the library writes metadata in random order."""
-    plain = save(tensors)
-    length = int.from_bytes(plain[:8], "little")
-    header = {"__metadata__": dict(sorted(metadata.items()))} | json.loads(plain[8 : 8 + length])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + plain[8 + length :]
 
 
 @torch.no_grad()
@@ -173,6 +143,6 @@ if __name__ == "__main__":
     parser.add_argument("--pictures", type=int, default=1500)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--start", type=Path, help="go on from these weights instead of from scratch")
-    parser.add_argument("--out", type=Path, default=WEIGHTS)
+    parser.add_argument("--out", type=Path, default=VAE_WEIGHTS)
     options = parser.parse_args()
     train(options.updates, options.pictures, options.lr, options.out, options.start)
