@@ -16,8 +16,7 @@ from stages import SMALL, Stage
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import StageConfig, load_stage
-from train.data.index import Index
-from train.data.index_check import file_hashes
+from train.data.index import Index, file_hashes
 from train.data.index_writer import write_arrow
 from train.data.selection import open_selection
 

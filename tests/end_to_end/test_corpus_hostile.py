@@ -398,7 +398,7 @@ CASES: dict[str, tuple[Case, str]] = {  # input: (case, what must be named)
 
 @pytest.fixture(scope="module")
 def small_model(base_model: Path) -> Path:
-    rundir.free_bytes(base_model)
+    rundir.leftover_bytes(base_model)
     networks.build(source.resolve(ModelConfig(init_from=str(base_model))))  # the children find all imports done
     return base_model
 

@@ -2,7 +2,7 @@
 
 import json
 
-from train.observe import metrics, trace
+from train.observe import metrics
 
 
 def lines(*steps: int) -> str:
@@ -33,5 +33,5 @@ def test_a_line_torn_before_the_resumed_step_loses_nothing_after_it_silently(tmp
 def test_trace_is_cut_by_plan_step(tmp_path):
     path = tmp_path / "trace.txt"
     path.write_text("0 64x64 aa 0 1\n1 64x64 aa 0 1\n2 64x64 aa 0 1\n3 64")
-    assert trace.cut(path, 2) == 2
+    assert metrics.cut_trace(path, 2) == 2
     assert path.read_text() == "0 64x64 aa 0 1\n1 64x64 aa 0 1\n"

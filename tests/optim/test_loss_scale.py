@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -38,7 +39,7 @@ def test_always_a_power_of_two_and_survives_json(history: list[bool]) -> None:
     scale = loss_scale("fp16")
     for overflowed in history:
         scale = scale.after(overflowed=overflowed)
-        again = loss_scale("fp16", json.loads(json.dumps(scale.to_state())))
+        again = loss_scale("fp16", json.loads(json.dumps(asdict(scale))))
         assert again == scale
         mantissa, _ = math.frexp(scale.scale)
         assert mantissa == 0.5

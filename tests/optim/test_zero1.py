@@ -16,7 +16,7 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
-from train.engine import room
+from train.engine import session
 from train.model.memory import setup_of
 from train.optim.collectives import Place
 from train.optim.zero1 import Shares, assign
@@ -204,12 +204,12 @@ def test_a_host_and_a_disk_too_small_are_refused_together_before_the_first_updat
     run = open_run_dir(tmp_path, "pretrain")
     plan = Plan([1, 2], [64, 64], [64, 64], seed=1, tile_images=1, tiles_per_update=2, epochs=1)
     shares = Shares(parameters, Place(0, 2, torch.device("cpu")))
-    monkeypatch.setattr(room, "available_host_bytes", lambda: 10)
-    room.check(run, plan, parameters, None, *wanted, average=False)
+    monkeypatch.setattr(session, "available_host_bytes", lambda: 10)
+    session.check_room(run, plan, parameters, None, *wanted, average=False)
     with pytest.raises(Halt, match="zero1 gathers") as halt:
-        room.check(run, plan, parameters, shares, *wanted, average=False)
+        session.check_room(run, plan, parameters, shares, *wanted, average=False)
     assert halt.value.code == ExitCode.MISMATCH
     monkeypatch.setattr("train.storage.space.free_bytes", lambda path: 10)
     with pytest.raises(Halt, match=r"(?s)checkpoints need .*\n.*zero1 gathers"):
-        room.check(run, plan, parameters, shares, *wanted, average=False)
+        session.check_room(run, plan, parameters, shares, *wanted, average=False)
     run.close()

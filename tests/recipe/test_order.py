@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.base.errors import ExitCode, Halt
-from train.observe.trace import trace_lines
+from train.observe.metrics import trace_lines
 from train.recipe import order as plan_module
 from train.recipe import rng
 from train.recipe.buckets import check_buckets, make_buckets, merge_small_buckets

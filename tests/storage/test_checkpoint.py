@@ -280,7 +280,8 @@ def test_a_failed_write_leaves_nothing_behind(run, monkeypatch, point, action):
 
 def test_disk_too_full_is_known_before_writing(run, monkeypatch):
     save_steps(run, 10)
-    monkeypatch.setattr(space, "free_bytes", lambda path: 100)
+    for room in (checkpoint, space):
+        monkeypatch.setattr(room, "free_bytes", lambda path: 100)
     with pytest.raises(SaveFailed, match=r"needs 0\.\d kB|needs \d.* kB, the disk has 0.1 kB"):
         save_steps(run, 20)
     with pytest.raises(Halt) as caught:
@@ -323,11 +324,11 @@ def test_room_for_what_is_kept_for_ever_is_told_beforehand_and_refuses_nothing(r
 
 def test_waiting_for_space_goes_on_when_there_is_some(run, monkeypatch):
     answers = iter([0, 0, 1 << 40])
-    monkeypatch.setattr(space, "_DISK_POLL_S", 0.0)
-    monkeypatch.setattr(space, "free_bytes", lambda path: next(answers))
+    monkeypatch.setattr(checkpoint, "_DISK_POLL_S", 0.0)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: next(answers))
     save_steps(run, 20, settings=CheckpointConfig(on_full_disk="wait"))
     assert steps_of(run) == [20]
-    monkeypatch.setattr(space, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 0)
     with pytest.raises(SaveFailed):
         checkpoint.save(
             run, Progress(30), some_tensors(), {}, CheckpointConfig(on_full_disk="wait"), give_up=lambda: True

@@ -212,8 +212,8 @@ def test_a_folder_that_cannot_be_listed_is_a_failed_save_and_not_the_end(run, mo
 
 
 def test_waiting_for_space_ends_when_a_stop_is_asked(run, monkeypatch):
-    monkeypatch.setattr(space, "_DISK_POLL_S", 0.01)
-    monkeypatch.setattr(space, "free_bytes", lambda path: 0)
+    monkeypatch.setattr(checkpoint, "_DISK_POLL_S", 0.01)
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 0)
     asked: list[int] = []
     mine = Saver(run, CheckpointConfig(on_full_disk="wait"), permanent_every=9, stopping=lambda: bool(asked))
     mine.save(Progress(1, 1), tensors(), {})

@@ -102,3 +102,9 @@ def json_number(value: float) -> float | str:
     if math.isfinite(value):
         return value
     return "nan" if math.isnan(value) else "inf" if value > 0 else "-inf"
+
+
+def free_bytes(path: Path | str) -> int:
+    """Bytes an ordinary user may still write on the file system of `path`."""
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize

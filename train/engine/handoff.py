@@ -12,7 +12,7 @@ from train.engine import export
 from train.engine.refusals import refuse_source
 from train.engine.restore import versions
 from train.engine.session import Session
-from train.model import networks, prediction, single_file
+from train.model import networks, prediction
 from train.model import source as model_source
 from train.model.networks import Components
 from train.model.source import LocalModel
@@ -28,12 +28,10 @@ def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Com
     source = model_source.resolve(config.model)
     refuse_source(config.model, config.export, source)
     prediction.conversion(config, source)
-    note = prediction.unstated(config, source)
-    if note and os.environ.get("RANK", "0") == "0":
-        log.info("%s", note)
     export.license_of(config.export, source)
-    if os.environ.get("RANK", "0") == "0":
-        single_file.tell(source.path, source.notes)
+    for note in (prediction.unstated(config, source), source.note):
+        if note and os.environ.get("RANK", "0") == "0":
+            log.info("%s", note)
     return source, networks.build(source, with_vae=with_vae)
 
 
@@ -45,7 +43,6 @@ def finish(config: StageConfig, session: Session, source: LocalModel, dataset_fi
     run, progress = session.run, session.run.progress
     if not run.place.is_main:
         return
-    state = run.state(session.trained.scale)
 
     def poll() -> None:
         if run.stop.asked:
@@ -69,9 +66,9 @@ def finish(config: StageConfig, session: Session, source: LocalModel, dataset_fi
             "pooled_projection": config.model.pooled_projection,
             "timestep_embedding": config.model.timestep_embedding,
         },
-        accepted=state["accepted"],
+        accepted=run.state["accepted"],
         conversion=prediction.conversion(config, source),
-        extended=state["extended"],
+        extended=run.state["extended"],
     )
     export.export_stage(
         run.folder.path,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from dataclasses import asdict
+from typing import Any
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
@@ -72,7 +74,7 @@ def run_updates(session: Session) -> Progress:
             faults.at("optimizer", step)
             trained.step(updates)
         trained.scale = trained.scale.after(overflowed=not applied)
-        run.progress = run.progress.after(images, applied=applied)
+        run.progress = Progress(step + 1, updates + applied, run.progress.skipped + (not applied), run.progress.images + images)
         run.stepping, run.watch.step = False, run.progress.step
         if trained.scale.exhausted:
             raise refuse_update(session, step, tiles, outcome)
@@ -130,9 +132,14 @@ def save(session: Session, *, now: bool = False, permanent: bool = False) -> Non
         if run.saver is None:
             return
         if now:
-            run.saver.save_now(run.progress, tensors, run.state(trained.scale), permanent=permanent)
+            run.saver.save_now(run.progress, tensors, state_now(session), permanent=permanent)
         else:
-            run.saver.save(run.progress, tensors, run.state(trained.scale))
+            run.saver.save(run.progress, tensors, state_now(session))
+
+
+def state_now(session: Session) -> dict[str, Any]:
+    """What state.json says beside the progress."""
+    return {**session.run.state, "scaler": asdict(session.trained.scale)}
 
 
 def leave(session: Session, error: BaseException) -> None:
@@ -153,7 +160,7 @@ def leave(session: Session, error: BaseException) -> None:
         )
     elif run.saver is not None and not lost and not over:
         try:
-            run.saver.save_now(run.progress, trained.tensors(), run.state(trained.scale))
+            run.saver.save_now(run.progress, trained.tensors(), state_now(session))
         except Exception as failure:  # the first error is the one to report
             log.warning("the last completed update could not be saved: %s", failure)
     if reason is not error:

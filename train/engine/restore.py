@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -18,10 +18,9 @@ from train.engine import finished
 from train.engine.setup import Data, Execution
 from train.model.networks import Networks, overlay, trained_parameters
 from train.model.source import LocalModel
-from train.observe import metrics, trace
+from train.observe import metrics
 from train.optim import optimizers
 from train.optim.ema import Ema
-from train.optim.loss_scale import LossScale
 from train.recipe import rng
 from train.storage import checkpoint, resume, state_files
 from train.storage.rundir import RunDir, remove_leftovers
@@ -117,7 +116,7 @@ def begin(run: RunDir, index: Index, loaded: checkpoint.Loaded | None) -> None:
     save_selection(run.path / SELECTION, index)
     metrics.cut(run.metrics, step)
     metrics.cut(run.path / "validation.jsonl", step)
-    trace.cut(run.path / trace.FILE, step)
+    metrics.cut_trace(run.path / metrics.TRACE, step)
 
 
 def state_of(
@@ -127,19 +126,18 @@ def state_of(
     world: int,
     execution: Execution,
     done: Mapping[str, Any] | None,
-) -> Callable[[LossScale], dict[str, Any]]:
-    """What state.json says beside the progress: settings, hashes, loss scale, and where the run was (re)started."""
+) -> dict[str, Any]:
+    """What state.json says beside progress and loss scale: settings, hashes, and where the run was (re)started."""
     earlier = loaded.state.get("history", []) if loaded else []
     # Those of earlier resumes too: the checkpoint that is loaded next knows the new settings only.
     accepted = list(loaded.state.get("accepted", [])) if loaded else []
     accepted += [f"step {loaded.progress.step}: {found}" for found in loaded.comparison.accepted] if loaded else []
     extended = list(loaded.state.get("extended", [])) if loaded else []
     extended += finished.went_on(loaded.progress.step, done, loaded.comparison) if loaded else []
-    fixed = expected.to_state() | {
+    return expected.to_state() | {
         "history": [*earlier, [loaded.progress.step if loaded else 0, world]],
         "config_hash": config_hash,
         "accepted": accepted,
         "extended": extended,
         "execution": asdict(execution),  # what auto picked
     }
-    return lambda scale: {**fixed, "scaler": scale.to_state()}

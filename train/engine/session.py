@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from train.base.errors import ExitCode, Halt
 from train.base.signals import StopFlag
 from train.config.schema import flatten
 from train.config.stage import CheckpointConfig, DataConfig, OptimizerConfig, StageConfig, config_hash
@@ -23,7 +24,6 @@ from train.data.dataset import TileDataset
 from train.data.loader import Loader
 from train.data.selection import short_tiles_note
 from train.data.shards import ShardReader
-from train.engine import room
 from train.engine.processes import Watch
 from train.engine.refusals import check_schedule
 from train.engine.restore import expectations, restore, state_of
@@ -31,23 +31,25 @@ from train.engine.setup import Data, Machine, Model, make_optimizer, open_shares
 from train.engine.step import Gradients, Rates, Trained, adopted_by_buckets
 from train.model.networks import Networks, trained_parameters
 from train.observe.heldout import HeldOut
-from train.observe.metrics import read_metrics
+from train.observe.metrics import Trace, read_metrics
 from train.observe.previews import Previews
-from train.observe.trace import Trace
 from train.observe.tracker import SPIKE_WINDOW, SpikeDetector, Tracker
 from train.optim import collectives
 from train.optim.collectives import Place
 from train.optim.ema import Ema
 from train.optim.loss_scale import LossScale, loss_scale
+from train.optim.optimizers import shapes_of
 from train.optim.zero1 import Shares
 from train.recipe import schedule
+from train.recipe.optimizer_state import checkpoint_bytes, state_bytes
 from train.recipe.order import Plan
 from train.storage import space
 from train.storage.checkpoint import Progress
 from train.storage.rundir import RunDir
-from train.storage.saver import Saver
+from train.storage.saver import Saver, available_host_bytes
 
 log = logging.getLogger("anix")
+Parameters = Mapping[str, torch.nn.Parameter]  # trained ones by canonical name
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Run:
     saver: Saver | None  # on the main process
     checkpoint: CheckpointConfig
     grace_s: float  # between SIGTERM and SIGKILL
-    state: Callable[[LossScale], dict[str, Any]]  # what state.json says beside the progress
+    state: Mapping[str, Any]  # what state.json says beside progress and loss scale
     update_s: float = 0.0
     stepping: bool = False  # the weights are between two updates: nothing may be saved
 
@@ -119,7 +121,7 @@ def open_session(
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
     expected = expectations(config, data, model.source, networks, ema)
     if place.is_main:
-        room.check(run, plan, parameters, shares, config.optimizer.name, config.checkpoint, average=ema is not None)
+        check_room(run, plan, parameters, shares, config.optimizer.name, config.checkpoint, average=ema is not None)
         if note := short_tiles_note(config, plan):
             log.info(note)
     loaded = restore(
@@ -196,6 +198,47 @@ def open_trained(
         rates_at=rates_at,
         max_grad_norm=settings.max_grad_norm,
         rounding_seed=rounding_seed,
+    )
+
+
+def check_room(
+    run: RunDir,
+    plan: Plan,
+    parameters: Parameters,
+    shares: Shares | None,
+    optimizer: str,
+    settings: CheckpointConfig,
+    *,
+    average: bool,
+) -> None:
+    """Halt(MISMATCH) naming all that the disk and the host lack. `optimizer`: its name; `average`: an EMA is kept.
+
+    Room for the checkpoints that stay for ever may still be made while the run goes on: its lack is a warning.
+    """
+    weights = "bf16" if any(parameter.element_size() == 2 for parameter in parameters.values()) else "fp32"
+    one_bytes = checkpoint_bytes(optimizer, shapes_of(parameters.values()), weights=weights, average=average)
+    found = (space.lacking_space(run, one_bytes, settings), _host_lacks(optimizer, parameters, shares))
+    if problems := [problem for problem in found if problem]:
+        raise Halt(ExitCode.MISMATCH, "\n".join(problems))
+    warning = space.permanent_warning(
+        run, one_bytes, settings, updates=plan.total_updates, updates_per_epoch=plan.updates_per_epoch
+    )
+    if warning:
+        log.warning(warning)
+
+
+def _host_lacks(optimizer: str, parameters: Parameters, shares: Shares | None) -> str | None:
+    """What is wrong when the main process's host cannot take the optimizer state that ZeRO-1 gathers at a save."""
+    if shares is None:
+        return None
+    mine = shares.mine(parameters)
+    others = [parameter for name, parameter in parameters.items() if name not in mine]
+    need, have = state_bytes(optimizer, shapes_of(others)), available_host_bytes()
+    if have >= need:
+        return None
+    return (
+        f"optimizer.sharding: zero1 gathers {need / 1e9:.1f} GB of optimizer state in the main process's host "
+        f"memory at every save, and {have / 1e9:.1f} GB are available; use none, or a host with more memory"
     )
 
 

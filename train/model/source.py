@@ -49,6 +49,11 @@ class LocalModel:
         stated = (self.lineage or {}).get("license") or self.metadata.get("modelspec.license")
         return str(stated).strip() or None if stated else None
 
+    @property
+    def note(self) -> str | None:
+        """One line about what was passed over or adapted in its files; None where nothing was."""
+        return f"{self.path}: {'; '.join(self.notes)}" if self.notes else None
+
 
 def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
     """The model that `model.init_from` names, complete and with the hashes the config pins.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import nn
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import Prompt, PromptsFile, checked
 from train.diffusion.sampling import TrainedAs, sample_images
-from train.model import networks, single_file
+from train.model import networks
 from train.model.networks import Components
 from train.observe import anymodel
+
+log = logging.getLogger("anix")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None
     place = open_device(device)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
     local = anymodel.open_any(path, tokenizers=tokenizers)
-    single_file.tell(local.path, local.notes)
+    if local.note:
+        log.info("%s", local.note)
     components = networks.build(local)
     for network in (components.unet, components.text_encoder, components.text_encoder_2):
         nn.Module.to(network, place, dtype)  # past the library's own .to, which warns at every dtype

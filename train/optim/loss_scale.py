@@ -8,7 +8,7 @@ Factors are powers of two, hence scaling changes no bits of a gradient that neit
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from train.base.errors import ExitCode, Halt
 
@@ -41,10 +41,6 @@ class LossScale:
     def exhausted(self) -> bool:
         """True when so many updates in a row overflowed that lowering the scale does not help."""
         return self.skips_in_a_row >= MAX_SKIPS_IN_A_ROW
-
-    def to_state(self) -> dict[str, float | int | bool]:
-        """For state.json."""
-        return asdict(self)
 
 
 def loss_scale(precision: str, state: dict[str, float | int | bool] | None = None) -> LossScale:

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,14 +23,16 @@ import torch
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
-from train.base.files import fsync_dir, replace_file, write_all
+from train.base.files import free_bytes, fsync_dir, replace_file, write_all
 from train.config.stage import CheckpointConfig
 from train.storage import manifest, resume, state_files
-from train.storage.manifest import Damaged, FileRecord, Manifest
+from train.storage.manifest import Damaged, FileRecord, Manifest, committed
 from train.storage.rundir import RunDir
-from train.storage.space import committed, require_space
+from train.storage.space import SPACE_FACTOR, gb
 
 STATE_SCHEMA = 1
+_DISK_POLL_S = 0.5  # with on_full_disk: wait
+_DISK_WARN_S = 60.0
 STATE_LIMIT_BYTES = 8 << 20  # 10 kB and 20 bytes per restart are usual
 
 
@@ -40,10 +44,6 @@ class Progress:
     updates: int = 0  # of these, applied to the weights
     skipped: int = 0  # of these, left out because fp16 gradients overflowed
     images: int = 0  # seen
-
-    def after(self, images: int, *, applied: bool) -> Progress:
-        """Progress after one more plan step over `images` images."""
-        return Progress(self.step + 1, self.updates + applied, self.skipped + (not applied), self.images + images)
 
 
 class SaveFailed(OSError):
@@ -99,6 +99,27 @@ def save(
     except OSError as error:
         print(f"warning: old checkpoints not removed: {error}", file=sys.stderr)
     return target
+
+
+def require_space(
+    folder: Path, one_bytes: int, settings: CheckpointConfig, step: int, give_up: Callable[[], bool]
+) -> None:
+    """Return once a checkpoint of that size has room; what happens without is `checkpoint.on_full_disk`.
+
+    Raises OSError(ENOSPC) (skip, or `give_up` while waiting) or Halt(CANNOT_WRITE) (stop).
+    """
+    need = int(one_bytes * SPACE_FACTOR)
+    warned_at = float("-inf")
+    while (have := free_bytes(folder)) < need:
+        text = f"checkpoint step-{step:08d} needs {gb(need)}, the disk has {gb(have)}; nothing old is deleted for it"
+        if settings.on_full_disk == "stop":
+            raise Halt(ExitCode.CANNOT_WRITE, text)
+        if settings.on_full_disk == "skip" or give_up():
+            raise OSError(errno.ENOSPC, text)
+        if time.monotonic() - warned_at > _DISK_WARN_S:
+            print(f"warning: {text}; waiting for space", file=sys.stderr)
+            warned_at = time.monotonic()
+        time.sleep(_DISK_POLL_S)
 
 
 def retain(run: RunDir, keep: int, newest: int) -> list[int]:

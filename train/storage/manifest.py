@@ -6,12 +6,13 @@ the manifest included, is found. It is written last; a directory without a sound
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,15 @@ def _verify_file(path: Path, record: FileRecord, full: bool) -> None:
         digest = file_sha256(path)
         if digest != record.sha256:
             raise Damaged(f"{path.name}: sha256 is {digest[:12]}…, the manifest says {record.sha256[:12]}…")
+
+
+def committed(folder: Path) -> Iterator[tuple[int, Path, Manifest]]:
+    """(step, path, manifest) of every directory with a sound manifest; the files are not read."""
+    for name in os.listdir(folder):
+        step = step_of(name)
+        if step is not None:
+            with contextlib.suppress(Damaged, OSError):
+                yield step, folder / name, read(folder / name)
 
 
 def _canonical(body: Mapping[str, Any]) -> bytes:

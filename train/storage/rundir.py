@@ -202,12 +202,6 @@ def leftover_bytes(path: Path) -> int:
     return total
 
 
-def free_bytes(path: Path | str) -> int:
-    """Bytes an ordinary user may still write on the file system of `path`."""
-    status = os.statvfs(path)
-    return status.f_bavail * status.f_frsize
-
-
 # --- parts of opening --------------------------------------------------------------------------------
 
 

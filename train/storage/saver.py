@@ -21,8 +21,8 @@ from train.base.errors import ExitCode, Halt
 from train.config.stage import CheckpointConfig
 from train.storage import checkpoint
 from train.storage.checkpoint import Progress, Tensors
+from train.storage.manifest import committed
 from train.storage.rundir import RunDir
-from train.storage.space import committed
 
 FAILURES_ALLOWED = 2  # in a row; the next one ends the run
 _HOST_MARGIN = 1.1  # of the copy's bytes must be available on the host, else the save is a foreground one

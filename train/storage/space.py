@@ -1,25 +1,15 @@
-"""Room for checkpoints: what is needed, what there is, and waiting for it. No torch."""
+"""Room for checkpoints: what a run needs and what there is, asked before it begins. No torch."""
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
-from train.base.errors import ExitCode, Halt
+from train.base.files import free_bytes
 from train.config.stage import CheckpointConfig
-from train.storage import manifest
-from train.storage.manifest import Damaged, Manifest
-from train.storage.rundir import RunDir, free_bytes, leftover_bytes
+from train.storage.manifest import committed
+from train.storage.rundir import RunDir, leftover_bytes
 
 SPACE_FACTOR = 1.05  # file systems need room for their own records
-_DISK_POLL_S = 0.5  # with on_full_disk: wait
-_DISK_WARN_S = 60.0
 
 
 def lacking_space(run: RunDir, one_bytes: float, settings: CheckpointConfig) -> str | None:
@@ -65,36 +55,6 @@ def permanent_warning(
         f"has {gb(have)}. The run starts; when the disk is full, checkpoint.on_full_disk ({settings.on_full_disk}) "
         "decides. Raise checkpoint.permanent_every_steps, or move old ones away in time"
     )
-
-
-def require_space(
-    folder: Path, one_bytes: int, settings: CheckpointConfig, step: int, give_up: Callable[[], bool]
-) -> None:
-    """Return once a checkpoint of that size has room; what happens without is `checkpoint.on_full_disk`.
-
-    Raises OSError(ENOSPC) (skip, or `give_up` while waiting) or Halt(CANNOT_WRITE) (stop).
-    """
-    need = int(one_bytes * SPACE_FACTOR)
-    warned_at = float("-inf")
-    while (have := free_bytes(folder)) < need:
-        text = f"checkpoint step-{step:08d} needs {gb(need)}, the disk has {gb(have)}; nothing old is deleted for it"
-        if settings.on_full_disk == "stop":
-            raise Halt(ExitCode.CANNOT_WRITE, text)
-        if settings.on_full_disk == "skip" or give_up():
-            raise OSError(errno.ENOSPC, text)
-        if time.monotonic() - warned_at > _DISK_WARN_S:
-            print(f"warning: {text}; waiting for space", file=sys.stderr)
-            warned_at = time.monotonic()
-        time.sleep(_DISK_POLL_S)
-
-
-def committed(folder: Path) -> Iterator[tuple[int, Path, Manifest]]:
-    """(step, path, manifest) of every directory with a sound manifest; the files are not read."""
-    for name in os.listdir(folder):
-        step = manifest.step_of(name)
-        if step is not None:
-            with contextlib.suppress(Damaged, OSError):
-                yield step, folder / name, manifest.read(folder / name)
 
 
 def gb(count: float) -> str:

@@ -14,8 +14,7 @@ import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, dataset_dir
-from train.data.index import Index
-from train.data.index_check import file_hashes
+from train.data.index import Index, file_hashes
 from train.data.index_writer import build_index, encoded
 from train.data.shards import read_meta
 from train.prepare.choosing.facts import Facts, between

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from train.config.stage import LossConfig, NoiseConfig
-from train.diffusion.loss import (
+from train.diffusion.noise import add_noise, alphas_cumprod, tile_noise
+from train.diffusion.objective import (
     debiased_weights,
     huber_c,
     min_snr_weights,
@@ -22,7 +23,6 @@ from train.diffusion.loss import (
     target,
     weights,
 )
-from train.diffusion.noise import add_noise, alphas_cumprod, tile_noise
 from train.recipe import rng
 from train.recipe.rng import Stream
 
