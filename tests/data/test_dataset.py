@@ -17,6 +17,7 @@ from train.config.stage import NoiseConfig
 from train.data.dataset import TileDataset, _draw_moments, draw_options
 from train.data.shards import write_shard
 from train.diffusion.objective import Batch
+from train.model.vae_file import LatentScale
 from train.recipe import rng
 from train.recipe.captions import draw
 from train.recipe.order import Tile
@@ -41,6 +42,15 @@ def slots(dataset: TileDataset) -> dict[tuple[int, int], dict[str, torch.Tensor]
                 assert key not in found
                 found[key] = {name: getattr(batch, name)[i] for name in TENSORS}
     return found
+
+
+def test_latents_of_a_shifted_vae_are_shifted(dataset: Path) -> None:
+    tiles = make(dataset, scale=LatentScale(0.5, mean=(-1.0, 0.0, 0.5, 2.0)))
+    batch = batch_of(tiles, 0, 0)
+    shard, place = tiles.index.latent(int(batch.tile.rows[0]))
+    stored = load_file(dataset / shard)["latents"][place].float()
+    wanted = torch.stack([(channel - mean) * 0.5 for channel, mean in zip(stored, (-1.0, 0.0, 0.5, 2.0), strict=True)])
+    assert torch.equal(batch.latents_BCHW[0], wanted)
 
 
 def test_a_slot_is_its_image_its_noise_and_its_caption(dataset: Path) -> None:

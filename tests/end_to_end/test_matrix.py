@@ -23,6 +23,7 @@ from train.data.index import Index
 from train.data.shards import ShardReader
 from train.diffusion.objective import Batch
 from train.model.text import load_tag_tokenizer
+from train.model.vae_file import LatentScale
 from train.recipe.order import Plan
 from train.testing.chaos import ranks
 
@@ -41,7 +42,7 @@ def first_batches(data: Path) -> list[Batch]:
     plan = Plan(index.uids, index.bucket_w, index.bucket_h, seed=3, tile_images=1, tiles_per_update=1, epochs=1)
     config = DataConfig(path=str(data), max_tokens=75, workers=0)
     tiles = TileDataset(index, plan, ShardReader(data), load_tag_tokenizer(MODEL), seed=3, data=config,
-                        noise=NoiseConfig(), scaling=0.13, total_updates=plan.total_updates)  # fmt: skip
+                        noise=NoiseConfig(), scale=LatentScale(0.13), total_updates=plan.total_updates)  # fmt: skip
     return [tiles.make(tile, step, 0) for step in range(plan.total_updates) for tile in plan.update(step)]
 
 

@@ -327,9 +327,11 @@ def test_a_bare_vae_file_takes_the_sizes_of_the_model_it_goes_into(folder: Path,
 
 
 CONFIGS = {
-    "shift_factor": ({"shift_factor": 0.1159}, "shift_factor"),
-    "latents_mean": ({"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "latents_mean"),
-    "latents_std": ({"latents_std": [1.0, 1.0, 1.0, 1.0]}, "latents_std"),
+    "shift_factor": ({"shift_factor": "0.1159"}, "shift_factor is no number"),
+    "latents_mean": ({"latents_mean": [0.1, 0.2, 0.3, 0.4]}, "latents_mean and latents_std are given together"),
+    "latents_std": ({"latents_mean": [0.1] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]}, "latents_std must be 4 numbers above 0"),
+    "three means": ({"latents_mean": [0.1] * 3, "latents_std": [1.0] * 4}, "latents_mean must be 4 numbers"),
+    "two shifts": ({"shift_factor": 0.1, "latents_mean": [0.2] * 4, "latents_std": [1.0] * 4}, "say two things"),
     "sixteen channels": ({"latent_channels": 16}, "16 channels"),
     "no factor": ({"scaling_factor": None}, "no positive number"),
     "another class": ({"_class_name": "AutoencoderTiny"}, "AutoencoderTiny"),

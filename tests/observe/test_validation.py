@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from train.base.errors import ExitCode, Halt
 from train.data.selection import held_out
 from train.model.text import TagTokenizer
+from train.model.vae_file import LatentScale
 from train.observe import validation
 from train.observe.validation import (
     Making,
@@ -90,7 +91,7 @@ def loss_of(batch: Any) -> torch.Tensor:
 
 def measure(images: Images, **options: Any) -> dict[str, Any]:
     arguments: Any = (images, Reader(8 if images.content == "moments" else 4), TagTokenizer(small_tokenizer()))
-    record = evaluate(loss_of, *arguments, Making(0.13025), micro=options.pop("micro", 4),
+    record = evaluate(loss_of, *arguments, Making(LatentScale(0.13025)), micro=options.pop("micro", 4),
                       device=torch.device("cpu"), **options)  # fmt: skip
     assert record is not None
     return record
@@ -115,9 +116,9 @@ def test_an_image_that_cannot_be_read_is_left_out_and_named(bad: tuple[int, ...]
     broken = Damaged({int(images.uids[i] % 1000) for i in bad})
     options: Any = {"micro": 4, "device": torch.device("cpu")}
     with pytest.raises(Halt, match="not finite") as halted:
-        evaluate(loss_of, images, broken, tokens, Making(0.13025), **options)  # type: ignore[arg-type]
+        evaluate(loss_of, images, broken, tokens, Making(LatentScale(0.13025)), **options)  # type: ignore[arg-type]
     assert halted.value.message.split(": row")[0] in {images.keys[i] for i in bad}
-    found = evaluate(loss_of, images, broken, tokens, Making(0.13025), skip_unreadable=True, **options)  # type: ignore[arg-type]
+    found = evaluate(loss_of, images, broken, tokens, Making(LatentScale(0.13025)), skip_unreadable=True, **options)  # type: ignore[arg-type]
     assert found is not None
     assert found["unreadable"] == [f"{images.uids[i]:016x}" for i in bad]
     whole = measure(images)
@@ -216,7 +217,7 @@ def test_processes_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_stop_discards_the_measurement() -> None:
-    arguments: Any = (Images(keys(9)), Reader(), TagTokenizer(small_tokenizer()), Making(1.0))
+    arguments: Any = (Images(keys(9)), Reader(), TagTokenizer(small_tokenizer()), Making(LatentScale(1.0)))
     record = evaluate(loss_of, *arguments, micro=2, device=torch.device("cpu"), stop=lambda: True)
     assert record is None
 
@@ -224,7 +225,7 @@ def test_a_stop_discards_the_measurement() -> None:
 def test_moments_use_the_mean() -> None:
     images: Any = Images(keys(6), content="moments")
     rows = next(batches(images, 4))
-    batch = make_batch(images, Reader(8), TagTokenizer(small_tokenizer()), rows, Making(0.5))  # type: ignore[arg-type]
+    batch = make_batch(images, Reader(8), TagTokenizer(small_tokenizer()), rows, Making(LatentScale(0.5)))  # type: ignore[arg-type]
     assert batch.latents_BCHW.shape[1] == 4
     assert batch.latents_BCHW[0, 0, 0, 0] == float(images.uids[rows[0]] % 1000) * 0.5
 

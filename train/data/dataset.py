@@ -22,6 +22,7 @@ from train.data.shards import ShardReader
 from train.diffusion.noise import needs_means, tile_noise
 from train.diffusion.objective import Batch
 from train.model.text import TagTokenizer, size_vector
+from train.model.vae_file import LatentScale
 from train.recipe import rng
 from train.recipe.buckets import crop_condition
 from train.recipe.captions import DrawOptions, draw_many
@@ -43,11 +44,11 @@ class TileDataset(Dataset[Batch | Halt]):
         seed: int,
         data: DataConfig,
         noise: NoiseConfig,
-        scaling: float,
+        scale: LatentScale,
         total_updates: int,
     ) -> None:
         self.index, self.plan, self.reader, self.tokenizer = index, plan, reader, tokenizer
-        self.seed, self.data, self.noise, self.scaling = seed, data, noise, scaling
+        self.seed, self.data, self.noise, self.scale = seed, data, noise, scale
         self.options = draw_options(data, total_updates)
 
     def __getitem__(self, place: tuple[int, int]) -> Batch | Halt:
@@ -101,7 +102,7 @@ class TileDataset(Dataset[Batch | Halt]):
             )
         if self.index.content == "moments":
             raw_BCHW = _draw_moments(raw_BCHW, self.seed, tile)
-        return raw_BCHW * self.scaling, tuple(substituted)
+        return self.scale.to_model(raw_BCHW), tuple(substituted)
 
     def _read(self, rows: Sequence[int]) -> tuple[torch.Tensor, str]:
         return read_rows(self.index, self.reader, rows), self.index.latent(rows[0])[0]

@@ -15,6 +15,7 @@ from train.base.files import read_json
 from train.config.stage import DataConfig, StageConfig
 from train.data.index import U64, Index
 from train.model.source import LocalModel, vae_identity
+from train.model.vae_file import LatentScale
 from train.recipe.buckets import Size, check_buckets
 from train.recipe.captions import SEPARATOR
 from train.recipe.order import Plan
@@ -154,5 +155,5 @@ def refuse_other_vae(folder: str, index: Index, source: LocalModel) -> None:
 
 
 def vae_mark(source: LocalModel) -> str:
-    """What a model's VAE is, wherever it lies: its weights' identity and its scaling factor."""
-    return f"{vae_identity(source)}/{source.configs['vae']['scaling_factor']}"
+    """What a model's VAE is, wherever it lies: its weights' identity, its scaling factor and shift."""
+    return f"{vae_identity(source)}/{LatentScale.of(source.configs['vae']).mark()}"

@@ -28,6 +28,7 @@ from train.config.prompts import Prompt, Sampler
 from train.diffusion.noise import BETA_END, BETA_START, TIMESTEPS
 from train.model import text
 from train.model.networks import TimestepEmbedding, embedding_as
+from train.model.vae_file import LatentScale
 from train.recipe import captions, rng
 from train.recipe.captions import plain_tags
 
@@ -240,7 +241,7 @@ def decode(vae: Any, latents_BCHW: Tensor) -> list[Image.Image]:
     used = torch.float32 if stored == torch.float16 and vae.config.get("force_upcast") else stored
     with torch.autocast(latents_BCHW.device.type, enabled=False):
         nn.Module.to(vae, used)  # past the library's own .to, which warns at every dtype
-        scaled_BCHW = (latents_BCHW / vae.config.scaling_factor).to(used)
+        scaled_BCHW = LatentScale.of(vae.config).to_vae(latents_BCHW).to(used)
         pixels_B3hw = vae.decode(scaled_BCHW, return_dict=False)[0].float()
         nn.Module.to(vae, stored)  # exact: fp16 to fp32 and back
     if not torch.isfinite(pixels_B3hw).all():

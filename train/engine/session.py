@@ -30,6 +30,7 @@ from train.engine.restore import expectations, restore, state_of
 from train.engine.setup import Data, Machine, Model, make_optimizer, open_shares
 from train.engine.step import Gradients, Rates, Trained, adopted_by_buckets
 from train.model.networks import Networks, trained_parameters
+from train.model.vae_file import LatentScale
 from train.observe.heldout import HeldOut
 from train.observe.metrics import Trace, read_metrics
 from train.observe.previews import Previews
@@ -113,9 +114,9 @@ def open_session(
     warning = schedule.long_warmup(config.schedule, total_updates=plan.total_updates)
     if warning and place.is_main:
         log.warning("%s", warning)
-    scaling = float(model.source.configs["vae"]["scaling_factor"])  # VAE's latents to what the U-Net sees (SDXL: 0.13025)
+    latent_scale = LatentScale.of(model.source.configs["vae"])
     previews = Previews(config, model.components, networks, place)
-    held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scaling=scaling)
+    held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scale=latent_scale)
     parameters, shares = trained_parameters(networks), open_shares(config.optimizer.sharding, networks, place)
     optimizer = make_optimizer(config.optimizer, schedule.peaks(config.optimizer), networks, shares)
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
@@ -131,7 +132,7 @@ def open_session(
     progress = loaded.progress if loaded else Progress()
     if place.is_main and config.validation.every_steps:
         held_out.remember(run.path)
-    images = partial(TileDataset, seed=config.seed, data=config.data, noise=config.noise, scaling=scaling)
+    images = partial(TileDataset, seed=config.seed, data=config.data, noise=config.noise, scale=latent_scale)
     scale = loss_scale(config.precision, loaded.state.get("scaler") if loaded else None)
     return Session(
         open_trained(

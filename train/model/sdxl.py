@@ -103,7 +103,7 @@ def refuse_unet(config: Mapping[str, Any], whose: str) -> None:
 
 
 def checked_vae(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
-    """A VAE's config with its scaling_factor said.
+    """A VAE's config with its scaling_factor said, and a shift said as stock SDXL pipelines read it too: by channel.
 
     Raises Halt(MISMATCH) for a VAE whose latents are not SDXL's: what its config says and nobody here would apply.
     """
@@ -113,27 +113,34 @@ def checked_vae(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
     channels = config.get("latent_channels", 4)
     if channels != 4:
         raise Halt(ExitCode.MISMATCH, f"{whose} is a VAE of {channels} channels (SD3's and Flux's have 16); SDXL's has 4")
-    for key in ("shift_factor", "latents_mean", "latents_std"):
-        if config.get(key) not in (None, 0, 0.0):
-            raise Halt(
-                ExitCode.MISMATCH,
-                f"{whose}: its VAE config sets {key} ({ascii(str(config[key]))[1:-1][:200]}), which is not supported yet: latents "
-                "would be read without it. Name SDXL's VAE, or another with a scaling_factor alone",
-            )
     factor = config.get("scaling_factor", SD1_SCALE)
     if not isinstance(factor, int | float) or isinstance(factor, bool) or not 0 < factor < 1e6:
         raise Halt(ExitCode.MISMATCH, f"{whose}: scaling_factor of its VAE config is no positive number")
-    return {"scaling_factor": factor, **config}
+    _check_shift(config, channels, whose)
+    shift = config.get("shift_factor")  # read by SD3's pipelines alone
+    told = {"latents_mean": [shift] * channels, "latents_std": [1.0] * channels} if shift else {}
+    return {"scaling_factor": factor, **config, **told}
 
 
-def refuse_other_scale(config: Mapping[str, Any], like: Mapping[str, Any], whose: str) -> None:
-    """Halt(MISMATCH) for Stable Diffusion 1's VAE in the place of SDXL's: of the same shapes, with other latents."""
-    if config["scaling_factor"] == SD1_SCALE != like.get("scaling_factor", SD1_SCALE):
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"{whose}: its scaling_factor is {SD1_SCALE} (or not set, which means that), that of Stable Diffusion 1's "
-            f"VAE; the model's own is {like['scaling_factor']}. Name SDXL's VAE; if this is one, set scaling_factor in its config.json",
-        )
+def _check_shift(config: Mapping[str, Any], channels: int, whose: str) -> None:
+    """Halt(MISMATCH) for a shift that cannot be applied: one number, or one per channel with its deviation."""
+    shift, mean, deviation = (config.get(key) for key in ("shift_factor", "latents_mean", "latents_std"))
+    wrong = None if shift is None or _is_number(shift) else "shift_factor is no number"
+    for key, values in (("latents_mean", mean), ("latents_std", deviation)):
+        good = isinstance(values, list | tuple) and len(values) == channels and all(map(_is_number, values))
+        if values is not None and not (good and (key == "latents_mean" or min(values) > 0)):
+            wrong = f"{key} must be {channels} numbers{'' if key == 'latents_mean' else ' above 0'}"
+    if (mean is None) != (deviation is None):
+        wrong = wrong or "latents_mean and latents_std are given together"
+    elif mean is not None and shift and list(mean) != [shift] * channels:
+        wrong = wrong or "shift_factor and latents_mean say two things"
+    if wrong:
+        found = ascii(str({"shift_factor": shift, "latents_mean": mean, "latents_std": deviation}))[1:-1][:200]
+        raise Halt(ExitCode.MISMATCH, f"{whose}: its VAE config: {wrong}; it says {found}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e6
 
 
 def vae_factor(vae: Mapping[str, Any]) -> int:

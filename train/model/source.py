@@ -80,9 +80,10 @@ def resolve(settings: ModelConfig, *, hashed: bool = True) -> LocalModel:
         notes = (*model.notes, *(f"model.vae: {note}" for note in vae.notes))
         configs, weights = {**model.configs, "vae": vae.config}, {**kept, **vae.weights}
         model = replace(model, configs=configs, weights=weights, vae_sha256=digest, notes=notes)
-    factor, usual = model.configs["vae"]["scaling_factor"], sdxl.STANDARD["vae"]["scaling_factor"]
-    if factor != usual:
-        told = f"trains and samples with its VAE's scaling_factor {factor}; other programs take {usual} for a single file"
+    own, usual = model.configs["vae"], sdxl.STANDARD["vae"]
+    keys = ("scaling_factor", "shift_factor", "latents_mean")
+    if other := [f"{key} {own[key]}" for key in keys if own.get(key) not in (None, 0, usual.get(key))]:
+        told = f"trains and samples with its VAE's {', '.join(other)}; other programs take {usual['scaling_factor']} and no shift for a single file"
         model = replace(model, notes=(*model.notes, told))
     return model
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
@@ -18,6 +18,9 @@ from train.model import folder as model_folder
 from train.model import layouts, other_kinds, sdxl
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _WAYS = "name a VAE folder, a model folder with vae/, or a .safetensors file"
 
@@ -30,6 +33,50 @@ class Vae:
     weights: model_folder.Weights  # by canonical name, "vae.quant_conv.weight"
     file: Path
     notes: tuple[str, ...] = ()  # what was passed over or adapted
+
+
+@dataclass(frozen=True)
+class LatentScale:
+    """How a VAE's latents z become what the U-Net sees: (z - mean) * scale / deviation, by channel.
+
+    From its config: `scaling_factor`; `shift_factor` is the mean of all channels (as SD3's pipelines read it), and
+    `latents_mean` with `latents_std` are given by channel (as SDXL's pipeline reads them).
+    """
+
+    scale: float
+    mean: tuple[float, ...] = ()  # () = 0
+    deviation: tuple[float, ...] = ()  # () = 1
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> LatentScale:
+        """Of a VAE's config as `sdxl.checked_vae` left it."""
+        shift, channels = config.get("shift_factor") or 0.0, config.get("latent_channels", 4)
+        mean = tuple(config.get("latents_mean") or ())
+        mean = mean or ((float(shift),) * channels if shift else ())
+        return cls(float(config["scaling_factor"]), mean, tuple(config.get("latents_std") or ()))
+
+    def to_model(self, latents_BCHW: Tensor) -> Tensor:
+        """What the U-Net sees, of the VAE's own latents."""
+        if self.mean:
+            latents_BCHW = latents_BCHW - _by_channel(self.mean, latents_BCHW)
+        scaled_BCHW = latents_BCHW * self.scale
+        return scaled_BCHW / _by_channel(self.deviation, latents_BCHW) if self.deviation else scaled_BCHW
+
+    def to_vae(self, latents_BCHW: Tensor) -> Tensor:
+        """The VAE's own latents, of what the U-Net sees."""
+        if self.deviation:
+            latents_BCHW = latents_BCHW * _by_channel(self.deviation, latents_BCHW)
+        own_BCHW = latents_BCHW / self.scale
+        return own_BCHW + _by_channel(self.mean, latents_BCHW) if self.mean else own_BCHW
+
+    def mark(self) -> str:
+        """For a model's identity, such as `0.13025`."""
+        parts = [self.scale, *([self.mean] if self.mean or self.deviation else []), *([self.deviation] if self.deviation else [])]
+        return "/".join(",".join(map(str, part)) if isinstance(part, tuple) else str(part) for part in parts)
+
+
+def _by_channel(values: tuple[float, ...], like_BCHW: Tensor) -> Tensor:
+    return like_BCHW.new_tensor(values).view(1, -1, 1, 1)
 
 
 def open_vae(path: Path, asked_by: str, like: Mapping[str, Any] | None = None) -> Vae:
@@ -54,10 +101,20 @@ def open_vae(path: Path, asked_by: str, like: Mapping[str, Any] | None = None) -
         config = stored
     config = sdxl.checked_vae(config, f"{asked_by} {path}")
     if like is not None:
-        sdxl.refuse_other_scale(config, like, f"{asked_by} {path}")
+        refuse_other_scale(config, like, f"{asked_by} {path}")
     other_kinds.refuse_as_vae(file, source.blobs, asked_by)
     reading = read_weights(source, config)
     return Vae(config, reading.weights, file, reading.notes)
+
+
+def refuse_other_scale(config: Mapping[str, Any], like: Mapping[str, Any], whose: str) -> None:
+    """Halt(MISMATCH) for Stable Diffusion 1's VAE in the place of SDXL's: of the same shapes, with other latents."""
+    if config["scaling_factor"] == sdxl.SD1_SCALE != like.get("scaling_factor", sdxl.SD1_SCALE):
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{whose}: its scaling_factor is {sdxl.SD1_SCALE} (or not set, which means that), that of Stable Diffusion 1's "
+            f"VAE; the model's own is {like['scaling_factor']}. Name SDXL's VAE; if this is one, set scaling_factor in its config.json",
+        )
 
 
 def read_weights(source: tensor_files.Tensors, config: Mapping[str, Any]) -> layouts.Reading:

@@ -21,6 +21,7 @@ from train.diffusion.objective import Batch, Diffusion, image_losses
 from train.diffusion.sampling import without_training
 from train.model.networks import Networks
 from train.model.text import TagTokenizer
+from train.model.vae_file import LatentScale
 from train.observe.tracker import Tracker
 from train.observe.validation import Making, chosen, evaluate, strata_of
 from train.optim.collectives import Place
@@ -40,7 +41,7 @@ class HeldOut:
         networks: Networks,
         place: Place,
         *,
-        scaling: float,
+        scale: LatentScale,
     ) -> None:
         self.index = index.select(chosen(index.uids, config.validation.images))
         if config.validation.every_steps and len(self.index) == 0:
@@ -51,7 +52,7 @@ class HeldOut:
         self.tokens, self.networks, self.place = tokens, networks, place
         self.micro = config.batch.micro
         self.skip_unreadable = config.data.on_read_error == "substitute"
-        self.making = Making(scaling, config.data.max_tokens, config.data.crop_conditioning)
+        self.making = Making(scale, config.data.max_tokens, config.data.crop_conditioning)
         # Neither weights nor offset of the stage's own loss: the stages are compared with one measure.
         self.diffusion = Diffusion(
             alphas_cumprod(config.noise.zero_terminal_snr).to(place.device),

@@ -22,6 +22,7 @@ from train.data.index import Index
 from train.data.shards import ShardReader
 from train.diffusion.objective import Batch
 from train.model.text import TagTokenizer
+from train.model.vae_file import LatentScale
 from train.recipe import rng
 from train.recipe.order import Tile
 from train.recipe.rng import Stream
@@ -54,7 +55,7 @@ def fixed_noise(uid: int, shape: Sequence[int]) -> npt.NDArray[np.float32]:
 class Making:
     """How a held-out image becomes a batch row: the stage's conventions, without its randomness."""
 
-    scaling: float  # of the VAE
+    scale: LatentScale  # of the VAE
     max_tokens: int = 225
     crop_conditioning: Literal["actual", "kohya", "zero"] = "actual"
 
@@ -88,7 +89,7 @@ def make_batch(
     size = int(index.bucket_w[rows[0]]), int(index.bucket_h[rows[0]])
     tile = Tile(*size, 0, rows, uids, np.zeros(len(rows), dtype=np.int64))
     sizes = size_numbers(index, tile, making.crop_conditioning)
-    return assembled(tile, raw_BCHW * making.scaling, (noise_BCHW, noise_BCHW), fixed_timesteps(uids), ids, sizes, rows)
+    return assembled(tile, making.scale.to_model(raw_BCHW), (noise_BCHW, noise_BCHW), fixed_timesteps(uids), ids, sizes, rows)
 
 
 def evaluate(
