@@ -36,14 +36,24 @@ def open_selection(config: StageConfig) -> Selection:
     index = Index.open(config.data.path, config.selection)
     refuse_other_separator(config.data)
     kept = index.select(~held_out(index.uids, config.validation.share, index.images))
-    measured = Index.open(config.data.path, config.validation.select) if config.validation.select else index
+    asked = measured_of(config)
+    measured = Index.open(config.data.path, asked) if asked != config.selection else index
     check_buckets(bucket_counts(index), config.batch.min_bucket)
     _check_what_is_kept(bucket_counts(kept), config.batch.min_bucket, config.validation.share)
     refuse_missing_shards(config.data.path, index.shards())
-    held = measured.select(held_out(measured.uids, config.validation.share, measured.images))
-    _, first = np.unique(held.images, return_index=True)  # an image that is repeated is measured once
-    held = held.select(np.sort(first))
+    held = once(measured.select(held_out(measured.uids, config.validation.share, measured.images)))
     return Selection(index, kept, held, make_plan(kept, config))
+
+
+def measured_of(config: StageConfig) -> str:
+    """Name of the selection whose images the held-out loss of a stage is measured on."""
+    return config.validation.select or config.selection
+
+
+def once(index: Index) -> Index:
+    """Each image once: one that is repeated is measured once."""
+    _, first = np.unique(index.images, return_index=True)
+    return index.select(np.sort(first))
 
 
 def refuse_other_separator(data: DataConfig) -> None:

@@ -2,12 +2,15 @@
 
 The models are folders of your own; nothing is downloaded. STAGE is a run directory (its newest samples) or NAME=DIR
 with pictures by scripts/sample.py. An interval wants many prompts: fifty or more. `report.py --quality` shows the file.
+
+`loss MODEL ... --data SET` measures the held-out loss of model files instead (its own --help).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from train.base.errors import ExitCode, Halt
@@ -32,8 +35,46 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def parse_loss() -> argparse.Namespace:
+    """The command line of `loss`."""
+    parser = argparse.ArgumentParser(
+        prog=f"{Path(sys.argv[0]).name} loss",
+        description="Held-out loss of model files by stratum: the same images, noise and timesteps for all; differences from the first.",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, diffusers folder or .safetensors file; or NAME=one of them")
+    parser.add_argument("--data", type=Path, required=True, metavar="SET", help="prepared dataset")
+    parser.add_argument("--select", metavar="STAGE", help="its selection (default: the one that the last model's stage measured)")
+    parser.add_argument("--share", type=float, help="images held out by validation.share (default: the smallest that the models' stages state, else all)")
+    parser.add_argument("--images", type=int, default=256, help="at most so many, those with the lowest hashes (default: 256)")
+    parser.add_argument("--micro", type=int, default=4, help="images per forward (default: 4)")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, fp32 on the CPU")
+    parser.add_argument("--tokenizers", metavar="DIR", help="of single files: a folder with tokenizer/ and tokenizer_2/ (default: CLIP's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--out", type=Path, default=Path("loss.json"))
+    parser.add_argument("--json", action="store_true", help="print the record instead of a table")
+    arguments = parser.parse_args(sys.argv[2:])
+    for name in ("images", "micro"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    return arguments
+
+
+def loss() -> None:
+    """Parse, measure, write, print."""
+    arguments = parse_loss()
+    from train.tools.quality import loss as held_out_loss
+    from train.tools.quality import record as quality_record
+
+    options = {name: getattr(arguments, name) for name in ("select", "share", "images", "micro", "precision", "device", "tokenizers")}
+    record = held_out_loss.measure(arguments.models, arguments.data, **options)
+    quality_record.write_quality(arguments.out, record)
+    print(json.dumps(record) if arguments.json else f"{held_out_loss.as_text(record)}\n{arguments.out}")
+
+
 def main() -> None:
     """Parse, judge, write, print."""
+    if sys.argv[1:2] == ["loss"]:
+        return loss()
     arguments = parse()
     if not (arguments.aesthetic or arguments.clip or arguments.tagger):
         raise Halt(ExitCode.USAGE, "name at least one model: --aesthetic DIR, --clip DIR or --tagger DIR")
