@@ -25,7 +25,7 @@ from train.diffusion.objective import Diffusion, image_losses
 from train.model import memory
 from train.model.memory import GIB, Setup
 from train.model.networks import parameter_groups
-from train.optim import rounding
+from train.optim import stepping
 from train.testing.step import batches, build, make_optimizer
 from train.testing.variants import Variant
 
@@ -59,7 +59,7 @@ def main() -> None:
     image_losses(networks, batch, diffusion).sum().backward()
     after_backward = resident("VmHWM")
     parameters = {f"{g}.{n}": p for g, named in parameter_groups(networks).items() for n, p in named.items()}
-    rounding.step(optimizer, parameters, seed=1, update=0)
+    stepping.apply(optimizer, parameters, update=0, rounding_seed=1)
     peak = resident("VmHWM") - before
     predicted = memory.predict(Setup(False, "adafactor", "bf16", "bf16"), (width, height), 1, arguments.exempt)
     backward = predicted.total - predicted.workspace - predicted.optimizer  # whose state the first step makes

@@ -118,7 +118,7 @@ def open_session(
     previews = Previews(config, model.components, networks, place)
     held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scale=latent_scale)
     parameters, shares = trained_parameters(networks), open_shares(config.optimizer.sharding, networks, place)
-    optimizer = make_optimizer(config.optimizer, schedule.peaks(config.optimizer), networks, shares)
+    optimizer = make_optimizer(config.optimizer, schedule.peaks(config.optimizer), networks, shares, strict=machine.strict)
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
     expected = expectations(config, data, model.source, networks, ema)
     if place.is_main:

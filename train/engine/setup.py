@@ -231,7 +231,7 @@ def probe(networks: Networks, precision: str, max_tokens: int) -> None:
 
 
 def make_optimizer(
-    settings: OptimizerConfig, peaks: Mapping[str, float], networks: Networks, shares: Shares | None
+    settings: OptimizerConfig, peaks: Mapping[str, float], networks: Networks, shares: Shares | None, *, strict: bool
 ) -> torch.optim.Optimizer:
     """AdamW or Adafactor over one group per trained network, or over this process's share of each."""
     groups = []
@@ -239,7 +239,7 @@ def make_optimizer(
         members = list((parameters if shares is None else shares.mine(parameters)).values())
         if members:
             groups.append((name, members, peaks[name]))
-    return optimizers.make_optimizer(groups, settings)
+    return optimizers.make_optimizer(groups, settings, strict=strict)
 
 
 def open_shares(sharding: str, networks: Networks, place: Place) -> Shares | None:

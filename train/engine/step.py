@@ -22,7 +22,7 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import json_number, write_json
 from train.diffusion.objective import Batch, Diffusion, image_losses
 from train.model import speed
-from train.optim import optimizers, rounding
+from train.optim import optimizers, stepping
 from train.optim.collectives import BinaryCounter, FlatGradients, Place, reduce_pairwise
 from train.optim.ema import Ema
 from train.optim.loss_scale import LossScale
@@ -160,10 +160,7 @@ class Trained:
 
     def step(self, updates: int) -> None:
         """Apply the gradients that are ready after `updates` updates: own share, the others' shares, the average."""
-        if self.rounding_seed is not None:
-            rounding.step(self.optimizer, self.parameters, seed=self.rounding_seed, update=updates)
-        else:
-            self.optimizer.step()
+        stepping.apply(self.optimizer, self.parameters, update=updates, rounding_seed=self.rounding_seed)
         if self.shares is not None:
             self.shares.spread(self.parameters)
         if self.ema is not None:

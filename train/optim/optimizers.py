@@ -1,7 +1,8 @@
 """Optimizers, their groups and their state as named tensors.
 
-The classes are the libraries': torch's AdamW, bitsandbytes' 8-bit AdamW, transformers' Adafactor. Their state is
-saved under parameter names, not positions, so it can be checked against the model and read by anybody.
+The classes are the libraries': torch's AdamW, bitsandbytes' 8-bit AdamW, transformers' Adafactor (its step batched by
+shape in `optim.stepping`). Their state is saved under parameter names, not positions, so it can be checked against the
+model and read by anybody.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
+from train.optim.stepping import Adafactor
 from train.recipe.optimizer_state import MIN_8BIT_VALUES, state_shapes
 
 Groups = Sequence[tuple[str, Sequence[nn.Parameter], float]]  # (name, parameters, peak learning rate)
 
 
-def make_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The configured optimizer over named groups; `set_lrs` finds them by name.
+def make_optimizer(groups: Groups, config: OptimizerConfig, *, strict: bool = False) -> torch.optim.Optimizer:
+    """The configured optimizer over named groups; `set_lrs` finds them by name. `strict`: the library's own step.
 
     With `decay: matrices` norms, biases and other vectors are kept out of the weight decay; the recipe's original
     decayed everything. Raises Halt(USAGE) when bitsandbytes is needed and missing, or a peak learning rate is.
@@ -41,7 +43,7 @@ def make_optimizer(groups: Groups, config: OptimizerConfig) -> torch.optim.Optim
         fused = parts[0]["params"][0].device.type == "cuda"
         return torch.optim.AdamW(parts, betas=config.betas, eps=_eps(config, 1e-8), fused=fused, foreach=False)
     if config.name == "adafactor":
-        return _adafactor(parts, config)
+        return _adafactor(parts, config, strict=strict)
     return _adamw8bit(parts, config)
 
 
@@ -57,10 +59,10 @@ def _eps(config: OptimizerConfig, default: Any) -> Any:
     return default if config.eps is None else config.eps
 
 
-def _adafactor(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
-    from transformers.optimization import Adafactor
+def _adafactor(parts: list[dict[str, Any]], config: OptimizerConfig, *, strict: bool) -> torch.optim.Optimizer:
+    from transformers import optimization
 
-    return Adafactor(
+    return (optimization.Adafactor if strict else Adafactor)(
         parts,
         lr=parts[0]["lr"],  # required: without it and without relative_step the class fails at the first step only
         eps=tuple(_eps(config, (1e-30, 1e-3))),

@@ -154,7 +154,8 @@ def make_optimizer(variant: Variant, networks: Networks) -> torch.optim.Optimize
     """Ours, or for the references and `plain` torch's default AdamW."""
     groups = [(name, list(named.values()), 1e-5) for name, named in parameter_groups(networks).items()]
     if variant.stage == 2:
-        return optimizers.make_optimizer(groups, OptimizerConfig(name="adafactor", unet_lr=1e-5))
+        own = variant.strict or variant.style != "ours"  # the references step tensor by tensor
+        return optimizers.make_optimizer(groups, OptimizerConfig(name="adafactor", unet_lr=1e-5), strict=own)
     if variant.fused:
         return optimizers.make_optimizer(groups, OptimizerConfig(name="adamw", unet_lr=1e-5, weight_decay=0.1))
     parameters = [parameter for _, members, _ in groups for parameter in members]
