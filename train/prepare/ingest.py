@@ -34,6 +34,7 @@ from train.prepare.posts.caption_remarks import CaptionTally, remarks
 from train.prepare.posts.caption_text import caption_ending, caption_rules
 from train.prepare.posts.census import Census, tell
 from train.prepare.posts.normalise import RawPost, printable, to_record
+from train.prepare.tables import units
 from train.prepare.tables.progress import bar, reading
 from train.prepare.tables.quarantine import Complaint, set_aside, too_many
 from train.prepare.tables.schemas import (
@@ -43,15 +44,6 @@ from train.prepare.tables.schemas import (
     SCHEMA_VERSION,
     Quarantine,
     quarantine_table,
-)
-from train.prepare.tables.units import (
-    Step,
-    config_id,
-    finalize,
-    merge_quarantine,
-    read_manifest,
-    write_parquet,
-    write_text,
 )
 from train.recipe.exclusions import EXCLUSIONS_VERSION
 
@@ -70,8 +62,8 @@ def run(settings: DatasetConfig) -> None:
     Raises Complaint(MISMATCH) after finishing, when more than `max_quarantine_fraction` of the posts are errors.
     """
     dataset = _opened(settings)
-    config = config_id(code=INGEST_VERSION, schema=SCHEMA_VERSION, exclusions=EXCLUSIONS_VERSION)
-    step = Step(dataset, "records", RECORDS, config)
+    config = units.config_id(code=INGEST_VERSION, schema=SCHEMA_VERSION, exclusions=EXCLUSIONS_VERSION)
+    step = units.Step(dataset, "records", RECORDS, config)
     mark, sizes = sources_mark(settings.sources, f"{config} {settings.separator}")  # taken first: what changes meanwhile is met by the next run
     spill = _spill_folder(dataset)
     before = _finished(step, mark)
@@ -90,11 +82,11 @@ def run(settings: DatasetConfig) -> None:
     order, doubles, repeated = _sorted_rows(batches)
     refused += doubles + _excluded(batches, order)
     names = _write_units(step, batches, order)
-    write_parquet(dataset / "quarantine" / "records" / names[0], quarantine_table(refused))
-    finalize(step, names)
-    merge_quarantine(dataset)
+    units.write_parquet(dataset / "quarantine" / "records" / names[0], quarantine_table(refused))
+    units.finalize(step, names)
+    units.merge_quarantine(dataset)
     _write_facts(dataset, settings, len(order), repeated, refused, said)
-    write_text(step.folder / _MARK, json.dumps({"mark": mark, "units": names}, indent=1) + "\n")
+    units.write_text(step.folder / _MARK, json.dumps({"mark": mark, "units": names}, indent=1) + "\n")
     tell_unread_folders(settings)
     report_and_judge(settings, "ingest", len(order), refused)
 
@@ -117,9 +109,9 @@ def _spill_folder(dataset: Path) -> Path:
     return dataset / f".parsed-{mine}"
 
 
-def _finished(step: Step, mark: str) -> tuple[int, list[Quarantine]] | None:
+def _finished(step: units.Step, mark: str) -> tuple[int, list[Quarantine]] | None:
     """(records, what was refused) of a finished ingest of the same sources, else None."""
-    manifest = read_manifest(step.dataset, step.table)
+    manifest = units.read_manifest(step.dataset, step.table)
     path = step.folder / _MARK
     if manifest is None or not path.exists():
         return None
@@ -284,7 +276,7 @@ def take_rows(batches: list[pa.RecordBatch], rows: np.ndarray) -> pa.Table:
     return pa.Table.from_batches(parts).combine_chunks().take(pa.array(back)).combine_chunks()
 
 
-def _write_units(step: Step, batches: list[pa.RecordBatch], order: np.ndarray) -> list[str]:
+def _write_units(step: units.Step, batches: list[pa.RecordBatch], order: np.ndarray) -> list[str]:
     """Names of the units, each written unless it is there already."""
     names = []
     starts = range(0, len(order), ROW_GROUP_ROWS) if len(order) else [0]
@@ -293,10 +285,10 @@ def _write_units(step: Step, batches: list[pa.RecordBatch], order: np.ndarray) -
         rows = order[start : start + ROW_GROUP_ROWS]
         table = take_rows(batches, rows) if len(rows) else _SPILL_SCHEMA.empty_table()
         content = [table[name].to_pylist() for name in ("key", "raw_hash", "uri", "member", "hard_exclusion")]
-        name = f"{unit:05d}-{config_id(config=step.config, content=content)}.parquet"
+        name = f"{unit:05d}-{units.config_id(config=step.config, content=content)}.parquet"
         names.append(name)
         if not (step.folder / name).exists():
-            write_parquet(step.folder / name, table.select(RECORDS.names).cast(RECORDS))
+            units.write_parquet(step.folder / name, table.select(RECORDS.names).cast(RECORDS))
         shown.update()
     shown.close()
     return names
@@ -342,4 +334,4 @@ def update_dataset_json(dataset: Path, facts: dict[str, Any]) -> None:
     """Set top-level keys of `dataset.json`, keeping the others."""
     path = dataset / "dataset.json"
     present = json.loads(path.read_text()) if path.exists() else {}
-    write_text(path, json.dumps(present | facts, indent=1, sort_keys=True) + "\n")
+    units.write_text(path, json.dumps(present | facts, indent=1, sort_keys=True) + "\n")

@@ -20,11 +20,12 @@ from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, TagConfig, dataset_dir
 from train.prepare.ingest import update_dataset_json
 from train.prepare.tables import units
+from train.prepare.tables.refusals import refused_by
 from train.prepare.tables.schemas import LABELS, Quarantine, quarantine_table
 from train.prepare.tables.workers import Peers
 from train.prepare.tagging.policy import freeze, post_days
 from train.prepare.tagging.vectorised import Inputs, TokenCount, label_table
-from train.recipe.exclusions import EXCLUSIONS_VERSION, excluded_by
+from train.recipe.exclusions import EXCLUSIONS_VERSION
 from train.recipe.tag_policy import LabelError, Policy
 
 LABEL_VERSION = 1
@@ -61,13 +62,9 @@ def run(settings: DatasetConfig) -> None:
         table, entries = _label_unit(settings, records[number], inputs[number][1], policy, today, counter)
         units.write_parquet(dataset / "quarantine" / "labels" / names[number], quarantine_table(entries))
         units.write_parquet(step.folder / names[number], table)
-        bar.update(1)
 
-    missing = [number for number, name in enumerate(names) if not (step.folder / name).exists()]
-    with Peers(dataset) as peers, peers.progress(sum(map(peers.owns, missing)), "label", "units") as bar:
-        for number in filter(peers.owns, missing):
-            make(number)
-        peers.wait_for([(number, step.folder / names[number]) for number in missing], make)
+    with Peers(dataset) as peers:
+        units.fill(step, names, make, peers)
     units.finalize(step, names)
     units.merge_quarantine(dataset)
     _write_facts(dataset, policy, settings)
@@ -170,7 +167,6 @@ def _with_tagger(
     if not files or settings.tag.source == "none":
         return records, []
     found = {row["key"]: row["tags"] for file in files for row in pq.read_table(file).to_pylist()}
-    assumed = {source.name: source.assume_rating for source in settings.sources}
     lists = {name: records[f"tags_{name}"].to_pylist() for name in ("general", "character")}
     keep, entries = np.ones(len(records), bool), []
     light = records.select(["key", "source", "rating", "caption", "tags_meta", "tags_species"])
@@ -182,13 +178,9 @@ def _with_tagger(
             continue
         general += wanted_tags(tags, _GENERAL, settings.tag.general_threshold, general)
         character += wanted_tags(tags, _CHARACTER, settings.tag.character_threshold, character)
-        rule = excluded_by(
-            rating=record["rating"], tags=[*general, *record["tags_meta"], *record["tags_species"]],
-            characters=character, caption=record["caption"], assume_rating=assumed.get(record["source"]),
-        )  # fmt: skip
-        if rule:
+        if found_rule := refused_by(record | {"tags_general": general, "tags_character": character}, settings):
             keep[row] = False
-            entries.append(Quarantine(record["key"], "label", "excluded_tag", rule))
+            entries.append(Quarantine(record["key"], "label", "excluded_tag", found_rule[0]))
     for name, values in lists.items():
         place = records.schema.get_field_index(f"tags_{name}")
         records = records.set_column(place, f"tags_{name}", pa.array(values, pa.list_(pa.string())))

@@ -32,11 +32,11 @@ from train.prepare.encoding.shard_plan import Recipe, Slot, Wanted, by_shard, en
 from train.prepare.images.decode import DECODE_VERSION, Refused
 from train.prepare.images.looks import Cut, Look, cut_one
 from train.prepare.images.vips import VIPS_VERSION
-from train.prepare.select import selection_mark, selection_path
+from train.prepare.select import selection_mark, selection_path, stored
 from train.prepare.tables.pool import Lost, Pool
 from train.prepare.tables.quarantine import Complaint, judge
-from train.prepare.tables.schemas import Quarantine, quarantine_table
-from train.prepare.tables.units import Step, config_id, finalize, merge_quarantine, write_parquet
+from train.prepare.tables.schemas import Quarantine
+from train.prepare.tables.units import config_id, merge_quarantine, write_refused
 from train.prepare.tables.workers import Peers
 from train.recipe.buckets import place
 from train.recipe.rng import uid_of
@@ -134,9 +134,7 @@ def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], Facts]:
     tables = []
     for stage in settings.select:
         path = selection_path(dataset, stage)
-        if not path.exists() or (pq.read_metadata(path).metadata or {}).get(
-            b"mark"
-        ) != selection_mark(settings, stage).encode():
+        if stored(dataset, stage).get("mark") != selection_mark(settings, stage):
             raise Halt(ExitCode.MISMATCH, f"{path} is missing or stale: run scripts/prepare.py select")
         tables.append(pq.read_table(path, columns=PLACE))
     pairs = pa.concat_tables(tables).group_by(PLACE).aggregate([]).sort_by([(name, "ascending") for name in PLACE])
@@ -160,13 +158,9 @@ def _encode(work: Work, vae: Vae, peers: Peers) -> None:
     if peers.rank == 0 and vae.notes:
         print(f"latents: {vae.file}: {'; '.join(vae.notes)}")
     encoder = Encoder(fill("vae", vae.config, vae.weights, vae.file), recipe.encode, recipe.content, recipe.dtype, recipe.seed, device)
-    limit = 512 * 2**20 + 14 * settings.probe.max_pixels
     ours = sum(len(work.shards[number][1]) for number in missing if peers.owns(number))
     tried = set()
-    with (
-        Pool(settings.workers, cut_one, settings.probe.timeout_s, limit) as pool,
-        peers.progress(ours, "latents") as bar,
-    ):
+    with Pool.of_pictures(cut_one, settings) as pool, peers.progress(ours, "latents") as bar:
 
         def make(number: int) -> None:
             # A shard with a file that cannot be read stays unmade, and is not tried twice in one run.
@@ -289,10 +283,5 @@ def _outcome(work: Work) -> tuple[list[str], list[tuple[str, str]]]:
             if slot.slot in bad and slot.entry in work.entries
         ]
     mark = config_id(identity=work.recipe.identity, rows=[entry.row() for entry in entries])
-    step = Step(work.dataset, "unencodable", pa.schema([pa.field("key", pa.string())]), mark)
-    keys = sorted({entry.key for entry in entries})
-    name = f"00000-{mark}.parquet"
-    write_parquet(work.dataset / "quarantine" / step.table / name, quarantine_table(entries))
-    write_parquet(step.folder / name, pa.table({"key": pa.array(keys, pa.string())}))
-    finalize(step, [name])
-    return keys, sorted(set(unreadable))
+    write_refused(work.dataset, "unencodable", entries, mark)
+    return [entry.key for entry in entries], sorted(set(unreadable))

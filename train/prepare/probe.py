@@ -17,20 +17,11 @@ from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.folders.layouts import tried
 from train.prepare.images.decode import DECODE_VERSION, Refused
 from train.prepare.images.looks import Look, file_stamp, probe_one
+from train.prepare.tables import units
 from train.prepare.tables.pool import Lost, Pool
 from train.prepare.tables.progress import bar
 from train.prepare.tables.quarantine import judge
 from train.prepare.tables.schemas import PROBE, Quarantine
-from train.prepare.tables.units import (
-    Step,
-    config_id,
-    cut,
-    merge_quarantine,
-    read_table,
-    row_hash,
-    run_units,
-    stream_table,
-)
 from train.prepare.tables.workers import Peers
 from train.prepare.tagging.matching import GROUP_COLUMNS, occurring, record_lists, tagged
 
@@ -55,20 +46,19 @@ def run(settings: DatasetConfig) -> None:
             shown.update()
     left_out = rows.column("left_out").to_pylist()
     marks = rows.column("raw_hash").to_pylist()
-    hashes = [row_hash(*parts) for parts in zip(marks, stamps, left_out, strict=True)]
+    hashes = [units.row_hash(*parts) for parts in zip(marks, stamps, left_out, strict=True)]
     rules = {key: value for key, value in asdict(settings.probe).items() if key != "timeout_s"}
-    config = config_id(probe=rules, code=[PROBE_VERSION, DECODE_VERSION])
-    step = Step(dataset, "probe", PROBE, config, ("records",))
-    limit = 512 * 2**20 + 14 * settings.probe.max_pixels  # RGBA, its copy, RGB and room for one more channel set
-    with Peers(dataset) as peers, Pool(settings.workers, probe_one, settings.probe.timeout_s, limit) as pool:
-        run_units(step, cut(rows, hashes, UNIT_FILES), lambda part: _probe(part, settings, sources, pool, peers), peers)
-    merge_quarantine(dataset)
+    config = units.config_id(probe=rules, code=[PROBE_VERSION, DECODE_VERSION])
+    step = units.Step(dataset, "probe", PROBE, config, ("records",))
+    with Peers(dataset) as peers, Pool.of_pictures(probe_one, settings) as pool:
+        units.run_units(step, units.cut(rows, hashes, UNIT_FILES), lambda part: _probe(part, settings, sources, pool, peers), peers)
+    units.merge_quarantine(dataset)
     judge(settings, "probe")
 
 
 def ok_files(settings: DatasetConfig, columns: Sequence[str]) -> pa.Table:
     """Rows of the probe table whose file is sound."""
-    table = read_table(dataset_dir(settings), "probe", [*dict.fromkeys([*columns, "status"])])
+    table = units.read_table(dataset_dir(settings), "probe", [*dict.fromkeys([*columns, "status"])])
     return table.filter(pc.equal(table.column("status"), "ok")).select(list(columns))
 
 
@@ -77,7 +67,7 @@ def _wanted(settings: DatasetConfig) -> pa.Table:
     unwanted = settings.exclude.tags
     columns = _COLUMNS + ([*GROUP_COLUMNS, "caption"] if unwanted else [])
     parts, met = [], set[str]()
-    for table in stream_table(dataset_dir(settings), "records", columns):
+    for table in units.stream_table(dataset_dir(settings), "records", columns):
         kept = table.filter(pc.is_null(table.column("hard_exclusion"))).combine_chunks()
         reasons = pa.nulls(len(kept), pa.string())
         if unwanted:

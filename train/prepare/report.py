@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from train.base.errors import ExitCode
 from train.config.dataset import DatasetConfig, dataset_dir
-from train.prepare.choosing.facts import between
+from train.prepare.choosing.facts import among, between
 from train.prepare.health.facts import Facts, gather
 from train.prepare.health.page import counted, number, page
 from train.prepare.images.looks import Look, Thumb, thumbnail
@@ -104,8 +104,7 @@ def _samples(settings: DatasetConfig) -> list[Facts]:
     shown, dataset = _showable(settings).column("key").combine_chunks(), dataset_dir(settings)
     found: list[tuple[int, str, Facts]] = []
     for part in stream_table(dataset, "labels", ["key", "fixed_tags", "flex_tags"]):
-        keys = part.column("key")
-        part = part.filter(pc.is_in(keys, value_set=between(shown, keys)))
+        part = among(part, shown)
         marks = [(row_hash(settings.seed, "sample", key), row) for row, key in enumerate(part.column("key").to_pylist())]
         best = heapq.nsmallest(SAMPLES, marks)
         rows = part.take(pa.array([row for _, row in best], pa.int64())).to_pylist()
@@ -169,11 +168,10 @@ def _pictures(settings: DatasetConfig, facts: Mapping[str, Any]) -> dict[str, by
             left, top = row["crop_left"] / row["resized_w"], row["crop_top"] / row["resized_h"]
             box = (left, top, left + row["bucket_w"] / row["resized_w"], top + row["bucket_h"] / row["resized_h"])
             jobs[f"crop/{row['key']}"] = Thumb(looks[row["key"]], box)
-    limit = 512 * 2**20 + 14 * settings.probe.max_pixels
-    with Pool(settings.workers, thumbnail, settings.probe.timeout_s, limit) as pool:
-        results = {}
-        with bar(len(jobs), "report: pictures", "pictures") as shown_bar:
-            for name, result in zip(jobs, pool.map(list(jobs.values())), strict=True):
-                results[name] = result
-                shown_bar.update()
-    return {name: data for name, data in results.items() if isinstance(data, bytes)}
+    results = {}
+    with Pool.of_pictures(thumbnail, settings) as pool, bar(len(jobs), "report: pictures", "pictures") as shown_bar:
+        for name, data in zip(jobs, pool.map(list(jobs.values())), strict=True):
+            if isinstance(data, bytes):
+                results[name] = data
+            shown_bar.update()
+    return results

@@ -53,23 +53,13 @@ def _from_column(config: ScoreConfig, dataset: Path) -> None:
     known = units.read_table(dataset, "records", ["key"])["key"].combine_chunks()
     table = of_records(read_column(path, config.column, "score"), known, f"score.path {path}").sort_by("key")
     scores = numbers(table, f"score.path {path}")
-    rows = pa.table(
-        {
-            "key": table["key"],
-            "model": pa.repeat(pa.scalar(config.model or "column"), len(table)),
-            "preproc_hash": pa.repeat(pa.scalar("column"), len(table)),
-            "score": scores,
-        }
-    ).cast(AESTHETIC)
+    model, made = (pa.repeat(pa.scalar(text), len(table)) for text in (config.model or "column", "column"))
+    rows = pa.table({"key": table["key"], "model": model, "preproc_hash": made, "score": scores}).cast(AESTHETIC)
     step = units.Step(
         dataset, "aesthetic", AESTHETIC, units.config_id(code=SCORE_VERSION, score=vars(config)), ("records",)
     )
     hashes = [units.row_hash(*pair) for pair in zip(rows["key"].to_pylist(), rows["score"].to_pylist(), strict=True)]
-    lookup = rows.select(["key", "model", "preproc_hash", "score"])
-    with Peers(dataset) as peers:
-        units.run_units(
-            step, units.cut(lookup, hashes, 50_000), lambda part: (part.cast(AESTHETIC), []), peers
-        )
+    units.take_rows(step, rows, hashes)
     print(f"score: {len(rows)} of {len(known)} records have a score")
 
 

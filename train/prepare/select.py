@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,18 +25,10 @@ from train.prepare.choosing.candidates import Candidates, known_column
 from train.prepare.choosing.filters import by_quota, capped, where
 from train.prepare.choosing.merging import Cost, merge, told
 from train.prepare.choosing.predicates import parse
+from train.prepare.tables import units
 from train.prepare.tables.progress import bar
 from train.prepare.tables.quarantine import Complaint, judge
-from train.prepare.tables.schemas import SELECT, Quarantine, quarantine_table
-from train.prepare.tables.units import (
-    Step,
-    config_id,
-    finalize,
-    merge_quarantine,
-    row_hash,
-    table_fingerprint,
-    write_parquet,
-)
+from train.prepare.tables.schemas import SELECT, Quarantine
 from train.prepare.tables.workers import Peers
 from train.recipe.buckets import make_buckets
 from train.recipe.exclusions import EXCLUSIONS_VERSION
@@ -52,26 +45,24 @@ def run(settings: DatasetConfig) -> None:
     check_filters(settings)
     marks = {stage: selection_mark(settings, stage) for stage in settings.select}
     with Peers(dataset) as peers:
-        if peers.owns(0) or not all(_done(dataset, stage, mark) for stage, mark in marks.items()):
+        if peers.owns(0) or any(stored(dataset, stage).get("mark") != mark for stage, mark in marks.items()):
             candidates: Candidates | None = None
             with bar(len(marks), "select", "stages") as shown:
                 for stage, mark in marks.items():
-                    if not _done(dataset, stage, mark):
+                    if stored(dataset, stage).get("mark") != mark:
                         candidates = candidates or _candidates(settings)
                         _select(settings, stage, candidates, mark)
                     shown.update()
-    filters = {
-        stage: ", ".join(f"{name} {count}" for name, count in selection_counts(dataset, stage))
-        for stage in settings.select
-    }
+    told_of = {stage: stored(dataset, stage) for stage in settings.select}
+    filters = {stage: ", ".join(f"{name} {count}" for name, count in told_of[stage]["counts"]) for stage in told_of}
     for stage, counts in filters.items():
         print(f"select {stage}: {counts}; {selection_visits(dataset, stage)} visits an epoch")
-        config, cost = settings.select[stage], selection_cost(dataset, stage)
-        if cost is not None and (line := told(cost, config.min_bucket, config.merge_crop)):
+        config, cost = settings.select[stage], told_of[stage]["merging"]
+        if cost is not None and (line := told(Cost(**cost), config.min_bucket, config.merge_crop)):
             print(f"select {stage}: {line}")
     for note in all_notes(dataset, filters):
         print(note)
-    merge_quarantine(dataset)
+    units.merge_quarantine(dataset)
     judge(settings, "select")
     empty = [stage for stage in filters if pq.read_metadata(selection_path(dataset, stage)).num_rows == 0]
     if empty:  # the other stages can be trained all the same
@@ -96,24 +87,25 @@ def selection_path(dataset: Path, stage: str) -> Path:
     return dataset / f"select_{stage}.parquet"
 
 
-def selection_counts(dataset: Path, stage: str) -> list[tuple[str, int]]:
-    """(filter, rows left after it) in order, as stored in the stage's table."""
-    metadata = pq.read_metadata(selection_path(dataset, stage)).metadata
-    return [(str(name), int(count)) for name, count in json.loads(metadata[b"counts"])]
+def stored(dataset: Path, stage: str) -> dict[str, Any]:
+    """What a stage's table says of itself: rows after each filter (`counts`), which small buckets were merged into which
+    (`merged`), the Cost of that (`merging`, None in older tables), filters that do nothing (`notes`), and its `mark`.
 
-
-def selection_merges(dataset: Path, stage: str) -> dict[str, str]:
-    """Buckets of a stage that were too small, and what they were merged into."""
-    metadata = pq.read_metadata(selection_path(dataset, stage)).metadata
-    return dict(json.loads(metadata[b"merged"]))
+    Empty where the table is not there.
+    """
+    try:
+        found = pq.read_metadata(selection_path(dataset, stage)).metadata or {}
+    except (OSError, pa.ArrowInvalid):
+        return {}
+    told = {name: json.loads(found.get(name.encode(), b"null")) for name in ("counts", "merged", "merging", "notes")}
+    return told | {"mark": found.get(b"mark", b"").decode()}
 
 
 def all_notes(dataset: Path, stages: Iterable[str]) -> list[str]:
     """What was to be said of filters that do nothing, once for all stages that it holds for."""
     found: dict[str, list[str]] = {}
     for stage in stages:
-        stored = pq.read_metadata(selection_path(dataset, stage)).metadata.get(b"notes", b"[]")
-        for note in json.loads(stored):
+        for note in stored(dataset, stage)["notes"] or []:
             found.setdefault(note, []).append(stage)
     return [f"select.{', '.join(names)}: {note}" for note, names in found.items()]
 
@@ -124,12 +116,6 @@ def selection_visits(dataset: Path, stage: str) -> int:
     return int(pc.sum(column.cast("int64")).as_py() or 0)
 
 
-def selection_cost(dataset: Path, stage: str) -> Cost | None:
-    """What merging cost the pictures of a stage; None where it is not written down, in older tables."""
-    stored = pq.read_metadata(selection_path(dataset, stage)).metadata.get(b"merging")
-    return Cost(**json.loads(stored)) if stored else None
-
-
 def selection_mark(settings: DatasetConfig, stage: str) -> str:
     """Changes when anything does that decides the selection."""
     dataset = dataset_dir(settings)
@@ -137,20 +123,12 @@ def selection_mark(settings: DatasetConfig, stage: str) -> str:
     lists = [_keys(config.allow, f"select.{stage}.allow"), _keys(config.deny, f"select.{stage}.deny")]
     # Only where a source says so: what was selected before there was such a key stays what it is.
     repeats = {source.name: source.repeats for source in settings.sources if source.repeats != 1}
-    return config_id(
-        inputs=[table_fingerprint(dataset, table) for table in INPUTS], select=asdict(config), lists=lists,
+    return units.config_id(
+        inputs=[units.table_fingerprint(dataset, table) for table in INPUTS], select=asdict(config), lists=lists,
         buckets=asdict(settings.buckets), seed=settings.seed, code=[SELECT_VERSION, EXCLUSIONS_VERSION],
         assume={source.name: source.assume_rating for source in settings.sources},
         **({"repeats": repeats} if repeats else {}),
     )  # fmt: skip
-
-
-def _done(dataset: Path, stage: str, mark: str) -> bool:
-    try:
-        metadata = pq.read_metadata(selection_path(dataset, stage)).metadata or {}
-    except (OSError, pa.ArrowInvalid):
-        return False
-    return bool(metadata.get(b"mark") == mark.encode())
 
 
 def _candidates(settings: DatasetConfig) -> Candidates:
@@ -158,12 +136,8 @@ def _candidates(settings: DatasetConfig) -> Candidates:
     dataset = dataset_dir(settings)
     candidates = Candidates(settings)
     entries = [Quarantine(key, "select", "excluded_tag", rule) for key, rule in candidates.refused]
-    mark = config_id(inputs=[table_fingerprint(dataset, table) for table in INPUTS], code=EXCLUSIONS_VERSION)
-    name = f"00000-{mark}.parquet"
-    step = Step(dataset, "select", pa.schema([pa.field("key", pa.string())]), mark)
-    write_parquet(dataset / "quarantine" / "select" / name, quarantine_table(entries))
-    write_parquet(dataset / "select" / name, pa.table({"key": pa.array(sorted(key for key, _ in candidates.refused), pa.string())}))
-    finalize(step, [name], unique=False)
+    mark = units.config_id(inputs=[units.table_fingerprint(dataset, table) for table in INPUTS], code=EXCLUSIONS_VERSION)
+    units.write_refused(dataset, "select", entries, mark)
     return candidates
 
 
@@ -184,7 +158,7 @@ def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: s
     counts += filtered
     seed = settings.seed if config.seed is None else config.seed
     order = np.flatnonzero(kept)
-    hashes = np.fromiter((row_hash(seed, key) for key in _texts(keys, order)), np.uint64, len(order))
+    hashes = np.fromiter((units.row_hash(seed, key) for key in _texts(keys, order)), np.uint64, len(order))
     order = order[np.argsort(hashes, kind="stable")]  # equal hashes stay in the order of their keys
     for name, limit in config.caps.items():
         order, found = capped(candidates, name, order, limit)
@@ -233,7 +207,7 @@ def _write(
         "mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged),
         "merging": json.dumps(asdict(cost)), "notes": json.dumps(notes),
     }  # fmt: skip
-    write_parquet(selection_path(dataset_dir(settings), stage), table, metadata)
+    units.write_parquet(selection_path(dataset_dir(settings), stage), table, metadata)
 
 
 def _keys(path: str | None, name: str) -> list[str]:

@@ -27,7 +27,6 @@ from train.prepare.score import run_model
 from train.prepare.tables import units
 from train.prepare.tables.quarantine import judge
 from train.prepare.tables.schemas import TAG_GROUPS, TAGS
-from train.prepare.tables.workers import Peers
 
 TAG_VERSION = 1
 FLOOR = 0.1  # lowest probability worth keeping; thresholds below it are refused
@@ -95,9 +94,7 @@ def _from_column(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None
     if judged:
         print(f"tag: {judged} rows give probabilities: tag.general_threshold and tag.character_threshold decide which tags count")
     step = units.Step(dataset, "tags", TAGS, units.config_id(code=TAG_VERSION, model=config.model), ("records",))
-    cut = units.cut(pa.Table.from_pylist(rows, schema=TAGS), hashes, 50_000)
-    with Peers(dataset) as peers:
-        units.run_units(step, cut, lambda part: (part, []), peers)
+    units.take_rows(step, pa.Table.from_pylist(rows, schema=TAGS), hashes)
     print(f"tag: {len(rows)} records have tags of the column")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,12 @@ import pyarrow.compute as pc
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, dataset_dir
-from train.prepare.choosing.facts import between
+from train.prepare.choosing.facts import among
 from train.prepare.choosing.repeats import COLUMNS as REPEAT_COLUMNS
 from train.prepare.choosing.repeats import visits_of
 from train.prepare.probe import ok_files
 from train.prepare.tables.progress import bar
+from train.prepare.tables.refusals import SEEN_COLUMNS, refused_by
 from train.prepare.tables.schemas import LABELS, PROBE, RECORDS, TAG_GROUPS
 from train.prepare.tables.units import has_table, read_table, require_table, stream_table
 from train.prepare.tagging.matching import (
@@ -34,7 +34,6 @@ from train.recipe.exclusions import excluded_by
 _CHUNK_ROWS = 50_000
 _DERIVED = ("area", "aspect", "tags", "aesthetic_score", "near_duplicate")
 _GATE_TAGS = ("tags_general", "tags_meta", "tags_species", "flex_tags")
-_GATE_COLUMNS = ["key", "source", "rating", "tags_general", "tags_meta", "tags_species", "tags_character", "caption"]
 
 
 class Candidates:
@@ -45,25 +44,23 @@ class Candidates:
         records = read_table(self.dataset, "records", ["key", "hard_exclusion"])
         self.counts: list[tuple[str, int]] = [("records", len(records))]
         open_records = records.filter(pc.is_null(records.column("hard_exclusion")))
-        self._count("hard exclusions", len(open_records))
+        self.counts.append(("hard exclusions", len(open_records)))
         probe = ok_files(settings, ["key", "width", "height"])
-        self._count("sound files", len(probe))
-        dropped = _dropped_duplicates(self.dataset)
+        self.counts.append(("sound files", len(probe)))
+        dupes = read_table(self.dataset, "dupes", ["key", "keep"])
+        dropped = dupes.filter(pc.invert(dupes.column("keep"))).column("key").combine_chunks()
         probe = probe.filter(pc.invert(pc.is_in(probe.column("key"), value_set=dropped)))
-        self._count("duplicates", len(probe))
+        self.counts.append(("duplicates", len(probe)))
         labelled = read_table(self.dataset, "labels", ["key"]).column("key").combine_chunks()
         probe = probe.filter(pc.is_in(probe.column("key"), value_set=labelled))
-        self._count("labels", len(probe))
+        self.counts.append(("labels", len(probe)))
         self.refused = self._gate(probe.column("key").combine_chunks())
         gone = pa.array([key for key, _ in self.refused], pa.string())
         probe = probe.filter(pc.invert(pc.is_in(probe.column("key"), value_set=gone)))
-        self._count("hard exclusions of final tags", len(probe))
+        self.counts.append(("hard exclusions of final tags", len(probe)))
         self.keys: pa.StringArray = probe.column("key").combine_chunks()
         self.widths: npt.NDArray[np.int64] = probe.column("width").to_numpy().astype(np.int64)
         self.heights: npt.NDArray[np.int64] = probe.column("height").to_numpy().astype(np.int64)
-
-    def _count(self, name: str, number: int) -> None:
-        self.counts.append((name, number))
 
     def known(self, keys: Iterable[str]) -> set[str]:
         """Those of `keys` that some record has, selectable or not."""
@@ -129,8 +126,7 @@ class Candidates:
 
     def _of_unit(self, part: pa.Table) -> pa.Table:
         """The rows of candidates."""
-        keys = part.column("key")
-        return part.filter(pc.is_in(keys, value_set=between(self.keys, keys))).combine_chunks()
+        return among(part, self.keys).combine_chunks()
 
     def _joined(self, table: str, name: str, kind: pa.DataType) -> pa.ChunkedArray:
         """The column of another table, null where it has no row of the key."""
@@ -145,29 +141,19 @@ class Candidates:
 
     def _gate(self, keys: pa.Array) -> list[tuple[str, str]]:
         """(key, rule) of what the hard exclusions refuse when they see the final tags."""
-        sources = {source.name: source for source in self.settings.sources}
         refused = []
         # `label` makes one unit of each unit of the records, so both can be read side by side.
-        records = stream_table(self.dataset, "records", _GATE_COLUMNS)
+        records = stream_table(self.dataset, "records", ["key", *SEEN_COLUMNS])
         shown = bar(len(require_table(self.dataset, "records")), "select: hard exclusions", "units")
         for part, labels in zip(records, stream_table(self.dataset, "labels", ["key", "flex_tags"]), strict=True):
             shown.update()
-            part = part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
+            part = among(part, keys)
             at = pc.index_in(part.column("key").combine_chunks(), value_set=labels.column("key").combine_chunks())
             assert at.null_count == 0, "candidates have labels"
             part = part.append_column("flex_tags", labels.column("flex_tags").combine_chunks().take(at))
             for row in part.filter(pa.array(_suspicious(part))).to_pylist():
-                source = sources.get(row["source"])
-                rule = excluded_by(
-                    rating=row["rating"],
-                    tags=[tag for name in _GATE_TAGS for tag in row[name]],
-                    characters=row["tags_character"],
-                    caption=row["caption"],
-                    assume_rating=source.assume_rating if source else None,
-                    e621=source is not None and source.adapter == "e621",
-                )
-                if rule is not None:
-                    refused.append((row["key"], rule))
+                if (found := refused_by(row, self.settings, row["flex_tags"])) is not None:
+                    refused.append((row["key"], found[0]))
         shown.close()
         return refused
 
@@ -199,11 +185,6 @@ def _suspicious(rows: pa.Table) -> npt.NDArray[np.bool_]:
         hits = pc.is_in(flat, value_set=pa.array(bad, flat.type)).to_numpy(zero_copy_only=False)
         found[pc.list_parent_indices(column).to_numpy()[hits]] = True
     return found
-
-
-def _dropped_duplicates(dataset: Path) -> pa.Array:
-    dupes = read_table(dataset, "dupes", ["key", "keep"])
-    return dupes.filter(pc.invert(dupes.column("keep"))).column("key").combine_chunks()
 
 
 def _near_duplicates(dupes: pa.Table, candidates: Candidates) -> pa.Array:

@@ -48,15 +48,16 @@ def facts_of(settings: DatasetConfig, keys: pa.Array) -> Facts:
     """Facts of these keys, all of which probe found sound."""
     probe = ok_files(settings, _PROBE)
     probe = probe.filter(pc.is_in(probe.column("key"), value_set=keys))
-    parts = [
-        part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
-        for part in stream_table(dataset_dir(settings), "records", _RECORDS)
-    ]
-    records = pa.concat_tables(parts)
+    records = pa.concat_tables(among(part, keys) for part in stream_table(dataset_dir(settings), "records", _RECORDS))
     assert records.column("key").equals(probe.column("key")), "records and probe are sorted by key"
     for name in _RECORDS[1:]:
         probe = probe.append_column(name, records.column(name))
     return Facts(probe)
+
+
+def among(part: pa.Table, keys: pa.Array) -> pa.Table:
+    """The rows of one unit whose key is one of the rising `keys`."""
+    return part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
 
 
 def between(keys: pa.Array, part: pa.ChunkedArray) -> pa.Array:

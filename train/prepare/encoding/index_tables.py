@@ -17,10 +17,10 @@ from train.config.dataset import DatasetConfig, dataset_dir
 from train.data.index import Index, file_hashes
 from train.data.index_writer import build_index, encoded
 from train.data.shards import read_meta
-from train.prepare.choosing.facts import Facts, between
+from train.prepare.choosing.facts import Facts, among
 from train.prepare.encoding.npz import NPZ_PREPROCESSING, tally
 from train.prepare.encoding.shard_plan import Recipe, Slot, by_shard
-from train.prepare.select import selection_counts, selection_merges, selection_path
+from train.prepare.select import selection_path, stored
 from train.prepare.tables.schemas import INDEX, SCHEMA_VERSION
 from train.prepare.tables.units import config_id, stream_table, table_fingerprint, write_parquet, write_text
 from train.recipe.buckets import place
@@ -124,7 +124,7 @@ def _encoded(parts: Iterable[pa.Table], wanted: pa.Array) -> pa.Table:
     """Rows of the wanted keys, texts by number."""
     found = []
     for part in parts:
-        part = part.filter(pc.is_in(part.column("key"), value_set=between(wanted, part.column("key")))).combine_chunks()
+        part = among(part, wanted).combine_chunks()
         columns = {name: part.column(name).combine_chunks() for name in part.column_names}
         found.append(pa.table({name: c if name == "key" else encoded(c) for name, c in columns.items()}))
     return pa.concat_tables(found).unify_dictionaries().combine_chunks()
@@ -150,8 +150,7 @@ def _write_dataset_json(
         "index": fingerprints and file_hashes(dataset, sorted(path.name for path in dataset.glob("index*.arrow"))),
         "tables": {name: table_fingerprint(dataset, name) for name in
                    ("records", "probe", "aesthetic", "tags", "dupes", "labels")},
-        "select": {stage: {"counts": selection_counts(dataset, stage), "merged": selection_merges(dataset, stage)}
-                   for stage in settings.select},
+        "select": {stage: {name: stored(dataset, stage)[name] for name in ("counts", "merged")} for stage in settings.select},
         "sources": [
             {key: value for key, value in asdict(source).items() if key not in ("path", "images", "dictionary", "npz_vae")}
             for source in settings.sources

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 
 from train.config.dataset import DatasetConfig, dataset_dir
 from train.data.index_writer import encoded, suspicious_rows, tag_hashes
-from train.prepare.choosing.facts import between
+from train.prepare.choosing.facts import among
 from train.prepare.label import token_counter
 from train.prepare.tables.units import stream_table
 from train.recipe.captions import render
@@ -33,7 +33,7 @@ def caption_facts(settings: DatasetConfig, stages: dict[str, pa.Table]) -> Facts
     longest: dict[int, list[tuple[int, str, str]]] = {limit: [] for limit in LIMITS}
     count_tokens, _ = token_counter(settings.tokenizers)
     for part in stream_table(dataset_dir(settings), "labels", _COLUMNS):
-        part = part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
+        part = among(part, keys)
         fixed, flex = (encoded(part.column(name).combine_chunks()) for name in ("fixed_tags", "flex_tags"))
         sizes = [pc.fill_null(pc.list_value_length(column), 0).to_numpy() for column in (fixed, flex)]
         no_fixed += int((sizes[0] == 0).sum())

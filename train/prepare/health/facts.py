@@ -9,7 +9,6 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,15 @@ import pyarrow.parquet as pq
 from train.base.errors import Halt
 from train.config.dataset import DatasetConfig, dataset_dir
 from train.data.shards import ShardReader, read_meta
-from train.prepare.choosing.facts import between
+from train.prepare.choosing.facts import among
 from train.prepare.choosing.merging import crop_losses
 from train.prepare.health.captions import caption_facts
 from train.prepare.probe import ok_files
-from train.prepare.select import (
-    all_notes,
-    selection_cost,
-    selection_counts,
-    selection_merges,
-    selection_path,
-    selection_visits,
-)
+from train.prepare.select import all_notes, selection_path, selection_visits, stored
 from train.prepare.tables.progress import bar
+from train.prepare.tables.refusals import SEEN_COLUMNS, refused_by
 from train.prepare.tables.schemas import INDEX
 from train.prepare.tables.units import read_table, stream_table
-from train.recipe.exclusions import excluded_match
 
 Facts = dict[str, Any]
 LABEL_ORDER = {
@@ -101,7 +93,7 @@ def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
         "records": len(records),
         "by_source": dict(sorted(found.items())),
         "assume_rating": {source.name: source.assume_rating for source in settings.sources if source.assume_rating},
-        "select": {stage: selection_counts(dataset, stage) for stage in settings.select},
+        "select": {stage: stored(dataset, stage)["counts"] for stage in settings.select},
         "visits": {stage: selection_visits(dataset, stage) for stage in settings.select},
         "notes": all_notes(dataset, settings.select),
         "index_rows": len(index),
@@ -112,21 +104,10 @@ def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
 def _hard_exclusions(settings: DatasetConfig) -> Facts:
     """{rule: {word: records}}: numbers only."""
     dataset = dataset_dir(settings)
-    sources = {source.name: source for source in settings.sources}
     found: dict[str, Counter[str]] = defaultdict(Counter)
-    columns = ["source", "rating", "tags_general", "tags_meta", "tags_species", "tags_character", "caption",
-               "hard_exclusion"]  # fmt: skip
-    for part in stream_table(dataset, "records", columns):
+    for part in stream_table(dataset, "records", [*SEEN_COLUMNS, "hard_exclusion"]):
         for row in part.filter(pc.is_valid(part.column("hard_exclusion"))).to_pylist():
-            source = sources.get(row["source"])
-            match = excluded_match(
-                rating=row["rating"],
-                tags=[*row["tags_general"], *row["tags_meta"], *row["tags_species"]],
-                characters=row["tags_character"],
-                caption=row["caption"],
-                assume_rating=source.assume_rating if source else None,
-                e621=source is not None and source.adapter == "e621",
-            )
+            match = refused_by(row, settings)
             found[row["hard_exclusion"]][match[1] if match else "text that the caption does not keep"] += 1
     return {rule: dict(sorted(words.items())) for rule, words in sorted(found.items())}
 
@@ -138,7 +119,7 @@ def _balance(dataset: Path, sound: pa.Table, stages: dict[str, pa.Table]) -> Fac
     counts: dict[str, Counter[tuple[str | None, ...]]] = {name: Counter() for name in sets}
     for part in stream_table(dataset, "labels", ["key", "quality", "rating_tags", "year", "aesthetic"]):
         for name, keys in sets.items():
-            rows = part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
+            rows = among(part, keys)
             ratings = ["explicit" if "explicit" in tags else tags[0] if tags else None
                        for tags in rows.column("rating_tags").to_pylist()]  # fmt: skip
             words = (rows.column(tag).to_pylist() for tag in ("quality", "year", "aesthetic"))
@@ -178,7 +159,7 @@ def _tags(dataset: Path, selection: pa.Table) -> Facts:
     keys = selection.column("key").combine_chunks()
     found: Counter[str] = Counter()
     for part in stream_table(dataset, "labels", ["key", "fixed_tags", "flex_tags"]):
-        part = part.filter(pc.is_in(part.column("key"), value_set=between(keys, part.column("key"))))
+        part = among(part, keys)
         for name in ("fixed_tags", "flex_tags"):
             for entry in pc.value_counts(pc.list_flatten(part.column(name))).to_pylist():
                 found[entry["values"]] += entry["counts"]
@@ -196,8 +177,7 @@ def _buckets(dataset: Path, stage: str, selection: pa.Table, sound: pa.Table) ->
         counts[size] += repeat
     return {
         "images": {f"{w}x{h}": count for (w, h), count in sorted(counts.items(), key=lambda b: b[0][0] / b[0][1])},
-        "merged": selection_merges(dataset, stage),
-        "merging": asdict(cost) if (cost := selection_cost(dataset, stage)) else None,
+        **{name: stored(dataset, stage)[name] for name in ("merged", "merging")},
         "crop_loss": _crop_loss(selection, sound),
     }
 

@@ -18,6 +18,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from train.base import signals
 from train.base.errors import ExitCode, Halt
+from train.config.dataset import DatasetConfig
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -45,6 +46,11 @@ class Pool(Generic[J, R]):
             initargs=(memory_bytes, function),
             context=multiprocessing.get_context("spawn"),
         )
+
+    @classmethod
+    def of_pictures(cls, function: Callable[[J], R], settings: DatasetConfig) -> Pool[J, R]:
+        """Workers that decode pictures: room for RGBA, its copy, RGB and one more channel set of the largest allowed."""
+        return cls(settings.workers, function, settings.probe.timeout_s, 512 * 2**20 + 14 * settings.probe.max_pixels)
 
     def __enter__(self) -> Pool[J, R]:
         return self

@@ -11,6 +11,7 @@ rows whose input did not change are still copied from.
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
 import os
@@ -86,24 +87,47 @@ def run_units(step: Step, units: Sequence[Unit], work: Work, peers: Peers) -> No
     `work` gets only rows that cannot be copied from a stale unit, and returns one row for each, in order.
     Raises OSError from writing; Halt(UNEXPECTED) when a result does not match its input.
     """
-    step.folder.mkdir(parents=True, exist_ok=True)
     names = [unit_name(step, unit) for unit in units]
-    missing = [number for number, name in enumerate(names) if not (step.folder / name).exists()]
-    reuse = _Reuse(step, set(names)) if missing else None
-    with peers.progress(sum(len(units[n].rows) for n in missing if peers.owns(n)), step.table) as bar:
-
-        def make(number: int) -> None:
-            if not (step.folder / names[number]).exists():
-                assert reuse is not None
-                before = bar.n
-                _make(step, units[number], names[number], work, reuse)
-                bar.update(len(units[number].rows) - (bar.n - before))  # less what `work` has told by itself
-
-        for number in missing:
-            if peers.owns(number):
-                make(number)
-        peers.wait_for([(number, step.folder / names[number]) for number in missing], make)
+    reuse = functools.cache(lambda: _Reuse(step, set(names)))  # looks into all old files
+    fill(step, names, lambda number: _make(step, units[number], names[number], work, reuse()), peers,
+         rows=[len(unit.rows) for unit in units])  # fmt: skip
     finalize(step, names)
+
+
+def fill(step: Step, names: Sequence[str], make: Callable[[int], None], peers: Peers, *, rows: Sequence[int] | None = None) -> None:
+    """`make` every unit that is not there: this process's own, and then those of peers that are gone.
+
+    The bar counts units, or the `rows` of each, less what `make` has told by `peers.tick`.
+    """
+    step.folder.mkdir(parents=True, exist_ok=True)
+    missing = [number for number, name in enumerate(names) if not (step.folder / name).exists()]
+    sizes = [1] * len(names) if rows is None else rows
+    total = sum(sizes[number] for number in missing if peers.owns(number))
+    with peers.progress(total, step.table, "units" if rows is None else "rows") as bar:
+
+        def one(number: int) -> None:
+            if not (step.folder / names[number]).exists():
+                before = bar.n
+                make(number)
+                bar.update(sizes[number] - (bar.n - before))
+
+        for number in filter(peers.owns, missing):
+            one(number)
+        peers.wait_for([(number, step.folder / names[number]) for number in missing], one)
+
+
+def take_rows(step: Step, rows: pa.Table, hashes: Sequence[int]) -> None:
+    """A table whose rows are given as they are."""
+    with Peers(step.dataset) as peers:
+        run_units(step, cut(rows, hashes, ROW_GROUP_ROWS), lambda part: (part.cast(step.schema), []), peers)
+
+
+def write_refused(dataset: Path, table: str, entries: Sequence[Quarantine], mark: str) -> None:
+    """What a step set aside beside its own table: the keys as `table`, the reasons as its quarantine."""
+    step, name = Step(dataset, table, pa.schema([pa.field("key", pa.string())]), mark), f"00000-{mark}.parquet"
+    write_parquet(_parts(step) / name, quarantine_table(entries))
+    write_parquet(step.folder / name, pa.table([sorted({entry.key for entry in entries})], schema=step.schema))
+    finalize(step, [name])
 
 
 def unit_name(step: Step, unit: Unit) -> str:
@@ -115,7 +139,6 @@ def unit_name(step: Step, unit: Unit) -> str:
 
 def run_whole(step: Step, make: Callable[[], tuple[pa.Table, list[Quarantine]]], peers: Peers) -> None:
     """A table made in one piece from the tables in `step.inputs`, as unit 0; its keys may repeat."""
-    step.folder.mkdir(parents=True, exist_ok=True)
     mark = config_id(config=step.config, inputs=[table_fingerprint(step.dataset, table) for table in step.inputs])
     name = f"00000-{mark}.parquet"
 
@@ -124,9 +147,7 @@ def run_whole(step: Step, make: Callable[[], tuple[pa.Table, list[Quarantine]]],
         write_parquet(_parts(step) / name, quarantine_table(entries))
         write_parquet(step.folder / name, table.cast(step.schema), {"config": step.config})
 
-    if peers.owns(0) and not (step.folder / name).exists():
-        write(0)
-    peers.wait_for([(0, step.folder / name)], write)
+    fill(step, [name], write, peers)
     finalize(step, [name], unique=False)
 
 
