@@ -24,7 +24,7 @@ from train.prepare.choosing.predicates import evaluate, parse
 from train.prepare.choosing.repeats import visits_of
 from train.prepare.tables.quarantine import Complaint, too_many
 from train.prepare.tagging.matching import caption_lists, joined_lists, occurring, plain_tag, tagged
-from train.tools.show.quarantine import report
+from train.tools.show.inputs import quarantine as report
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("ingest", "probe", "score", "tag", "dedupe", "label", "select")

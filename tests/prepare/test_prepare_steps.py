@@ -22,7 +22,7 @@ from train.prepare.folders.kinds import is_image
 from train.prepare.tables.quarantine import Complaint
 from train.prepare.tables.schemas import ErrorReason
 from train.recipe.rng import Stream, normals, uid_of
-from train.tools.show.dataset import report
+from train.tools.show.inputs import dataset as report
 
 pytestmark = pytest.mark.slow
 COUNT = 30

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from train.base.errors import ExitCode, Halt
 from train.model import single_file
 from train.model.text import TagTokenizer, size_vector
-from train.tools.show import buckets, dispatch, model
-from train.tools.show import caption as show_caption
+from train.tools.show import dispatch, inputs, model
 
 ROOT = Path(__file__).resolve().parents[2]
 DEFAULTS = (1024 * 1024, 512, 2048, 64)
@@ -37,7 +36,7 @@ ROWS = [  # size, bucket, resized, actual (top, left), kohya (top, left), origin
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_buckets_of_the_table(row: tuple[Any, ...]) -> None:
     size, bucket, resized, actual, kohya, original, target, kept = row
-    report = buckets.report(size, *DEFAULTS)
+    report = inputs.buckets(size, *DEFAULTS)
     assert (report["bucket"], report["resized"], report["buckets"]) == (bucket, resized, 33)
     assert report["crop_top_left"] == {"actual": actual, "kohya": kohya, "zero": [0, 0]}
     assert (report["original_hw"], report["target_hw"]) == (original, target)
@@ -50,7 +49,7 @@ def test_buckets_of_the_table(row: tuple[Any, ...]) -> None:
 @pytest.mark.parametrize("size", ["", "10", "0x5", "5x0", "axb", "-1x5", "1500x2000x3"])
 def test_bad_sizes_are_refused(size: str) -> None:
     with pytest.raises(Halt, match="--size") as caught:
-        buckets.parse_size(size)
+        inputs.buckets(size, *DEFAULTS)
     assert caught.value.code == ExitCode.USAGE
 
 
@@ -63,8 +62,8 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_caption_report(tokenizers: Path) -> None:
-    tokenizer = show_caption.load(tokenizers)
-    report = show_caption.report("1girl, miku, vocaloid ||| smile, outdoors", tokenizer, draws=12)
+    tokenizer = inputs.tokenizers_in(tokenizers)
+    report = inputs.caption("1girl, miku, vocaloid ||| smile, outdoors", tokenizers, draws=12)
     assert (report["fixed"], report["flex"]) == (["1girl", "miku", "vocaloid"], ["smile", "outdoors"])
     texts = {draw["text"] for draw in report["draws"]}
     assert texts == {"1girl, miku, vocaloid, smile, outdoors", "1girl, miku, vocaloid, outdoors, smile"}
@@ -77,7 +76,7 @@ def test_caption_report(tokenizers: Path) -> None:
 
 @pytest.mark.parametrize("count", [0, 1, 75, 76, 150])
 def test_caption_ids_have_the_tables_pattern(count: int, tokenizers: Path) -> None:
-    report = show_caption.report("z" * count, show_caption.load(tokenizers))  # one id per letter here
+    report = inputs.caption("z" * count, tokenizers)  # one id per letter here
     tokenizer = TagTokenizer(small_tokenizer())
     for encoder, wanted in zip(("encoder_1", "encoder_2"), TABLE[count], strict=True):
         names = {49406: "B", 49407: "E", 0: "0"}
@@ -89,7 +88,7 @@ def test_caption_ids_have_the_tables_pattern(count: int, tokenizers: Path) -> No
 
 def test_caption_names_what_is_cut(tokenizers: Path) -> None:
     flex = [f"tag{i:03}" for i in range(60)]
-    report = show_caption.report("1girl ||| " + ", ".join(flex), show_caption.load(tokenizers), max_tokens=75)
+    report = inputs.caption("1girl ||| " + ", ".join(flex), tokenizers, max_tokens=75)
     assert report["tokens_kept"] <= 75 < report["tokens"]
     assert report["tags_cut"] == flex[-len(report["tags_cut"]) :]
 
@@ -105,7 +104,7 @@ def test_caption_names_what_is_cut(tokenizers: Path) -> None:
 )
 def test_bad_captions_are_refused(caption: str, options: dict[str, Any], words: str, tokenizers: Path) -> None:
     with pytest.raises(Halt, match=words) as caught:
-        show_caption.report(caption, show_caption.load(tokenizers), **options)
+        inputs.caption(caption, tokenizers, **options)
     assert caught.value.code == ExitCode.USAGE
 
 
@@ -114,7 +113,7 @@ def test_a_damaged_tokenizer_is_named(tokenizers: Path, tmp_path: Path) -> None:
     for file in (tmp_path / "tokenizer").iterdir():
         file.write_text("{")
     with pytest.raises(Halt, match="tokenizer is damaged") as caught:
-        show_caption.load(tmp_path / "tokenizer")
+        inputs.tokenizers_in(tmp_path / "tokenizer")
     assert caught.value.code == ExitCode.MISMATCH
 
 

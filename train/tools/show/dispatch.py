@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -10,46 +11,18 @@ from typing import Any
 INLINE_CHARACTERS = 100  # a list or object that fits is shown on one line
 
 
-def report_of(a: argparse.Namespace) -> dict[str, Any]:
+ROOMS = {  # subcommand: who answers, with its arguments by their names
+    **{name: f"inputs.{name}" for name in ("caption", "buckets", "dataset", "quarantine")}, "model": "model.report",
+    "compare": "compare.report", "keys": "keys.report", "checkpoint": "run.checkpoint", "step": "run.step",
+}  # fmt: skip
+
+
+def report_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The report of one subcommand, JSON-ready. Raises Halt."""
-    match a.what:
-        case "caption":
-            from train.tools.show import caption
-
-            options = {"separator": a.separator, "max_tokens": a.max_tokens, "overflow": a.overflow, "seed": a.seed}
-            return caption.report(a.text, caption.load(a.tokenizers), draws=a.draws, **options)
-        case "buckets":
-            from train.tools.show import buckets
-
-            return buckets.report(a.size, a.area_px, a.min_px, a.max_px, a.step_px)
-        case "model":
-            from train.tools.show import model
-
-            return model.report(a.path)
-        case "compare":
-            from train.tools.show import compare
-
-            return compare.report(a.a, a.b, a.base)
-        case "dataset":
-            from train.tools.show import dataset
-
-            return dataset.report(a.path)
-        case "quarantine":
-            from train.tools.show import quarantine
-
-            return quarantine.report(a.path, a.step, a.reason)
-        case "keys":
-            from train.tools.show import keys
-
-            return keys.report(a.pattern)
-        case "checkpoint":
-            from train.tools.show import run
-
-            return run.checkpoint(a.path)
-        case _:
-            from train.tools.show import run
-
-            return run.step(a.path, a.update, recompute=a.recompute)
+    options = {name: value for name, value in vars(arguments).items() if name not in ("what", "json", "markdown")}
+    room, _, name = ROOMS[arguments.what].partition(".")
+    report: dict[str, Any] = getattr(importlib.import_module(f"train.tools.show.{room}"), name)(**options)
+    return report
 
 
 def show(report: Mapping[str, Any], *, as_json: bool) -> None:
