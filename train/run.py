@@ -10,15 +10,15 @@ separator (recipe/captions.py), the predecessor's weights (model/source.py), U-N
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 if not __package__:  # started as a file: train/ is first on sys.path, and its modules would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-# Notebook: 1 CPU thread per process. More threads than idle cores turn a step of 0.2 s into 10 s.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+from train.base import environment
+
+environment.settle()  # before the libraries that read it
 
 # Only the light core here: a locked or read-only run directory must answer before torch is loaded.
 from train.base import faults

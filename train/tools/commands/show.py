@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # as train/run.py: another number of threads, other last digits
+from train.base import environment
+
+environment.settle()  # as train/run.py: another number of threads, other last digits
 
 from train.recipe.captions import SEPARATOR
 from train.tools.show.dispatch import report_of, show
