@@ -141,6 +141,15 @@ def test_strict_refuses_what_cannot_promise_its_bits(stage_yaml: Path) -> None:
         assert "strict" in refusal(stage_yaml, "batch.determinism=strict", override)
 
 
+def test_what_ends_a_run_late_or_spoils_it_silently_is_refused_by_both_names(stage_yaml: Path) -> None:
+    pairs = (("model.compile=true", "batch.remainder=keep"), ("model.channels_last=true", "optimizer.name=adamw8bit"))
+    for pair in pairs:
+        message = refusal(stage_yaml, *pair)
+        assert all(override.partition("=")[0] in message for override in pair), message
+        for one in pair:
+            load_stage([stage_yaml], [one])
+
+
 def test_every_problem_in_one_message(stage_yaml: Path) -> None:
     message = refusal(stage_yaml, "batch.mico=3", "seed=abc", "precision=fp8")
     assert all(word in message for word in ("batch.mico", "seed", "precision"))

@@ -103,6 +103,10 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     lambda c: "batch.determinism: strict refuses auto in model.gradient_checkpointing and batch.split, because what it "
     "picks depends on free memory: name a value"
     if _strict(c) and "auto" in (c.model.gradient_checkpointing, c.batch.split) else None,
+    lambda c: "model.compile with batch.remainder: keep compiles new graphs for every size of a short tile until the compiler's "
+    "limit ends the run: use carry or drop, or leave model.compile off" if c.model.compile and c.batch.remainder == "keep" else None,
+    lambda c: "model.channels_last with optimizer.name: adamw8bit: bitsandbytes puts weights back into the plain layout and "
+    "leaves its moments in the other: remove one" if c.model.channels_last and c.optimizer.name == "adamw8bit" else None,
     lambda c: "model.weights: bf16 needs precision: bf16" if c.model.weights == "bf16" and c.precision != "bf16" else None,
     lambda c: "batch.determinism: strict refuses model.attention: cudnn, whose gradients may differ from run to run; use "
     "auto, flash or math" if _strict(c) and c.model.attention == "cudnn" else None,
