@@ -24,10 +24,13 @@ def test_pin_attention_sets_the_kernels_and_restores_them() -> None:
     with speed.pin_attention("flash"):
         assert torch.backends.cuda.flash_sdp_enabled()
         assert torch._C._get_sdp_priority_order()[0] == SDPBackend.FLASH_ATTENTION.value
+    own = torch._C._get_sdp_priority_order()
     with speed.pin_attention("auto", "cuda"):
-        assert torch._C._get_sdp_priority_order()[0] == SDPBackend.CUDNN_ATTENTION.value
+        assert torch._C._get_sdp_priority_order() == own
+        assert torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
     with speed.pin_attention("auto", "cuda", deterministic=True):
-        assert torch._C._get_sdp_priority_order()[:2] == [SDPBackend.FLASH_ATTENTION.value, SDPBackend.MATH.value]
+        assert torch._C._get_sdp_priority_order() == own
+        assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.math_sdp_enabled()
         assert not torch.backends.cuda.mem_efficient_sdp_enabled()
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.flash_sdp_enabled() == before

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import synthetic
+import torch
 from launches import launch
 from stages import Stage, opened, result
+from torch.backends.cuda import flash_sdp_enabled, math_sdp_enabled, mem_efficient_sdp_enabled
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
+from train.data.index import Index
+from train.data.shards import ShardReader
+from train.engine import loop, trial
+from train.model import speed
 from train.observe.heldout import FILE, leak
 from train.prepare.tables.schemas import SELECT
+
+# torch hides it itself, unless warnings are errors
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute")
 
 SHARE = "validation.share=0.3"
 PROMPTS = "steps: 2\nprompts:\n  - {text: 1girl, width: 64, height: 64, seed: 3}\n"
@@ -160,3 +171,58 @@ def test_an_image_that_trains_twice_an_epoch_is_measured_once(curated: Path, bas
         found[name] = drawn(Stage(tmp_path / name, folder, base_model))
     assert found["twice"][1] == found["once"][1]
     assert len(found["twice"][0]) == 2 * len(found["once"][0])
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], int]]:
+    """How many graphs there are, with model.compile through a backend that runs each as it was traced."""
+    monkeypatch.setattr(speed, "compile_blocks", partial(speed.compile_blocks, backend="eager"))
+    torch._dynamo.reset()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.slow
+def test_looking_adds_no_graph_to_those_of_the_training(
+    graphs: Callable[[], int], dataset: Path, base_model: Path, tmp_path: Path
+) -> None:
+    """33 shapes of held-out batches, short ones among them, and a preview: each would cost graphs of the training's blocks."""
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text(PROMPTS)
+    shapes = [(64 + 32 * (n % 6), 64 + 32 * (n // 6)) for n in range(33)]
+    other = synthetic.make_dataset(tmp_path / "set", [2 + n % 2 for n in range(33)], buckets=shapes)
+    look = ("validation.every_steps=1", "sampling.every_steps=1", f"sampling.prompts={prompts}", "data.workers=0")
+    one_tile = ("model.compile=true", "max_updates=1", "batch.micro=4", "batch.effective=4")
+    with opened(Stage(tmp_path, dataset, base_model), SHARE, *one_tile, *look) as session:
+        held_out = session.observers.held_out
+        held_out.index, held_out.reader = Index.open(other, "pretrain"), ShardReader(other)
+        loop.run_updates(session)
+        trained = graphs()
+        assert trained > 0
+        loop.look(session, last=True)
+        assert graphs() == trained
+        (record,) = looked_at(session.run.folder.path)
+        assert len(record["losses"]) == sum(2 + n % 2 for n in range(33))
+        assert list((session.run.folder.path / "samples/step-00000001").glob("00.png"))
+
+
+def test_one_choice_of_attention_for_what_is_tried_trained_and_looked_at(
+    dataset: Path, base_model: Path, tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text(PROMPTS)
+    look = ("validation.every_steps=1", "sampling.every_steps=1", f"sampling.prompts={prompts}", "data.workers=0")
+    with opened(Stage(tmp_path, dataset, base_model), SHARE, "model.attention=math", "max_updates=1", *look) as session:
+        seen: list[tuple[bool, ...]] = []
+        session.trained.gradients.model.unet.register_forward_pre_hook(  # type: ignore[union-attr, operator]
+            lambda *_: seen.append((flash_sdp_enabled(), mem_efficient_sdp_enabled(), math_sdp_enabled()))
+        )
+        steps = (trial.check, loop.run_updates, partial(loop.look, last=True))
+        found = []
+        for step in steps:
+            step(session)
+            found.append(set(seen))
+            seen.clear()
+        assert found == [{(False, False, True)}] * 3, "preflight, training, held-out loss and previews"
+        assert flash_sdp_enabled()

@@ -154,14 +154,14 @@ def assembled(
 ) -> Batch:
     """A batch of no step, from what one of its sources brings: the plan, the held-out images, or the trial of a shape.
 
-    noises: of the target and as added, float32 [B,C,H,W]. ids: of both encoders, [B,N,77]. sizes: six numbers each.
+    noises: of the target and as added, float32 [B,C,H,W], one array where they are equal. ids: of both encoders, [B,N,77]. sizes: six numbers each.
     """
-    noise_BCHW, input_noise_BCHW = map(torch.from_numpy, noises)
+    noise, added = noises
     ids_1_BN77, ids_2_BN77 = map(torch.from_numpy, ids)
     return Batch(
         latents_BCHW=latents_BCHW,
-        noise_BCHW=noise_BCHW,
-        input_noise_BCHW=input_noise_BCHW,
+        noise_BCHW=torch.from_numpy(noise),
+        input_noise_BCHW=None if added is noise else torch.from_numpy(added),  # else pinned and copied twice
         timesteps_B=torch.from_numpy(timesteps_B),
         ids_1_BN77=ids_1_BN77,
         ids_2_BN77=ids_2_BN77,

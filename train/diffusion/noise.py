@@ -49,7 +49,7 @@ def tile_noise(
     *,
     latent_means_BC: npt.NDArray[np.floating] | None = None,
 ) -> tuple[F32, F32]:
-    """(noise of the target, noise that is added), both float32 [B,C,H,W]; they differ with input perturbation only.
+    """(noise of the target, noise that is added), both float32 [B,C,H,W]: one array but for input perturbation.
 
     A slot's noise depends on its own (uid, epoch) alone. `shape` is (C,H,W); `latent_means_BC`, of the scaled latents,
     are read by the adaptive offset. Offset before multi-resolution, as in the original trainer.

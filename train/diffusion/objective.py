@@ -7,6 +7,7 @@ Shape legend: B images, C H W latent, N chunks of 77 tokens, T timesteps (1000).
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,7 +27,7 @@ class Batch:
 
     latents_BCHW: torch.Tensor  # fp32, scaled as the U-Net sees them
     noise_BCHW: torch.Tensor  # fp32, the target's noise (offset included)
-    input_noise_BCHW: torch.Tensor  # fp32, what is added; differs from noise only with input perturbation
+    input_noise_BCHW: torch.Tensor | None  # fp32, what is added: only with input perturbation, else the noise itself
     timesteps_B: torch.Tensor  # int64
     ids_1_BN77: torch.Tensor  # int64, encoder 1
     ids_2_BN77: torch.Tensor  # int64, encoder 2
@@ -81,13 +82,18 @@ class Diffusion:
     deterministic: bool = False  # only kernels that give the same bits every time
     channels_last: bool = False
 
+    def kernels(self) -> AbstractContextManager[None]:
+        """The context of every forward, and of its backward: what is tried, trained and looked at runs the same attention."""
+        return speed.pin_attention(self.attention, self.alphas_T.device.type, deterministic=self.deterministic)
+
 
 def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.Tensor:
     """Weighted loss of each image [B], fp32."""
     dtype = PRECISIONS[diffusion.precision]
     half = dtype if diffusion.noise.dtype == "compute" and dtype != torch.float32 else None
     target_noise_BCHW = noise.as_drawn(part.noise_BCHW, diffusion.noise, half)
-    input_noise_BCHW = noise.as_drawn(part.input_noise_BCHW, diffusion.noise, half)
+    perturbed_BCHW = part.input_noise_BCHW
+    input_noise_BCHW = target_noise_BCHW if perturbed_BCHW is None else noise.as_drawn(perturbed_BCHW, diffusion.noise, half)
     noisy_BCHW = noise.add_noise(
         part.latents_BCHW, input_noise_BCHW, part.timesteps_B, diffusion.alphas_T, dtype=half
     )

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import Prompt, Sampler
 from train.diffusion.noise import BETA_END, BETA_START, TIMESTEPS
-from train.model import text
+from train.model import speed, text
 from train.model.networks import TimestepEmbedding, embedding_as
 from train.model.vae_file import LatentScale
 from train.recipe import captions, rng
@@ -253,12 +253,12 @@ def decode(vae: Any, latents_BCHW: Tensor) -> list[Image.Image]:
 
 @contextmanager
 def without_training(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """No gradients, eval mode; the training finds its modules as it left them."""
+    """No gradients, eval mode, nothing compiled; the training finds its modules, and its graphs, as it left them."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), speed.uncompiled():
             yield
     finally:
         for part, training in modes:

@@ -115,8 +115,10 @@ def open_session(
     if warning and place.is_main:
         log.warning("%s", warning)
     latent_scale = LatentScale.of(model.source.configs["vae"])
-    previews = Previews(config, model.components, networks, place)
-    held_out = HeldOut(config, data.held_out, data.tokenizer, networks, place, scale=latent_scale)
+    previews = Previews(config, model.components, networks, place, model.diffusion)
+    held_out = HeldOut(
+        config, data.held_out, data.tokenizer, networks, place, diffusion=model.diffusion, scale=latent_scale
+    )
     parameters, shares = trained_parameters(networks), open_shares(config.optimizer.sharding, networks, place)
     optimizer = make_optimizer(config.optimizer, schedule.peaks(config.optimizer), networks, shares, strict=machine.strict)
     ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None

@@ -21,7 +21,6 @@ from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.files import json_number, write_json
 from train.diffusion.objective import Batch, Diffusion, image_losses
-from train.model import speed
 from train.optim import optimizers, stepping
 from train.optim.collectives import BinaryCounter, FlatGradients, Place, reduce_pairwise
 from train.optim.ema import Ema
@@ -246,7 +245,7 @@ def compute_update(
     backward = TileBackward(
         diffusion, scale, images, tiles_in_update, place.device, average=diffusion.loss.average
     )
-    with speed.pin_attention(diffusion.attention, place.device.type, deterministic=diffusion.deterministic):
+    with diffusion.kernels():
         gradients.accumulate(batches, tiles_here, step, backward)
     faults.at("control", step)
     # [per-image losses | stop flag | tags cut]: zeros elsewhere and whole numbers, so the sum is exact.

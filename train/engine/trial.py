@@ -53,7 +53,8 @@ def check(session: Session) -> int:
         images = -(-plan.largest_tiles[width, height] // trained.diffusion.split)
         part = synthetic_part(width, height, images, dataset.tokenizer, dataset.data.max_tokens).to(device)
         try:
-            with gradients.alone():  # through the wrapper: what it keeps must fit too
+            # Through the wrapper, whose buckets must fit too, and in the training's own attention, which a compiler keeps.
+            with trained.diffusion.kernels(), gradients.alone():
                 image_losses(gradients.model, part, trained.diffusion).sum().backward()
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise Halt(
@@ -79,9 +80,8 @@ def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer
     """A batch of that shape with the longest possible caption; values are fixed and unimportant."""
     shape = (images, 4, height // 8, width // 8)
     noise_BCHW = torch.linspace(-1.0, 1.0, int(np.prod(shape))).reshape(shape)
-    noises = noise_BCHW.numpy(), noise_BCHW.numpy()
     rows = np.zeros(images, dtype=np.int64)
     tile = Tile(width, height, 0, rows, rows.astype(np.uint64), rows)
     ids = tokenizer.chunk_ids_many([[tokenizer.eos - 2] * max_tokens] * images, max_tokens)
     sizes = [size_vector(width, height, 0, 0, width, height)] * images
-    return assembled(tile, noise_BCHW.flip(0) * 0.5, noises, np.full(images, 500), ids, sizes, np.arange(images))
+    return assembled(tile, noise_BCHW.flip(0) * 0.5, (noise_BCHW.numpy(),) * 2, np.full(images, 500), ids, sizes, np.arange(images))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -30,19 +31,18 @@ HOPPER = (9, 0)
 
 _FALLBACK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # the text encoders' causal masks may need them
 _PRIORITY = {
-    "auto": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *_FALLBACK],
     "cudnn": [SDPBackend.CUDNN_ATTENTION, *_FALLBACK],
     "flash": [SDPBackend.FLASH_ATTENTION, *_FALLBACK],
     "math": [SDPBackend.MATH],
 }
-# Their backward adds with atomics, or does not promise an order: batch.determinism: strict leaves them out.
-_UNORDERED = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
+# The backward of the others adds with atomics, or does not promise an order: batch.determinism: strict leaves them out.
+_ORDERED = [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 def pin_attention(
     name: str, device_type: str | None = None, *, deterministic: bool = False
 ) -> AbstractContextManager[None]:
-    """A context in which scaled-dot-product attention tries the named kernel first. `auto` on a CPU pins nothing.
+    """A context in which scaled-dot-product attention tries the named kernel first. `auto` leaves torch its own order.
 
     deterministic: only kernels whose backward adds in one order (flash, math), for runs that promise their bits.
 
@@ -55,10 +55,20 @@ def pin_attention(
     on_gpu = (device_type or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
     if name == "cudnn" and not on_gpu:
         raise Halt(ExitCode.USAGE, "model.attention: cudnn needs a CUDA device; use auto")
-    if name == "auto" and not on_gpu:
-        return nullcontext()
-    kernels = [kernel for kernel in _PRIORITY[name] if not (deterministic and kernel in _UNORDERED)]
+    if name == "auto":  # torch knows which kernel suits which card: cuDNN's comes first on Hopper only
+        return sdpa_kernel(_ORDERED) if deterministic and on_gpu else nullcontext()
+    kernels = [kernel for kernel in _PRIORITY[name] if kernel in _ORDERED or not deterministic]
     return sdpa_kernel(kernels, set_priority=True)
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """A context in which compiled blocks run as they were written.
+
+    For forwards outside the training: each of their shapes would cost graphs of the training's own blocks, minutes in
+    all, and at `RECOMPILE_LIMIT` the run would end.
+    """
+    compiler = sys.modules.get("torch._dynamo")  # not loaded: nothing is compiled, and loading it takes a second
+    return torch.compiler.set_stance("force_eager") if compiler is not None else nullcontext()
 
 
 class _Attention(TorchFunctionMode):

@@ -16,7 +16,6 @@ from train.base.signals import StopFlag
 from train.config.stage import LossConfig, NoiseConfig, StageConfig, load_stage
 from train.data.index import Index
 from train.data.shards import ShardReader
-from train.diffusion.noise import alphas_cumprod
 from train.diffusion.objective import Batch, Diffusion, image_losses
 from train.diffusion.sampling import without_training
 from train.model.networks import Networks
@@ -41,6 +40,7 @@ class HeldOut:
         networks: Networks,
         place: Place,
         *,
+        diffusion: Diffusion,
         scale: LatentScale,
     ) -> None:
         self.index = index.select(chosen(index.uids, config.validation.images))
@@ -54,12 +54,8 @@ class HeldOut:
         self.skip_unreadable = config.data.on_read_error == "substitute"
         self.making = Making(scale, config.data.max_tokens, config.data.crop_conditioning)
         # Neither weights nor offset of the stage's own loss: the stages are compared with one measure.
-        self.diffusion = Diffusion(
-            alphas_cumprod(config.noise.zero_terminal_snr).to(place.device),
-            NoiseConfig(),
-            replace(LossConfig(), prediction=config.loss.prediction),
-            config.precision,
-            attention=config.model.attention,
+        self.diffusion = replace(
+            diffusion, noise=NoiseConfig(), loss=replace(LossConfig(), prediction=diffusion.loss.prediction)
         )
 
     def remember(self, run_path: Path) -> None:
@@ -74,7 +70,7 @@ class HeldOut:
         """Measure the weights of now and write a line of validation.jsonl; no random state is touched."""
         if len(self.index) == 0:
             return
-        with without_training((self.networks,)):
+        with self.diffusion.kernels(), without_training((self.networks,)):
             record = evaluate(
                 self._loss_of,
                 self.index,

@@ -17,6 +17,7 @@ import torch
 from train.base.signals import StopFlag
 from train.config.prompts import PromptsFile, load_prompts
 from train.config.stage import StageConfig
+from train.diffusion.objective import Diffusion
 from train.diffusion.sampling import TrainedAs
 from train.model.networks import Components, Networks
 from train.model.sdxl import canonical
@@ -32,8 +33,11 @@ log = logging.getLogger("anix")
 class Previews:
     """Owner of the prompts and the VAE; `write` makes the pictures of one update. A failure is only reported."""
 
-    def __init__(self, config: StageConfig, components: Components, networks: Networks, place: Place) -> None:
+    def __init__(
+        self, config: StageConfig, components: Components, networks: Networks, place: Place, diffusion: Diffusion
+    ) -> None:
         self.config, self.components, self.networks, self.place = config, components, networks, place
+        self.kernels = diffusion.kernels
         self.settings: PromptsFile | None = None
         if config.sampling.every_steps:
             self.settings = load_prompts(config.sampling.prompts)  # a bad file is refused before the first update
@@ -43,17 +47,18 @@ class Previews:
         if self.settings is None or not self.place.is_main:
             return
         try:
-            files = write_previews(
-                self._variants(ema),
-                self.settings,
-                self.config.output_dir,
-                update,
-                device=self.place.device,
-                dtype=PRECISIONS[self.config.precision],
-                model_name=self.config.stage,
-                trained_as=trained_as(self.config),
-                stop=lambda: stop.asked,
-            )
+            with self.kernels():
+                files = write_previews(
+                    self._variants(ema),
+                    self.settings,
+                    self.config.output_dir,
+                    update,
+                    device=self.place.device,
+                    dtype=PRECISIONS[self.config.precision],
+                    model_name=self.config.stage,
+                    trained_as=trained_as(self.config),
+                    stop=lambda: stop.asked,
+                )
             tracker.images(update, files)
         except Exception as error:  # pictures are never worth the run
             tracker.alert(f"no previews at update {update}: {type(error).__name__}: {error}")
