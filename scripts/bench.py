@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Benchmarks: `cpu` beside reference trainers found by environment variable, `gpu` of the full-size training step."""
+"""Benchmarks: `cpu` beside reference trainers found by environment variable, `gpu` of the full-size training step,
+`step` of one such update on this machine, ours in turn with diffusers' and sd-scripts'."""
 
 import os
 import sys
@@ -9,10 +10,16 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import argparse
+import functools
+import importlib
 import json
+from typing import Any
 
 from train.base.console import run_cli
 from train.base.errors import ExitCode, Halt
+from train.base.files import write_json
+
+ROOMS = {"cpu": "train.testing.cpu", "gpu": "train.testing.gpu.driver", "step": "train.testing.step"}
 
 
 def parse() -> argparse.Namespace:
@@ -35,7 +42,12 @@ def parse() -> argparse.Namespace:
         "--tiny", action="store_true", help="tiny model on any device: checks the driver, measures nothing"
     )
     gpu.add_argument("--dry-run", action="store_true", help="list variants and predictions")
-    for command in (cpu, gpu):
+    step = kinds.add_parser("step", help="one real full-size update here, ours beside two neighbours'; 14 GB, minutes")
+    step.add_argument("--size", default="512x512", metavar="WxH", help="of the images, in pixels")
+    step.add_argument("--images", type=int, default=1, help="of the update")
+    step.add_argument("--rounds", type=int, default=3, help="turns of every side")
+    step.add_argument("--tiny", action="store_true", help="tiny model: checks the driver, measures nothing")
+    for command in (cpu, gpu, step):
         command.add_argument("--out", type=Path, help="JSON file")
         command.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser.parse_args()
@@ -44,33 +56,23 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     """Run, write, print."""
     arguments = parse()
-    only = arguments.only.split(",") if arguments.only else None
     if arguments.out is not None:  # before minutes are spent that could not be kept
         try:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
             arguments.out.open("a").close()
         except OSError as error:
             raise Halt(ExitCode.CANNOT_WRITE, f"--out {arguments.out} cannot be written: {error.strerror}") from error
-    if arguments.kind == "cpu":
-        from train.testing import cpu as bench_cpu
-        from train.testing import timing
-
-        if unknown := sorted(set(only or ()) - set(bench_cpu.ROWS)):
-            raise Halt(ExitCode.USAGE, f"--only {unknown[0]} is no row; choose from {', '.join(bench_cpu.ROWS)}")
-        result = bench_cpu.run(only or bench_cpu.ROWS, arguments.repeats, arguments.tokenizers, arguments.rows)
-        text = timing.describe(result)
-    else:
-        from train.testing import gpu as bench_gpu
-
-        result = bench_gpu.run(
-            only, arguments.budget, probe_only=arguments.probe, tiny=arguments.tiny, dry_run=arguments.dry_run,
-            earlier=arguments.earlier,
-        )  # fmt: skip
-        text = bench_gpu.describe(result)
+    keep = functools.partial(_keep, arguments.out)
+    result, text = importlib.import_module(ROOMS[arguments.kind]).command(arguments, keep)
     print(json.dumps(result) if arguments.json else text, flush=True)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    keep(result)
     return ExitCode.DONE
+
+
+def _keep(out: Path | None, result: dict[str, Any]) -> None:
+    """Write what there is; called after every row, so that a run that is cut loses the one in progress."""
+    if out is not None:
+        write_json(out, result)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,8 @@ from train.model import memory
 from train.model.memory import GIB, Setup
 from train.model.networks import parameter_groups
 from train.optim import stepping
-from train.testing.step import batches, build, make_optimizer
-from train.testing.variants import Variant
+from train.testing.gpu.updates import batches, build, make_optimizer
+from train.testing.gpu.variants import Variant
 
 
 def resident(what: str) -> int:

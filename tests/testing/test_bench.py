@@ -18,8 +18,10 @@ import pytest
 import torch
 
 from train.base.errors import ExitCode, Halt
-from train.testing import data, gpu, loop, variants
+from train.testing import data, loop
 from train.testing import timing as bench_timing
+from train.testing.gpu import driver as gpu
+from train.testing.gpu import variants
 from train.testing.hooks import Alternating
 from train.testing.loop import SMALL_BATCH, SyncCounter, micro_step_syncs, tiny_session
 from train.testing.timing import Timing

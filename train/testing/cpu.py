@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import tempfile
 import time
@@ -10,10 +11,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from train.base.errors import ExitCode, Halt
 from train.testing import timing
 from train.tools.tiny.model import write_model
 
 ROWS = ("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "A9")
+
+
+def command(arguments: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -> tuple[dict[str, Any], str]:
+    """(result, its text) of `bench.py cpu`. Raises Halt(USAGE) for an unknown row."""
+    only = arguments.only.split(",")
+    if unknown := sorted(set(only) - set(ROWS)):
+        raise Halt(ExitCode.USAGE, f"--only {unknown[0]} is no row; choose from {', '.join(ROWS)}")
+    result = run(only, arguments.repeats, arguments.tokenizers, arguments.rows)
+    return result, timing.describe(result)
 
 
 def run(

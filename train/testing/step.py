@@ -1,324 +1,325 @@
-"""One variant of benchmark B in a process of its own: `python -m train.testing.step '{"variant": ...}'`.
+"""`bench.py step`: one real full-size update on this machine, our way in turn with two neighbours', on the same weights.
 
-Builds the full-size networks with random weights on the device, runs real updates (accumulation, clipping, optimizer)
-on new random inputs every micro-step, and prints one JSON line. An out-of-memory ends this process and its row alone.
+Ours: the product's own forward, loss, gradients and step, recomputing all, some or nothing. diffusers: the loop of its
+text-to-image example for SDXL, restated, on the same U-Net. sd-scripts: its own U-Net and loss, from a checkout, unmodified.
+All sides share one set of random bf16 weights, one batch (latents, noise, timesteps), one text context and one Adafactor
+whose learning rate is 0: nothing moves, so every loss of every turn must be the same. Text encoders run on no side, and
+weights are rounded to nearest on every side, as the neighbours do: `model.weights: bf16` would round ours at random.
 """
 
 from __future__ import annotations
 
-import hashlib
-import importlib
-import json
-import os
+import argparse
+import ctypes
+import re
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-import diffusers
-import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, UNet2DConditionModel
+from torch import nn
+from transformers.optimization import Adafactor
 
+from train.base.errors import ExitCode, Halt
 from train.config.stage import LossConfig, NoiseConfig, OptimizerConfig
 from train.diffusion import noise
-from train.diffusion.objective import Batch, Diffusion, image_losses
-from train.engine.step import Gradients, compute_update
-from train.model import speed
-from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode
-from train.model.recomputation import set_checkpointing, set_text_checkpointing
-from train.optim import collectives, optimizers
+from train.diffusion.objective import Batch, Diffusion
+from train.engine.step import Gradients, Trained, compute_update
+from train.model import memory, sdxl
+from train.model.recomputation import set_checkpointing
+from train.optim import optimizers
 from train.optim.collectives import Place
 from train.optim.loss_scale import loss_scale
-from train.recipe.order import Tile, check_strict_world
-from train.storage.state_files import PRECISIONS
-from train.testing.counts import CLIP_BIGG, CLIP_L, SDXL_UNET, TINY_UNET
-from train.testing.variants import BUCKET, Variant
+from train.testing import peers, timing
+from train.testing.counts import SDXL_UNET, TINY_UNET
+from train.testing.gpu.updates import batches
+from train.testing.gpu.variants import Variant
 
-WARM_UPDATES = 2
-BOS, EOS = 49406, 49407
-_TINY_CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-              "projection_dim": 16}  # fmt: skip
-DEPENDENCIES = ("diffusers", "transformers", "accelerate", "safetensors", "omegaconf", "numpy", "xformers", "torchao",
-                "bitsandbytes", "triton")  # fmt: skip
-PRODUCT, COPY_BYTES = 8192, 8_000_000_000
+OURS = {"ours, full recomputation": "full", "ours, partial": "partial", "ours, none": "none"}
+DIFFUSERS, SD_SCRIPTS = "diffusers' example", "sd-scripts"
+AGREE = 1e-2  # relative, of bf16 losses: the limit of section 3 of BENCHMARKS.md
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_GIB = 2**30
 
 
-def probe() -> dict[str, Any]:
-    """Versions, free memory, and the two ceilings of this card: a bf16 product and a copy, both on random data."""
-    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "versions": {}}
-    for name in DEPENDENCIES:
-        try:
-            found["versions"][name] = str(getattr(importlib.import_module(name), "__version__", "present"))
-        except Exception as error:  # any failure to import is what we want to know
-            found["versions"][name] = f"absent: {type(error).__name__}"
-    if not torch.cuda.is_available():
-        return found | {"gpu": None, "note": "no CUDA device"}
-    free, total = torch.cuda.mem_get_info()
-    a, b = (torch.randn(PRODUCT, PRODUCT, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    product_s = _device_time(lambda: torch.mm(a, b), 20)
-    source = torch.randint(0, 255, (COPY_BYTES // 2,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy_s = _device_time(lambda: target.copy_(source), 5)
-    return found | {
-        "gpu": torch.cuda.get_device_name(),
-        "capability": list(torch.cuda.get_device_capability()),
-        "free_gib": free / 2**30,
-        "total_gib": total / 2**30,
-        "peak_tflops": 2 * PRODUCT**3 / product_s / 1e12,
-        "copy_tb_per_s": COPY_BYTES / copy_s / 1e12,
-    }
+@dataclass
+class Turns:
+    """What one side took, turn by turn."""
+
+    cpu_s: list[float] = field(default_factory=list)
+    wall_s: list[float] = field(default_factory=list)
+    gradients_s: list[float] = field(default_factory=list)  # of cpu_s: forward, backward, clip; the rest is the optimizer
+    peak_gib: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
 
 
-def _device_time(run: Callable[[], Any], times: int) -> float:
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    for _ in range(times):
-        run()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) / times
+class GivenContext(nn.Module):
+    """The U-Net as the product's loss calls its networks, with a context in place of token ids."""
+
+    def __init__(self, unet: nn.Module, context_BLD: torch.Tensor, pooled_BP: torch.Tensor) -> None:
+        super().__init__()
+        self.unet, self.context_BLD, self.pooled_BP = unet, context_BLD, pooled_BP
+
+    def forward(
+        self, noisy_BCHW: torch.Tensor, timesteps_B: torch.Tensor, _1: torch.Tensor, _2: torch.Tensor, size_B6: torch.Tensor
+    ) -> torch.Tensor:
+        """Prediction [B,C,H,W]."""
+        added = {"text_embeds": self.pooled_BP, "time_ids": size_B6}
+        found: torch.Tensor = self.unet(
+            noisy_BCHW, timesteps_B, encoder_hidden_states=self.context_BLD, added_cond_kwargs=added, return_dict=False
+        )[0]
+        return found
 
 
-def build(variant: Variant, device: torch.device, *, tiny: bool) -> Networks:
-    """Networks with random weights in fp32 on the device, set up as the variant says."""
+@dataclass
+class Bench:
+    """One set of weights, the batch, and the product's own owner of gradients and step."""
+
+    networks: GivenContext
+    batch: Batch
+    trained: Trained
+    scheduler: DDPMScheduler  # of both neighbours
+    marks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        """Of the update."""
+        return len(self.batch.slots_B)
+
+    def ours(self, mode: str) -> float:
+        """Our update: as the loop calls it, without plan, data and log."""
+        set_checkpointing(self.networks.unet, mode)
+        outcome = compute_update(
+            self.trained.gradients,
+            iter([self.batch]),
+            diffusion=self.trained.diffusion,
+            scale=self.trained.scale,
+            images=self.images,
+            tiles_here=1,
+            tiles_in_update=1,
+            step=0,
+            max_grad_norm=1.0,
+            stop_asked=lambda: False,
+        )
+        self.marks["gradients"] = time.process_time()
+        self.trained.step(0)
+        return outcome.mean_loss
+
+    def diffusers(self) -> float:
+        """The example's update (examples/text_to_image/train_text_to_image_sdxl.py): cached context, mean loss, two reads."""
+        unet: Any = self.networks.unet
+        batch = self.batch
+        unet.enable_gradient_checkpointing()
+        noisy_BCHW = self.scheduler.add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B).bfloat16()
+        added = {"time_ids": batch.size_B6.bfloat16(), "text_embeds": self.networks.pooled_BP}
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted_BCHW = unet(
+                noisy_BCHW, batch.timesteps_B, self.networks.context_BLD, added_cond_kwargs=added, return_dict=False
+            )[0]
+        loss = F.mse_loss(predicted_BCHW.float(), batch.noise_BCHW.float(), reduction="mean")
+        loss.repeat(self.images).mean().item()
+        return self._theirs(loss)
+
+    def sd_scripts(self, peer: peers.SdScripts) -> float:
+        """sd-scripts' update (sdxl_train.py) with cached text outputs."""
+        batch = self.batch
+        noisy_BCHW = self.scheduler.add_noise(batch.latents_BCHW, batch.noise_BCHW, batch.timesteps_B).bfloat16()
+        vector_BV = torch.cat([self.networks.pooled_BP, peer.size_embeddings(batch.size_B6).bfloat16()], dim=1)
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted_BCHW = peer.unet(noisy_BCHW, batch.timesteps_B, self.networks.context_BLD, vector_BV)
+        return self._theirs(peer.loss(predicted_BCHW.float(), batch.noise_BCHW.float(), "l2", "mean"))
+
+    def _theirs(self, loss: torch.Tensor) -> float:
+        """What both neighbours do with a loss: backward, clip, the class's own step, gradients dropped, one more read."""
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained.gradients.parameters, 1.0)
+        self.marks["gradients"] = time.process_time()
+        Adafactor.step(self.trained.optimizer)
+        self.trained.optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach().item())
+
+
+def open_bench(size_px: tuple[int, int], images: int, *, tiny: bool = False) -> Bench:
+    """Random weights and inputs; on the CPU, in bf16."""
     torch.manual_seed(0)
-    with device:
-        components = Components(
-            unet=UNet2DConditionModel(**(TINY_UNET if tiny else SDXL_UNET)),
-            text_encoder=CLIPTextModel(CLIPTextConfig(**(_TINY_CLIP if tiny else CLIP_L))),
-            text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**(_TINY_CLIP if tiny else CLIP_BIGG))),
-            tokenizer=None,
-            tokenizer_2=None,
-            vae=None,
-        )
-    trains_text = variant.stage == 1
-    networks = Networks(components, train_text_encoders=trains_text, context="stitched", pooled_projection="correct")
-    set_checkpointing(networks.unet, "partial", variant.exempt_steps)
-    for encoder in (networks.text_encoder, networks.text_encoder_2):
-        set_text_checkpointing(encoder, trains_text)
-    cast_frozen(networks, PRECISIONS[variant.precision])
-    if variant.channels_last:
-        speed.to_channels_last(networks.unet)
-    if variant.float8:
-        speed.to_float8(networks.unet)
-    if variant.compile:
-        speed.compile_blocks(networks.unet)
-    if use_xformers(variant, device):
-        networks.unet.enable_xformers_memory_efficient_attention()
-    set_train_mode(networks)
-    return networks
-
-
-def use_xformers(variant: Variant, device: torch.device) -> bool:
-    """sd-scripts' settings ask for xformers; where it does not import, SDPA takes its place and the row says so."""
-    if variant.style != "sd_scripts" or device.type != "cuda":
-        return False
-    try:
-        importlib.import_module("xformers.ops")
-    except Exception:  # a build for another torch fails in its own ways
-        return False
-    return True
-
-
-def batches(variant: Variant, device: torch.device, update: int, bucket: tuple[int, int]) -> Iterator[Batch]:
-    """New random inputs for every micro-step of one update, made on the device."""
-    width, height = bucket
-    for number in range(variant.accumulation):
-        generator = torch.Generator(device).manual_seed(update * 1000 + number)
-        size = (variant.micro, 4, height // 8, width // 8)
-        drawn = torch.randn((2, *size), device=device, generator=generator)
-        ids = torch.randint(300, 40_000, (variant.micro, 3, 77), device=device, generator=generator)
-        ids[..., 0], ids[..., 76] = BOS, EOS
-        rows = np.arange(variant.micro)
-        tile = Tile(width, height, number, rows, rows.astype(np.uint64), np.zeros_like(rows))
-        yield Batch(
-            latents_BCHW=drawn[0],
-            noise_BCHW=drawn[1],
-            input_noise_BCHW=drawn[1],
-            timesteps_B=torch.randint(0, 1000, (variant.micro,), device=device, generator=generator),
-            ids_1_BN77=ids,
-            ids_2_BN77=ids,
-            size_B6=torch.tensor([[height, width, 0, 0, height, width]] * variant.micro, device=device).float(),
-            slots_B=torch.arange(number * variant.micro, (number + 1) * variant.micro, device=device),
-            step=update,
-            tile=tile,
-            tags_dropped=0,
-        )
-
-
-def make_optimizer(variant: Variant, networks: Networks) -> torch.optim.Optimizer:
-    """Ours, or for the references and `plain` torch's default AdamW."""
-    groups = [(name, list(named.values()), 1e-5) for name, named in parameter_groups(networks).items()]
-    if variant.stage == 2:
-        own = variant.strict or variant.style != "ours"  # the references step tensor by tensor
-        return optimizers.make_optimizer(groups, OptimizerConfig(name="adafactor", unet_lr=1e-5), strict=own)
-    if variant.fused:
-        return optimizers.make_optimizer(groups, OptimizerConfig(name="adamw", unet_lr=1e-5, weight_decay=0.1))
-    parameters = [parameter for _, members, _ in groups for parameter in members]
-    return torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.99), weight_decay=0.1)
-
-
-def run(variant: Variant, *, tiny: bool = False) -> dict[str, Any]:
-    """Timings and peak memory of the variant; see the module's docstring."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    bucket = (64, 128) if tiny else BUCKET
-    if variant.strict:  # as stage.open_machine does
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    networks = build(variant, device, tiny=tiny)
-    optimizer = make_optimizer(variant, networks)
-    parameters = [p for named in parameter_groups(networks).values() for p in named.values()]
-    diffusion = Diffusion(
-        noise.alphas_cumprod().to(device), NoiseConfig(), LossConfig(), variant.precision, deterministic=variant.strict
+    config = TINY_UNET if tiny else SDXL_UNET
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config).bfloat16()
+    fill(unet.to_empty(device="cpu"))
+    (batch,) = batches(Variant("step", 2, images, 1), torch.device("cpu"), 0, size_px)
+    context_BLD = torch.randn(images, memory.CONTEXT, config["cross_attention_dim"]).bfloat16()
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    networks = GivenContext(unet, context_BLD, torch.randn(images, pooled).bfloat16())
+    networks.train()
+    parameters = {f"unet.{name}": parameter for name, parameter in unet.named_parameters()}
+    settings = OptimizerConfig(name="adafactor", unet_lr=0.0)
+    return Bench(
+        networks,
+        batch,
+        Trained(
+            gradients=Gradients(networks, parameters.values(), Place(0, 1, torch.device("cpu"))),
+            diffusion=Diffusion(noise.alphas_cumprod(), NoiseConfig(), LossConfig(), "bf16"),
+            optimizer=optimizers.make_optimizer([("unet", list(parameters.values()), 0.0)], settings, strict=True),
+            optimizer_name=settings.name,
+            parameters=parameters,
+            ema=None,
+            shares=None,
+            scale=loss_scale("bf16"),
+            rates_at=lambda updates: {"unet": 0.0},
+            max_grad_norm=1.0,
+        ),
+        DDPMScheduler(beta_start=noise.BETA_START, beta_end=noise.BETA_END, beta_schedule="scaled_linear"),
     )
-    update = _our_update if variant.style == "ours" else _reference_update
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    spent, losses = [], []
-    state: dict[str, Any] = {
-        "scale": loss_scale(variant.precision) if variant.style == "ours" else _grad_scaler(variant, device),
-        "gradients": _gradients(variant, networks, parameters),
+
+
+def fill(unet: nn.Module) -> None:
+    """Weights of the size that training gives them, in place: one block of random numbers again and again, since drawing
+    2.6 billion takes longer than the updates that are measured.
+    """
+    block = torch.randn(2**20)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if parameter.ndim < 2:
+                parameter.fill_(float("norm" in name and name.endswith("weight")))
+                continue
+            scaled = (block / parameter[0].numel() ** 0.5).to(parameter.dtype)
+            flat = parameter.view(-1)
+            for start in range(0, len(flat), len(scaled)):
+                piece = flat[start : start + len(scaled)]
+                piece.copy_(scaled[: len(piece)])
+
+
+def command(arguments: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -> tuple[dict[str, Any], str]:
+    """(result, its text) of `bench.py step`; `keep` hears of the result after every turn. Raises Halt(USAGE)."""
+    width, _, height = arguments.size.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise Halt(ExitCode.USAGE, f"--size {arguments.size} is no size: width x height in pixels, such as 512x512")
+    for option in ("images", "rounds"):
+        if getattr(arguments, option) < 1:
+            raise Halt(ExitCode.USAGE, f"--{option} {getattr(arguments, option)}: at least 1")
+    result = run((int(width), int(height)), arguments.images, arguments.rounds, tiny=arguments.tiny, told=keep)
+    return result, describe(result)
+
+
+def run(
+    size_px: tuple[int, int], images: int, rounds: int, *, tiny: bool = False, told: Callable[[dict[str, Any]], object] = lambda _: None
+) -> dict[str, Any]:
+    """{"machine", "size", "sides", "ratios", "agree"}; sides take turns, `told` hears of the result after every one.
+
+    Raises Halt(USAGE) for a size that is no bucket's.
+    """
+    memory.image_flops(memory.Setup(False, "adafactor", "bf16"), *size_px)  # refuses other sizes than multiples of 32
+    _return_freed_memory()
+    before = resident_bytes("VmRSS")
+    bench = open_bench(size_px, images, tiny=tiny)
+    sides: dict[str, Callable[[], float]] = {name: _ours(bench, mode) for name, mode in OURS.items()}
+    sides[DIFFUSERS] = bench.diffusers
+    peer, why = peers.sd_scripts(_by_single_name(bench.networks.unet)) if not tiny else (None, "it has one size only")
+    if peer is not None:
+        sides[SD_SCRIPTS] = lambda: bench.sd_scripts(peer)
+    turns = {name: Turns() for name in sides}
+    result: dict[str, Any] = {
+        "machine": timing.machine() | {"threads": torch.get_num_threads()},
+        "size": f"{size_px[0]}x{size_px[1]}", "images": images, "tiny": tiny,
+        "skipped": {} if peer else {SD_SCRIPTS: why},
+    }  # fmt: skip
+    names = list(sides)
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:  # no side is always the first
+            _turn(bench, sides[name], turns[name], before)
+            told(result | judged(turns))
+    return result | judged(turns)
+
+
+def _ours(bench: Bench, mode: str) -> Callable[[], float]:
+    return lambda: bench.ours(mode)
+
+
+def _turn(bench: Bench, side: Callable[[], float], turns: Turns, before_bytes: int) -> None:
+    for parameter in bench.trained.gradients.parameters:
+        parameter.grad = None
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    cpu, wall = time.process_time(), time.perf_counter()
+    loss = side()
+    turns.cpu_s.append(time.process_time() - cpu)
+    turns.wall_s.append(time.perf_counter() - wall)
+    turns.gradients_s.append(bench.marks["gradients"] - cpu)
+    turns.peak_gib.append((resident_bytes("VmHWM") - before_bytes) / _GIB)
+    turns.loss.append(loss)
+
+
+def judged(turns: Mapping[str, Turns]) -> dict[str, Any]:
+    """Medians of every side, ratios of CPU time within the rounds that both sides finished, and whether losses agree."""
+    done = {name: one for name, one in turns.items() if one.cpu_s}
+    ratios = {
+        f"{one} / {other}": {
+            part: spread([b / a for a, b in zip(getattr(done[one], part), getattr(done[other], part), strict=False)])
+            for part in ("cpu_s", "gradients_s")
+        }
+        for one in done for other in done if one != other
+    }  # fmt: skip
+    losses = [loss for one in done.values() for loss in one.loss]
+    apart = (max(losses) - min(losses)) / abs(statistics.median(losses))
+    sides = {
+        name: {key: statistics.median(values) for key, values in vars(one).items()} | {"turns": vars(one)}
+        for name, one in done.items()
     }
-    for number in range(variant.updates):
-        _synchronise(on_gpu)
-        started = time.perf_counter()
-        made = batches(variant, device, number, bucket)
-        losses.append(update(variant, networks, parameters, optimizer, diffusion, made, number, state))
-        _synchronise(on_gpu)
-        spent.append(time.perf_counter() - started)
-    timed = spent[WARM_UPDATES:]
-    syncs = micro_step_sync(networks, next(batches(variant, device, 0, bucket)), diffusion) if on_gpu else None
+    return {"sides": sides, "ratios": ratios, "losses_apart": apart, "agree": apart <= AGREE}
+
+
+def spread(ratios: Sequence[float]) -> dict[str, float]:
+    """Median, least and most."""
+    return {"median": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
+
+
+def describe(result: Mapping[str, Any]) -> str:
+    """Seconds and peaks of every side, and how many times as fast it is as each neighbour and as full recomputation."""
+    where = result["machine"]
+    lines = [
+        f"{where['date']}  {where['cpu']}  load {where['load_average']}  commit {where['commit']}",
+        f"one update of {result['images']} x {result['size']}, {'tiny' if result['tiny'] else 'full-size'} U-Net, bf16 weights, "
+        f"Adafactor, {where['threads']} threads",
+    ]
+    for name, side in result["sides"].items():
+        lines.append(
+            f"{name:26} {side['cpu_s']:8.2f} s cpu ({side['gradients_s']:.2f} s without the optimizer) {side['wall_s']:8.2f} s wall "
+            f"{side['peak_gib']:6.2f} GiB  loss {side['loss']:.6f}  {len(side['turns']['cpu_s'])} turns"
+        )
+    against = [name for name in (next(iter(OURS)), DIFFUSERS, SD_SCRIPTS) if name in result["sides"]]
+    for other in against:
+        for name in result["sides"]:
+            if found := result["ratios"].get(f"{name} / {other}"):
+                whole, part = (f"{one['median']:.3f}x ({one['least']:.3f} to {one['most']:.3f})" for one in found.values())
+                lines.append(f"  {name} is {part} as fast as {other} in forward, backward and clip, {whole} in all")
+    lines += [f"{name}: skipped: {why}" for name, why in result["skipped"].items()]
+    verdict = "agree" if result["agree"] else "DIFFER: the sides did not do the same work"
+    return "\n".join([*lines, f"losses {verdict}: {result['losses_apart']:.1e} apart, limit {AGREE:g}"])
+
+
+def resident_bytes(what: str) -> int:
+    """VmRSS or VmHWM of this process."""
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise Halt(ExitCode.MISMATCH, "bench.py step reads memory from /proc/self/status, which is not here")
+    return int(found.group(1)) * 1024
+
+
+def _return_freed_memory() -> None:
+    """Freed tensors go back to the system at once; in glibc's arenas they would count for every side that follows."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+def _by_single_name(unet: UNet2DConditionModel) -> dict[str, nn.Parameter]:
+    """The U-Net's parameters under the names of the original layout, without prefix."""
+    parameters = dict(unet.named_parameters())
+    links = sdxl.links({"unet": dict(SDXL_UNET)}, networks=("unet",))
     return {
-        "micro_step_sync": syncs,
-        "update_s": {"median": statistics.median(timed), "min": min(timed), "max": max(timed)},
-        "first_update_s": spent[0],
-        "images_per_s": variant.images / statistics.median(timed),
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
-        "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
-        "loss_first": losses[0],
-        "loss_last": losses[-1],
-        "bits": _bits(parameters) if variant.strict else None,
-        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
-        "attention": _attention_of(variant, device),
-        "gpu": torch.cuda.get_device_name() if on_gpu else None,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
+        link.single.removeprefix(sdxl.PREFIXES["unet"]): parameters[link.folder[0].removeprefix("unet.")] for link in links
     }
-
-
-def micro_step_sync(networks: Networks, batch: Batch, diffusion: Diffusion) -> str:
-    """What CUDA says about a host synchronisation inside one forward and backward; empty when there is none."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with speed.pin_attention(diffusion.attention, "cuda"):
-            image_losses(networks, batch, diffusion).sum().backward()
-    except RuntimeError as error:
-        return str(error).splitlines()[0][:200]
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return ""
-
-
-def _gradients(variant: Variant, networks: Networks, parameters: list[torch.nn.Parameter]) -> Gradients:
-    place = Place(0, 1, parameters[0].device)
-    if not variant.strict:
-        return Gradients(networks, parameters, place)
-    virtual = check_strict_world(variant.accumulation, 1)
-    return Gradients(networks, parameters, place, strict_groups={}, virtual_per_rank=virtual)
-
-
-def _bits(parameters: list[torch.nn.Parameter]) -> str:
-    """Equal for two runs whose weights are equal to the bit (sums of the bit patterns, hashed)."""
-    sums = collectives.checksums({str(number): parameter for number, parameter in enumerate(parameters)})
-    return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()[:16]
-
-
-def _our_update(
-    variant: Variant,
-    networks: Networks,
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    diffusion: Diffusion,
-    made: Iterator[Batch],
-    number: int,
-    state: dict[str, Any],
-) -> float:
-    """The project's own update, as the loop calls it."""
-    outcome = compute_update(
-        state["gradients"],
-        made,
-        diffusion=diffusion,
-        scale=state["scale"],
-        images=variant.images,
-        tiles_here=variant.accumulation,
-        tiles_in_update=variant.accumulation,
-        step=number,
-        max_grad_norm=1.0,
-        stop_asked=lambda: False,
-    )
-    applied = outcome.losses_finite and bool(np.isfinite(outcome.grad_norm))
-    if applied:
-        optimizer.step()
-    state["scale"] = state["scale"].after(overflowed=not applied)
-    return outcome.mean_loss
-
-
-def _reference_update(
-    variant: Variant,
-    networks: Networks,
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    diffusion: Diffusion,
-    made: Iterator[Batch],
-    number: int,
-    state: dict[str, Any],
-) -> float:
-    """The loop of a reference restated from its description: a scaler for fp16, and host reads in every micro-step."""
-    scaler, total = state["scale"], 0.0
-    for batch in made:
-        loss = image_losses(networks, batch, diffusion).mean()
-        if variant.style == "diffusers":  # its example gathers the loss and reads two values per micro-step
-            loss.detach().repeat(1).mean().item()
-        total += loss.detach().item()
-        scaler.scale(loss / variant.accumulation).backward()
-    scaler.unscale_(optimizer)
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    return total / variant.accumulation
-
-
-def _grad_scaler(variant: Variant, device: torch.device) -> torch.amp.GradScaler:
-    return torch.amp.GradScaler(device.type, enabled=variant.precision == "fp16")
-
-
-def _attention_of(variant: Variant, device: torch.device) -> str:
-    """Which attention ran: the references' own package is used only where it is installed, and named either way."""
-    if use_xformers(variant, device):
-        return "xformers"
-    return "SDPA, xformers does not import" if variant.style == "sd_scripts" else "SDPA"
-
-
-def _synchronise(on_gpu: bool) -> None:
-    if on_gpu:
-        torch.cuda.synchronize()
-
-
-def main(arguments: Sequence[str]) -> None:
-    """Run what the one JSON argument asks for; errors become a row, not a traceback."""
-    asked = json.loads(arguments[0])
-    try:
-        found = probe() if asked.get("probe") else run(Variant(**asked["variant"]), tiny=asked["tiny"])
-    except Exception as error:  # an out-of-memory, a kernel that does not exist: this variant's result
-        found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    print(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.testing.variants import H200_TFLOPS, VARIANTS, Variant, describe_variant, tiny
+from train.testing.gpu.variants import H200_TFLOPS, VARIANTS, Variant, describe_variant, tiny
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 EXPECTED_S = {False: 60.0, True: 180.0}  # of one variant, by "compiled"; the first compilation dominates
 PROBE_S = 90.0
+
+
+def command(arguments: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -> tuple[dict[str, Any], str]:
+    """(result, its text) of `bench.py gpu`."""
+    result = run(
+        arguments.only.split(",") if arguments.only else None, arguments.budget,
+        probe_only=arguments.probe, tiny=arguments.tiny, dry_run=arguments.dry_run, earlier=arguments.earlier,
+    )  # fmt: skip
+    return result, describe(result)
 
 
 def run(
@@ -110,7 +120,7 @@ def _shrunk(variant: Variant) -> Variant:
 
 def _child(asked: dict[str, Any], limit_s: float) -> dict[str, Any]:
     """What one process answers; a crash or a timeout is an `error`."""
-    command = [sys.executable, "-W", "ignore", "-m", "train.testing.step", json.dumps(asked)]
+    command = [sys.executable, "-W", "ignore", "-m", "train.testing.gpu.updates", json.dumps(asked)]
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | dict(os.environ)
     try:
         done = subprocess.run(
