@@ -87,7 +87,7 @@ def test_a_dead_main_process_is_noticed_in_every_phase(
     prompts.write_text("steps: 2\nprompts:\n  - {text: 1girl, width: 64, height: 64, seed: 3}\n")
     launch = lab.start(phase, *settings, f"sampling.prompts={prompts}", world=2, fault=fault)
     lab.wait_for_update(launch, phase, update)
-    time.sleep(0.8)
+    time.sleep(0.8 if update else 3.0)  # until it has said who it is
     launch.send(signal.SIGKILL, 0)
     start = time.monotonic()
     assert launch.wait(60) == [-signal.SIGKILL, 9], launch.text()

@@ -27,11 +27,11 @@ class Lab:
         self.reference = folder / "reference"
         assert self.start("reference").wait() == [0]
 
-    def start(self, name: str, *overrides: str, world: int = 1, fault: str = "", timeout_s: float = 30) -> ranks.Ranks:
+    def start(self, name: str, *overrides: str, world: int = 1, fault: str = "", timeout_s: float = 30, **more: Any) -> ranks.Ranks:
         env = {"ANIX_FAULT": fault, "MY_HUB_TOKEN": CANARY, "HF_HUB_OFFLINE": "1"}
         arguments = ["--config", str(self.yaml), f"output_dir={self.folder / name}", f"max_updates={UPDATES}"]
         return ranks.Ranks(
-            [*arguments, *overrides], self.folder / f"logs-{name}", world=world, env=env, timeout_s=timeout_s
+            [*arguments, *overrides], self.folder / f"logs-{name}", world=world, env=env, timeout_s=timeout_s, **more
         )
 
     def run(self, name: str, *overrides: str, world: int = 1, fault: str = "", timeout_s: float = 30) -> list[int]:

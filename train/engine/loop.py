@@ -10,11 +10,15 @@ import contextlib
 import logging
 import time
 from dataclasses import asdict
+from functools import partial
 from typing import Any
+
+import torch
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.signals import grace_warning
+from train.engine.processes import GRACE_S
 from train.engine.session import Session
 from train.engine.step import Outcome, bad_step, compute_update, may_apply, slot_timesteps
 from train.observe.tracker import loss_by_decile
@@ -30,6 +34,7 @@ def train(session: Session) -> None:
     """Run the updates that are left; one that fails leaves in good order. What failed is raised."""
     watch = session.run.watch
     watch.step, watch.met = session.run.progress.step, True  # every group of processes exists
+    watch.rescue = partial(rescue, session, wait_s=GRACE_S)
     try:
         run_updates(session)
     except BaseException as error:
@@ -67,15 +72,17 @@ def run_updates(session: Session) -> Progress:
             raise refuse_update(session, step, tiles, outcome)
 
         # The step itself. An overflow of fp16 gradients skips it: the plan moves on, the learning rate does not.
+        if applied and run.saver is not None:
+            run.saver.before_step()  # a background save may still be copying the weights
+        run.stepping.acquire()  # and stays taken where the step fails
         if applied:
-            if run.saver is not None:
-                run.saver.before_step()  # a background save may still be copying the weights
-            run.stepping = True
             faults.at("optimizer", step)
             trained.step(updates)
+            run.settled = torch.cuda.current_stream().record_event() if run.place.device.type == "cuda" else None
         trained.scale = trained.scale.after(overflowed=not applied)
         run.progress = Progress(step + 1, updates + applied, run.progress.skipped + (not applied), run.progress.images + images)
-        run.stepping, run.watch.step = False, run.progress.step
+        run.watch.step = run.progress.step
+        run.stepping.release()
         if trained.scale.exhausted:
             raise refuse_update(session, step, tiles, outcome)
 
@@ -145,26 +152,40 @@ def state_now(session: Session) -> dict[str, Any]:
 def leave(session: Session, error: BaseException) -> None:
     """After the loop failed: the main process saves the last completed update, by itself. Then the caller re-raises.
 
-    A failed collective is raised here as what became of the other process. No collective is called any more, and
-    nothing is saved from inside the optimizer's step or from differing replicas. With ZeRO-1 the main process does not
-    have the whole optimizer state, so the last regular checkpoint is what remains.
+    A failed collective is raised here as what became of the other process. Nothing is saved from differing replicas.
     """
-    trained, run = session.trained, session.run
-    reason = run.watch.failed(error)
-    lost = run.stepping or isinstance(reason, collectives.ReplicasDiffer) or run.progress.step == 0
+    reason = session.run.watch.failed(error)
     over = isinstance(error, Halt) and error.code in (ExitCode.STOPPED, ExitCode.CANNOT_WRITE)
-    if run.saver is not None and trained.shares is not None and not (lost or over):
-        session.observers.tracker.alert(
-            f"update {run.progress.step} cannot be saved after a failure: with optimizer.sharding: zero1 the "
-            "optimizer's state is spread over the processes. The last checkpoint stays valid"
-        )
-    elif run.saver is not None and not lost and not over:
-        try:
-            run.saver.save_now(run.progress, trained.tensors(), state_now(session))
-        except Exception as failure:  # the first error is the one to report
-            log.warning("the last completed update could not be saved: %s", failure)
+    if not over and not isinstance(reason, collectives.ReplicasDiffer):
+        rescue(session)
     if reason is not error:
         raise reason from error
+
+
+def rescue(session: Session, *, wait_s: float = 0.0) -> None:
+    """Save the last completed update without any collective; where that cannot be, exit.json says what is lost, and why.
+
+    Also called from beside a main thread that does not come back from a collective: it may be applying the update for
+    `wait_s` longer, and it goes no further until this process ends. On a card all its later work stands behind that
+    collective, so the weights are read on a stream that waits for their update alone.
+    """
+    trained, run = session.trained, session.run
+    if run.saver is None or run.progress.step == 0:
+        return
+    device, stream = run.place.device, None
+    try:
+        if not run.stepping.acquire(timeout=wait_s):
+            raise RuntimeError("its successor was being applied")
+        if trained.shares is not None:
+            raise RuntimeError("with optimizer.sharding: zero1 the optimizer's state is spread over the processes")
+        if run.settled is not None:
+            stream = torch.cuda.Stream(device)
+            stream.wait_event(run.settled)
+        with torch.cuda.stream(stream):  # None: a no-op
+            run.saver.save_now(run.progress, trained.tensors(), state_now(session))
+    except Exception as failure:  # the first error is the one to report
+        run.folder.lost = f"update {run.progress.step} cannot be saved after a failure: {failure}"
+        log.warning("%s. The last checkpoint stays valid", run.folder.lost)
 
 
 def report_saves(session: Session, saver: Saver) -> None:

@@ -1,8 +1,9 @@
 """Processes that watch one another: who is lost, who is still working, and how all of them leave.
 
-Nothing here is a collective. Every process beats into the rendezvous store; one that fails leaves a note there before
-it goes, so that the others can name it; work of the main process alone is waited for by looking at its beats, not
-inside a collective whose timeout belongs to the training.
+Nothing here is a collective. Every process beats on a board (`train.base.board`); one that fails leaves a note there
+before it goes, so that the others can name it; work of the main process alone is waited for by looking at its beats, not
+inside a collective whose timeout belongs to the training. The main process looks at the beats of all, the others at its.
+A launcher ends the processes of its own machine when one of them ends; of other machines it knows nothing.
 """
 
 from __future__ import annotations
@@ -12,25 +13,28 @@ import faulthandler
 import json
 import logging
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 
 from train.base import signals
+from train.base.board import BEAT_S, LEFT, Board
 from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask
 from train.storage.rundir import RunDir
 
-BEAT_S = 1.0
-SILENT_S = 3.0  # without a beat while being looked at: lost
-STALE_S = 60.0  # without a beat of the main process while it works alone: lost
+SILENT_S = 3.0  # without a beat after a collective has failed: lost
+STALE_S = 30.0  # without a beat, or without an answer of the store, at any time: lost
 GRACE_S = 5.0  # for the main thread to leave by itself once another process has failed
 STORE_GONE_S = 2.0  # without a store, which goes with the launcher that keeps it; our signal comes at the same moment
+RESCUE_S = 600.0  # for the last save, beside a main thread that does not come back; a disk may hang too
+CLOSE_S = 5.0  # for the last words to reach the store
 _COLLECTIVE_SIGNS = (
     "gloo",
     "NCCL",
@@ -51,36 +55,34 @@ LastWords = Callable[[ExitCode, str], object]
 class Watch:
     """Owner of the beat of this process. `step` is kept up to date by the loop, for messages.
 
-    `last_words` is called with code and reason before the process is ended from beside its main thread. `met` becomes
-    true when every group of processes exists: until then none can do without the store.
+    A process is ended from beside its main thread when that one does not come back: then `rescue` saves what there is to
+    save, and `last_words` is called with code and reason. `met` becomes true when every group of processes exists: until
+    then none can do without the store.
     """
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self.rank, self.world, self.step = rank, world, 0
-        self._store = store
         self.last_words: LastWords = lambda code, reason: None
+        self.rescue: Callable[[], object] = lambda: None
         self.met = False
         self._calls = 0
         self._alone = False  # the main process at work of its own: it ends that first, whoever else is gone
-        self._processes: dict[int, tuple[str, int, str]] = {}  # rank: where it runs, its pid, when that began
-        self._store_gone_at: float | None = None
         self._leaving = threading.Event()
-        self._lock = threading.Lock()  # store clients answer one caller at a time
-        self._thread: threading.Thread | None = None
+        self._leaver: int | None = None  # the thread that ends this process
+        self._claims = threading.Lock()
+        self._dead_at: dict[int, float] = {}
         if world > 1:
-            self._set(f"process/{rank}", json.dumps(_process(os.getpid())))
-            self._beat(0)
-            self._thread = threading.Thread(target=self._watch, name="peers", daemon=True)
-            self._thread.start()
+            self._board = Board(store, f"beat/{rank}")
+            self._board.put(f"process/{rank}", json.dumps([socket.gethostname(), *_process(os.getpid())]))
+            self._cause()  # names what the board shall look for
+            threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def close(self) -> None:
         """Stop beating: this process is about to end in good order."""
         if self.world > 1:
-            self._set(f"left/{self.rank}", "1")
-        self._leaving.set()
-        if self._thread is not None:
-            self._thread.join(2 * BEAT_S)
-            self._thread = None
+            self._claim()
+            self._leaving.set()
+            self._board.close(CLOSE_S)
 
     def failed(self, error: BaseException) -> BaseException:
         """Tell the others that this process leaves because of `error`; what to raise.
@@ -90,6 +92,7 @@ class Watch:
         """
         if self.world == 1:
             return error
+        self._claim()
         self._leaving.set()
         if not is_collective_error(error):
             code = error.code if isinstance(error, Halt) else ExitCode.UNEXPECTED
@@ -99,8 +102,8 @@ class Watch:
                 self._leave_note(ExitCode.OUT_OF_MEMORY if out_of_memory else code, f"{kind}{error}")
             return error
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        self._has("note")
-        if self._store_gone_at is not None and signals.asked():  # others may have left before this one's last update
+        self._board.fresh(SILENT_S)
+        if self._board.gone_at is not None and signals.asked():  # others may have left before this one's last update
             return self._stopped()
         code, cause = self._who_failed()
         if code == ExitCode.PEER_LOST and self._stopped_while_starting():
@@ -114,7 +117,7 @@ class Watch:
     def main_only(self, what: str) -> Iterator[bool]:
         """`with watch.main_only("export") as mine: if mine: ...`; the others leave the block after the main one.
 
-        They raise Halt(PEER_LOST) when the main process is gone, falls silent for 60 s or fails in it, and Halt(STOPPED)
+        They raise Halt(PEER_LOST) when the main process is gone, falls silent for 30 s or fails in it, and Halt(STOPPED)
         as it does when it was asked to stop inside.
         """
         self._calls += 1
@@ -125,54 +128,53 @@ class Watch:
                 yield True
             except Halt as halt:
                 if halt.code == ExitCode.STOPPED and self.world > 1:
-                    self._set(key, f"{_STOPPED}{halt.message}")
+                    self._board.put(key, f"{_STOPPED}{halt.message}")
                 raise
             finally:
                 self._alone = False
             if self.world > 1:
-                self._set(key, "1")
+                self._board.put(key, "1")
             return
         yield False
-        self._wait_for_main(what, key)
+        with self._board.hurrying():
+            self._wait_for_main(what, key)
 
     def _wait_for_main(self, what: str, key: str) -> None:
-        beat, heard = None, time.monotonic()
-        while not self._has(key):
-            cause, now = self._cause(), self._get("beat/0")
-            if cause is not None and not self._has(key):  # it may have ended in good order meanwhile
+        while (said := self._board.read(key, fixed=True)) is None:
+            if (cause := self._cause()) is not None:
+                self._board.fresh(SILENT_S)
+                if self._board.read(key, fixed=True) is not None:  # it ended in good order meanwhile
+                    continue
                 if cause[0] == ExitCode.PEER_LOST and self._stopped_while_starting():
                     raise self._stopped(cause[1])
                 raise Halt(ExitCode.PEER_LOST, f"{what}: {cause[1]}")
             if self._launcher_is_gone():
                 raise self._stopped() if signals.asked() else Halt(ExitCode.PEER_LOST, f"{what}: {_NO_STORE}")
-            if now != beat:
-                beat, heard = now, time.monotonic()
-            if time.monotonic() - heard > STALE_S:
-                raise Halt(ExitCode.PEER_LOST, f"{what}: the main process has not been heard from for {STALE_S:.0f} s")
             time.sleep(0.05)
-        said = self._get(key) or ""
         if said.startswith(_STOPPED):
             raise Halt(ExitCode.STOPPED, said.removeprefix(_STOPPED))
 
     def _who_failed(self) -> tuple[ExitCode, str]:
         """The note of the process that failed first, else the ranks that do not beat; the code to leave with."""
-        before = self._beats()
-        end = time.monotonic() + SILENT_S
-        while time.monotonic() < end:
+        began = time.monotonic()
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        while time.monotonic() < began + SILENT_S:
             if (cause := self._cause()) is not None:
                 return cause
+            for rank in others:
+                self._board.look(f"beat/{rank}")
             time.sleep(0.1)
-        after = self._beats()
-        silent = [rank for rank in range(self.world) if rank != self.rank and before[rank] == after[rank]]
+        if self._board.gone_at is None and self._board.answered_at < began:
+            return ExitCode.PEER_LOST, self._unreachable(SILENT_S)
+        beats = {rank: self._board.look(f"beat/{rank}") for rank in others}
+        silent = [rank for rank, beat in beats.items() if beat is None or beat.since < began]
         if silent:
-            return ExitCode.PEER_LOST, f"rank {', '.join(map(str, silent))} is gone or silent"
+            return ExitCode.PEER_LOST, f"rank {', '.join(map(self._named, silent))} is gone or silent"
         return ExitCode.PEER_LOST, "a collective did not complete although every process is alive"
 
     def _watch(self) -> None:
-        count, since = 0, None
+        since: float | None = None
         while not self._leaving.wait(BEAT_S):
-            count += 1
-            self._beat(count)
             cause = None if self._alone else self._cause()
             if not self.met and self._launcher_is_gone():  # the main thread may look for the store for many minutes
                 stopped = self._stopped()
@@ -185,19 +187,28 @@ class Watch:
                 self._leave_note(ExitCode.PEER_LOST, f"waited in vain: {cause[1]}")
                 self._end(cause[0], f"update {self.step}: {cause[1]}" if cause[0] == ExitCode.PEER_LOST else cause[1])
 
-    def _end(self, code: ExitCode, reason: str) -> None:
+    def _end(self, code: ExitCode, reason: str) -> NoReturn:
         """Leave from beside the main thread."""
+        self._claim()
         print(f"rank {self.rank} at update {self.step}: {reason}; leaving", file=sys.stderr)
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        rescue = threading.Thread(target=self.rescue, name="rescue", daemon=True)
+        rescue.start()
+        rescue.join(RESCUE_S)
         self.last_words(code, reason)
         sys.stderr.flush()
         os._exit(code)
 
+    def _claim(self) -> None:
+        """Returns for the first thread that asks, which is the one to end this process; the other sleeps until it has."""
+        with self._claims:
+            self._leaver = self._leaver or threading.get_ident()
+        while self._leaver != threading.get_ident():
+            time.sleep(BEAT_S)
+
     def _launcher_is_gone(self) -> bool:
         """Whether the store has been gone for a while: torchrun keeps it."""
-        if self._store_gone_at is None:
-            self._has("note")
-        gone_at = self._store_gone_at
+        gone_at = self._board.gone_at
         return gone_at is not None and time.monotonic() - gone_at > STORE_GONE_S
 
     def _stopped_while_starting(self) -> bool:
@@ -208,70 +219,63 @@ class Watch:
         when = f"after update {self.step}" if self.step else "before the first update"
         return Halt(ExitCode.STOPPED, f"stopped by a signal {when}; {seen}: the same command goes on")
 
-    def _beat(self, count: int) -> None:
-        self._set(f"beat/{self.rank}", str(count))
-
-    def _beats(self) -> list[str | None]:
-        return [self._get(f"beat/{rank}") for rank in range(self.world)]
-
     def _leave_note(self, code: ExitCode, text: str) -> None:
-        if not self._has("note"):
-            note = {"rank": self.rank, "step": self.step, "code": int(code), "text": mask(_first_line(text))}
-            self._set("note", json.dumps(note))
+        note = {"rank": self.rank, "step": self.step, "code": int(code), "text": mask(_first_line(text))}
+        self._board.put("note", json.dumps(note), once=True)
 
     def _cause(self) -> tuple[ExitCode, str] | None:
         """Why this process cannot go on: what another said before it left, or who is gone without a word.
 
         With it the code to leave with, on the main process that of the one who found something out.
         """
-        text = self._get("note")
+        text, heard_at = self._board.read("note"), self._board.answered_at
         if text is not None:
             note = json.loads(text)
             if note["rank"] == self.rank:
                 return None
             code = ExitCode(note["code"]) if self.rank == 0 else ExitCode.PEER_LOST
             return code, f"rank {note['rank']} failed at update {note['step']}: {note['text']}"
-        gone = [rank for rank in range(self.world) if rank != self.rank and self._is_gone(rank)]
-        return (ExitCode.PEER_LOST, f"rank {', '.join(map(str, gone))} is gone") if gone else None
+        others = [rank for rank in range(self.world) if rank != self.rank]
+        if gone := [rank for rank in others if self._is_gone(rank)]:
+            return ExitCode.PEER_LOST, f"rank {', '.join(map(str, gone))} is gone"
+        if self._board.gone_at is None and time.monotonic() - heard_at > STALE_S:
+            return ExitCode.PEER_LOST, self._unreachable(STALE_S)
+        # By the clock of the last answer: a store that is silent says nothing about who beats.
+        watched = others if self.rank == 0 else others[:1]
+        if silent := [rank for rank in watched if heard_at - self._beat_at(rank) > STALE_S]:
+            return ExitCode.PEER_LOST, f"rank {', '.join(map(self._named, silent))} has not been heard from for {STALE_S:g} s"
+        return None
+
+    def _beat_at(self, rank: int) -> float:
+        """When the beat of a process changed last; now for one that left in good order."""
+        beat = self._board.look(f"beat/{rank}")
+        if beat is None:
+            return self._board.opened_at
+        return time.monotonic() if beat.value == LEFT else beat.since
+
+    def _unreachable(self, silent_s: float) -> str:
+        """What a store that does not answer means: it stands where rank 0 runs."""
+        where = "the store in which the processes met" if self.rank == 0 else f"the machine of rank {self._named(0)}"
+        return f"{where} cannot be reached: no answer for {silent_s:g} s"
+
+    def _named(self, rank: int) -> str:
+        """The rank, with its host where that is not this one."""
+        host = json.loads(self._board.read(f"process/{rank}", fixed=True) or '[""]')[0]
+        return f"{rank} on {host}" if host and host != socket.gethostname() else str(rank)
 
     def _is_gone(self, rank: int) -> bool:
         """Whether a process on this machine ended without leaving in good order; others are known by their beats."""
-        if rank not in self._processes:
-            text = self._get(f"process/{rank}")
-            if text is None:
-                return False
-            place, pid, began = json.loads(text)
-            self._processes[rank] = (place, pid, began)
-        place, pid, began = self._processes[rank]
+        text = self._board.read(f"process/{rank}", fixed=True)
+        if text is None:
+            return False
+        _, place, pid, began = json.loads(text)
         if not place or place != _place() or _process(pid)[2] == began:
             return False
-        return not self._has(f"left/{rank}") and self._store_gone_at is None
-
-    def _set(self, key: str, value: str) -> None:
-        with self._lock:
-            try:
-                self._store.set(f"anix/{key}", value)
-            except RuntimeError:  # the store went with the process that kept it
-                self._store_gone_at = self._store_gone_at or time.monotonic()
-
-    def _has(self, key: str) -> bool:
-        with self._lock:
-            try:
-                found = bool(self._store.check([f"anix/{key}"]))
-            except RuntimeError:
-                self._store_gone_at = self._store_gone_at or time.monotonic()
-                return False
-            self._store_gone_at = None
-            return found
-
-    def _get(self, key: str) -> str | None:
-        if not self._has(key):
-            return None
-        with self._lock:
-            try:
-                return bytes(self._store.get(f"anix/{key}")).decode()
-            except RuntimeError:
-                return None
+        dead_at = self._dead_at.setdefault(rank, time.monotonic())
+        if self._board.gone_at is not None:
+            return False
+        # Its last words may be newer than what the board knows.
+        return self._board.began_at > dead_at and self._board.read(f"beat/{rank}") != LEFT
 
 
 def watch(rank: int, world: int) -> Watch:

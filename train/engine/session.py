@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class Observers:
 
 @dataclass
 class Run:
-    """Where the run is, how far, and who may end it. `progress`, `update_s` and `stepping` change with every update."""
+    """Where the run is, how far, and who may end it. `progress`, `update_s` and `settled` change with every update."""
 
     folder: RunDir
     place: Place
@@ -91,7 +92,9 @@ class Run:
     grace_s: float  # between SIGTERM and SIGKILL
     state: Mapping[str, Any]  # what state.json says beside progress and loss scale
     update_s: float = 0.0
-    stepping: bool = False  # the weights are between two updates: nothing may be saved
+    settled: torch.cuda.Event | None = None  # on a card: the last update is applied there too
+    # Held while the weights are between two updates: nothing may be saved.
+    stepping: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class RunDir:
         self.look_up_to: int | None = None  # checkpoints of later steps are overlooked (to replay an update)
         self.met = True  # False on another than rank 0 until they met: the directory may be another run's
         self.damaged: set[str] = set()  # names of checkpoints that were found damaged: retention does not count them
+        self.lost = ""  # why the last completed update could not be saved
         self.done: dict[str, Any] | None = None  # what DONE says, when the stage is finished
         self._lock_fd: int | None = None
 
@@ -82,7 +83,7 @@ class RunDir:
         name = "exit.json" if self.rank == 0 else f"exit.{self.rank}.json"
         record = {
             "code": int(code), "status": status, "reason": mask(reason), "update": update,
-            "checkpoint": self._newest(), "rank": self.rank, "time": _now(),
+            "checkpoint": self._newest(), "rank": self.rank, "time": _now(), **({"lost": mask(self.lost)} if self.lost else {}),
         }  # fmt: skip
         try:
             write_json(self.path / name, record)

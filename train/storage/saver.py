@@ -125,6 +125,7 @@ class Saver:
         self.last_write_s = 0.0
         self._stopping, self._finishing = stopping, threading.Event()
         self._copy = HostCopy()
+        self._saving = threading.Lock()  # the last save may come from beside the main thread
         self._reserving: threading.Thread | None = None
         self._thread: threading.Thread | None = None
         self._reports: list[SaveReport] = []
@@ -154,6 +155,10 @@ class Saver:
 
     def save(self, progress: Progress, tensors: Tensors, state: Mapping[str, Any]) -> bool:
         """Start the save of an interval; False when one is still in flight and `when_busy` is skip."""
+        with self._saving:
+            return self._save(progress, tensors, state)
+
+    def _save(self, progress: Progress, tensors: Tensors, state: Mapping[str, Any]) -> bool:
         start = time.perf_counter()
         if self._thread is not None and self._thread.is_alive() and self.settings.when_busy == "skip":
             self.busy_skips += 1
@@ -181,14 +186,15 @@ class Saver:
 
         Raises Halt(CANNOT_WRITE) when it fails.
         """
-        self._join()
-        permanent = permanent or self._first_past_a_multiple(progress.step)
-        try:
-            return checkpoint.save(
-                self.run, progress, tensors, state, self.settings, permanent=permanent, give_up=self._give_up
-            )
-        except checkpoint.SaveFailed as failure:
-            raise Halt(ExitCode.CANNOT_WRITE, failure.strerror or str(failure)) from failure
+        with self._saving:
+            self._join()
+            permanent = permanent or self._first_past_a_multiple(progress.step)
+            try:
+                return checkpoint.save(
+                    self.run, progress, tensors, state, self.settings, permanent=permanent, give_up=self._give_up
+                )
+            except checkpoint.SaveFailed as failure:
+                raise Halt(ExitCode.CANNOT_WRITE, failure.strerror or str(failure)) from failure
 
     def reports(self) -> list[SaveReport]:
         """Saves that ended since the last call, failed ones with their reason."""

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -51,12 +51,15 @@ class Ranks:
         world: int = 1,
         env: Mapping[str, str] | None = None,
         timeout_s: float = 30.0,
+        store: Callable[[int], dist.Store] | None = None,
     ) -> None:
+        """`store`: what a rank meets the others over; a file of its own where none is given."""
         folder.mkdir(parents=True, exist_ok=True)
         self.logs = [folder / f"rank{rank}.log" for rank in range(world)]
         self.codes: list[int | None] = [None] * world
         self.started = time.monotonic()
-        store = folder / f"store-{os.getpid()}-{time.monotonic_ns()}"
+        path = folder / f"store-{os.getpid()}-{time.monotonic_ns()}"
+        store = store or (lambda rank: dist.FileStore(str(path), world))
         sys.stdout.flush()
         sys.stderr.flush()
         self.pids: list[int] = []
@@ -100,8 +103,9 @@ class Ranks:
 
 
 def _child(
-    arguments: Sequence[str], rank: int, world: int, store: Path, log: Path, env: Mapping[str, str], timeout_s: float
-) -> None:
+    arguments: Sequence[str], rank: int, world: int, store: Callable[[int], dist.Store], log: Path, env: Mapping[str, str],
+    timeout_s: float,
+) -> None:  # fmt: skip
     """The whole life of one forked rank; never returns."""
     code = int(ExitCode.UNEXPECTED)
     try:
@@ -119,7 +123,7 @@ def _child(
             signal.signal(number, signal.SIG_DFL)
         if world > 1:
             dist.init_process_group(
-                "gloo", store=dist.FileStore(str(store), world), rank=rank, world_size=world,
+                "gloo", store=store(rank), rank=rank, world_size=world,
                 timeout=datetime.timedelta(seconds=timeout_s),
             )  # fmt: skip
         from train import run
