@@ -5,6 +5,7 @@ On a CPU nothing waits, so what is counted are the calls that would wait on a GP
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 from stages import Stage, opened
 from torch.utils._python_dispatch import TorchDispatchMode
+from updates import one_update
 
 from train.config.stage import load_stage
 from train.engine.session import Session
@@ -68,6 +70,30 @@ def test_no_read_per_micro_step_and_one_per_update(
     with opened(Stage(tmp_path, dataset, base_model), *changes) as session:
         assert micro_step_syncs(session) == {}
         assert reads_of_one_update(session, monkeypatch) == {"cpu": 1}
+
+
+def test_no_number_of_the_host_is_copied_after_the_last_tile(
+    base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor made of the host's numbers reaches a card by a copy from pageable memory, which waits like a read."""
+    made: list[str] = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if "lift_fresh" in str(func):
+                made.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with opened(Stage(tmp_path, dataset, base_model), *CASES["bf16 weights"]) as session, contextlib.ExitStack() as stack:
+
+        def watch(point: str, *_: Any) -> None:
+            if point == "control":
+                stack.enter_context(Made())
+
+        monkeypatch.setattr("train.base.faults.at", watch)
+        assert one_update(session).losses_finite
+        torch.tensor([1.0])
+    assert len(made) == 1, "the last line's, which shows that it is seen"
 
 
 class Host(torch.Tensor):

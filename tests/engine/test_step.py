@@ -266,11 +266,46 @@ def test_twenty_overflows_in_a_row_end_the_run(base_model: Path, dataset: Path, 
     assert json.loads((stage.output / "exit.json").read_text())["update"] == 20
 
 
-@pytest.mark.parametrize("fault", ["nan", "inf"])
-def test_a_loss_that_is_not_finite_changes_nothing(
-    fault: str, base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_under_fp16_a_loss_that_is_not_finite_skips_its_update_and_is_named(
+    base_model: Path, dataset: Path, tmp_path: Path, straight: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with opened(Stage(tmp_path, dataset, base_model)) as session:
+    """As the original's scaler did; what is drawn for an update is the same at every start, so stopping would stop for ever."""
+    stage = Stage(tmp_path, dataset, base_model)
+    assert stage.run("precision=fp16", "max_updates=5", ANIX_FAULT="loss@2:nan") == 0, stage.message
+    lines = synthetic.metrics(stage.output)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["update"] for line in lines] == [1, 2, 2, 3, 4]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1]
+    assert [line["loss"] == "nan" for line in lines] == [False, False, True, False, False]
+    assert [line["loss_scale"] for line in lines] == [65536.0] * 2 + [32768.0] * 3
+    assert lines[3]["lr_unet"] == lines[2]["lr_unet"], "the schedule goes by updates applied"
+    alerts = [line for line in capfd.readouterr().err.splitlines() if "WARNING: update 2 skipped" in line]
+    assert len(alerts) == 1 and "not finite" in alerts[0]
+    trace = (stage.output / "trace.txt").read_text().splitlines()
+    uids = [word for line in trace if line.startswith("2 ") for word in line.split() if len(word) == 16]
+    assert len(uids) == 8 and all(f"{uid}@0" in alerts[0] for uid in uids)
+    assert trace == (straight / "trace.txt").read_text().splitlines()[: len(trace)]
+
+
+def test_under_fp16_losses_that_stay_so_end_the_run(
+    base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.optim.loss_scale.MAX_SKIPS_IN_A_ROW", 3)
+    with opened(Stage(tmp_path, dataset, base_model), "precision=fp16", "epochs=8") as session:
+        before = {name: p.detach().clone() for name, p in session.trained.parameters.items()}
+        monkeypatch.setenv("ANIX_FAULT", "loss@*:nan")
+        with pytest.raises(Halt, match=r"update 2: the loss of \d+ images is not finite") as halted:
+            loop.run_updates(session)
+        assert halted.value.code == ExitCode.NON_FINITE
+        assert (session.run.progress.step, session.run.progress.updates, session.run.progress.skipped) == (3, 0, 3)
+        assert all(torch.equal(before[name], p) for name, p in session.trained.parameters.items())
+
+
+@pytest.mark.parametrize(("fault", "precision"), [("nan", "fp32"), ("inf", "fp32"), ("nan", "bf16")])
+def test_a_loss_that_is_not_finite_changes_nothing(
+    fault: str, precision: str, base_model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(Stage(tmp_path, dataset, base_model), f"precision={precision}") as session:
         before = {name: p.detach().clone() for name, p in session.trained.parameters.items()}
         monkeypatch.setenv("ANIX_FAULT", f"loss@0:{fault}")
         with pytest.raises(Halt) as halted:

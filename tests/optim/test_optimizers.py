@@ -239,6 +239,25 @@ def test_clip_is_one_global_norm() -> None:
     assert float(clip_grad_norm(model.parameters(), 0)) == pytest.approx(1.0, rel=1e-4)
 
 
+def test_gradients_of_16_bit_are_measured_and_clipped_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm in bf16 has three digits: 224.0 for 224.17."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in ((100, 100), (100, 100), (77,))]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator).bfloat16()
+    gradients = [p.grad.double() for p in parameters if p.grad is not None]
+    expected = math.sqrt(sum(float((g**2).sum()) for g in gradients))
+    calls: list[torch.dtype] = []
+    whole = torch._foreach_mul_
+    monkeypatch.setattr(torch, "_foreach_mul_", lambda tensors, *a: calls.append(tensors[0].dtype) or whole(tensors, *a))
+    norm = clip_grad_norm(parameters, 1.0)
+    assert norm.dtype == torch.float32
+    assert float(norm) == pytest.approx(expected, rel=1e-5)
+    for p, g in zip(parameters, gradients, strict=True):
+        assert torch.equal(p.grad, (g.float() * (1.0 / (norm + 1e-6))).bfloat16())  # type: ignore[arg-type]
+    assert torch.bfloat16 not in calls, "a card would multiply by a factor of bf16"
+
+
 def test_unequal_group_rates() -> None:
     model = network()
     parameters = list(model.parameters())

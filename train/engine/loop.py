@@ -20,7 +20,7 @@ from train.base.errors import ExitCode, Halt
 from train.base.signals import grace_warning
 from train.engine.processes import GRACE_S
 from train.engine.session import Session
-from train.engine.step import Outcome, bad_step, compute_update, may_apply, slot_timesteps
+from train.engine.step import Outcome, bad_step, bad_step_record, compute_update, may_apply, not_finite, slot_timesteps
 from train.observe.tracker import loss_by_decile
 from train.optim import collectives, optimizers
 from train.recipe.order import Tile
@@ -68,10 +68,10 @@ def run_updates(session: Session) -> Progress:
             stop_asked=lambda: run.stop.asked,
         )
         applied = may_apply(outcome.losses_finite, outcome.grad_norm)
-        if not outcome.losses_finite or (not applied and not trained.scale.enabled):
+        if not applied and not trained.scale.enabled:
             raise refuse_update(session, step, tiles, outcome)
 
-        # The step itself. An overflow of fp16 gradients skips it: the plan moves on, the learning rate does not.
+        # The step itself. An overflow of fp16 skips it: the plan moves on, the learning rate does not.
         if applied and run.saver is not None:
             run.saver.before_step()  # a background save may still be copying the weights
         run.stepping.acquire()  # and stays taken where the step fails
@@ -221,9 +221,12 @@ def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rate
     if seen.trace is not None:
         seen.trace.write(progress.step - 1, tiles, timesteps)
     spike = seen.spikes.check(outcome.mean_loss)
+    shown = f"scripts/show.py step {run.folder.path} --update {progress.step - 1}"
     if spike:
-        shown = f"scripts/show.py step {run.folder.path} --update {progress.step - 1}"
         seen.tracker.alert(f"step {progress.step}: {spike}; its images: {shown}")
+    if not outcome.losses_finite:  # fp16 alone comes here with such a loss, as the scaler of the original went on
+        bad, named = not_finite(bad_step_record(progress.step - 1, tiles, timesteps, outcome.losses_G.tolist())["slots"])
+        seen.tracker.alert(f"update {progress.step - 1} skipped: the loss of {bad} images is not finite. {named}; {shown}")
     seen.tracker.log(
         {
             "step": progress.step,

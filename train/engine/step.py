@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,13 +189,18 @@ def slot_timesteps(tiles: Sequence[Tile], seed: int, low: int, high: int) -> np.
 
 
 class TileBackward:
-    """Forward, loss and backward of one part of a tile; collects the per-image losses on the device."""
+    """Forward, loss and backward of one part of a tile; collects on the device what the host reads once per update.
+
+    `control` is [per-image losses | stop flag | tags cut | gradient norm]: zeros for other processes' images and whole
+    numbers, so that its sum over the processes, all but the norm, is exact.
+    """
 
     def __init__(
         self, diffusion: Diffusion, scale: LossScale, images: int, tiles: int, device: torch.device, *, average: str
     ) -> None:
         self.diffusion, self.scale, self.images, self.tiles, self.average = diffusion, scale, images, tiles, average
-        self.losses_G = torch.zeros(images, dtype=torch.float32, device=device)
+        self.control = torch.zeros(images + 3, dtype=torch.float32, device=device)
+        self.losses_G = self.control[:images]
         self.tags_cut = 0
 
     def __call__(self, model: nn.Module, part: Batch, *, factor: int) -> None:
@@ -248,22 +253,21 @@ def compute_update(
     with diffusion.kernels():
         gradients.accumulate(batches, tiles_here, step, backward)
     faults.at("control", step)
-    # [per-image losses | stop flag | tags cut]: zeros elsewhere and whole numbers, so the sum is exact.
-    flags = torch.tensor([float(stop_asked()), float(backward.tags_cut)], device=place.device)
-    control = torch.cat([backward.losses_G, flags])
+    control = backward.control
+    control[-3].fill_(float(stop_asked()))  # numbers travel as a kernel's arguments: a copy of them would wait for the device
+    control[-2].fill_(float(backward.tags_cut))
     if place.world > 1 and not faults.skips("control", step):
-        dist.all_reduce(control, group=gradients.control)
+        dist.all_reduce(control[:-1], group=gradients.control)
     faults.at("clip", step)
     if scale.enabled:
         torch._foreach_mul_([p.grad for p in gradients.parameters if p.grad is not None], 1.0 / scale.scale)
-    norm = optimizers.clip_grad_norm(gradients.parameters, max_grad_norm)
-    # The one read of device memory per update.
-    read = torch.cat([control, norm.reshape(1).to(control.dtype)]).cpu().double()
+    control[-1].copy_(optimizers.clip_grad_norm(gradients.parameters, max_grad_norm))
+    read = control.cpu().double()  # the one read of device memory per update
     return Outcome(
         losses_G=read[:images],
         grad_norm=float(read[-1]),
-        stop_asked=bool(read[images] > 0),
-        tags_cut=int(read[images + 1]),
+        stop_asked=bool(read[-3] > 0),
+        tags_cut=int(read[-2]),
     )
 
 
@@ -291,6 +295,13 @@ def bad_step_record(
     return {"step": step, **{k: json_number(v) if isinstance(v, float) else v for k, v in more.items()}, "slots": slots}
 
 
+def not_finite(slots: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+    """How many images of a `bad_step_record` have a loss that is not finite, and the first eight of them by name."""
+    bad = [slot for slot in slots if isinstance(slot["loss"], str)]
+    named = ", ".join(f"{slot['uid']}@{slot['epoch']} t {slot['t']} ({slot['loss']})" for slot in bad[:8])
+    return len(bad), f"Images (uid@epoch): {named}{' ...' if len(bad) > 8 else ''}" if bad else ""
+
+
 def may_apply(losses_finite: bool, grad_norm: float) -> bool:
     """Whether the weights may change: all losses and the norm over all gradients are finite."""
     return losses_finite and math.isfinite(grad_norm)
@@ -312,9 +323,8 @@ def bad_step(
     `timesteps` and `losses` hold one number per image in plan order.
     """
     record = bad_step_record(step, tiles, timesteps, losses, updates=updates, grad_norm=grad_norm, loss_scale=scale)
-    bad = [s for s in record["slots"] if isinstance(s["loss"], str)]
-    named = ", ".join(f"{s['uid']}@{s['epoch']} t {s['t']} ({s['loss']})" for s in bad[:8])
-    what = f"the loss of {len(bad)} images" if bad else f"the gradient (loss scale {scale:g})"
+    bad, named = not_finite(record["slots"])
+    what = f"the loss of {bad} images" if bad else f"the gradient (loss scale {scale:g})"
     where = "All is in bad_step.json"
     try:
         if run.rank == 0:
@@ -324,6 +334,6 @@ def bad_step(
     return Halt(
         ExitCode.NON_FINITE,
         f"update {step}: {what} is not finite; the weights are those of the update before. "
-        + (f"Images (uid@epoch): {named}{' ...' if len(bad) > 8 else ''}. " if bad else "")
+        + (f"{named}. " if bad else "")
         + f"{where}; scripts/show.py step {run.path} --update {step} --recompute repeats it",
     )

@@ -16,7 +16,7 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
-from train.optim.stepping import Adafactor
+from train.optim import stepping
 from train.recipe.optimizer_state import MIN_8BIT_VALUES, state_shapes
 
 Groups = Sequence[tuple[str, Sequence[nn.Parameter], float]]  # (name, parameters, peak learning rate)
@@ -62,7 +62,7 @@ def _eps(config: OptimizerConfig, default: Any) -> Any:
 def _adafactor(parts: list[dict[str, Any]], config: OptimizerConfig, *, strict: bool) -> torch.optim.Optimizer:
     from transformers import optimization
 
-    return (optimization.Adafactor if strict else Adafactor)(
+    return (optimization.Adafactor if strict else stepping.Adafactor)(
         parts,
         lr=parts[0]["lr"],  # required: without it and without relative_step the class fails at the first step only
         eps=tuple(_eps(config, (1e-30, 1e-3))),
@@ -100,15 +100,23 @@ def set_lrs(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> Non
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale all gradients so that their joint norm is at most `max_norm` (0 = leave them); the norm before, 0-dim.
+    """Scale all gradients so that their joint norm is at most `max_norm` (0 = leave them); the norm before, fp32, 0-dim.
 
-    Nothing is read back by the host: a non-finite norm is the caller's to judge.
+    Nothing is read back by the host: a non-finite norm is the caller's to judge. Gradients of 16 bit are summed and scaled
+    in fp32: their own norm would have three digits, and the factor too.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+    group: dict[str, Any] = {}
+    held = [stepping.Entry("", parameter, group) for parameter in parameters if parameter.grad is not None]
+    gradients = [entry.gradient for entry in held]
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
     if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)  # as torch's clip_grads_with_norm_
+        if all(gradient.dtype == torch.float32 for gradient in gradients):
+            torch._foreach_mul_(gradients, factor)
+        else:
+            for chunk in stepping.chunks(held):
+                own = [entry.gradient for entry in chunk]
+                torch._foreach_copy_(own, list(stepping.rows(own).mul(factor).unbind()))
     return norm
 
 
