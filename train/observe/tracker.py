@@ -49,6 +49,7 @@ class Tracker:
         self._metrics = MetricsFile(Path(run_dir) / "metrics.jsonl")
         self._bar = _make_bar(run_name, total_steps, resume_step)
         self._starvation = StarvationWatch()
+        self._epoch: Any = None
         settings = {
             "run_dir": str(Path(run_dir).resolve()),
             "project": mask_settings(tracking.project or "anix"),
@@ -68,6 +69,9 @@ class Tracker:
         plain = {key: _plain(value) for key, value in record.items()}
         self._metrics.append(json.dumps(plain))
         self._send({"kind": "metrics", "record": plain})
+        if plain.get("epoch") != self._epoch and (memory := device_memory()) is not None:
+            log.info("epoch %s: %s", plain["epoch"], memory_line(*memory))
+        self._epoch = plain.get("epoch")
         starving = self._starvation.see(plain.get("data_wait_s") or 0.0, update_s)
         if starving:
             self.alert(starving)
@@ -211,11 +215,24 @@ def _postfix(record: Mapping[str, Any]) -> str:
     return ", ".join([*shown, f"mem {memory_bytes() / 2**30:.1f}G"])
 
 
+def device_memory() -> tuple[int, int] | None:
+    """Peak bytes (reserved by the allocator, allocated in them) of the GPU in use; None without one."""
+    torch = sys.modules.get("torch")  # never imported for this
+    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return None
+    return int(torch.cuda.max_memory_reserved()), int(torch.cuda.max_memory_allocated())
+
+
+def memory_line(reserved_bytes: int, allocated_bytes: int) -> str:
+    """What the allocator holds and how much of it was ever in use: the rest is lost to fragmentation."""
+    lost = 1 - allocated_bytes / max(reserved_bytes, 1)
+    return f"{reserved_bytes / 2**30:.1f} GiB of GPU memory reserved, {allocated_bytes / 2**30:.1f} GiB allocated at most ({lost:.0%} lost)"
+
+
 def memory_bytes() -> int:
     """Peak memory of the GPU where one is in use, else this process's resident peak."""
-    torch = sys.modules.get("torch")  # never imported for this
-    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_reserved())
+    if (found := device_memory()) is not None:
+        return found[0]
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
