@@ -43,6 +43,15 @@ def test_modes_are_names_for_steps() -> None:
         assert halt.value.code == ExitCode.USAGE
 
 
+def test_recomputing_leaves_the_generators_states_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    unet, kwargs = tiny_unet(), tiny_inputs()
+    set_checkpointing(unet, "full")
+    reads = []
+    monkeypatch.setattr(torch, "get_rng_state", lambda: reads.append(1))
+    loss_and_gradients(unet, kwargs)
+    assert reads == [], "two reads a block: on a card also a wait each"
+
+
 def test_every_mode_gives_the_same_loss_and_gradients_and_keeps_more_memory() -> None:
     unet, kwargs = tiny_unet(), tiny_inputs()
     set_checkpointing(unet, "none")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from stages import Stage
 from torch.nn.attention import SDPBackend
 
 from train.base.errors import ExitCode, Halt
 from train.model import speed
+from train.model.recomputation import set_checkpointing
 from train.recipe.buckets import make_buckets
 from train.testing.counts import loss_and_gradients, tiny_inputs, tiny_unet, unet_inputs
 
@@ -142,6 +145,45 @@ def test_float8_without_hopper_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute")
 def test_two_graphs_per_area_and_no_limit_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 transformer graphs for the 33 buckets' 12 areas; the default limit of 8 would stop at the fifth."""
+    unet, graphs = counted_unet(monkeypatch)
+    areas = {w * h: (w, h) for w, h in make_buckets()}.values()
+    assert len(areas) == 12
+    for width, height in areas:
+        kwargs = unet_inputs(unet, 1, width, height, 5, text_grad=False, dtype=torch.float32)
+        with torch.no_grad():
+            unet(**kwargs)
+    torch._dynamo.reset()
+    assert len(graphs) == 24
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_recomputation_in_autograds_own_thread_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA backward runs there, and from torch 2.13 on that thread sees the compiler's default limit of 8 graphs."""
+    unet, graphs = counted_unet(monkeypatch)
+    set_checkpointing(unet, "full")
+    for height in range(64, 224, 32):
+        kwargs = unet_inputs(unet, 1, 64, height, 5, text_grad=False, dtype=torch.float32)
+        loss = unet(**kwargs).sample.square().mean()
+        before, failed = len(graphs), []
+
+        def backward(loss: torch.Tensor = loss, failed: list[BaseException] = failed) -> None:
+            try:
+                loss.backward()
+            except BaseException as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=backward)
+        thread.start()
+        thread.join()
+        assert not failed
+        assert len(graphs) == before
+    torch._dynamo.reset()
+    assert len(graphs) > 8
+
+
+def counted_unet(monkeypatch: pytest.MonkeyPatch) -> tuple[UNet2DConditionModel, list[torch.fx.GraphModule]]:
+    """A tiny U-Net whose transformer blocks are compiled, and the graphs made so far."""
     graphs = []
 
     def counting(module: torch.fx.GraphModule, _inputs: object) -> object:
@@ -152,14 +194,7 @@ def test_two_graphs_per_area_and_no_limit_reached(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.nn.Module, "compile", _transformers_only(torch.nn.Module.compile))
     torch._dynamo.reset()
     speed.compile_blocks(unet, backend=counting)  # type: ignore[arg-type]
-    areas = {w * h: (w, h) for w, h in make_buckets()}.values()
-    assert len(areas) == 12
-    for width, height in areas:
-        kwargs = unet_inputs(unet, 1, width, height, 5, text_grad=False, dtype=torch.float32)
-        with torch.no_grad():
-            unet(**kwargs)
-    torch._dynamo.reset()
-    assert len(graphs) == 24
+    return unet, graphs
 
 
 def _transformers_only(compile_: Callable[..., None]) -> Callable[..., None]:

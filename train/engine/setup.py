@@ -31,6 +31,7 @@ from train.storage.saver import available_host_bytes
 from train.storage.state_files import PRECISIONS
 
 log = logging.getLogger("anix")
+BUCKET_MB = 100  # DDP's default of 25 cuts the 13.5 GB of stage 1 into 540 sums, each with its launch and its wait
 
 
 @dataclass(frozen=True)
@@ -86,13 +87,15 @@ def open_machine(batch: BatchConfig, launch: LaunchConfig) -> Machine:
     if strict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Else every new tensor is filled with NaN: traffic, and no other bit.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     timeout = datetime.timedelta(seconds=launch.collective_timeout_s)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="no",  # autocast and loss scaling are ours: step.py, loss_scale.py
         kwargs_handlers=[
             InitProcessGroupKwargs(timeout=timeout),
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False, bucket_cap_mb=BUCKET_MB),
         ],
     )
     if accelerator.num_processes > 1:

@@ -7,7 +7,10 @@ it has room for (`train.model.memory` predicts the room).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
+
+from torch.utils.checkpoint import checkpoint
 
 from train.base.errors import ExitCode, Halt
 from train.model.memory import STEPS_OF_MODE
@@ -21,6 +24,8 @@ CHECKPOINT_STEPS: tuple[tuple[str, ...], ...] = (
     ("down_blocks.1", "up_blocks.1"),
     ("down_blocks.0", "up_blocks.2"),
 )
+# Dropout is refused (`train.model.networks`), so no block draws: the generators' states, two reads a block, stay alone.
+_CHECKPOINT = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 MODES = ("full", "partial", "none", "auto")
 
 
@@ -53,7 +58,7 @@ def set_checkpointing(unet: Any, mode: str, exempt_steps: int | None = None) -> 
     unet.disable_gradient_checkpointing()
     if steps == len(CHECKPOINT_STEPS):
         return steps
-    unet.enable_gradient_checkpointing()  # diffusers asks for use_reentrant=False
+    unet.enable_gradient_checkpointing(_CHECKPOINT)
     exempt = tuple(name for step in CHECKPOINT_STEPS[:steps] for name in step)
     for name, module in unet.named_modules():
         inside = any(name == block or name.startswith(block + ".") for block in exempt)
@@ -67,6 +72,6 @@ def set_text_checkpointing(encoder: Any, on: bool) -> None:
     # transformers 5.2x renamed the pair and warns about the old names; 5.17 has only the old ones.
     prefix = "activation" if hasattr(encoder, "activation_checkpointing_enable") else "gradient"
     if on:
-        getattr(encoder, f"{prefix}_checkpointing_enable")({"use_reentrant": False})
+        getattr(encoder, f"{prefix}_checkpointing_enable")(_CHECKPOINT.keywords)
     else:
         getattr(encoder, f"{prefix}_checkpointing_disable")()
