@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -24,8 +25,11 @@ from train.storage.checkpoint import Progress, Tensors
 from train.storage.manifest import committed
 from train.storage.rundir import RunDir
 
+log = logging.getLogger("anix")
 FAILURES_ALLOWED = 2  # in a row; the next one ends the run
-_HOST_MARGIN = 1.1  # of the copy's bytes must be available on the host, else the save is a foreground one
+_HOST_MARGIN = 1.1  # of what the copy takes must be available on the host, else the save is a foreground one
+_ARENA, _LEAST_ARENA = 1 << 30, 1 << 20  # bytes
+_ALIGNMENT = 64  # bytes: a cache line, and any dtype's
 
 
 @dataclass(frozen=True)
@@ -40,35 +44,68 @@ class SaveReport:
     write_s: float
 
 
+_Key = tuple[str, str]  # file of a checkpoint, name of the tensor
+
+
+def arenas(sizes: Mapping[_Key, int]) -> list[tuple[int, dict[_Key, int]]]:
+    """Few pieces of memory that hold `sizes` bytes by key: of each its bytes, a power of two, and its keys' offsets.
+
+    Page-locked memory is handed out in powers of two and under a lock of the driver: one piece for each of a stage's 9,572
+    tensors would take a third more than they hold. Largest first, so that small ones fill what is left over.
+    """
+    found, left = [], sorted(sizes, key=lambda key: -sizes[key])
+    while left:
+        rest = sum(_aligned(sizes[key]) for key in left)
+        whole = max(_LEAST_ARENA, min(_ARENA, 1 << (rest.bit_length() - 1)), 1 << (_aligned(sizes[left[0]]) - 1).bit_length())
+        offsets: dict[_Key, int] = {}
+        end, later = 0, []
+        for key in left:
+            if end + _aligned(sizes[key]) <= whole:
+                offsets[key] = end
+                end += _aligned(sizes[key])
+            else:
+                later.append(key)
+        found.append((whole, offsets))
+        left = later
+    return found
+
+
+def _aligned(size: int) -> int:
+    return max(1, -(-size // _ALIGNMENT)) * _ALIGNMENT
+
+
 class HostCopy:
-    """Owner of reusable host buffers (pinned when the tensors live on a GPU)."""
+    """Owner of reusable host memory (pinned when the tensors live on a GPU), in which each tensor has its place."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, str], torch.Tensor] = {}
+        self.bytes = 0  # of the arenas
+        self._buffers: dict[_Key, torch.Tensor] = {}  # views into them
+        self._stream: torch.cuda.Stream | None = None
         self._event: torch.cuda.Event | None = None
 
     def take(self, tensors: Tensors) -> Tensors:
         """Copies of all tensors. GPU copies may still be under way: see `wait_on_device` and `wait`."""
-        used: set[tuple[str, str]] = set()
-        copies: dict[str, dict[str, torch.Tensor]] = {}
-        stream = self._stream(tensors)
-        with torch.cuda.stream(stream):  # None: a no-op
-            for group, named in tensors.items():
-                copies[group] = {}
-                for name, tensor in named.items():
-                    used.add((group, name))
-                    copies[group][name] = self._copy((group, name), tensor.detach())
-        for gone in set(self._buffers) - used:
-            del self._buffers[gone]
-        if stream is not None:
+        named = _by_key(tensors)
+        if self._stale(named):
+            self.bytes, self._buffers = 0, {}
+        self._make(named)
+        if any(tensor.is_cuda for tensor in named.values()):
+            self._stream = self._stream or torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):  # None: a no-op
+            for key, tensor in named.items():
+                self._buffers[key].copy_(tensor.detach(), non_blocking=True)
+        if self._stream is not None:
             self._event = torch.cuda.Event()
-            self._event.record(stream)
-        return copies
+            self._event.record(self._stream)
+        return {group: {name: self._buffers[group, name] for name in members} for group, members in tensors.items()}
 
     def missing_bytes(self, tensors: Tensors) -> int:
         """Host memory that `take` would still have to allocate."""
-        held = sum(buffer.nbytes for buffer in self._buffers.values())
-        return max(0, sum(t.nbytes for named in tensors.values() for t in named.values()) - held)
+        named = _by_key(tensors)
+        if self._stale(named):
+            return max(0, sum(size for size, _ in arenas({key: t.nbytes for key, t in named.items()})) - self.bytes)
+        return sum(size for size, _ in arenas(self._without_place(named)))
 
     def wait_on_device(self) -> None:
         """The GPU's next work on this stream starts after the copy; the host does not wait."""
@@ -81,32 +118,36 @@ class HostCopy:
             self._event.synchronize()
 
     def reserve(self, tensors: Tensors) -> None:
-        """Allocate the buffers and touch every page of them: the kernel hands memory out at the first write to it.
+        """Allocate the memory and touch every page of it: the kernel hands it out at the first write.
 
-        Those that exist stay as they are: a save may be being written from them.
+        Places that exist stay as they are: a save may be being written from them.
         """
-        for group, named in tensors.items():
-            for name, tensor in named.items():
-                if (group, name) not in self._buffers:
-                    self._buffer((group, name), tensor).zero_()
+        self._make(_by_key(tensors), touch=True)
 
-    def _copy(self, key: tuple[str, str], tensor: torch.Tensor) -> torch.Tensor:
-        return self._buffer(key, tensor).copy_(tensor, non_blocking=True)
+    def _make(self, named: Mapping[_Key, torch.Tensor], *, touch: bool = False) -> None:
+        pinned = any(tensor.is_cuda for tensor in named.values())  # then its pages are there at once
+        for size, offsets in arenas(self._without_place(named)):
+            arena = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+            if touch and not pinned:
+                arena.zero_()
+            self.bytes += size
+            for key, offset in offsets.items():
+                tensor = named[key]
+                self._buffers[key] = arena[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
 
-    def _buffer(self, key: tuple[str, str], tensor: torch.Tensor) -> torch.Tensor:
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[key] = buffer
-        return buffer
+    def _without_place(self, named: Mapping[_Key, torch.Tensor]) -> dict[_Key, int]:
+        return {key: tensor.nbytes for key, tensor in named.items() if key not in self._buffers}
 
-    @staticmethod
-    def _stream(tensors: Tensors) -> torch.cuda.Stream | None:
-        if not any(t.is_cuda for named in tensors.values() for t in named.values()):
-            return None
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        return stream
+    def _stale(self, named: Mapping[_Key, torch.Tensor]) -> bool:
+        """Whether a place belongs to no tensor, or to one of another shape or dtype: then all is laid out anew."""
+        return any(
+            key not in named or (named[key].shape, named[key].dtype) != (buffer.shape, buffer.dtype)
+            for key, buffer in self._buffers.items()
+        )
+
+
+def _by_key(tensors: Tensors) -> dict[_Key, torch.Tensor]:
+    return {(group, name): tensor for group, members in tensors.items() for name, tensor in members.items()}
 
 
 class Saver:
@@ -124,7 +165,7 @@ class Saver:
         self.busy_skips = 0
         self.last_write_s = 0.0
         self._stopping, self._finishing = stopping, threading.Event()
-        self._copy = HostCopy()
+        self._copy, self._told = HostCopy(), False
         self._saving = threading.Lock()  # the last save may come from beside the main thread
         self._reserving: threading.Thread | None = None
         self._thread: threading.Thread | None = None
@@ -168,16 +209,29 @@ class Saver:
         self.raise_failures()
         faults.at("snapshot", progress.step)
         state = copy.deepcopy(dict(state))
-        if not (self.settings.background and self._fits(tensors)):
+        copies = self._copies(tensors) if self.settings.background else None
+        if copies is None:
             self._write(progress, tensors, state, start, background=False)
             self.raise_failures()
             return True
-        copies = self._copy.take(tensors)
         self._thread = threading.Thread(
             target=self._write, args=(progress, copies, state, start, time.perf_counter()), name="checkpoint-writer"
         )
         self._thread.start()
         return True
+
+    def _copies(self, tensors: Tensors) -> Tensors | None:
+        """What to write from in the background; None where the host has no memory for it, which is said once."""
+        try:
+            if self._fits(tensors):
+                return self._copy.take(tensors)
+            why = f"{self._copy.missing_bytes(tensors) / 1e9:.1f} GB more are needed"
+        except Exception as failure:  # page-locked memory may be refused where ordinary memory is plenty
+            self._copy, why = HostCopy(), f"{type(failure).__name__}: {failure}"
+        if not self._told:
+            log.warning("no host memory for saving in the background (%s): the training waits for each save", why)
+        self._told = True
+        return None
 
     def save_now(
         self, progress: Progress, tensors: Tensors, state: Mapping[str, Any], *, permanent: bool = False
