@@ -15,8 +15,14 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 10, 10, 26
 POINTS = 300  # per line; more cannot be told apart at this size
 COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#4d7c0f", "#be185d")
 
+
 Points = Sequence[tuple[float, float]]
 Range = tuple[float, float]
+
+
+def colour_of(number: int) -> str:
+    """Of the run with this number, in every chart and name."""
+    return COLOURS[number % len(COLOURS)]
 
 
 def line_chart(
@@ -42,11 +48,7 @@ def line_chart(
     log = log and y_low > 0
     across = _scale((x_low, x_high), (LEFT, WIDTH - RIGHT), log=False)
     up = _scale((y_low, y_high), (HEIGHT - BOTTOM, TOP), log=log)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
-    for value in log_ticks(y_low, y_high) if log else ticks(y_low, y_high):
-        y = up(value)
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" class="y">{number(value)}</text>')
+    parts = _ruled(label, up, log_ticks(y_low, y_high) if log else ticks(y_low, y_high))
     for value in ticks(x_low, x_high, 4):
         parts.append(f'<text x="{across(value):.1f}" y="{HEIGHT - 8}" class="x">{number(value)}</text>')
     for x, y in thin(spread):
@@ -75,10 +77,7 @@ def bar_chart(
     up = _scale((0.0, high), (HEIGHT - BOTTOM, TOP), log=False)
     slot = (WIDTH - LEFT - RIGHT) / len(groups)
     width = slot * 0.8 / len(bars)
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
-    for mark in ticks(0.0, high):
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(mark):.1f}" y2="{up(mark):.1f}" class="rule"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{up(mark) + 3.5:.1f}" class="y">{number(mark)}</text>')
+    parts = _ruled(label, up, ticks(0.0, high))
     for place, group in enumerate(groups):
         parts.append(f'<text x="{LEFT + (place + 0.5) * slot:.1f}" y="{HEIGHT - 8}" class="x">{escape(group)}</text>')
         for at, (name, colour, row) in enumerate(bars):
@@ -90,6 +89,16 @@ def bar_chart(
                     f'fill="{colour}"><title>{escape(name)}: {number(value)}</title></rect>'
                 )
     return Markup("".join([*parts, "</svg>"]))
+
+
+def _ruled(label: str, up: Callable[[float], float], marks: Sequence[float]) -> list[str]:
+    """The beginning of a chart: its frame, and a line with a number for each mark of the y axis."""
+    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}">']
+    for value in marks:
+        y = up(value)
+        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" class="y">{number(value)}</text>')
+    return parts
 
 
 def as_file(title: str, series: Sequence[tuple[str, str, Points]], *, y_range: Range) -> str:

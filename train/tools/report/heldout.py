@@ -12,13 +12,10 @@ from train.observe.runs import Run, finite
 from train.observe.validation import LABELS, paired_change
 from train.prepare.health.pages import html, joined
 from train.recipe.tag_policy import AESTHETIC_TAGS, QUALITY_TAGS, RATING_TAGS, YEAR_RANGES
-from train.tools.report.charts import COLOURS, extent, line_chart
+from train.tools.report.charts import colour_of, extent, line_chart
 from train.tools.report.parts import charts, name_of, with_interval
 
-KIND_OF_LOSS = (
-    "loss.prediction",
-    "noise.zero_terminal_snr",
-)  # all that train/observe/heldout.py takes from the stage's own
+KIND_OF_LOSS = ("loss.prediction", "noise.zero_terminal_snr")  # all that train/observe/heldout.py takes from the stage's own
 _ORDER = (  # of the strata's names, best first
     *QUALITY_TAGS, *(tags[0] for tags in RATING_TAGS.values()), *(name for name, _, _ in reversed(YEAR_RANGES)),
     *AESTHETIC_TAGS,
@@ -38,7 +35,7 @@ def held_out_section(runs: Sequence[Run]) -> str:
         (
             name_of(run, number),
             line_chart(
-                [(run.name, COLOURS[number % len(COLOURS)], points)],
+                [(run.name, colour_of(number), points)],
                 label=f"held-out loss, {run.name}",
                 x_range=(0.0, max((x for x, _ in points), default=1.0)),
                 y_range=extent(every) if every else None,
@@ -52,9 +49,7 @@ def held_out_section(runs: Sequence[Run]) -> str:
         [stratum(name), *(with_interval(r.validation[-1]["strata"].get(name, {})) for _, r in measured)]
         for name in names
     ]
-    told = (
-        "Images that no stage trains on, with fixed noise and timesteps. Each stage measures its own selection, unless "
-    )
+    told = "Images that no stage trains on, with fixed noise and timesteps. Each stage measures its own selection, unless "
     parts = [
         html.p(joined([told, html.code("validation.select"), " names another."])),
         charts(shown),
@@ -74,7 +69,7 @@ def _changes(runs: Sequence[Run]) -> str:
     pairs = [(before, after) for before, after in pairs if not _measured_otherwise(before, after)]
     told = joined(
         html.p(
-            f"{_between(before, after)}: no change is shown, for their losses are not of one kind "
+            f"{before.name} → {after.name}: no change is shown, for their losses are not of one kind "
             f"(they differ in {' and '.join(_measured_otherwise(before, after))})."
         )
         for before, after in skipped
@@ -84,16 +79,12 @@ def _changes(runs: Sequence[Run]) -> str:
     names = in_order({name for _, after in pairs for one in after.held.values() for name in one})
     rows = [["all", *(_change(before, after, None) for before, after in pairs)]]
     rows += [[stratum(name), *(_change(before, after, name) for before, after in pairs)] for name in names]
-    head = ["stratum", *(_between(before, after) for before, after in pairs)]
+    head = ["stratum", *(f"{before.name} → {after.name}" for before, after in pairs)]
     explained = (
         "The mean of each image's own difference: most of what makes one image harder than another cancels. "
         "In colour where the 95 % interval leaves 0 out: green falls, red rises."
     )
     return joined([html.h3("Change on the images both measured"), html.table(head, rows), html.p(explained), told])
-
-
-def _between(before: Run, after: Run) -> str:
-    return f"{before.name} → {after.name}"
 
 
 def _measured_otherwise(before: Run, after: Run) -> list[str]:
@@ -124,13 +115,9 @@ def _losses(run: Run) -> Mapping[str, Any]:
 def in_order(names: set[str]) -> list[str]:
     """`label/value` names: quality, rating, year, aesthetic, each from its best value down."""
 
-    def place(name: str) -> tuple[int, int, str]:
+    def place(name: str) -> tuple[Any, ...]:
         label, _, value = name.partition("/")
-        return (
-            LABELS.index(label) if label in LABELS else len(LABELS),
-            _ORDER.index(value) if value in _ORDER else len(_ORDER),
-            value,
-        )
+        return (*(known.index(one) if one in known else len(known) for known, one in ((LABELS, label), (_ORDER, value))), value)
 
     return sorted(names, key=place)
 

@@ -11,24 +11,15 @@ from typing import Any
 from train.base.errors import ExitCode, Halt
 from train.base.files import replace_file
 from train.base.secrets import mask
-from train.observe.runs import (
-    Picture,
-    Run,
-    as_yaml,
-    check_run,
-    config_differences,
-    finite,
-    read_pictures,
-    read_run,
-    told_apart,
-)
+from train.observe import runs as run_files
+from train.observe.runs import Picture, Run, finite
 from train.prepare.health.pages import html, joined
 from train.prepare.health.pages import page as whole_page
 from train.tools.quality.record import read_quality
-from train.tools.report.charts import COLOURS, Points, bar_chart, extent, line_chart, smooth
+from train.tools.report.charts import Points, bar_chart, colour_of, extent, line_chart, smooth
 from train.tools.report.charts import number as short
 from train.tools.report.heldout import held_out_section
-from train.tools.report.parts import anchor, charts, digest, listed, name_of, text, with_interval
+from train.tools.report.parts import charts, digest, listed, name_of, text, with_interval
 from train.tools.report.quality import quality_section
 from train.tools.report.samples import comparison, strips
 
@@ -46,13 +37,9 @@ EDGE_UPDATES = 50  # first and last updates whose mean the summary shows
 
 
 def write_page(
-    runs: Sequence[str | Path],
-    out: str | Path,
-    *,
-    title: str = "",
-    extra_samples: Mapping[str, Path] | None = None,
+    runs: Sequence[str | Path], out: str | Path, *, title: str = "", extra_samples: Mapping[str, Path] | None = None,
     quality: Path | None = None,
-) -> Path:
+) -> Path:  # fmt: skip
     """Write the report of `runs` (in the order of the recipe) to `out` and return its path.
 
     `extra_samples` names folders of pictures by scripts/sample.py that take part in the comparison (such as the base
@@ -61,10 +48,10 @@ def write_page(
     """
     judged = read_quality(quality) if quality is not None else None
     for path in runs:
-        check_run(path)
-    read = told_apart([read_run(path) for path in runs])
+        run_files.check_run(path)
+    read = run_files.told_apart([run_files.read_run(path) for path in runs])
     notes: list[str] = []
-    others = {name: read_pictures(folder, notes) for name, folder in (extra_samples or {}).items()}
+    others = {name: run_files.read_pictures(folder, notes) for name, folder in (extra_samples or {}).items()}
     out, text_of_page = Path(out), page(read, others, notes, title, judged)
     if out.is_dir():
         raise Halt(ExitCode.USAGE, f"--out {out} is a directory: name a file in it")
@@ -77,11 +64,7 @@ def write_page(
 
 
 def page(
-    runs: Sequence[Run],
-    others: Mapping[str, list[Picture]],
-    notes: Sequence[str],
-    title: str,
-    quality: Mapping[str, Any] | None = None,
+    runs: Sequence[Run], others: Mapping[str, list[Picture]], notes: Sequence[str], title: str, quality: Mapping[str, Any] | None
 ) -> str:
     """The whole HTML text."""
     heading = title or "Training report: " + ", ".join(run.name for run in runs)
@@ -97,7 +80,7 @@ def page(
         ("Lineage", lineage(runs)),
         ("Notes", listed([*notes, *(note for run in runs for note in run.notes)])),
     ]
-    shown = [(anchor(name), name, body) for name, body in sections if body]
+    shown = [(name.lower().replace(" ", "-"), name, body) for name, body in sections if body]
     return whole_page(heading, "report.css", f"Made {made}", shown)
 
 
@@ -109,28 +92,16 @@ def summary_table(runs: Sequence[Run]) -> str:
     )  # fmt: skip
     rows = []
     for number, run in enumerate(runs):
-        losses = [value for _, value in run.series("loss")]
+        losses, rates, speeds = ([value for _, value in run.series(key)] for key in ("loss", "lr_unet", "images_per_s"))
         edge = min(EDGE_UPDATES, max(len(losses) // 2, 1))  # in a short run the two must not overlap
         first, last = (fmean(part) if part else None for part in (losses[:edge], losses[-edge:]))
         final = run.metrics[-1] if run.metrics else {}
-        speeds = [value for _, value in run.series("images_per_s")]
-        rates = [value for _, value in run.series("lr_unet")]
-        held = run.validation[-1] if run.validation else {}
-        rows.append(
-            [
-                name_of(run, number),
-                run.ending,
-                text(final.get("update"), "{:,.0f}"),
-                text(final.get("images"), "{:,.0f}"),
-                text(first, "{:.4f}"),
-                text(last, "{:.4f}"),
-                text(first / last if first and last else None, "{:.2f}x"),
-                short(float(f"{max(rates):.3g}")) if rates else "–",
-                text(median(speeds) if speeds else None, "{:.2f}"),
-                text(final.get("skipped"), "{:,.0f}"),
-                with_interval(held),
-            ]
-        )
+        rows.append([
+            name_of(run, number), run.ending, text(final.get("update"), "{:,.0f}"), text(final.get("images"), "{:,.0f}"),
+            text(first, "{:.4f}"), text(last, "{:.4f}"), text(first / last if first and last else None, "{:.2f}x"),
+            short(float(f"{max(rates):.3g}")) if rates else "–", text(median(speeds) if speeds else None, "{:.2f}"),
+            text(final.get("skipped"), "{:,.0f}"), with_interval(run.validation[-1] if run.validation else {}),
+        ])  # fmt: skip
     return joined([html.table(head, rows)])
 
 
@@ -140,17 +111,15 @@ def curves(runs: Sequence[Run]) -> str:
     for key, label, noisy, shared in CHARTS:
         found = [run.waiting() if key == "waiting" else run.series(key) for run in runs]
         smoothed = [smooth(points, max(len(points) // 25, 1)) if noisy else points for points in found]
-        axes = [
-            axis(points, line) if noisy else [y for _, y in points]
-            for points, line in zip(found, smoothed, strict=True)
+        values = [
+            y for points, line in zip(found, smoothed, strict=True) for y in (axis(points, line) if noisy else [y for _, y in points])
         ]
-        values = [y for own in axes for y in own]
         if not values:
             continue
         cells = []
         for number, (run, points, line) in enumerate(zip(runs, found, smoothed, strict=True)):
             chart = line_chart(
-                [(run.name, COLOURS[number % len(COLOURS)], line)],
+                [(run.name, colour_of(number), line)],
                 label=f"{label}, {run.name}",
                 x_range=(0.0, max((x for x, _ in points), default=1.0)),
                 y_range=extent(values if shared else [0.0, *(y for _, y in line)]),
@@ -161,18 +130,12 @@ def curves(runs: Sequence[Run]) -> str:
             cells.append((name_of(run, number), chart))
         rows += [html.h3(label), charts(cells)]
     if rows:
-        told = (
-            "Over updates. Dots are single updates, lines a running mean. The runs share the y axis of every row but "
-        )
-        rows.insert(0, html.p(told + "the learning rates', which are powers of ten apart."))
-    tenths = [(number, run, mean_deciles(run)) for number, run in enumerate(runs)]
-    high = max((value or 0.0 for _, _, rows in tenths for _, row in rows for value in row), default=0.0)
-    deciles = [
-        (name_of(run, number), decile_chart(run, COLOURS[number % len(COLOURS)], high))
-        for number, run, rows in tenths
-        if rows
-    ]
-    if deciles:
+        rows.insert(0, html.p("Over updates. Dots are single updates, lines a running mean. The runs share the y axis of every row but "
+                              "the learning rates', which are powers of ten apart."))  # fmt: skip
+    tenths = [mean_deciles(run) for run in runs]
+    high = max((value or 0.0 for of_run in tenths for _, row in of_run for value in row), default=0.0)
+    if deciles := [(name_of(run, number), decile_chart(run, of_run, number, high))
+                   for number, (run, of_run) in enumerate(zip(runs, tenths, strict=True)) if of_run]:  # fmt: skip
         rows += [
             html.h3("Loss by timestep, first and last tenth of the updates"),
             charts(deciles),
@@ -207,18 +170,18 @@ def mean_deciles(run: Run) -> list[tuple[str, list[float | None]]]:
     return result
 
 
-def decile_chart(run: Run, colour: str, high: float) -> str:
+def decile_chart(run: Run, tenths: Sequence[tuple[str, list[float | None]]], number: int, high: float) -> str:
     """Bars of the loss by timestep tenth, the axis up to `high`."""
-    bars = [(name, shade, row) for (name, row), shade in zip(mean_deciles(run), ("#9ca3af", colour), strict=True)]
+    bars = [(name, shade, row) for (name, row), shade in zip(tenths, ("#9ca3af", colour_of(number)), strict=True)]
     return bar_chart([str(tenth) for tenth in range(10)], bars, label=f"loss by timestep, {run.name}", high=high)
 
 
 def configuration(runs: Sequence[Run]) -> str:
     """The keys in which the runs differ; for a single run all of them."""
     if len(runs) == 1:
-        rows = [[html.code(k), mask(as_yaml(v))] for k, v in sorted(runs[0].config.items())]
+        rows = [[html.code(k), mask(run_files.as_yaml(v))] for k, v in sorted(runs[0].config.items())]
         return joined([html.table(["key", "value"], rows)]) if rows else ""
-    different = config_differences(list(runs))
+    different = run_files.config_differences(list(runs))
     if not different:
         return joined([html.p("The configurations are equal.")]) if any(run.config for run in runs) else ""
     rows = [[html.code(key), *map(mask, values)] for key, values in different]
@@ -234,21 +197,13 @@ def lineage(runs: Sequence[Run]) -> str:
             if not record or str(mark) in seen:  # as text: a damaged record holds anything
                 continue
             seen.add(str(mark))
-            parent = record.get("parent")
-            parent = parent if isinstance(parent, dict) else {}
-            rows.append(
-                [
-                    str(record.get("stage", "?")),
-                    joined([str(parent.get("title") or parent.get("stage") or "?"), digest(parent.get("sha256"))]),
-                    digest(mark),
-                    digest(record.get("dataset_fingerprint")),
-                    digest(record.get("config_hash")),
-                    digest(record.get("code_revision")),
-                    text(record.get("seed"), "{}"),
-                    text(record.get("updates"), "{:,}"),
-                    text(record.get("images"), "{:,}"),
-                    str(record.get("license", "?")),
-                ]
-            )
+            parent = record["parent"] if isinstance(record.get("parent"), dict) else {}
+            rows.append([
+                str(record.get("stage", "?")),
+                joined([str(parent.get("title") or parent.get("stage") or "?"), digest(parent.get("sha256"))]),
+                *(digest(record.get(key)) for key in ("weights_sha256", "dataset_fingerprint", "config_hash", "code_revision")),
+                text(record.get("seed"), "{}"), *(text(record.get(key), "{:,}") for key in ("updates", "images")),
+                str(record.get("license", "?")),
+            ])  # fmt: skip
     head = ("stage", "parent", "weights", "dataset", "config", "code", "seed", "updates", "images", "licence")
     return joined([html.table(head, rows)]) if rows else ""

@@ -1,4 +1,4 @@
-"""Pieces of the runs' report: sections, numbers, a run's name in its colour."""
+"""Pieces of the runs' report: numbers, a run's name in its colour."""
 
 from __future__ import annotations
 
@@ -10,12 +10,7 @@ from markupsafe import Markup
 from train.base.secrets import mask
 from train.observe.runs import Run, finite
 from train.prepare.health.pages import html
-from train.tools.report.charts import COLOURS
-
-
-def anchor(name: str) -> str:
-    """An id for a section."""
-    return name.lower().replace(" ", "-")
+from train.tools.report.charts import colour_of
 
 
 def digest(value: Any) -> Markup:
@@ -25,7 +20,7 @@ def digest(value: Any) -> Markup:
 
 def name_of(run: Run, number: int) -> Markup:
     """The run's name in its colour."""
-    return Markup(html.coloured(run.name, COLOURS[number % len(COLOURS)]))
+    return Markup(html.coloured(run.name, colour_of(number)))
 
 
 def text(value: Any, form: str) -> str:

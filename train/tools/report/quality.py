@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from markupsafe import Markup
 from train.base.errors import ExitCode, Halt
 from train.prepare.health.pages import html, joined
 from train.tools.quality.record import TITLES, shown
-from train.tools.report.charts import COLOURS, bar_chart
+from train.tools.report.charts import bar_chart, colour_of
 from train.tools.report.parts import charts
 
 MOST_TAGS = 40  # rows of the table by tag, the most asked for first
@@ -40,19 +41,17 @@ def quality_section(record: Mapping[str, Any] | None, names: Sequence[str]) -> s
 
 def _section(record: Mapping[str, Any], names: Sequence[str]) -> str:
     stages = record["stages"]
-    colours = {name: COLOURS[number % len(COLOURS)] for number, name in enumerate(names)}
+    colours = {name: colour_of(number) for number, name in enumerate(names)}
     statistics = [key for key in TITLES if any(key in stage["statistics"] for stage in stages.values())]
     rows = [
         [_name(name, colours), stage["pictures"], *(_cell(stage["statistics"].get(key)) for key in statistics)]
         for name, stage in stages.items()
     ]
-    parts = [html.table(["stage", "pictures", *(TITLES[key] for key in statistics)], rows)]
-    told = [*(EXPLAINED[key] for key in statistics), *_judges(record)]
-    parts.append(html.listed(told, "told"))
-    parts.append(_changes(record, statistics))
-    parts.append(_scores(stages, colours))
-    parts.append(_tags(stages, colours))
-    return joined(parts)
+    return joined([
+        html.table(["stage", "pictures", *(TITLES[key] for key in statistics)], rows),
+        html.listed([*(EXPLAINED[key] for key in statistics), *_judges(record)], "told"),
+        _changes(record, statistics), _scores(stages, colours), _tags(stages, colours),
+    ])  # fmt: skip
 
 
 def _name(name: str, colours: Mapping[str, str]) -> str:
@@ -66,10 +65,6 @@ def _cell(estimate: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     if not signed or estimate["low"] is None or estimate["low"] <= 0 <= estimate["high"]:
         return told
     return Markup(html.span(told, "good" if estimate["low"] > 0 else "bad"))
-
-
-def _small(estimate: Mapping[str, Any]) -> str:
-    return Markup(html.span(shown(estimate, digits=2), "tight"))
 
 
 def _judges(record: Mapping[str, Any]) -> list[str]:
@@ -89,14 +84,9 @@ def _judges(record: Mapping[str, Any]) -> list[str]:
 
 def _changes(record: Mapping[str, Any], statistics: Sequence[str]) -> str:
     rows = [
-        [
-            f"{change['from']} → {change['to']}",
-            change["pictures"],
-            *(_cell(change["statistics"].get(key), signed=True) for key in statistics),
-        ]
-        for change in record["changes"]
-        if change["pictures"]
-    ]
+        [f"{one['from']} → {one['to']}", one["pictures"], *(_cell(one["statistics"].get(key), signed=True) for key in statistics)]
+        for one in record["changes"] if one["pictures"]
+    ]  # fmt: skip
     if not rows:
         return ""
     head = ["from → to", "pairs", *(TITLES[key] for key in statistics)]
@@ -110,54 +100,33 @@ def _scores(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
         return ""
     shares = {name: [count / sum(one["histogram"]) for count in one["histogram"]] for name, one in found.items()}
     high = max(value for row in shares.values() for value in row)
-    bars = [
-        (
-            _name(name, colours),
-            bar_chart(
-                [f"{place / len(row):g}" for place in range(len(row))],
-                [(name, colours.get(name, GREY), row)],
-                label=f"aesthetic scores, {name}",
-                high=high,
-            ),
-        )
-        for name, row in shares.items()
-    ]
-    words = list(next(iter(found.values()))["words"])
+    bars = []
+    for name, row in shares.items():
+        edges = [f"{place / len(row):g}" for place in range(len(row))]
+        chart = bar_chart(edges, [(name, colours.get(name, GREY), row)], label=f"aesthetic scores, {name}", high=high)
+        bars.append((_name(name, colours), chart))
+    first = next(iter(found.values()))
     rows = [
-        [
-            _name(name, colours),
-            *(f"{one['quantiles'][q]:.3f}" for q in one["quantiles"]),
-            *(_cell(one["words"][word]) for word in words),
-        ]
+        [_name(name, colours), *(f"{value:.3f}" for value in one["quantiles"].values()), *(_cell(one["words"][word]) for word in first["words"])]
         for name, one in found.items()
     ]
-    quantiles = [f"{float(q):.0%} quantile" for q in next(iter(found.values()))["quantiles"]]
-    parts = [
-        html.h3("Aesthetic score, share of pictures"),
-        charts(bars),
-        html.table(["stage", *quantiles, *words], rows),
+    return joined([
+        html.h3("Aesthetic score, share of pictures"), charts(bars),
+        html.table(["stage", *(f"{float(q):.0%} quantile" for q in first["quantiles"]), *first["words"]], rows),
         html.p("Left edge of each bin below it. Words by the card's thresholds."),
-    ]
-    return joined(parts)
+    ])  # fmt: skip
 
 
 def _tags(stages: Mapping[str, Any], colours: Mapping[str, str]) -> str:
     found = {name: stage["by_tag"] for name, stage in stages.items() if "by_tag" in stage}
     if not found:
         return ""
-    asked: dict[str, int] = {}
+    asked = Counter[str]()
     for tags in found.values():
-        for tag, one in tags.items():
-            asked[tag] = max(asked.get(tag, 0), one["asked"])
-    kept = sorted((tag for tag in asked if asked[tag]), key=lambda tag: (-asked[tag], tag))[:MOST_TAGS]
+        asked |= Counter({tag: one["asked"] for tag, one in tags.items()})  # the larger of both, none of 0
     rows = []
-    for tag in kept:
-        cells = []
-        for tags in found.values():
-            one = tags.get(tag)
-            cells += [_small(one["recall"]), _small(one["precision"])] if one else ["–", "–"]
-        rows.append([tag, asked[tag], *cells])
-    head = ["tag", "asked"]
-    for name in found:
-        head += [joined([_name(name, colours), " recall"]), "precision"]
+    for tag in sorted(asked, key=lambda tag: (-asked[tag], tag))[:MOST_TAGS]:
+        cells = [tags[tag][key] if tag in tags else None for tags in found.values() for key in ("recall", "precision")]
+        rows.append([tag, asked[tag], *("–" if one is None else html.span(shown(one, digits=2), "tight") for one in cells)])
+    head = ["tag", "asked", *(cell for name in found for cell in (joined([_name(name, colours), " recall"]), "precision"))]
     return joined([html.h3("By tag"), html.table(head, rows)])
