@@ -7,7 +7,7 @@ we have one value for must agree over all subsets; where it does not, the keys a
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import PureWindowsPath
 from typing import Any
@@ -64,12 +64,16 @@ class Subset:
         self.read.add(argument)
         return switch(self.arguments[argument])
 
+    def whole(self, key: str, least: int, default: int) -> int:
+        """A whole number that holds for this subset. Raises Halt(USAGE) naming the key."""
+        return whole({key: self.get(key)}, key, least, default, f"{self.place}.")
+
 
 def convert(dataset: Mapping[str, Any], arguments: Mapping[str, Any], name: str) -> Made:
     """The dataset YAML's content. Raises Halt(USAGE) naming the key that cannot be one here."""
     made = Made()
     subsets = _subsets(dataset, arguments, made)
-    separator = _agreed(subsets, "keep_tokens_separator", _asking("keep_tokens_separator", None), skip=None)
+    separator = _agreed("keep_tokens_separator", [one for one in _said(subsets, "keep_tokens_separator") if one[1] is not None])
     for subset in subsets if separator else ():
         if not subset.get("keep_tokens_separator"):
             made.notes[f"{subset.place}.keep_tokens_separator"] = f"not given; a {separator} in its captions separates here all the same"
@@ -79,14 +83,14 @@ def convert(dataset: Mapping[str, Any], arguments: Mapping[str, Any], name: str)
         "buckets": _buckets(subsets, made),
         "sources": _sources(subsets, made),
     }
-    made.stage = {_ARGUMENT.get(key, key): _agreed(subsets, key, _asking(key, default)) for key, default in _STAGE.items()}
+    made.stage = {_ARGUMENT.get(key, key): _agreed(key, _said(subsets, key, default)) for key, default in _STAGE.items()}
     if separator:
         made.stage["keep_tokens_separator"] = separator
     batch = whole(made.stage, "train_batch_size", 1, 1)
     made.config["select"] = {SELECTION: {"min_bucket": batch}}
     vae = arguments.get("vae") or arguments.get("pretrained_model_name_or_path")
     latents = {"vae": vae} if vae else {}
-    resize = _agreed(subsets, "resize_interpolation", _asking("resize_interpolation", None))
+    resize = _agreed("resize_interpolation", _said(subsets, "resize_interpolation"))
     if resize in ("lanczos", "area"):
         latents["resize"] = resize
     elif resize is not None:
@@ -114,7 +118,7 @@ def _subsets(dataset: Mapping[str, Any], arguments: Mapping[str, Any], made: Mad
             subset = Subset(here, ((here, table), (place, own), ("general", general)), arguments, made.read)
             if subset.get("is_reg"):
                 raise Halt(ExitCode.USAGE, f"{here}.is_reg: regularisation images are not trained with here; remove that subset")
-            if subset.get("num_repeats") != "kohya" and not whole({"n": subset.get("num_repeats", 1)}, "n", 0, 1, f"{here}.num_repeats: "):
+            if subset.get("num_repeats") != "kohya" and not subset.whole("num_repeats", 0, 1):
                 made.notes[f"{here}.num_repeats"] = "0: the original passes such a subset over, and so does this"
                 continue
             found.append(subset)
@@ -138,34 +142,28 @@ def _name_uncarried(table: Mapping[str, Any], place: str, made: Made) -> None:
             made.notes[f"{place}.{key}"] = "not known here, nor to the original, which refuses it"
 
 
-def _agreed(subsets: list[Subset], key: str, ask: Callable[[Subset], Any], skip: Any = ...) -> Any:
-    """The one value of all subsets; those that say `skip` are not asked. Raises Halt(USAGE) naming two that differ."""
-    said = [(subset.place, value) for subset in subsets if (value := ask(subset)) is not skip]
-    if not said:
-        return None
-    first, value = said[0]
-    for place, other in said[1:]:
+def _said(subsets: list[Subset], key: str, default: Any = None) -> list[tuple[str, Any]]:
+    return [(subset.place, subset.get(key, default)) for subset in subsets]
+
+
+def _agreed(key: str, said: list[tuple[str, Any]]) -> Any:
+    """The one value that all say, None where nobody does. Raises Halt(USAGE) naming two places that differ."""
+    for place, other in said:
+        first, value = said[0]
         if other != value:
             raise Halt(
                 ExitCode.USAGE,
                 f"{key} is {value!r} in {first} and {other!r} in {place}: a set here has one; convert them apart, one file each",
             )
-    return value
-
-
-def _asking(key: str, default: Any, least: int | None = None) -> Callable[[Subset], Any]:
-    """What asks a subset for a key; with `least`, for a whole number."""
-    if least is None:
-        return lambda subset: subset.get(key, default)
-    return lambda subset: whole({key: subset.get(key)}, key, least, default, f"{subset.place}.")
+    return said[0][1] if said else None
 
 
 def _buckets(subsets: list[Subset], made: Made) -> dict[str, int]:
     """The table of sizes. Without bucketing everything is cut to one square."""
-    size = _agreed(subsets, "resolution", _resolution)
-    bucketing = _agreed(subsets, "enable_bucket", _asking("enable_bucket", None))
+    size = _agreed("resolution", [(subset.place, _resolution(subset)) for subset in subsets])
+    bucketing = _agreed("enable_bucket", _said(subsets, "enable_bucket"))
     asked = {
-        ours: _agreed(subsets, theirs, _asking(theirs, default, least=8))
+        ours: _agreed(theirs, [(subset.place, subset.whole(theirs, 8, default)) for subset in subsets])
         for ours, theirs, default in (("min_px", "min_bucket_reso", 256), ("max_px", "max_bucket_reso", 1024),
                                       ("step_px", "bucket_reso_steps", 64))
     }  # fmt: skip
@@ -219,11 +217,11 @@ def _sources(subsets: list[Subset], made: Made) -> list[dict[str, Any]]:
         separator = subset.get("caption_separator", ",")
         if str(separator).strip() != ",":
             source["tag_separator"] = str(separator)
-        if keep := whole({"keep_tokens": subset.get("keep_tokens")}, "keep_tokens", 0, 0, f"{subset.place}."):
+        if keep := subset.whole("keep_tokens", 0, 0):
             source["keep_tokens"] = keep
         repeats = subset.get("num_repeats", 1)
         if repeats != 1:
-            source["repeats"] = repeats if repeats == "kohya" else whole({"n": repeats}, "n", 1, 1, f"{subset.place}.num_repeats: ")
+            source["repeats"] = repeats if repeats == "kohya" else subset.whole("num_repeats", 1, 1)
             made.notes[f"{subset.place}.num_repeats"] = f"became repeats: {source['repeats']} of the source {source['name']}"
         sources.append(source)
     _tell_of_folders(subsets, made)

@@ -24,17 +24,8 @@ from train.config.stage import StageConfig, load_stage
 from train.model.folder import refuse_existing
 from train.model.source import HUB_NAME
 from train.tools.convert import dataset as convert_dataset
-from train.tools.convert import kinds
-from train.tools.convert.keys import (
-    ARGUMENTS,
-    CHOICES,
-    DATASET,
-    DEFAULT_ARGUMENTS,
-    DEFAULT_LR,
-    DIRECT,
-    NO_COUNTERPART,
-    OPTIMIZERS,
-)
+from train.tools.convert import keys, kinds
+from train.tools.convert.keys import CHOICES, DATASET, DEFAULT_LR, DIRECT
 from train.tools.convert.values import number, switch, whole
 from train.tools.show.dispatch import plain
 
@@ -106,10 +97,9 @@ def convert(table: Mapping[str, Any], processes: int = 1) -> Result:
     """Our keys ("batch.micro") and the notes, from a parsed TOML, its sections flattened as the original does."""
     result = Result()
     theirs = _plain_values(_flat(table, result))
-    special: list[Callable[[dict[str, Any], Result, int], set[str]]] = [_batch, _optimizer, _schedule, _rest]
-    used: set[str] = set()
-    for rule in special:
-        used |= rule(theirs, result, processes)
+    for rule in (_batch, _optimizer, _schedule):
+        rule(theirs, result, processes)
+    used = {"train_batch_size", *keys.SPECIAL, *_rest(theirs, result)}
     for key, value in theirs.items():
         if key in used or value is None:
             continue
@@ -117,14 +107,16 @@ def convert(table: Mapping[str, Any], processes: int = 1) -> Result:
             result.notes[key] = "empty, so not set"
         elif key in DIRECT:
             result.config[DIRECT[key]] = value
-        elif key in CHOICES and _hashable(value) in CHOICES[key][1]:
-            result.config[CHOICES[key][0]] = CHOICES[key][1][value]
         elif key in CHOICES:
-            result.notes[key] = f"{value!r} has no counterpart in {CHOICES[key][0]}"
+            ours, choices = CHOICES[key]
+            if (value if isinstance(value, str | bool) else repr(value)) in choices:
+                result.config[ours] = choices[value]
+            else:
+                result.notes[key] = f"{value!r} has no counterpart in {ours}"
         elif key in DATASET:
             result.notes[key] = f"belongs to dataset.yaml: {DATASET[key]}"
-        elif key in NO_COUNTERPART:
-            result.notes[key] = f"no counterpart: {NO_COUNTERPART[key]}"
+        elif key in keys.NO_COUNTERPART:
+            result.notes[key] = f"no counterpart: {keys.NO_COUNTERPART[key]}"
         else:
             near = key.replace("-", "_")
             hint = f"; it knows {near}" if near in {*DIRECT, *CHOICES} and near != key else ""
@@ -144,18 +136,14 @@ def _flat(table: Mapping[str, Any], result: Result, path: str = "") -> dict[str,
             for number, entry in enumerate(value):
                 inner = f"{path}{key}[{number}]."
                 for name in _flat(entry, result, inner):
-                    result.notes[inner + name] = _of_a_dataset(name)
+                    here = "batch.micro" if name == "batch_size" else DIRECT.get(name)
+                    result.notes[inner + name] = (
+                        f"one value for the whole stage here: set {here}" if here and name not in DATASET else
+                        f"belongs to dataset.yaml: {DATASET.get(name, 'sources, select')}"
+                    )  # fmt: skip
         else:
             flat[key] = value
     return flat
-
-
-def _of_a_dataset(name: str) -> str:
-    """Where a key of a [[datasets]] table went."""
-    here = "batch.micro" if name == "batch_size" else DIRECT.get(name)
-    if here and name not in DATASET:
-        return f"one value for the whole stage here: set {here}"
-    return f"belongs to dataset.yaml: {DATASET.get(name, 'sources, select')}"
 
 
 def _plain_values(theirs: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,10 +171,6 @@ def _fit_types(result: Result) -> None:
             result.notes[key] = f"{value!r} does not fit {key}, which must be {schema.describe(hints[key])}"
 
 
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, str | bool) else repr(value)
-
-
 def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in flat.items():
@@ -212,7 +196,7 @@ def _arguments(theirs: Mapping[str, Any], key: str) -> dict[str, Any]:
     return found
 
 
-def _batch(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
+def _batch(theirs: dict[str, Any], result: Result, processes: int) -> None:
     micro = whole(theirs, "train_batch_size", 1, 1)
     accumulation = whole(theirs, "gradient_accumulation_steps", 1, 1)
     result.config["batch.micro"] = micro
@@ -220,24 +204,23 @@ def _batch(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
     result.notes["gradient_accumulation_steps"] = (
         f"batch.effective = {micro} x {accumulation} x {processes} process(es); --processes says how many ran"
     )
-    return {"train_batch_size", "gradient_accumulation_steps"}
 
 
-def _optimizer(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
+def _optimizer(theirs: dict[str, Any], result: Result, processes: int) -> None:
     kind = str(theirs.get("optimizer_type") or "AdamW")
     for key, meant in (("use_lion_optimizer", "Lion"), ("use_8bit_adam", "AdamW8bit")):  # older words for the same
         kind = meant if theirs.get(key) else kind
-    if kind.lower() in OPTIMIZERS:
-        result.config["optimizer.name"] = OPTIMIZERS[kind.lower()]
+    if kind.lower() in keys.OPTIMIZERS:
+        result.config["optimizer.name"] = keys.OPTIMIZERS[kind.lower()]
     else:
         result.notes["optimizer_type"] = f"{kind} has no counterpart: choose optimizer.name"
-    given = {**DEFAULT_ARGUMENTS.get(kind.lower(), {}), **_arguments(theirs, "optimizer_args")}
+    given = {**keys.DEFAULT_ARGUMENTS.get(kind.lower(), {}), **_arguments(theirs, "optimizer_args")}
     for name, value in given.items():
         if name in ("relative_step", "warmup_init") and value is True:
             result.notes[f"optimizer_args {name}"] = (
                 "True (the original's default) discards the learning rate: no counterpart, optimizer.unet_lr is used"
             )
-        elif name in ARGUMENTS:
+        elif name in keys.ARGUMENTS:
             result.config[f"optimizer.{name}"] = value
         else:
             result.notes[f"optimizer_args {name}"] = "no counterpart"
@@ -250,14 +233,9 @@ def _optimizer(theirs: dict[str, Any], result: Result, processes: int) -> set[st
             result.notes["learning_rate_te2"] = f"{two}{origin}: one rate for both encoders here, te1's {one} was taken"
     elif any(rates):
         result.notes["learning_rate_te1"] = "ignored by the original: the text encoders are not trained"
-    return {"optimizer_type", "use_8bit_adam", "use_lion_optimizer", "optimizer_args", "learning_rate_te1",
-            "learning_rate_te2"}  # fmt: skip
 
 
-SCHEDULE_KEYS = {"lr_scheduler", "lr_scheduler_type", "lr_scheduler_args", "lr_scheduler_num_cycles", "lr_warmup_steps"}
-
-
-def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
+def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> None:
     config, notes = result.config, result.notes
     custom = str(theirs.get("lr_scheduler_type") or "")
     if custom:
@@ -265,7 +243,7 @@ def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> set[str
         for key in ("lr_scheduler", "lr_scheduler_num_cycles", "lr_warmup_steps"):
             if theirs.get(key):
                 notes[key] = "ignored by the original: lr_scheduler_type takes its place"
-        return SCHEDULE_KEYS
+        return
     name = str(theirs.get("lr_scheduler") or "constant")
     # epochs win over steps there, and then nothing tells how many steps there were
     steps = 0 if theirs.get("max_train_epochs") else whole(theirs, "max_train_steps", 0, 1600)
@@ -299,7 +277,6 @@ def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> set[str
             notes["lr_warmup_steps"] = "no counterpart: cosine restarts have no warmup here"
     else:
         notes["lr_scheduler"] = f"{name} has no counterpart: choose schedule.name"
-    return SCHEDULE_KEYS
 
 
 def _warmup(theirs: Mapping[str, Any], steps: int, result: Result) -> int:
@@ -336,13 +313,11 @@ def _custom_schedule(custom: str, given: dict[str, Any], result: Result, process
         )
 
 
-def _rest(theirs: dict[str, Any], result: Result, processes: int) -> set[str]:
-    low, high = theirs.get("min_timestep"), theirs.get("max_timestep")
-    if low is not None or high is not None:
-        result.config["noise.timesteps"] = [
-            whole(theirs, "min_timestep", 0, 0), whole(theirs, "max_timestep", 1, 1000)
-        ]  # fmt: skip
-    used = {"min_timestep", "max_timestep", "log_with"}
+def _rest(theirs: dict[str, Any], result: Result) -> set[str]:
+    """Keys that count only beside others; those that are done with."""
+    used = set[str]()
+    if theirs.get("min_timestep") is not None or theirs.get("max_timestep") is not None:
+        result.config["noise.timesteps"] = [whole(theirs, "min_timestep", 0, 0), whole(theirs, "max_timestep", 1, 1000)]
     if theirs.get("max_train_epochs") and theirs.get("max_train_steps"):
         result.notes["max_train_steps"] = "ignored by the original: max_train_epochs takes its place"
         used.add("max_train_steps")
@@ -373,25 +348,21 @@ def _complete(theirs: Mapping[str, Any], result: Result) -> None:
         result.notes["(ours) max_updates"] = "neither epochs nor steps were given; 1600 is the original's default"
     if not theirs.get("save_precision"):
         config["export.dtype"] = "fp32"  # the original saves what it trained
-    config.setdefault("data.max_tokens", 75)
-    config.setdefault("data.shuffle_tags", False)
-    config.setdefault("precision", "fp32")
-    config.setdefault("model.gradient_checkpointing", "none")
-    config.setdefault("stage", "converted")
+    plain = {"data.max_tokens": 75, "data.shuffle_tags": False, "precision": "fp32", "model.gradient_checkpointing": "none",
+             "stage": "converted"}  # fmt: skip
+    config |= {key: value for key, value in plain.items() if key not in config}
     name = "".join(c if c.isalnum() or c in "-_" else "-" for c in str(config["stage"]))[:MAX_NAME]
     config["stage"] = name if any(c.isalnum() for c in name) else "converted"
     if "epochs" not in config:
         config["epochs"] = config["max_updates"]  # fewer could end the run before its steps: an epoch may be one update
         result.notes["(ours) epochs"] = "max_train_epochs was not given; as many as max_updates, which ends the run"
-    missing = {
-        "seed": "the run had none; our streams need one",
-        "data.path": "a prepared dataset: scripts/prepare.py", "output_dir": "not given",
-    }  # fmt: skip
-    fill = {"seed": 0, "data.path": "data/prepared", "output_dir": f"runs/{config['stage']}"}
-    for key, reason in missing.items():
+    for key, value, reason in (
+        ("seed", 0, "the run had none; our streams need one"), ("data.path", "data/prepared", "a prepared dataset: scripts/prepare.py"),
+        ("output_dir", f"runs/{config['stage']}", "not given"),
+    ):  # fmt: skip
         if key not in config:
-            config[key] = fill[key]
-            result.notes[f"(ours) {key}"] = f"{reason}; check {fill[key]!r}"
+            config[key] = value
+            result.notes[f"(ours) {key}"] = f"{reason}; check {value!r}"
     start = str(config.get("model.init_from", ""))
     if start.count("/") == 1 and not HUB_NAME.match(start) and not start.startswith((".", "/")):
         result.notes["(ours) model.init_from"] = f"a hub model needs its 40-digit commit: {start}@<commit>"
