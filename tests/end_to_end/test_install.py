@@ -1,15 +1,20 @@
 """`pip install .` into an environment of its own, used from another folder: every room imports, shipped configs are found.
 
-The packages it needs are lent by the environment that runs the test.
+The packages it needs are lent by the environment that runs the test. With INSTALL_PYTHON (an interpreter, such as
+python3.12) or INSTALL_VERSIONS (`lowest` = every lower bound of pyproject.toml, or a constraints file) pip gets them
+instead, some GB, into INSTALL_ENV, a folder that is kept and used again (default: a temporary one); then the quick
+tests run there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from pathlib import Path
 
@@ -18,6 +23,7 @@ import pytest
 pytest.importorskip("setuptools", minversion="77", reason="what builds the wheel")
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).resolve().parents[2]
+QUICK = ("base", "config", "recipe", "storage", "data", "model", "prepare")
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys, train
 names = ["train", *(module.name for module in pkgutil.walk_packages(train.__path__, "train."))]
@@ -77,7 +83,11 @@ def test_every_shipped_config_is_the_same(installed: Path) -> None:
 
 
 def test_commands_from_another_folder(installed: Path, tmp_path: Path) -> None:
-    anix = installed / "anix"
+    use(installed / "anix", tmp_path)
+
+
+def use(anix: Path, tmp_path: Path) -> None:
+    """Every command that leads to a trained stage, from a folder that knows nothing of the sources."""
     listed = call(tmp_path, anix, "--help")
     assert listed.returncode == 0, listed.stderr
     plan = call(tmp_path, anix, "plan", "--config", "ft1.yaml", "--images", 1000, "--gpu", "H200", "--json")
@@ -93,3 +103,28 @@ def test_commands_from_another_folder(installed: Path, tmp_path: Path) -> None:
     assert (tmp_path / "runs/one/DONE").exists()
     shown = call(tmp_path, anix, "show", "model", "runs/one/model", "--json")
     assert shown.returncode == 0, shown.stderr
+
+
+def lower_bounds() -> list[str]:
+    """`name==version` for every `name>=version` that pyproject.toml promises."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
+    return ["==".join(re.match(r"([\w.-]+)>=([\w.]+)", one).groups()) for one in wanted]  # type: ignore[union-attr]
+
+
+@pytest.mark.skipif(not os.environ.keys() & {"INSTALL_PYTHON", "INSTALL_VERSIONS"}, reason="INSTALL_PYTHON, INSTALL_VERSIONS not set")
+def test_another_python_or_other_versions(tmp_path: Path) -> None:
+    python, versions = os.environ.get("INSTALL_PYTHON", sys.executable), os.environ.get("INSTALL_VERSIONS", "")
+    folder = Path(os.environ.get("INSTALL_ENV", tmp_path / "env")).absolute()
+    constraints = Path(versions).absolute() if versions not in ("", "lowest") else tmp_path / "constraints.txt"
+    if versions in ("", "lowest"):
+        constraints.write_text("\n".join(lower_bounds() if versions else []) + "\n")
+    if not (folder / "bin/python").exists():
+        made = call(tmp_path, python, "-m", "venv", folder)
+        assert made.returncode == 0, made.stderr
+    done = call(tmp_path, folder / "bin/python", "-m", "pip", "install", "-q", "-c", constraints, f"{sources(tmp_path / 'src')}[dev]")
+    assert done.returncode == 0, done.stderr
+    use(folder / "bin/anix", tmp_path)
+    tests = [ROOT / "tests" / name for name in QUICK]
+    ran = call(ROOT, folder / "bin/python", "-m", "pytest", "-q", "-n", 0, "-m", "not slow and not gpu", "-p", "no:cacheprovider", *tests)
+    assert ran.returncode == 0, ran.stdout[-4000:]
