@@ -30,7 +30,6 @@ NEGATIVE = (  # card; round and square brackets are plain text to the tokenizer,
 )
 OUR_MARKS = ("RNG: Philox", "Noise index: ")  # in the last line of our pictures' text, together in nobody else's
 MAX_STEPS, MIN_SIDE_PX, MAX_SIDE_PX, MAX_PROMPTS = 1000, 32, 8192, 1000
-MULTIPLES = f"a multiple of 8 from {MIN_SIDE_PX} to {MAX_SIDE_PX}"
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from train.base.errors import ExitCode, Halt
-from train.config.prompts import Prompt, Sampler
+from train.config.prompts import Prompt, PromptsFile, Sampler
 from train.diffusion.noise import BETA_END, BETA_START, TIMESTEPS
 from train.model import speed, text
 from train.model.networks import TimestepEmbedding, embedding_as
@@ -97,6 +97,14 @@ def sample_images(
                 break
             images.append(decode(components.vae, latents_1CHW)[0])
     return images
+
+
+def sample_file(components: Any, settings: PromptsFile, **how: Any) -> list[Image.Image]:
+    """`sample_images` of every prompt of a file, with its settings; `how` are the other arguments."""
+    return sample_images(
+        components, settings.prompts, sampler=settings.sampler, steps=settings.steps, guidance=settings.guidance,
+        negative=settings.negative, prefix=settings.quality_prefix, **how,
+    )  # fmt: skip
 
 
 def captions_text(prompt: str, prefix: str) -> str:

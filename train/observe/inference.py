@@ -14,7 +14,7 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import Prompt, PromptsFile, checked
-from train.diffusion.sampling import TrainedAs, sample_images
+from train.diffusion.sampling import TrainedAs, sample_file
 from train.model import networks
 from train.model.networks import Components
 from train.observe import anymodel
@@ -55,19 +55,8 @@ def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None
 
 def draw(model: Model, settings: PromptsFile, *, stop: Callable[[], bool] = lambda: False) -> list[Image.Image]:
     """One picture for each prompt of `settings`."""
-    return sample_images(
-        model.components,
-        settings.prompts,
-        sampler=settings.sampler,
-        steps=settings.steps,
-        guidance=settings.guidance,
-        negative=settings.negative,
-        prefix=settings.quality_prefix,
-        device=model.device,
-        dtype=model.dtype,
-        trained_as=model.trained_as,
-        stop=stop,
-    )
+    told = {"device": model.device, "dtype": model.dtype, "trained_as": model.trained_as}
+    return sample_file(model.components, settings, **told, stop=stop)
 
 
 def adjusted(settings: PromptsFile, **changes: Any) -> PromptsFile:

@@ -5,10 +5,11 @@ trace.txt: which images an update used, with their timesteps. Two runs train ali
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -68,21 +69,25 @@ def cut(metrics: Path, step: int) -> int:
     Lines stand in the order of their steps, so the cut is one place in the file: the tail is copied and synced
     first, then cut off. A torn last line, left by a kill, goes with it.
     """
-    if not metrics.is_file():
+    return _cut(metrics, lambda line: _belongs(line, step), metrics.with_suffix(".discarded.jsonl"))
+
+
+def _cut(path: Path, belongs: Callable[[bytes], bool], discarded: Path | None = None) -> int:
+    """Cut a file off before the first line that does not belong; how many lines went, into `discarded` where it is given."""
+    if not path.is_file():
         return 0
-    with open(metrics, "rb") as file:
+    with open(path, "rb") as file:
         lines = file.readlines()
-    kept = 0
-    while kept < len(lines) and _belongs(lines[kept], step):
-        kept += 1
+    kept = sum(1 for _ in itertools.takewhile(belongs, lines))
     if kept == len(lines):
         return 0
     tail = b"".join(lines[kept:])
-    with open(metrics.with_suffix(".discarded.jsonl"), "ab") as file:
-        file.write(tail if tail.endswith(b"\n") else tail + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    with open(metrics, "r+b") as file:
+    if discarded is not None:
+        with open(discarded, "ab") as file:
+            file.write(tail if tail.endswith(b"\n") else tail + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    with open(path, "r+b") as file:
         file.truncate(sum(map(len, lines[:kept])))
         os.fsync(file.fileno())
     return len(lines) - kept
@@ -152,16 +157,7 @@ def trace_lines(s: int, tile: Tile, timesteps: Sequence[int] | npt.NDArray[Any])
 
 def cut_trace(trace: Path, step: int) -> int:
     """Drop the lines of plan steps from `step` on from trace.txt: they will be written again; how many they were."""
-    if not trace.is_file():
-        return 0
-    with open(trace, "rb") as file:
-        lines = file.readlines()
-    kept = 0
-    while kept < len(lines) and _traces_before(lines[kept], step):
-        kept += 1
-    with open(trace, "r+b") as file:
-        file.truncate(sum(map(len, lines[:kept])))
-    return len(lines) - kept
+    return _cut(trace, lambda line: _traces_before(line, step))
 
 
 def _traces_before(line: bytes, step: int) -> bool:

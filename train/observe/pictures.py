@@ -17,7 +17,7 @@ from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.files import replacing
 from train.config.prompts import OUR_MARKS, SAMPLER_TITLES, Prompt, PromptsFile
-from train.diffusion.sampling import RECIPE, TrainedAs, captions_text, sample_images
+from train.diffusion.sampling import RECIPE, TrainedAs, captions_text, sample_file
 from train.recipe import captions
 from train.recipe.captions import plain_tags
 
@@ -46,19 +46,7 @@ def write_previews(
     faults.at("sample", update)
     rows: dict[str, list[Image.Image]] = {}
     for suffix, components in variants.items():
-        rows[suffix] = sample_images(
-            components,
-            settings.prompts,
-            sampler=settings.sampler,
-            steps=settings.steps,
-            guidance=settings.guidance,
-            negative=settings.negative,
-            prefix=settings.quality_prefix,
-            device=device,
-            dtype=dtype,
-            trained_as=trained_as,
-            stop=stop,
-        )
+        rows[suffix] = sample_file(components, settings, device=device, dtype=dtype, trained_as=trained_as, stop=stop)
     folder = Path(run_dir) / "samples" / f"step-{update:08d}"
     return write_pictures(rows, settings, folder, model_name=model_name, update=update)
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset import DatasetConfig, TagConfig, dataset_dir
+from train.config.dataset import DatasetConfig, dataset_dir
 from train.prepare.ingest import update_dataset_json
 from train.prepare.tables import units
 from train.prepare.tables.refusals import refused_by
@@ -44,6 +44,7 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     records = units.require_table(dataset, "records")
     policy, today = freeze(settings.policy, dataset)
+    tag = settings.tag
     counter, tokenizer_id = token_counter(settings.tokenizers)
     if counter is None:
         print("label: tokenizers is null: token counts are left out")
@@ -51,7 +52,7 @@ def run(settings: DatasetConfig) -> None:
     used = [table for table, source in wanted.items() if source != "none"]
     config = units.config_id(
         code=LABEL_VERSION, policy=policy.hash(), day=str(today) if policy.quality_min_age_days else None,
-        tokenizer=tokenizer_id, tag=_thresholds(settings.tag), exclusions=EXCLUSIONS_VERSION,
+        tokenizer=tokenizer_id, tag={"general": tag.general_threshold, "character": tag.character_threshold, "use": tag.use}, exclusions=EXCLUSIONS_VERSION,
     )  # fmt: skip
     step = units.Step(dataset, "labels", LABELS, config, ("records", *used))
     ranges = {table: [(file, _key_range(file)) for file in units.require_table(dataset, table)] for table in used}
@@ -68,10 +69,6 @@ def run(settings: DatasetConfig) -> None:
     units.finalize(step, names)
     units.merge_quarantine(dataset)
     _write_facts(dataset, policy, settings)
-
-
-def _thresholds(config: TagConfig) -> dict[str, Any]:
-    return {"general": config.general_threshold, "character": config.character_threshold, "use": config.use}
 
 
 def token_counter(folder: str | None) -> tuple[TokenCount | None, str | None]:

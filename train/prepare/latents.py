@@ -7,7 +7,7 @@ an interrupted run loses one shard per process at most. Pictures are read by wor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,10 @@ def run(settings: DatasetConfig) -> None:
     finish(settings, recipe, used, facts, without={*lost, *(key for key, _ in unreadable)})
     merge_quarantine(dataset)
     if any(source.npz_vae for source in settings.sources) and peers.rank == 0:
-        _tell_npz(tally(dataset, [name for name, _ in work.shards]))
+        counts = tally(dataset, [name for name, _ in work.shards])
+        print(f"latents: {counts['images']} taken over from .npz of sd-scripts")
+        for why, count in counts["unusable"].items():
+            print(f"latents: {count} .npz not taken, encoded instead: {why} (as {counts['examples'][why]})")
     if unreadable:
         first = "; ".join(f"{key}: {why}" for key, why in unreadable[:5])
         raise Complaint(
@@ -111,12 +114,6 @@ def _check_npz_vae(settings: DatasetConfig, vae_id: str) -> None:
                 f"sources: npz_vae of {source.name}, {source.npz_vae}, is not the VAE of latents.vae, {settings.latents.vae}"
                 ": latents of two VAEs do not mix. Name that VAE in latents.vae too, or set npz_vae to null to encode anew",
             )
-
-
-def _tell_npz(counts: Mapping[str, Any]) -> None:
-    print(f"latents: {counts['images']} taken over from .npz of sd-scripts")
-    for why, count in counts["unusable"].items():
-        print(f"latents: {count} .npz not taken, encoded instead: {why} (as {counts['examples'][why]})")
 
 
 def _drop_other_index(dataset: Path, recipe: Recipe) -> None:

@@ -173,7 +173,8 @@ def load_classifier(config: ScoreConfig, option: str = "score.model") -> tuple[P
                 scores[place] = value
         return scores
 
-    return predict, model_id(folder), _preprocessing_hash(processor, sigmoid)
+    preprocessing = json.dumps(processor.to_dict(), sort_keys=True, default=str) + ("sigmoid" if sigmoid else "")
+    return predict, model_id(folder), hashlib.sha256(preprocessing.encode()).hexdigest()[:16]
 
 
 def model_id(folder: Path) -> str:
@@ -183,7 +184,3 @@ def model_id(folder: Path) -> str:
         digest.update(bytes.fromhex(file_sha256(path)))
     return f"{folder.name}@{digest.hexdigest()[:16]}"
 
-
-def _preprocessing_hash(processor: Any, sigmoid: bool) -> str:
-    text = json.dumps(processor.to_dict(), sort_keys=True, default=str) + ("sigmoid" if sigmoid else "")
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

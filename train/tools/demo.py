@@ -24,18 +24,18 @@ from train.diffusion.sampling import captions_text
 from train.model import source
 from train.observe.inference import Model, draw, name_of, open_model
 from train.observe.pictures import parameters_text, require_folder, save_png
+from train.recipe.tag_policy import AESTHETIC_TAGS, QUALITY_TAGS, RATING_TAGS, YEAR_RANGES
 from train.storage import tensor_files
 
 NOTHING = "(none)"
 QUALITY = {  # card: Special tags, and its quality prefix
     "card's prefix": QUALITY_PREFIX,
-    **{tag: tag for tag in ("masterpiece", "best quality", "great quality", "good quality", "normal quality",
-                            "low quality", "worst quality")},
+    **{tag: tag for tag in QUALITY_TAGS},
     NOTHING: "",
 }  # fmt: skip
-RATING = {NOTHING: "", "safe": "safe", "sensitive": "sensitive", "nsfw": "nsfw", "explicit": "explicit, nsfw"}
-YEAR = {NOTHING: "", **{tag: tag for tag in ("newest", "recent", "mid", "early", "oldest")}}
-AESTHETIC = {NOTHING: "", **{t: t for t in ("very aesthetic", "aesthetic", "displeasing", "very displeasing")}}
+RATING = {NOTHING: "", **{tags[0]: ", ".join(tags) for tags in RATING_TAGS.values()}}
+YEAR = {NOTHING: "", **{tag: tag for tag, _, _ in reversed(YEAR_RANGES)}}
+AESTHETIC = {NOTHING: "", **{tag: tag for tag in AESTHETIC_TAGS}}
 ORDER_HINT = "1girl/1boy, character, series, everything else in any order"
 EXAMPLE = "1girl, original, solo, smile, looking at viewer, outdoors"
 POLICY = (

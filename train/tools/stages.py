@@ -214,12 +214,9 @@ def launch_command(launch: Path | None, processes: int) -> list[str]:
     if processes == 1:
         one = ["--num_processes", "1", "--num_machines", "1"]
         return [*base, *one, "--mixed_precision", "no", "--dynamo_backend", "no"]
-    if not _has_gpu():
+    if not (Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()):
         # accelerate's CPU mode starts one process whatever it is told; torchrun starts as many as asked.
         return [sys.executable, str(LAUNCHER), "torchrun", "--standalone", "--nproc_per_node", str(processes)]
     several = ["--multi_gpu", "--num_processes", str(processes), "--num_machines", "1"]
     return [*base, *several, "--mixed_precision", "no", "--dynamo_backend", "no"]
 
-
-def _has_gpu() -> bool:
-    return Path("/dev/nvidia0").exists() or Path("/dev/kfd").exists()

@@ -31,17 +31,9 @@ def on_disk(root: Path, uri: str) -> str:
     return first_like(root, [uri]) or uri
 
 
-def same_name(root: Path, uri: str) -> str | None:
-    """`uri`, or the one path that differs from it by letter case or Unicode form alone; None where there is none."""
-    found = _spelled(root, uri)
-    if found not in (None, uri):
-        note("spelling", f"{found} for {uri}")
-    return found
-
-
 def other_ending(root: Path, uri: str) -> str | None:
     """The picture beside `uri` that has its name up to the last dot; None where there is none, or several."""
-    folder, name = _parts(uri)
+    folder, _, name = uri.rpartition("/")
     place = _spelled(root, folder)
     return None if place is None else _ending(place, name, _listing(root, place), any_of=False)
 
@@ -53,7 +45,7 @@ def first_like(root: Path, uris: Iterable[str], *, any_of: bool = False) -> str 
     """
     places: dict[str, tuple[str, _Listing] | None] = {}
     for uri in uris:
-        folder, name = _parts(uri)
+        folder, _, name = uri.rpartition("/")
         if folder not in places:
             place = _spelled(root, folder)
             places[folder] = None if place is None else (place, _listing(root, place))
@@ -68,11 +60,6 @@ def first_like(root: Path, uris: Iterable[str], *, any_of: bool = False) -> str 
     return None
 
 
-def _parts(uri: str) -> tuple[str, str]:
-    folder, _, name = uri.rpartition("/")
-    return folder, name
-
-
 def _joined(folder: str, name: str) -> str:
     return f"{folder}/{name}" if folder else name
 
@@ -80,7 +67,7 @@ def _joined(folder: str, name: str) -> str:
 def _spelled(root: Path, uri: str) -> str | None:
     if not uri or os.path.lexists(f"{root}/{uri}"):
         return uri
-    folder, name = _parts(uri)
+    folder, _, name = uri.rpartition("/")
     place = _spelled(root, folder)
     found = None if place is None else _alike(name, _listing(root, place))
     return None if place is None or found is None else _joined(place, found)

@@ -29,14 +29,12 @@ from train.prepare.tables.progress import bar
 from train.prepare.tables.refusals import SEEN_COLUMNS, refused_by
 from train.prepare.tables.schemas import INDEX
 from train.prepare.tables.units import read_table, stream_table
+from train.recipe.tag_policy import AESTHETIC_TAGS, QUALITY_TAGS, RATING_TAGS, YEAR_RANGES
 
 Facts = dict[str, Any]
 LABEL_ORDER = {
-    "quality": ["masterpiece", "best quality", "great quality", "good quality", "normal quality", "low quality",
-                "worst quality"],
-    "rating": ["safe", "sensitive", "nsfw", "explicit"],
-    "year": ["oldest", "early", "mid", "recent", "newest"],
-    "aesthetic": ["very aesthetic", "aesthetic", "displeasing", "very displeasing"],
+    "quality": list(QUALITY_TAGS), "rating": [tags[0] for tags in RATING_TAGS.values()],
+    "year": [tag for tag, _, _ in YEAR_RANGES], "aesthetic": list(AESTHETIC_TAGS),
 }  # fmt: skip
 _READ_CHECK_ROWS = 2048  # latents read and checked in full; of the others place and size
 
@@ -44,9 +42,10 @@ _READ_CHECK_ROWS = 2048  # latents read and checked in full; of the others place
 def gather(settings: DatasetConfig) -> Facts:
     """All sections. Raises Halt(MISMATCH) naming the step whose table is missing."""
     dataset = dataset_dir(settings)
-    stages = {stage: _selection(dataset, stage) for stage in settings.select}
-    index = _index(dataset)
+    stages = {stage: pq.read_table(selection_path(dataset, stage)) for stage in settings.select}
+    index = pq.read_table(path) if (path := dataset / "index.parquet").exists() else INDEX.empty_table()
     sound = ok_files(settings, ["key", "width", "height", "ext_mismatch", "size_mismatch"])
+    keys = {stage: set(table.column("key").to_pylist()) for stage, table in stages.items()}
     sections: dict[str, Callable[[], Any]] = {
         "counts": lambda: _counts(settings, index),
         "hard_exclusions": lambda: _hard_exclusions(settings),
@@ -56,7 +55,7 @@ def gather(settings: DatasetConfig) -> Facts:
         "crop": lambda: _crop(index),
         "captions": lambda: caption_facts(settings, stages),
         "duplicates": lambda: _duplicates(dataset),
-        "overlap": lambda: _overlap(stages),
+        "overlap": lambda: {f"{a} and {b}": len(keys[a] & keys[b]) for a, b in itertools.combinations(keys, 2)},
         "sizes": lambda: _sizes(index, sound),
         "quarantine": lambda: _quarantine(dataset),
         "latents": lambda: _latents(dataset, index),
@@ -69,15 +68,6 @@ def gather(settings: DatasetConfig) -> Facts:
             found[name] = make()
             shown.update()
     return found
-
-
-def _selection(dataset: Path, stage: str) -> pa.Table:
-    return pq.read_table(selection_path(dataset, stage))
-
-
-def _index(dataset: Path) -> pa.Table:
-    path = dataset / "index.parquet"
-    return pq.read_table(path) if path.exists() else INDEX.empty_table()
 
 
 def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
@@ -229,17 +219,9 @@ def _duplicates(dataset: Path) -> Facts:
     return result
 
 
-def _overlap(stages: dict[str, pa.Table]) -> Facts:
-    sets = {stage: set(table.column("key").to_pylist()) for stage, table in stages.items()}
-    return {f"{a} and {b}": len(sets[a] & sets[b]) for a, b in itertools.combinations(sets, 2)}
-
-
 def _sizes(index: pa.Table, sound: pa.Table) -> Facts:
     """Pictures that are enlarged, and files whose size or name says something else than their content."""
-    if len(index):
-        scale = index.column("resized_w").to_numpy() / index.column("orig_w").to_numpy()
-    else:
-        scale = np.zeros(0)
+    scale = index.column("resized_w").to_numpy() / index.column("orig_w").to_numpy()
     keys = index.column("key").to_pylist()
     enlarged = sorted(np.flatnonzero(scale > 1).tolist(), key=lambda row: (-scale[row], keys[row]))
     return {

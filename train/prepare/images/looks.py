@@ -141,13 +141,7 @@ def perceptual_hash(image: Image.Image) -> int:
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def _dct_matrix(size: int) -> npt.NDArray[np.float64]:
-    frequency, position = np.arange(size)[:, None], np.arange(size)[None, :]
-    matrix: npt.NDArray[np.float64] = 2 * np.cos(np.pi * frequency * (2 * position + 1) / (2 * size))
-    return matrix
-
-
-_DCT = _dct_matrix(32)
+_DCT = 2 * np.cos(np.pi * np.arange(32)[:, None] * (2 * np.arange(32)[None, :] + 1) / 64)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def read_caption(text: str | Sequence[str], rules: CaptionRules, tally: CaptionT
     if count > MAX_TAGS:
         raise BadCaption(f"caption has more than {MAX_TAGS} tags")
     tally.add(pieces, several=several, single=single)
-    caption = _unescaped(caption, rules)
+    caption = ESCAPED.sub(r"\1", caption) if rules.escaped else caption
     whole = ", ".join(line for some in lines for line in some)
     if plain and whole == checked:
         return caption, caption
@@ -113,10 +113,6 @@ def mended(tag: str, bad: re.Pattern[str], on_bad_tag: str) -> str | None:
 def _lines(text: str) -> list[str]:
     lines = (line.strip() for line in _LINE_BREAK.split(text.removeprefix("\ufeff")))
     return [line for line in lines if line]
-
-
-def _unescaped(text: str, rules: CaptionRules) -> str:
-    return ESCAPED.sub(r"\1", text) if rules.escaped else text
 
 
 def _holds_mark(text: str, pieces: Sequence[str], rules: CaptionRules) -> bool:

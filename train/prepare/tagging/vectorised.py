@@ -79,7 +79,9 @@ def label_table(
     """
     _refuse_missing(records, inputs, policy)
     vocabulary = Vocabulary(policy)
-    year_number = _year_numbers(inputs, policy)
+    year_number = inputs.media_year
+    if policy.year_source != "media":
+        year_number = np.where(np.isnan(inputs.media_year), inputs.created_year, inputs.media_year)
     quality = _quality(inputs, year_number, policy)
     years, year = _years(year_number, policy)
     fixed, flex = _lists(records, policy, vocabulary, inputs, quality, _words(years, year))
@@ -110,12 +112,6 @@ def _refuse_missing(records: pa.Table, inputs: Inputs, policy: Policy) -> None:
         if missing.any():
             key = records["key"][int(np.argmax(missing))].as_py()
             raise LabelError(f"{key} has no {name}")
-
-
-def _year_numbers(inputs: Inputs, policy: Policy) -> np.ndarray:
-    if policy.year_source == "media":
-        return inputs.media_year
-    return np.where(np.isnan(inputs.media_year), inputs.created_year, inputs.media_year)
 
 
 def _quality(inputs: Inputs, year: np.ndarray, policy: Policy) -> np.ndarray:
@@ -170,10 +166,8 @@ def _lists(
     fixed = merged(
         [fixed_text, general.where(is_count), plain["character"], plain["copyright"], artist.where(kept)]
     )
-    ratings = [
-        _special([tags[place] if place < len(tags) else None for tags in _rating_tags(inputs.rating)], vocabulary)
-        for place in (0, 1)
-    ]
+    first, second = ([dict(enumerate(RATING_TAGS[letter])).get(place) for letter in _RATINGS] for place in (0, 1))
+    ratings = [_special(_words(words, inputs.rating), vocabulary) for words in (first, second)]
     flex = merged(
         [
             *ratings, flex_text, general.where(~is_count), plain["species"], _special(years, vocabulary),
@@ -181,11 +175,6 @@ def _lists(
         ]
     )  # fmt: skip
     return fixed, flex
-
-
-def _rating_tags(rating: np.ndarray) -> list[tuple[str, ...]]:
-    table = [RATING_TAGS[letter] for letter in _RATINGS] + [()]
-    return [table[code] for code in rating.tolist()]
 
 
 def _group(
@@ -214,7 +203,7 @@ def _captions(records: pa.Table, vocabulary: Vocabulary) -> tuple[Tags, Tags]:
     return Tags(fixed[:, 0], fixed[:, 1]), Tags(flex[:, 0], flex[:, 1])
 
 
-def _words(names: Sequence[str], numbers: np.ndarray) -> list[str | None]:
+def _words(names: Sequence[str | None], numbers: np.ndarray) -> list[str | None]:
     table = [*names, None]
     return [table[number] for number in numbers.tolist()]
 

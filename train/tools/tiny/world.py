@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-from PIL import Image
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import replace_file
@@ -22,6 +21,10 @@ from train.tools.tiny.posts import HELD_OUT_COUNT, Post, make_post
 
 WORLD_VERSION = 6  # raise it when the drawing or the posts change: worlds of another version are refused
 MARKER = "world.json"
+_FORMATS: dict[str, dict[str, Any]] = {
+    "png": {"format": "PNG", "compress_level": 6}, "jpg": {"format": "JPEG", "quality": 92},
+    "webp": {"format": "WEBP", "quality": 90, "method": 2},
+}  # fmt: skip
 SOURCE = "tiny"  # name of the source in configs/tiny/dataset.yaml, first half of every key
 
 
@@ -55,18 +58,8 @@ def write_world(folder: Path, images: int, seed: int) -> bool:
 def picture_bytes(post: Post, seed: int) -> bytes:
     """The encoded picture of a post."""
     number = post.number if post.copy_of is None else post.copy_of
-    image = draw(post.look, post.width, post.height, seed * 1_000_003 + number)
-    return _encode(image, post.extension)
-
-
-def _encode(image: Image.Image, extension: str) -> bytes:
     buffer = io.BytesIO()
-    if extension == "png":
-        image.save(buffer, "PNG", compress_level=6)
-    elif extension == "jpg":
-        image.save(buffer, "JPEG", quality=92)
-    else:
-        image.save(buffer, "WEBP", quality=90, method=2)
+    draw(post.look, post.width, post.height, seed * 1_000_003 + number).save(buffer, **_FORMATS[post.extension])
     return buffer.getvalue()
 
 
