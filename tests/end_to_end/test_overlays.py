@@ -10,6 +10,7 @@ from train.config.schema import flatten
 from train.config.stage import load_stage
 from train.model import memory
 from train.recipe.buckets import make_buckets
+from train.recipe.order import share_of
 from train.tools.estimate.machines import GPUS
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -24,8 +25,33 @@ KEEPS_THE_RESULT = ("48gb", "80gb", "141gb")
 FREE = {"model.gradient_checkpointing", "model.channels_last", "model.compile", "batch.split"}
 
 
+SEVERAL = (  # stage, overlay, card, processes, GiB predicted on each: nothing is held twice because they are several
+    ("pretrain", None, "A100-80GB", 2, 67.1),
+    ("pretrain", "141gb", "H200", 2, 127.8),
+    ("pretrain", "8x80gb", "H100-80GB", 8, 70.5),
+    ("ft1", "8x80gb", "H100-80GB", 8, 62.0),
+    ("ft2", "8x80gb", "H100-80GB", 8, 62.0),
+)
+
+
 def test_every_overlay_is_known() -> None:
-    assert {path.stem for path in CONFIGS.glob("memory/*.yaml")} == set(FITS)
+    assert {path.stem for path in CONFIGS.glob("memory/*.yaml")} == {*FITS, "8x80gb"}
+
+
+@pytest.mark.parametrize(("stage", "overlay", "gpu", "world", "gib"), SEVERAL)
+def test_several_cards_fit_and_share_the_update(
+    stage: str, overlay: str | None, gpu: str, world: int, gib: float
+) -> None:
+    files = [CONFIGS / f"{stage}.yaml", *([CONFIGS / "memory" / f"{overlay}.yaml"] if overlay else [])]
+    config = load_stage(files)
+    accumulation, _ = share_of(config.batch, world)
+    assert config.batch.micro * accumulation * world == config.batch.effective
+    choice = memory.settle(config, int(GPUS[gpu].free_gib * memory.GIB), make_buckets(), world)
+    assert choice.prediction.total / memory.GIB == pytest.approx(gib, abs=0.05)
+    assert choice.prediction.total < choice.usable_bytes
+    plain, changed = flatten(load_stage(files[:1])), flatten(config)
+    touched = {key for key, value in changed.items() if value != plain[key]}
+    assert touched <= {*FREE, "batch.micro", "optimizer.sharding", "checkpoint.every_steps"}
 
 
 @pytest.mark.parametrize("name", FITS)
@@ -42,12 +68,13 @@ def test_overlay_fits_its_card(name: str) -> None:
             assert touched <= FREE
 
 
-@pytest.mark.parametrize(("name", "world"), [("one_gpu", 1), ("two_gpus", 2), ("several_machines", 6)])
+@pytest.mark.parametrize(("name", "world"), [("one_gpu", 1), ("two_gpus", 2), ("several_machines", 6), ("eight_gpus", 8)])
 def test_launch_files(name: str, world: int) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
     loaded = load_config_from_file(str(CONFIGS / "launch" / f"{name}.yaml"))
     assert loaded.num_processes == world
     assert loaded.mixed_precision == "no"
-    config = load_stage([CONFIGS / "pretrain.yaml"])
+    overlay = [CONFIGS / "memory/8x80gb.yaml"] if world == 8 else []
+    config = load_stage([CONFIGS / "pretrain.yaml", *overlay])
     assert config.tiles_per_update % world == 0

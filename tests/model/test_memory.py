@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
 from train.model import memory
 from train.model.memory import GIB, Setup
+from train.model.sdxl import STANDARD, make
 from train.optim.collectives import BinaryCounter
 from train.recipe.order import partial_sums
 
@@ -94,6 +100,57 @@ def test_partial_sums_of_strict_are_those_that_the_counter_holds_while_a_tile_is
     assert memory.setup_of(pretrain([]), 1).partial_sums == 0
     more = memory.predict(memory.setup_of(pretrain(strict), 1), SQUARE, 16, 0).total - memory.predict(PRETRAIN, SQUARE, 16, 0).total
     assert more / GIB == pytest.approx(12.6, abs=0.05)
+
+
+def test_what_previews_need_between_two_updates() -> None:
+    """Networks and state, the decoder's 3.0 GiB, and with an average a copy of the networks; gradients only where they must stay."""
+    pretrain = partial(load_stage, [Path("configs/pretrain.yaml")])
+    asked = ["sampling.every_steps=100"]
+    assert memory.previews_bytes(memory.setup_of(pretrain([]), 2)) == 0
+    average, host = ["ema.decay=0.999"], ["ema.decay=0.999", "ema.device=cpu"]
+    cases = (("one", [], 1), ("two", [], 2), ("ema", average, 1), ("host", host, 1))
+    found = {
+        name: memory.previews_bytes(memory.setup_of(pretrain([*asked, *more]), world)) / GIB for name, more, world in cases
+    }
+    gradients = memory.predict(PRETRAIN, SQUARE, 1, 0).gradients / GIB
+    assert found["one"] == pytest.approx(12.6 + 25.2 + 0.3 + 3.0 + 2.0, abs=0.1)
+    assert found["two"] - found["one"] == pytest.approx(gradients)
+    assert found["host"] - found["one"] == pytest.approx(12.6, abs=0.05), "the copy"
+    assert found["ema"] - found["one"] == pytest.approx(25.2, abs=0.05), "the average and the copy"
+    with_vae = memory.predict(memory.setup_of(pretrain(asked)), SQUARE, 16, 0).total - memory.predict(PRETRAIN, SQUARE, 16, 0).total
+    assert with_vae == 4 * memory.PARAMETERS["vae"], "the VAE stays on the device"
+
+
+class Alive(TorchDispatchMode):
+    """Bytes of the tensors that are alive at once, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes, self.peak, self.known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in tree_leaves(out) if isinstance(t, torch.Tensor)}
+        for key, storage in storages.items():
+            if key not in self.known:
+                self.known.add(key)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.forget, key, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return out
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+
+@pytest.mark.slow
+def test_the_decoders_peak_is_a_count_of_the_real_one() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        vae, latents_1CHW = make("vae", STANDARD["vae"]).eval(), torch.empty(1, 4, 128, 128)
+        with Alive() as alive:
+            vae.decode(latents_1CHW, return_dict=False)
+    assert alive.peak == memory._DECODE_BYTES
 
 
 def test_peak_table() -> None:

@@ -66,6 +66,9 @@ _TEXT_KEPT = {False: 483_450_120, True: 48_268_296}  # per image, by "text encod
 _TEXT_CASTS = {False: 1_431_438_544, True: 3_278_032}
 _ADAFACTOR_STATE = {"unet": 977_322_000, "text_encoder": 1_251_636, "text_encoder_2": 5_307_700}
 
+# Counted: the fp32 decoder's tensors at once, for a picture of 1024x1024; the U-Net's forward without gradients keeps 0.3 GiB.
+_DECODE_BYTES = 3_225_681_920
+
 # Not counted but estimated, and said so wherever a prediction is printed:
 RECOMPUTE_BYTES = GIB // 4  # of the block being recomputed, per image
 WORKSPACE_BYTES = 2 * GIB  # CUDA context, cuDNN workspaces, fragmentation
@@ -85,6 +88,8 @@ class Setup:
     ema_on_device: bool = False
     ema: bool = False  # an average is kept, wherever it lies
     context: int = CONTEXT
+    previews: bool = False  # pictures are drawn while training: the VAE stays on the device from the first on
+    gradients_stay: bool = False  # in DDP's buckets or the flat buffer of strict, also while pictures are drawn
     partial_sums: int = 0  # whole gradients that `batch.determinism: strict` keeps beside the one being summed
 
     def trained(self) -> dict[str, int]:
@@ -103,7 +108,7 @@ class Prediction:
     weights: int
     gradients: int
     optimizer: int
-    frozen: int  # text encoders that are not trained
+    frozen: int  # text encoders that are not trained; with previews the VAE
     ema: int
     partial_sums: int  # of strict
     casts: int  # 16-bit copies of weights kept for backward
@@ -142,6 +147,8 @@ def setup_of(config: Any, world: int = 1) -> Setup:
         ema_on_device=bool(config.ema.decay) and config.ema.device == "same",
         ema=bool(config.ema.decay),
         context=chunks * 77 if config.model.context == "chunks" else chunks * 75 + 2,
+        previews=config.sampling.every_steps > 0,
+        gradients_stay=world > 1 or config.batch.determinism == "strict",
         partial_sums=partial_sums(max(per_process, 1)) if config.batch.determinism == "strict" else 0,
     )
 
@@ -230,11 +237,12 @@ def predict(
         per_image += _TEXT_KEPT[text_checkpointing]
         casts += _TEXT_CASTS[text_checkpointing]
     recomputes = exempt_steps < ALL_STEPS
+    vae = PARAMETERS["vae"] * 4 if setup.previews else 0
     return Prediction(
         weights=trained * weight_bytes,
         gradients=trained * weight_bytes,
         optimizer=optimizer_bytes(setup),
-        frozen=frozen_text * (4 if setup.precision == "fp32" else 2),
+        frozen=frozen_text * (4 if setup.precision == "fp32" else 2) + vae,
         ema=4 * trained if setup.ema_on_device else 0,
         partial_sums=4 * trained * setup.partial_sums,
         casts=casts,
@@ -242,6 +250,19 @@ def predict(
         recompute=RECOMPUTE_BYTES * images if recomputes else 0,
         workspace=WORKSPACE_BYTES,
     )
+
+
+def previews_bytes(setup: Setup) -> int:
+    """Peak bytes on the main process's device while previews are drawn, between two updates; 0 where none are.
+
+    With an average its networks are a copy on the device, wherever the average lies.
+    """
+    if not setup.previews:
+        return 0
+    found = predict(setup, (1024, 1024), 1, 0)
+    copied = found.weights if setup.ema or setup.ema_on_device else 0
+    stays = found.weights + found.optimizer + found.frozen + found.ema + (found.gradients if setup.gradients_stay else 0)
+    return stays + copied + _DECODE_BYTES + found.workspace
 
 
 def largest(buckets: Sequence[tuple[int, int]]) -> tuple[int, int]:

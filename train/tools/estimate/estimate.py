@@ -169,7 +169,10 @@ def memory_report(config: StageConfig, world: int, images: Images, gpu: Gpu, how
     micro = config.batch.micro if images.plan is None else max(images.plan.largest_tiles.values())
     at_once = -(-micro // (1 if isinstance(split, str) else split))
     bucket = memory.largest(buckets)
+    drawing = memory.previews_bytes(setup)
     report |= {
+        "previews_gib": _gib(drawing) if drawing else None,
+        "previews_fit": drawing <= gpu.free_gib * GIB * memory.USABLE_SHARE,
         "usable_share": memory.USABLE_SHARE,
         "largest_bucket": _name(bucket),
         "modes": {

@@ -81,11 +81,15 @@ def _memory_lines(report: dict[str, Any]) -> list[str]:
     if not report["fits"]:
         return [head + report["problem"], table]
     parts = ", ".join(f"{name} {size:.1f}" for name, size in report["parts_gib"].items() if size)
+    drawing = [f"          {report['previews_gib']:.1f} GiB while previews are drawn" + (
+        "" if report["previews_fit"] else ": too much, the run goes on without them; set sampling.every_steps: 0, or leave out ema.decay"
+    )] if report["previews_gib"] else []  # fmt: skip
     return [
         head + f"{report['total_gib']:.1f} GiB predicted with checkpointing {report['checkpointing']}, "
         f"{report['images_at_once']} images of {report['largest_bucket']} at once (split {report['split']})",
         f"          {parts}",
         table,
+        *drawing,
     ]
 
 
