@@ -59,6 +59,23 @@ def test_imports_go_to_lower_floors(path: Path) -> None:
         assert package == mine or FLOORS[package] < FLOORS[mine], f"{mine} (floor {FLOORS[mine]}) imports {name}"
 
 
+# Beside config/, run.py and the commands: a room that loads a run's config itself, and two that speak of the schema.
+KNOW_THE_STAGE = {"tools.show.run", "tools.show.keys", "tools.convert.toml"}
+
+
+@pytest.mark.parametrize("path", ROOMS, ids=module_of)
+def test_a_room_takes_what_it_uses_of_a_stage(path: Path) -> None:
+    """Not the whole `StageConfig`, by its name or under the type that says nothing; tests/config/test_key_readers.py sees the rest."""
+    name = module_of(path)
+    if name.startswith(("config.", "tools.commands.")) or name == "run" or name in KNOW_THE_STAGE:
+        return
+    tree = ast.parse(path.read_text())
+    assert "train.config.stage.StageConfig" not in set(imported(path)), "take a section, or a record of config/derived.py"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg) and node.arg in ("config", "stage", "settings") and node.annotation is not None:
+            assert name.startswith("testing.") or ast.unparse(node.annotation) != "Any", f"line {node.lineno}: say which section"
+
+
 def test_the_light_rooms_load_no_torch() -> None:
     names = [name for name in sorted(MODULES) if name.split(".")[0] in LIGHT or name in LIGHT]
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {', '.join(f'train.{name}' for name in names)}; " \

@@ -24,7 +24,7 @@ environment.settle()  # before the libraries that read it
 from train.base import faults
 from train.base.console import run_cli
 from train.base.errors import ExitCode
-from train.config.stage import StageConfig, config_hash, load_stage, unresolved_yaml
+from train.config.stage import StageConfig, load_stage, unresolved_yaml
 from train.engine import ending, refusals
 
 
@@ -36,9 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     config = load_stage(arguments.config, arguments.overrides)
     faults.warn_if_set()
-    if (run := refusals.open_run(config)) is not None:  # None: the stage is already done
-        with ending.recorded(run, config_hash(config)) as attempt:
-            refusals.refuse_start(config, run)
+    if (run := refusals.open_run(config.start)) is not None:  # None: the stage is already done
+        with ending.recorded(run, config.identity.hash) as attempt:
+            refusals.refuse_start(config.start, run)
             train_stage(config, attempt, unresolved_yaml(arguments.config, arguments.overrides))
     return ExitCode.DONE
 
@@ -52,16 +52,16 @@ def train_stage(config: StageConfig, attempt: ending.Attempt, yaml: str) -> None
         machine = setup.open_machine(config.batch, config.launch)
     with processes.watching(machine.place.rank, machine.place.world, attempt.record) as watch:
         # Model: the predecessor's weights, hash checked; its tokenizers and VAE.
-        source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
+        source, components = handoff.open_source(config.origin)
 
         # Data: the stage's selection, held-out images apart, in the order of the plan; captions behind the separator.
-        data = setup.open_data(config, source)
+        data = setup.open_data(config.images, source)
 
         # Networks: U-Net and text encoders as one module, recomputing as much as memory asks for.
-        model = setup.open_model(config, machine, data.plan, source, components)
+        model = setup.open_model(config.running, config.objective, machine, data.plan, source, components)
 
         # Optimizer, EMA, and the state of an interrupted run: weights, optimizer, two counters, nothing else.
-        running = session.open_session(config, attempt.run, attempt.stop, machine, data, model, watch)
+        running = session.open_session(config.owners, attempt.run, attempt.stop, machine, data, model, watch)
         attempt.reached = lambda: running.run.progress.step
         with session.closing(running):
             attempt.run.write_config(yaml)
@@ -73,7 +73,7 @@ def train_stage(config: StageConfig, attempt: ending.Attempt, yaml: str) -> None
             # Hand-off: last checkpoint and pictures, diffusers folder and single file, lineage, then DONE.
             loop.conclude(running)
             with watch.main_only("export"):
-                handoff.finish(config, running, source, data.index.fingerprint)
+                handoff.finish(config.identity, config.origin, running, source, data.index.fingerprint)
 
 
 if __name__ == "__main__":

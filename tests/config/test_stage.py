@@ -227,7 +227,7 @@ def test_frozen_complete_and_round_trip(stage_yaml: Path, tmp_path: Path) -> Non
     assert config_hash(load_stage([again])) == config_hash(config)
     assert config_hash(load_stage([stage_yaml], ["seed=32"])) != config_hash(config)
     assert flatten(config)["batch.micro"] == 16
-    assert config.tiles_per_update == 6
+    assert config.images.order.tiles_per_update == 6
 
 
 def test_saved_config_keeps_references_unresolved(stage_yaml: Path, monkeypatch: pytest.MonkeyPatch) -> None:

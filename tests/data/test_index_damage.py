@@ -116,7 +116,7 @@ def test_any_damage_is_found_where_hashes_are_kept_and_crashes_nothing_elsewhere
 
 def read_all(config: StageConfig) -> None:
     """Everything of every image."""
-    index = open_selection(config).index
+    index = open_selection(config.images).index
     for i in range(len(index)):
         assert index.key(i) and index.latent(i) and index.labels(i)
         index.caption(i)

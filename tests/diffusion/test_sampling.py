@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from train.base.errors import ExitCode, Halt
+from train.config.derived import TrainedAs
 from train.config.prompts import (
     CARD_SIZES,
     NEGATIVE,
@@ -30,7 +31,6 @@ from train.config.prompts import (
 )
 from train.diffusion.noise import alphas_cumprod
 from train.diffusion.sampling import (
-    TrainedAs,
     captions_text,
     decode,
     denoise,

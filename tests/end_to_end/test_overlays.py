@@ -46,7 +46,7 @@ def test_several_cards_fit_and_share_the_update(
     config = load_stage(files)
     accumulation, _ = share_of(config.batch, world)
     assert config.batch.micro * accumulation * world == config.batch.effective
-    choice = memory.settle(config, int(GPUS[gpu].free_gib * memory.GIB), make_buckets(), world)
+    choice = memory.settle(config.running, int(GPUS[gpu].free_gib * memory.GIB), make_buckets(), world)
     assert choice.prediction.total / memory.GIB == pytest.approx(gib, abs=0.05)
     assert choice.prediction.total < choice.usable_bytes
     plain, changed = flatten(load_stage(files[:1])), flatten(config)
@@ -59,7 +59,7 @@ def test_overlay_fits_its_card(name: str) -> None:
     gpu, stages = FITS[name]
     for stage in stages:
         config = load_stage([CONFIGS / f"{stage}.yaml", CONFIGS / "memory" / f"{name}.yaml"])
-        choice = memory.settle(config, int(GPUS[gpu].free_gib * memory.GIB), make_buckets())
+        choice = memory.settle(config.running, int(GPUS[gpu].free_gib * memory.GIB), make_buckets())
         assert config.batch.micro // choice.split >= 8, "kernels of fewer images leave the card idle"
         plain, changed = flatten(load_stage([CONFIGS / f"{stage}.yaml"])), flatten(config)
         touched = {key for key, value in changed.items() if value != plain[key]}
@@ -77,4 +77,4 @@ def test_launch_files(name: str, world: int) -> None:
     assert loaded.mixed_precision == "no"
     overlay = [CONFIGS / "memory/8x80gb.yaml"] if world == 8 else []
     config = load_stage([CONFIGS / "pretrain.yaml", *overlay])
-    assert config.tiles_per_update % world == 0
+    assert config.running.tiles_per_update % world == 0

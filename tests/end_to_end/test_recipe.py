@@ -119,7 +119,7 @@ def test_one_cycle_is_one_epoch() -> None:
         np.full(images, 1024, dtype=np.int16),
         seed=config.seed,
         tile_images=config.batch.micro,
-        tiles_per_update=config.tiles_per_update,
+        tiles_per_update=config.images.order.tiles_per_update,
         epochs=config.epochs,
     )
     assert (plan.updates_per_epoch, plan.total_updates) == (9_099, 90_990)

@@ -95,12 +95,12 @@ def test_each_shape_is_tried_with_as_many_images_as_its_tiles_have(
 
 def test_memory_is_planned_for_the_tiles_that_there_are() -> None:
     config = load_stage([Path(__file__).parents[2] / "configs/ft1.yaml"], ["batch.split=12"])
-    whole = memory.settle(config, 139 * GIB, [(1024, 1024)])
-    assert memory.settle(config, 139 * GIB, [(1024, 1024)], tile_images=48) == whole
-    short = memory.settle(config, 139 * GIB, [(1024, 1024)], tile_images=5)  # 12 parts of at most 1 image
+    whole = memory.settle(config.running, 139 * GIB, [(1024, 1024)])
+    assert memory.settle(config.running, 139 * GIB, [(1024, 1024)], tile_images=48) == whole
+    short = memory.settle(config.running, 139 * GIB, [(1024, 1024)], tile_images=5)  # 12 parts of at most 1 image
     assert short.prediction.activations == whole.prediction.activations // 4
     auto = load_stage([Path(__file__).parents[2] / "configs/ft1.yaml"], ["batch.split=auto", "model.gradient_checkpointing=auto"])
-    assert memory.settle(auto, 46 * GIB, [(1024, 1024)], tile_images=1).split == 1
+    assert memory.settle(auto.running, 46 * GIB, [(1024, 1024)], tile_images=1).split == 1
 
 
 def test_what_the_start_says(base_model: Path, tmp_path: Path) -> None:
@@ -108,8 +108,8 @@ def test_what_the_start_says(base_model: Path, tmp_path: Path) -> None:
     stage = Stage(tmp_path, data, base_model, "ft1")
 
     def note(*changes: str) -> str | None:
-        config = load_stage([stage.yaml], list(changes))
-        return short_tiles_note(config, open_selection(config).plan)
+        images = load_stage([stage.yaml], list(changes)).images
+        return short_tiles_note(images, open_selection(images).plan)
 
     assert note("batch.micro=2", "batch.effective=2") is None
     alone = note("batch.micro=8", "batch.effective=8") or ""
@@ -127,13 +127,13 @@ def test_a_number_refuses_smaller_buckets_and_null_takes_them(base_model: Path, 
     data = synthetic.make_dataset(tmp_path / "set", (16, 4, 2), buckets=BUCKETS)
     stage = Stage(tmp_path, data, base_model)
     with pytest.raises(Halt, match=r"batch\.min_bucket is 4, .* 96x64 \(2 images\): set batch\.min_bucket=null") as halt:
-        open_selection(load_stage([stage.yaml], ["batch.min_bucket=4"]))
+        open_selection(load_stage([stage.yaml], ["batch.min_bucket=4"]).images)
     assert halt.value.code == ExitCode.MISMATCH
     for setting in ("batch.min_bucket=null", "batch.min_bucket=2"):
-        assert open_selection(load_stage([stage.yaml], [setting])).plan.short_buckets == {(96, 64): 2}
+        assert open_selection(load_stage([stage.yaml], [setting]).images).plan.short_buckets == {(96, 64): 2}
     few = synthetic.make_dataset(tmp_path / "few", (3,), buckets=BUCKETS)
     with pytest.raises(Halt, match=r"3 images do not fill one update of 16 \(batch\.effective\): they make 1 of its 4 tiles"):
-        open_selection(load_stage([stage.yaml], [f"data.path={few}"]))
+        open_selection(load_stage([stage.yaml], [f"data.path={few}"]).images)
 
 
 def test_the_fingerprint_of_a_plan_that_does_not_change_is_that_of_before(base_model: Path, tmp_path: Path) -> None:
@@ -153,17 +153,18 @@ def test_the_fingerprint_of_a_plan_that_does_not_change_is_that_of_before(base_m
 def test_the_planner_counts_short_tiles(base_model: Path, tmp_path: Path) -> None:
     data = synthetic.make_dataset(tmp_path / "set", (9, 3, 1), buckets=BUCKETS)
     stage = Stage(tmp_path, data, base_model)
-    config = load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "epochs=7"])
-    plan = make_plan(Index.open(data, "pretrain"), config)
-    images = plan_images.find_images(config, None)
-    assert plan_images.lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (2, 15)
+    start = load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "epochs=7"]).start
+    order = start.images.order
+    plan = make_plan(Index.open(data, "pretrain"), order)
+    images = plan_images.find_images(start.images, "pretrain", None)
+    assert plan_images.lengths(order, images) == (plan.updates_per_epoch, plan.total_updates) == (2, 15)
     visits = sum(len(tile.rows) for update in range(15) for tile in plan.update(update))
-    assert abs(plan_images.visits(config, images, 2, 15) - visits) <= 8
-    report = estimate._bucket_report(config, images)
+    assert abs(plan_images.visits(order, images, 2, 15) - visits) <= 8
+    report = estimate._bucket_report(start, images)
     assert report["short"] == {"64x96": 3, "96x64": 1}
-    assert estimate.plan_stage(config, estimate.Request())["schedule"]["cycle_updates"] == plan.cycle_updates == 3
+    assert estimate.plan_stage(start, estimate.Request())["schedule"]["cycle_updates"] == plan.cycle_updates == 3
     with pytest.raises(Halt, match=r"batch\.min_bucket is 4"):
-        plan_images.find_images(load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "batch.min_bucket=4"]), None)
+        plan_images.find_images(load_stage([stage.yaml], ["batch.micro=4", "batch.effective=8", "batch.min_bucket=4"]).images, "pretrain", None)
 
 
 @pytest.mark.slow

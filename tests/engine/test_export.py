@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256
+from train.config.derived import TrainedAs
 from train.config.stage import CheckpointConfig, ExportConfig, ModelConfig
-from train.diffusion.sampling import TrainedAs
 from train.engine import export
 from train.model import folder as model_folder
 from train.model import layouts, sdxl, single_file

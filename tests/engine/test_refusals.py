@@ -84,7 +84,7 @@ def test_a_disk_too_small_is_known_from_the_headers(stage: Stage, monkeypatch: p
     monkeypatch.setattr("train.storage.space.free_bytes", lambda path: 1000)
     config = load_stage([stage.yaml], [*SMALL, "model.tokenizers=/nowhere"])
     run = open_run_dir(config.output_dir, "pretrain")
-    messages = [halt.message for halt in refusals.refusals(config, run, 1)]
+    messages = [halt.message for halt in refusals.refusals(config.start, run, 1)]
     run.close()
     assert any("checkpoints need" in message and "the disk has 1 kB" in message for message in messages)
     assert any("model.tokenizers" in message for message in messages)

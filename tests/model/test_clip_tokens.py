@@ -141,7 +141,7 @@ def test_tokenizers_of_another_model_are_refused_by_name(base_model: Path, singl
     assert caught.value.code == ExitCode.MISMATCH
     config = replace(StageConfig(stage="s", seed=1, output_dir="o", epochs=1), model=ModelConfig(init_from=tiny))
     with pytest.raises(Halt, match=r"521 rows, CLIP's tokenizers 49408 tokens\. model\.tokenizers"):
-        refusals.refuse_source(config.model, config.export, source.resolve(config.model))
+        refusals.refuse_source(config.origin, source.resolve(config.model))
     model_folder.write_tokenizers(None, tmp_path)
     with pytest.raises(Halt, match=r"tokenizer has 49408 tokens, text_encoder of .* 521 rows"):
         tinysdxl.load_components(tiny, tokenizers=str(tmp_path))

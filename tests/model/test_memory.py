@@ -96,9 +96,9 @@ def test_partial_sums_of_strict_are_those_that_the_counter_holds_while_a_tile_is
         assert counter.total() == per_process
     pretrain = partial(load_stage, [Path("configs/pretrain.yaml")])
     strict = ["batch.determinism=strict"]
-    assert [memory.setup_of(pretrain(strict), world).partial_sums for world in (1, 2)] == [1, 0]  # six tiles: two sums
-    assert memory.setup_of(pretrain([]), 1).partial_sums == 0
-    more = memory.predict(memory.setup_of(pretrain(strict), 1), SQUARE, 16, 0).total - memory.predict(PRETRAIN, SQUARE, 16, 0).total
+    assert [memory.setup_of(pretrain(strict).running, world).partial_sums for world in (1, 2)] == [1, 0]  # six tiles: two sums
+    assert memory.setup_of(pretrain([]).running, 1).partial_sums == 0
+    more = memory.predict(memory.setup_of(pretrain(strict).running, 1), SQUARE, 16, 0).total - memory.predict(PRETRAIN, SQUARE, 16, 0).total
     assert more / GIB == pytest.approx(12.6, abs=0.05)
 
 
@@ -106,18 +106,18 @@ def test_what_previews_need_between_two_updates() -> None:
     """Networks and state, the decoder's 3.0 GiB, and with an average a copy of the networks; gradients only where they must stay."""
     pretrain = partial(load_stage, [Path("configs/pretrain.yaml")])
     asked = ["sampling.every_steps=100"]
-    assert memory.previews_bytes(memory.setup_of(pretrain([]), 2)) == 0
+    assert memory.previews_bytes(memory.setup_of(pretrain([]).running, 2)) == 0
     average, host = ["ema.decay=0.999"], ["ema.decay=0.999", "ema.device=cpu"]
     cases = (("one", [], 1), ("two", [], 2), ("ema", average, 1), ("host", host, 1))
     found = {
-        name: memory.previews_bytes(memory.setup_of(pretrain([*asked, *more]), world)) / GIB for name, more, world in cases
+        name: memory.previews_bytes(memory.setup_of(pretrain([*asked, *more]).running, world)) / GIB for name, more, world in cases
     }
     gradients = memory.predict(PRETRAIN, SQUARE, 1, 0).gradients / GIB
     assert found["one"] == pytest.approx(12.6 + 25.2 + 0.3 + 3.0 + 2.0, abs=0.1)
     assert found["two"] - found["one"] == pytest.approx(gradients)
     assert found["host"] - found["one"] == pytest.approx(12.6, abs=0.05), "the copy"
     assert found["ema"] - found["one"] == pytest.approx(25.2, abs=0.05), "the average and the copy"
-    with_vae = memory.predict(memory.setup_of(pretrain(asked)), SQUARE, 16, 0).total - memory.predict(PRETRAIN, SQUARE, 16, 0).total
+    with_vae = memory.predict(memory.setup_of(pretrain(asked).running), SQUARE, 16, 0).total - memory.predict(PRETRAIN, SQUARE, 16, 0).total
     assert with_vae == 4 * memory.PARAMETERS["vae"], "the VAE stays on the device"
 
 

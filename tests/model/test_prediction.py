@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from stages import Stage
 
 from train.base.errors import ExitCode, Halt
+from train.config.derived import TrainedAs
 from train.config.prompts import Prompt
-from train.config.stage import ExportConfig, ModelConfig, StageConfig, load_stage
+from train.config.stage import ExportConfig, ModelConfig, load_stage
 from train.diffusion.sampling import _condition, picture_noise, sample_images
 from train.engine import export
 from train.model import layouts, prediction, sdxl, single_file
@@ -43,8 +44,8 @@ def v_run(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFact
     return stage.output
 
 
-def stage_of(*overrides: str) -> StageConfig:
-    return load_stage([ROOT / "configs/ft1.yaml"], overrides)
+def trained_as(*overrides: str) -> TrainedAs:
+    return load_stage([ROOT / "configs/ft1.yaml"], overrides).trained_as
 
 
 def source_with(path: Path, scheduler: dict[str, Any], **more: Any) -> LocalModel:
@@ -127,8 +128,8 @@ def test_a_single_file_of_another_maker(tmp_path: Path) -> None:
         save_file({**tensors, **{mark: torch.empty(0) for mark in marks}}, file,
                   {**metadata, sdxl.CONFIGS_KEY: json.dumps(stored)})  # fmt: skip
         source = model_source.resolve(ModelConfig(init_from=str(file)))
-        assert prediction.conversion(stage_of(*own), source) is None
-        said = prediction.unstated(stage_of(*own), source)
+        assert prediction.conversion(trained_as(*own), source, convert=False) is None
+        said = prediction.unstated(trained_as(*own), source)
         assert said is None if words is None else words in str(said)
 
 
@@ -146,10 +147,10 @@ def test_marks_of_a_full_size_file(marks: tuple[str, ...], tmp_path: Path) -> No
 
 def test_min_snr_would_never_teach_the_terminal_step() -> None:
     with pytest.raises(Halt, match=r"loss.min_snr_gamma gives the terminal step weight 0 with noise.zero_terminal_snr") as caught:
-        stage_of(*V_ZERO, "loss.min_snr_gamma=5")
+        trained_as(*V_ZERO, "loss.min_snr_gamma=5")
     assert caught.value.code == ExitCode.USAGE
-    stage_of("loss.prediction=v", "loss.min_snr_gamma=5")
-    stage_of(*V_ZERO, "loss.debiased=true")
+    trained_as("loss.prediction=v", "loss.min_snr_gamma=5")
+    trained_as(*V_ZERO, "loss.debiased=true")
 
 
 @pytest.mark.parametrize("kind", ["v", "epsilon"])

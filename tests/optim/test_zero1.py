@@ -191,9 +191,9 @@ def test_one_process_shards_nothing(base_model: Path, dataset: Path, tmp_path: P
 
 
 def test_the_planner_counts_the_share() -> None:
-    pretrain = load_stage([Path("configs/pretrain.yaml")], ["optimizer.sharding=zero1"])
+    pretrain = load_stage([Path("configs/pretrain.yaml")], ["optimizer.sharding=zero1"]).running
     assert setup_of(pretrain, 2).shards == 2 and setup_of(pretrain, 1).shards == 1
-    assert setup_of(load_stage([Path("configs/pretrain.yaml")], []), 2).shards == 1
+    assert setup_of(load_stage([Path("configs/pretrain.yaml")], []).running, 2).shards == 1
 
 
 def test_a_host_and_a_disk_too_small_are_refused_together_before_the_first_update(

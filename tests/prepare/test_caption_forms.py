@@ -268,16 +268,15 @@ def test_other_separators_train_as_ours(tmp_path: Path) -> None:
 
 
 def test_the_stage_names_the_separator_of_its_set_or_none(tmp_path: Path) -> None:
-    from train.config.stage import DataConfig
     from train.data.selection import refuse_other_separator
 
     for recorded, fine in (({}, "|||"), ({"separator": "###"}, "###")):
         (tmp_path / "dataset.json").write_text(json.dumps(recorded))
         for name in (None, fine):
-            refuse_other_separator(DataConfig(path=str(tmp_path), separator=name))
+            refuse_other_separator(str(tmp_path), name)
         other = {"|||": "###", "###": "|||"}[fine]
         with pytest.raises(Halt) as stopped:
-            refuse_other_separator(DataConfig(path=str(tmp_path), separator=other))
+            refuse_other_separator(str(tmp_path), other)
         assert stopped.value.code == ExitCode.MISMATCH
         assert all(word in stopped.value.message for word in (repr(fine), repr(other), "data.separator=null"))
 

@@ -46,7 +46,7 @@ def plugin(_version: str) -> type[Plugin]:
 
 
 def reads(root: Path) -> dict[str, set[str]]:
-    """`train.config.stage.NoiseConfig.offset` to the rooms below `root`/train but config/ and testing/ that read it (`diffusion.noise`)."""
+    """`train.config.stage.NoiseConfig.offset` to the rooms below `root`/train but testing/ that read it (`diffusion.noise`)."""
     options = Options()
     options.plugins, options.config_file = [str(Path(__file__).resolve())], str(root / "pyproject.toml")
     options.incremental, options.follow_imports, options.ignore_missing_imports = False, "skip", True
@@ -59,6 +59,6 @@ def reads(root: Path) -> dict[str, set[str]]:
     rooms = {str(path): name.removeprefix("train.") for path, name in names.items()}
     found: dict[str, set[str]] = {}
     for key, path, *_ in SEEN - WRITTEN:
-        if not rooms[path].startswith(("config.", "testing.")):  # benchmarks are no part of the product
+        if not rooms[path].startswith("testing."):  # benchmarks are no part of the product
             found.setdefault(key, set()).add(rooms[path])
     return found

@@ -117,10 +117,10 @@ def opened(stage: Stage, *overrides: str) -> Iterator[Session]:
         directory = open_run_dir(config.output_dir, config.stage)
         try:
             machine = assemble.open_machine(config.batch, config.launch)
-            source, components = handoff.open_source(config, with_vae=config.sampling.every_steps > 0)
-            data = assemble.open_data(config, source)
-            networks = assemble.open_model(config, machine, data.plan, source, components)
-            session = open_session(config, directory, StopFlag(), machine, data, networks)
+            source, components = handoff.open_source(config.origin)
+            data = assemble.open_data(config.images, source)
+            networks = assemble.open_model(config.running, config.objective, machine, data.plan, source, components)
+            session = open_session(config.owners, directory, StopFlag(), machine, data, networks)
             with closing(session):
                 yield session
         finally:

@@ -13,7 +13,8 @@ import pytest
 import synthetic
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import StageConfig, load_stage
+from train.config.derived import Start
+from train.config.stage import load_stage
 from train.recipe.order import Plan
 from train.tools.estimate import estimate, machines, page
 from train.tools.estimate import images as plan_images
@@ -26,8 +27,8 @@ UPDATES = (0, 1, 4549, 4550, 9098, 9099, 90989)
 A100 = Request(gpu="A100")
 
 
-def stage(name: str, *overrides: str) -> StageConfig:
-    return load_stage([CONFIGS / name], overrides)
+def stage(name: str, *overrides: str) -> Start:
+    return load_stage([CONFIGS / name], overrides).start
 
 
 @pytest.mark.parametrize(
@@ -199,27 +200,27 @@ def test_held_out_repeats_are_left_out_as_in_the_stage(tmp_path: Path) -> None:
     from train.data.selection import held_out
 
     data = synthetic.make_dataset(tmp_path / "set", (40, 24))
-    config = stage("pretrain.yaml", f"data.path={data}", "data.select=pretrain", "batch.micro=2", "batch.effective=4",
+    start = stage("pretrain.yaml", f"data.path={data}", "data.select=pretrain", "batch.micro=2", "batch.effective=4",
                    "validation.share=0.3", "epochs=2", "batch.min_bucket=1")  # fmt: skip
-    index = Index.open(data, config.selection)
+    index = Index.open(data, "pretrain")
     expected = int((~held_out(index.uids, 0.3, index.images)).sum())
-    assert plan_images.find_images(config, None).count == expected
+    assert plan_images.find_images(start.images, "pretrain", None).count == expected
 
 
 def test_prepared_buckets_are_counted_merged_and_dropped() -> None:
     counts = {(832, 1216): 40, (1024, 1024): 21, (1216, 832): 3}
     widths = np.repeat([b[0] for b in counts], list(counts.values()))
     heights = np.repeat([b[1] for b in counts], list(counts.values()))
-    config = stage("pretrain.yaml", "batch.micro=4", "batch.effective=8", "batch.remainder=drop", "checkpoint.every_steps=5")
+    start = stage("pretrain.yaml", "batch.micro=4", "batch.effective=8", "batch.remainder=drop", "checkpoint.every_steps=5")
     plan = Plan(np.arange(64), widths, heights, seed=1, tile_images=4, tiles_per_update=2, epochs=10, remainder="drop")
     images = Images(64, "here", counts, plan)
-    report = estimate._bucket_report(config, images)
+    report = estimate._bucket_report(start, images)
     assert report["images"] == {"832x1216": 40, "1024x1024": 21, "1216x832": 3}
     assert report["short"] == {}, "what `drop` drops makes no tile"
     assert "drop never trains the 3 images of buckets smaller than batch.micro (1216x832: 3)" in report["short_note"]
     assert report["dropped_per_epoch"] == 0 + 1 + 3
-    assert plan_images.lengths(config, images) == (plan.updates_per_epoch, plan.total_updates) == (7, 75)
-    disk = estimate._disk_report(config, estimate.memory.setup_of(config), images, 7, 75, None)
+    assert plan_images.lengths(start.images.order, images) == (plan.updates_per_epoch, plan.total_updates) == (7, 75)
+    disk = estimate._disk_report(start, estimate.memory.setup_of(start.running), images, 7, 75, None)
     assert disk["latents_bytes"] == 8 * (104 * 152 * 43 + 128 * 128 * 21)
     assert disk["permanent_checkpoints"] == 11  # past each of ten multiples of 7, and the end
 
@@ -227,8 +228,8 @@ def test_prepared_buckets_are_counted_merged_and_dropped() -> None:
 def test_a_small_model_gets_no_prediction(tmp_path: Path) -> None:
     (tmp_path / "unet").mkdir()
     (tmp_path / "unet" / "config.json").write_text('{"block_out_channels": [32, 32, 64]}')
-    config = stage("pretrain.yaml", f"model.init_from={tmp_path}")
-    plan = estimate.plan_stage(config, A100)
+    start = stage("pretrain.yaml", f"model.init_from={tmp_path}")
+    plan = estimate.plan_stage(start, A100)
     report = plan["memory"]
     assert (plan["time"], plan["disk"]["checkpoint_bytes"]) == (None, None)
     assert "pretrain" in page.describe(plan)
@@ -376,13 +377,13 @@ def test_counts_follow_what_training_does() -> None:
 
 
 def test_short_tiles_repeats_and_moments_are_counted_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = stage("pretrain.yaml", "batch.micro=4", "batch.effective=8", "batch.remainder=keep")
+    start = stage("pretrain.yaml", "batch.micro=4", "batch.effective=8", "batch.remainder=keep")
     plan = Plan(
         np.arange(22), np.full(22, 1024), np.full(22, 1024), seed=1, tile_images=4, tiles_per_update=2, epochs=10,
         remainder="keep",
     )  # fmt: skip
     seen = sum(len(tile.rows) for update in range(plan.total_updates) for tile in plan.update(update))
     images = Images(22, "here", {(1024, 1024): 22}, plan, 12_345)
-    assert plan_images.visits(config, images, plan.updates_per_epoch, plan.total_updates) == seen == 220
-    setup = estimate.memory.setup_of(config)
-    assert estimate._disk_report(config, setup, images, 3, 30, None)["latents_bytes"] == 12_345
+    assert plan_images.visits(start.images.order, images, plan.updates_per_epoch, plan.total_updates) == seen == 220
+    setup = estimate.memory.setup_of(start.running)
+    assert estimate._disk_report(start, setup, images, 3, 30, None)["latents_bytes"] == 12_345

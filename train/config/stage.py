@@ -15,8 +15,10 @@ from typing import Any, Literal
 
 from omegaconf import MISSING, OmegaConf
 
-from train.config.key import key
-from train.config.schema import load_into, merge_sources
+from train.config import derived
+from train.config.derived import Identity, Images, Objective, Origin, Owners, Rates, Running, Start, TrainedAs
+from train.config.key import Resume, key
+from train.config.schema import flatten, keys_of, load_into, merge_sources
 from train.config.stage_rules import stage_problems
 
 
@@ -74,6 +76,11 @@ class BatchConfig:
     min_bucket: int | None = key(None, "null = buckets as prepared; a number refuses a set with smaller ones", at_least=1)
     remainder: Literal["carry", "keep", "drop"] = key("carry", "images that fill no tile at an epoch's end: into the next epoch, a short tile, or left out")
     determinism: Literal["fast", "strict"] = key("fast", "strict = the same bits on any number of processes")
+
+    @property
+    def strict(self) -> bool:
+        """Sums in a fixed order."""
+        return self.determinism == "strict"
 
 
 @dataclass(frozen=True)
@@ -247,15 +254,53 @@ class StageConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 
-    @property
-    def tiles_per_update(self) -> int:
-        """Tiles per update, T = effective / micro."""
-        return self.batch.effective // self.batch.micro
+    # What follows from the keys, by who uses it (train/config/derived.py).
 
     @property
-    def selection(self) -> str:
-        """Name of the selection this stage trains on."""
-        return self.data.select or self.stage
+    def identity(self) -> Identity:
+        """Names, place and settings as others compare them."""
+        flat, defaults = flatten(self), flatten(StageConfig())
+        return Identity(self.stage, self.seed, self.output_dir, config_hash(self), flat, defaults, self.resume.accept)
+
+    @property
+    def trained_as(self) -> TrainedAs:
+        """The conventions under which this stage's weights make sense."""
+        return derived.trained_as(self)
+
+    @property
+    def images(self) -> Images:
+        """Which images, in what order."""
+        return derived.images(self)
+
+    @property
+    def rates(self) -> Rates:
+        """From what the learning rates follow."""
+        return Rates(self.schedule, self.optimizer, self.epochs)
+
+    @property
+    def running(self) -> Running:
+        """How a tile is run and what the run holds."""
+        return derived.running(self)
+
+    @property
+    def objective(self) -> Objective:
+        """Noise, loss and conventions."""
+        return Objective(self.noise, self.loss, self.trained_as)
+
+    @property
+    def origin(self) -> Origin:
+        """Which model the stage starts from."""
+        return derived.origin(self)
+
+    @property
+    def start(self) -> Start:
+        """What a start is judged by, and the dry run made from."""
+        return derived.start(self)
+
+    @property
+    def owners(self) -> Owners:
+        """What the owners of a running stage are made from."""
+        return derived.owners(self)
 
 
 def load_stage(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> StageConfig:
@@ -264,6 +309,11 @@ def load_stage(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> St
     Raises Halt(USAGE) naming the key, with a suggestion for a misspelt one; nothing is repaired.
     """
     return load_into(StageConfig, paths, overrides, [stage_problems])
+
+
+def resume_classes() -> dict[str, Resume]:
+    """What a resume may do with each key, as it stands at the key."""
+    return {name: found.said.resume for name, found in keys_of(StageConfig).items()}
 
 
 def unresolved_yaml(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> str:

@@ -50,6 +50,7 @@ class TileDataset(Dataset[Batch | Halt]):
         self.index, self.plan, self.reader, self.tokenizer = index, plan, reader, tokenizer
         self.seed, self.data, self.noise, self.scale = seed, data, noise, scale
         self.options = draw_options(data, total_updates)
+        self.max_tokens, self.timesteps = data.max_tokens, noise.timesteps
 
     def __getitem__(self, place: tuple[int, int]) -> Batch | Halt:
         """Tile `place[1]` of plan step `place[0]`, or the reason why it cannot be made.
@@ -70,7 +71,7 @@ class TileDataset(Dataset[Batch | Halt]):
         """The tensors of one tile whose images occupy slots first_slot.. of update `step`."""
         latents_BCHW, substituted = self._latents(tile, step)
         shape = tuple(latents_BCHW.shape[1:])
-        low, high = self.noise.timesteps
+        low, high = self.timesteps
         means_BC = latents_BCHW.mean(dim=(2, 3)).numpy() if needs_means(self.noise) else None
         noises = tile_noise(
             self.noise, self.seed, tile.uids.tolist(), tile.epochs.tolist(), shape, latent_means_BC=means_BC
@@ -138,8 +139,8 @@ class TileDataset(Dataset[Batch | Halt]):
         captions = [self.index.caption(row) for row in tile.rows.tolist()]
         uids, epochs = tile.uids.tolist(), tile.epochs.tolist()
         drawn = draw_many(captions, self.options, seed=self.seed, uids=uids, epochs=epochs, update=step)
-        fitted = [self.tokenizer.fit(fixed, flex, self.data.max_tokens, self.data.overflow) for fixed, flex in drawn]
-        ids = self.tokenizer.chunk_ids_many([content for content, _ in fitted], self.data.max_tokens)
+        fitted = [self.tokenizer.fit(fixed, flex, self.max_tokens, self.data.overflow) for fixed, flex in drawn]
+        ids = self.tokenizer.chunk_ids_many([content for content, _ in fitted], self.max_tokens)
         return ids, sum(cut for _, cut in fitted)
 
 

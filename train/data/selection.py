@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
-from train.config.stage import DataConfig, StageConfig
+from train.config.derived import Images, Order
 from train.data.index import U64, Index
 from train.model.source import LocalModel, vae_identity
 from train.model.vae_file import LatentScale
@@ -25,29 +25,30 @@ from train.recipe.order import Plan
 class Selection:
     """`index` is the whole selection, `kept` what trains of it, `held_out` what is measured."""
 
+    folder: str  # of the prepared dataset
     index: Index
     kept: Index
     held_out: Index
     plan: Plan
 
 
-def open_selection(config: StageConfig) -> Selection:
+def open_selection(images: Images) -> Selection:
     """The stage's images and their plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
-    index = Index.open(config.data.path, config.selection)
-    refuse_other_separator(config.data)
-    kept = index.select(~held_out(index.uids, config.validation.share, index.images))
-    asked = measured_of(config)
-    measured = Index.open(config.data.path, asked) if asked != config.selection else index
-    check_buckets(bucket_counts(index), config.batch.min_bucket)
-    _check_what_is_kept(bucket_counts(kept), config.batch.min_bucket, config.validation.share)
-    refuse_missing_shards(config.data.path, index.shards())
-    held = once(measured.select(held_out(measured.uids, config.validation.share, measured.images)))
-    return Selection(index, kept, held, make_plan(kept, config))
+    index, share = open_index(images), images.held_out_share
+    kept = index.select(~held_out(index.uids, share, index.images))
+    measured = index if images.held_out_selection == images.selection else Index.open(images.folder, images.held_out_selection)
+    check_buckets(bucket_counts(index), images.min_bucket)
+    _check_what_is_kept(bucket_counts(kept), images.min_bucket, share)
+    refuse_missing_shards(images.folder, index.shards())
+    held = once(measured.select(held_out(measured.uids, share, measured.images)))
+    return Selection(images.folder, index, kept, held, make_plan(kept, images.order))
 
 
-def measured_of(config: StageConfig) -> str:
-    """Name of the selection whose images the held-out loss of a stage is measured on."""
-    return config.validation.select or config.selection
+def open_index(images: Images) -> Index:
+    """The whole selection, held-out images too."""
+    index = Index.open(images.folder, images.selection)
+    refuse_other_separator(images.folder, images.separator)
+    return index
 
 
 def once(index: Index) -> Index:
@@ -56,14 +57,14 @@ def once(index: Index) -> Index:
     return index.select(np.sort(first))
 
 
-def refuse_other_separator(data: DataConfig) -> None:
+def refuse_other_separator(folder: str, own: str | None) -> None:
     """Halt(MISMATCH) where the stage names another separator than the one that the set's captions were read with."""
-    known = (read_json(Path(data.path) / "dataset.json") or {}).get("separator", SEPARATOR)
-    if data.separator not in (None, known):
+    known = (read_json(Path(folder) / "dataset.json") or {}).get("separator", SEPARATOR)
+    if own not in (None, known):
         raise Halt(
             ExitCode.MISMATCH,
-            f"data.separator is {data.separator!r}, but the captions of data.path {data.path} were read with {known!r}: set "
-            f"data.separator=null, which means the set's, or prepare it with separator: {data.separator!r} in its dataset.yaml",
+            f"data.separator is {own!r}, but the captions of data.path {folder} were read with {known!r}: set "
+            f"data.separator=null, which means the set's, or prepare it with separator: {own!r} in its dataset.yaml",
         )
 
 
@@ -102,30 +103,30 @@ def held_out(uids: U64, share: float, images: npt.NDArray[np.int64] | None = Non
     return uids < np.uint64(int(share * 2.0**64))
 
 
-def make_plan(index: Index, config: StageConfig) -> Plan:
+def make_plan(index: Index, order: Order) -> Plan:
     """The plan of a stage over its selection."""
     return Plan(
         index.uids,
         index.bucket_w,
         index.bucket_h,
-        seed=config.seed,
-        tile_images=config.batch.micro,
-        tiles_per_update=config.tiles_per_update,
-        epochs=config.epochs,
-        remainder=config.batch.remainder,
-        max_updates=config.max_updates,
+        seed=order.seed,
+        tile_images=order.tile_images,
+        tiles_per_update=order.tiles_per_update,
+        epochs=order.epochs,
+        remainder=order.remainder,
+        max_updates=order.max_updates,
     )
 
 
-def short_tiles_note(config: StageConfig, plan: Plan) -> str | None:
+def short_tiles_note(images: Images, plan: Plan) -> str | None:
     """What the start and the planner say of buckets smaller than a tile; None where there is nothing to say.
 
     loss.average: images weighs every image of an update alike, so their size shows only where an update is one tile.
     """
-    micro, largest = config.batch.micro, max(plan.largest_tiles.values())
+    order, micro, largest = images.order, images.order.tile_images, max(plan.largest_tiles.values())
     small = {size: count for size, count in plan.largest_tiles.items() if count < micro}
     names = ", ".join(f"{w}x{h}: {count}" for (w, h), count in small.items())
-    if small and config.batch.remainder == "drop":
+    if small and order.remainder == "drop":
         return f"batch.remainder: drop never trains the {sum(small.values())} images of buckets smaller than batch.micro ({names})"
     if not (short := plan.short_buckets):
         return None
@@ -133,9 +134,9 @@ def short_tiles_note(config: StageConfig, plan: Plan) -> str | None:
         f"{len(short)} of {len(plan.buckets)} buckets hold fewer images than a tile, {micro} (batch.micro), and make one "
         f"short tile an epoch ({names})"
     )
-    alone = config.tiles_per_update == 1
+    alone = order.tiles_per_update == 1
     weights = sorted({largest / count for count in short.values() if count < largest})
-    if not weights or (not alone and config.loss.average == "images"):
+    if not weights or (not alone and images.average == "images"):
         return note
     times = " to ".join(f"{weight:.3g}" for weight in dict.fromkeys((weights[0], weights[-1])))
     why = "an update is one tile and averages over its images" if alone else "loss.average: micro_batches"

@@ -24,27 +24,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from train.base.errors import ExitCode, Halt
+from train.config.derived import TrainedAs
 from train.config.prompts import Prompt, PromptsFile, Sampler
 from train.diffusion.noise import BETA_END, BETA_START, TIMESTEPS
 from train.model import speed, text
-from train.model.networks import TimestepEmbedding, embedding_as
+from train.model.networks import embedding_as
 from train.model.vae_file import LatentScale
 from train.recipe import captions, rng
 from train.recipe.captions import plain_tags
 
 log = logging.getLogger("anix")
-
-
-@dataclass(frozen=True)
-class TrainedAs:
-    """Conventions of the training that inference must share; the defaults are the recipe's."""
-
-    max_tokens: int = 225
-    context: text.Context = "stitched"
-    pooled_projection: text.PooledProjection = "correct"
-    timestep_embedding: TimestepEmbedding = "correct"
-    prediction: str = "epsilon"  # or v
-    zero_terminal_snr: bool = False
 
 
 RECIPE = TrainedAs()

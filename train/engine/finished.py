@@ -12,8 +12,8 @@ from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
-from train.config.schema import flatten
-from train.config.stage import ModelConfig, StageConfig, load_stage
+from train.config.derived import Start
+from train.config.stage import ModelConfig, load_stage
 from train.data.selection import Selection, open_selection, vae_mark
 from train.model import source as model_source
 from train.storage import manifest, resume
@@ -31,28 +31,28 @@ class Answer:
     text: str
 
 
-def answer(config: StageConfig) -> Answer | None:
-    """What the finished stage in `output_dir` answers to `config`; None where no finished one lies there.
+def answer(start: Start) -> Answer | None:
+    """What the finished stage in `output_dir` answers to `start`; None where no finished one lies there.
 
     Raises Halt(MISMATCH) with the keys that differ when it was made under other settings, from another parent or from
     other images, and where more updates cannot follow on those that were applied.
     """
-    path = Path(config.output_dir)
+    path = Path(start.identity.output_dir)
     done = read_done(path)
     if done is None:
         return None
-    name, step = f"stage {config.stage}", done.get("step")
+    name, step = f"stage {start.identity.stage}", done.get("step")
     state = _state(path, step)
     if state is None:
         return Answer(False, f"{name} is already done: {path} (nothing there says under which settings)")
     try:
-        selection = open_selection(config)
+        selection = open_selection(start.images)
     except Halt:  # a set that was cleared away does not undo what was made of it
         selection = None
-    found = _compared(config, state, selection)
+    found = _compared(start, state, selection)
     longer = [difference for difference in found.warned + found.accepted if difference.key in LENGTH]
     if longer and not found.refused and type(step) is int:
-        selection = selection or open_selection(config)  # to go on, it is needed: this says what is wrong with it
+        selection = selection or open_selection(start.images)  # to go on, it is needed: this says what is wrong with it
         if selection.plan.total_updates > step:
             if not (path / "checkpoints" / f"step-{step:08d}").is_dir():
                 told = f"{path} was finished after update {step}, and its checkpoint of that update is gone"
@@ -85,33 +85,31 @@ def _state(path: Path, step: Any) -> dict[str, Any] | None:
         if state is not None and isinstance(state.get("config"), dict):
             return state
     try:
-        before = load_stage([path / "config.yaml"])
+        before = load_stage([path / "config.yaml"]).identity
     except Halt:
         return None
-    return {"stage": before.stage, "config": resume.without_secrets(flatten(before))}
+    return {"stage": before.stage, "config": resume.without_secrets(before.flat)}
 
 
-def _compared(config: StageConfig, state: Mapping[str, Any], selection: Selection | None) -> Comparison:
+def _compared(start: Start, state: Mapping[str, Any], selection: Selection | None) -> Comparison:
     """As a resume compares. What a path holds is looked at where that is quick, and where the path is another one."""
-    resume.check_accept(config.resume.accept, flatten(config))
-    flat = resume.without_secrets(flatten(config))
+    identity, flat = start.identity, resume.without_secrets(start.identity.flat)
+    resume.check_accept(identity.accept, identity.flat)
     held, facts = dict(state.get("held", {})), dict(state.get("facts", {}))
     if selection is not None:
         facts |= {"dataset": selection.kept.fingerprint} if "dataset" in facts else {}
         held["data.path"] = f"{selection.kept.fingerprint}/{selection.kept.selection_hash}"
     elif state["config"].get("data.path") != flat["data.path"]:
         held.pop("data.path", None)
-    parent = _run_sha256(Path(config.model.init_from))  # a run may have gone on since
+    parent = _run_sha256(Path(start.origin.path))  # a run may have gone on since
     if any(state["config"].get(key) != flat[key] for key in _MODEL if key in held):
-        now = _held_by_model(config.model)
+        now = _held_by_model(start.origin.model)
         held |= {key: now[key] for key in _MODEL if key in held}
         parent = now["model.init_from"]
     if parent is not None and "parent" in facts:
         facts["parent"] = parent
-    defaults = flatten(StageConfig())
-    return resume.compare(
-        state, Expectations(config.stage, flat, held, facts, accept=config.resume.accept, defaults=defaults)
-    )
+    expected = Expectations(identity.stage, flat, held, facts, accept=identity.accept, defaults=identity.defaults)
+    return resume.compare(state, expected)
 
 
 def _run_sha256(path: Path) -> str | None:

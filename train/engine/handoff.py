@@ -7,7 +7,7 @@ import os
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
-from train.config.stage import StageConfig, config_hash
+from train.config.derived import Identity, Origin
 from train.engine import export
 from train.engine.refusals import refuse_source
 from train.engine.restore import versions
@@ -22,25 +22,27 @@ from train.storage import checkpoint
 log = logging.getLogger("anix")
 
 
-def open_source(config: StageConfig, *, with_vae: bool) -> tuple[LocalModel, Components]:
+def open_source(origin: Origin) -> tuple[LocalModel, Components]:
     """The model a stage starts from, checked, and its networks. The licence is settled before anything is spent."""
     faults.at("handoff")
-    source = model_source.resolve(config.model)
-    refuse_source(config.model, config.export, source)
-    prediction.conversion(config, source)
-    export.license_of(config.export, source)
-    for note in (prediction.unstated(config, source), source.note):
+    source = model_source.resolve(origin.model)
+    refuse_source(origin, source)
+    prediction.conversion(origin.trained_as, source, convert=origin.convert)
+    export.license_of(origin.export, source)
+    for note in (prediction.unstated(origin.trained_as, source), source.note):
         if note and os.environ.get("RANK", "0") == "0":
             log.info("%s", note)
-    return source, networks.build(source, with_vae=with_vae)
+    return source, networks.build(source, with_vae=origin.with_vae)
 
 
-def finish(config: StageConfig, session: Session, source: LocalModel, dataset_fingerprint: str) -> None:
+def finish(
+    identity: Identity, origin: Origin, session: Session, source: LocalModel, dataset_fingerprint: str
+) -> None:
     """Export, lineage, DONE; on the main process. Each step may be repeated after a kill.
 
     Raises Halt(STOPPED) when asked to stop under way: the next start makes the export, no update.
     """
-    run, progress = session.run, session.run.progress
+    run, progress, told = session.run, session.run.progress, origin.trained_as
     if not run.place.is_main:
         return
 
@@ -50,24 +52,24 @@ def finish(config: StageConfig, session: Session, source: LocalModel, dataset_fi
 
     final = checkpoint.of_step(run.folder.path, progress.step)
     record = export.lineage_record(
-        stage=config.stage,
+        stage=identity.stage,
         source=source,
         dataset_fingerprint=dataset_fingerprint,
-        config_hash=config_hash(config),
-        seed=config.seed,
+        config_hash=identity.hash,
+        seed=identity.seed,
         updates=progress.updates,
         images=progress.images,
         versions=versions(),
-        license=export.license_of(config.export, source),
+        license=export.license_of(origin.export, source),
         weights_sha256=final.manifest.files["model.safetensors"].sha256,
         conditioning={
-            "max_tokens": config.data.max_tokens,
-            "context": config.model.context,
-            "pooled_projection": config.model.pooled_projection,
-            "timestep_embedding": config.model.timestep_embedding,
+            "max_tokens": told.max_tokens,
+            "context": told.context,
+            "pooled_projection": told.pooled_projection,
+            "timestep_embedding": told.timestep_embedding,
         },
         accepted=run.state["accepted"],
-        conversion=prediction.conversion(config, source),
+        conversion=prediction.conversion(told, source, convert=origin.convert),
         extended=run.state["extended"],
     )
     export.export_stage(
@@ -75,13 +77,13 @@ def finish(config: StageConfig, session: Session, source: LocalModel, dataset_fi
         final.path / "model.safetensors",
         source,
         record,
-        config.export,
-        prediction=config.loss.prediction,
-        zero_terminal_snr=config.noise.zero_terminal_snr,
-        timesteps=config.noise.timesteps,
+        origin.export,
+        prediction=told.prediction,
+        zero_terminal_snr=told.zero_terminal_snr,
+        timesteps=session.data.timesteps,
         side_px=buckets.square_of(session.data.plan.buckets),
         average=final.path / "ema.safetensors" if "ema" in final.groups else None,
         poll=poll,
     )
-    done = {"stage": config.stage, "step": progress.step}
+    done = {"stage": identity.stage, "step": progress.step}
     run.folder.write_done({**done, "updates": progress.updates, "images": progress.images})

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from train.base.errors import ExitCode, Halt
+from train.config.derived import Origin, Rates, Start
 from train.config.prompts import load_prompts
-from train.config.schema import flatten
-from train.config.stage import ExportConfig, ModelConfig, StageConfig, config_hash
 from train.data.selection import open_selection, refuse_other_vae
 from train.engine import finished
 from train.engine.export import stated_license
@@ -34,22 +33,23 @@ T = TypeVar("T")
 _FIRST = (ExitCode.USAGE, ExitCode.MISMATCH, ExitCode.CANNOT_WRITE, ExitCode.LOCKED)
 
 
-def open_run(config: StageConfig) -> RunDir | None:
+def open_run(start: Start) -> RunDir | None:
     """The run directory of this start, locked; None, and a line that says so, where the stage is already done.
 
     Raises one Halt with everything that is wrong with a start that may not have it.
     """
     rank, world = own_place()
+    folder, stage = start.identity.output_dir, start.identity.stage
     try:
-        refuse_entangled(config.output_dir, config.model, config.data.path)
-        run = open_run_dir(config.output_dir, config.stage, rank=rank)
+        refuse_entangled(folder, start.reads)
+        run = open_run_dir(folder, stage, rank=rank)
     except Halt as refusal:  # what else is wrong is told with it
-        raise together([refusal, *refusals(config, None, world)]) from refusal
-    if run.done is not None and (answer := finished.answer(config)) is not None:
+        raise together([refusal, *refusals(start, None, world)]) from refusal
+    if run.done is not None and (answer := finished.answer(start)) is not None:
         print(answer.text, file=sys.stderr)
         if not answer.goes_on:
             return None
-        run = open_run_dir(config.output_dir, config.stage, rank=rank, go_on=True)
+        run = open_run_dir(folder, stage, rank=rank, go_on=True)
     return run
 
 
@@ -61,11 +61,11 @@ def own_place() -> tuple[int, int]:
     return int(rank), int(world)
 
 
-def refuse_start(config: StageConfig, run: RunDir) -> None:
+def refuse_start(start: Start, run: RunDir) -> None:
     """One Halt with everything that is wrong with this start, as far as it shows before torch is loaded."""
-    found = refusals(config, run, own_place()[1])
+    found = refusals(start, run, own_place()[1])
     try:
-        run.check_attempts(config_hash(config), config.resume.accept)
+        run.check_attempts(start.identity.hash, start.identity.accept)
     except Halt as halt:
         found.append(halt)
     if found:
@@ -82,12 +82,13 @@ def together(halts: Sequence[Halt]) -> Halt:
     return Halt(code, f"{len(messages)} things are wrong with this start:\n{lines}")
 
 
-def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
+def refusals(start: Start, run: RunDir | None, world: int) -> list[Halt]:
     """Everything that refuses this start. `run` is None where it could not be opened.
 
     First all that shows without torch; where that is sound, all that the model's shapes, licence and VAE tell.
     """
     found: list[Halt] = []
+    identity, origin = start.identity, start.origin
 
     def tried(check: Callable[[], T]) -> T | None:
         try:
@@ -96,27 +97,27 @@ def refusals(config: StageConfig, run: RunDir | None, world: int) -> list[Halt]:
             found.append(halt)
         return None
 
-    tried(lambda: resume.check_accept(config.resume.accept, flatten(config)))
-    tried(lambda: share_of(config.batch, world))
+    tried(lambda: resume.check_accept(identity.accept, identity.flat))
+    tried(lambda: share_of(start.batch, world))
     tried(refuse_foreign_engines)
     # A hub model is fetched once everything else is known to be right.
-    local = Path(config.model.init_from).exists() or HUB_NAME.match(config.model.init_from) is None
+    local = Path(origin.path).exists() or HUB_NAME.match(origin.path) is None
     if local:
-        tried(lambda: model_source.look(config.model))
-    selection = tried(lambda: open_selection(config))
+        tried(lambda: model_source.look(origin.model))
+    selection = tried(lambda: open_selection(start.images))
     if selection is not None:
-        tried(lambda: check_schedule(config, selection.plan))
-    if config.sampling.every_steps:
-        tried(lambda: load_prompts(config.sampling.prompts))
+        tried(lambda: check_schedule(start.rates, selection.plan))
+    if (prompts := start.prompts) is not None:
+        tried(lambda: load_prompts(prompts))
     if found or run is None or not local:
         return found
     # What the networks' shapes tell needs the libraries that build them, which a start that ends here never loads.
-    source = tried(lambda: model_source.resolve(config.model, hashed=False))
+    source = tried(lambda: model_source.resolve(origin.model, hashed=False))
     if source is not None and selection is not None:
-        tried(lambda: refuse_source(config.model, config.export, source))
-        tried(lambda: prediction.conversion(config, source))
-        tried(lambda: refuse_other_vae(config.data.path, selection.index, source))
-        if run.rank == 0 and (problem := _lacking(config, run, source)):
+        tried(lambda: refuse_source(origin, source))
+        tried(lambda: prediction.conversion(origin.trained_as, source, convert=origin.convert))
+        tried(lambda: refuse_other_vae(selection.folder, selection.index, source))
+        if run.rank == 0 and (problem := _lacking(start, run, source)):
             found.append(Halt(ExitCode.MISMATCH, problem))
     return found
 
@@ -139,10 +140,10 @@ def refuse_foreign_engines() -> None:
         )
 
 
-def refuse_source(model: ModelConfig, export: ExportConfig, source: LocalModel) -> None:
+def refuse_source(origin: Origin, source: LocalModel) -> None:
     """Halt(USAGE) for a model that the stage's other settings do not go with, naming the setting."""
     problems = []
-    if model.pooled_projection == "sd_scripts" and source.kind != "single_file":
+    if origin.trained_as.pooled_projection == "sd_scripts" and source.kind != "single_file":
         problems.append(
             "model.pooled_projection: sd_scripts reproduces a trainer that read single files: give a .safetensors"
         )
@@ -153,27 +154,28 @@ def refuse_source(model: ModelConfig, export: ExportConfig, source: LocalModel) 
             "names a folder with the model's own tokenizer/ and tokenizer_2/"
         )
     problems += [f"model.tokenizers: {folder} is no folder" for folder in folders if not folder.is_dir()]
-    if not stated_license(export, source):
+    if not stated_license(origin.export, source):
         problems.append(f"{source.path} declares no licence: set export.license to the one its weights are under")
     if problems:
         raise Halt(ExitCode.USAGE, "; ".join(problems))
 
 
-def check_schedule(config: StageConfig, plan: Plan) -> None:
+def check_schedule(rates: Rates, plan: Plan) -> None:
     """Halt(USAGE) for a schedule that means something else than it says."""
-    updates = schedule.cycle_length(config.schedule, epoch_updates=plan.cycle_updates)
-    peaks = schedule.peak_keys(config.optimizer)
-    schedule.check(config.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=config.epochs)
+    updates = schedule.cycle_length(rates.schedule, epoch_updates=plan.cycle_updates)
+    peaks = schedule.peak_keys(rates.optimizer)
+    schedule.check(rates.schedule, peaks, cycle_updates=updates, total_updates=plan.total_updates, epochs=rates.epochs)
 
 
-def refuse_entangled(output_dir: str, model: ModelConfig, data_path: str) -> None:
+def refuse_entangled(output_dir: str, reads: Mapping[str, str]) -> None:
     """Halt(MISMATCH) where the run would write or clear among what it reads. Comes before anything is made there."""
     problems = []
     output = Path(os.path.realpath(output_dir))
-    named = [("model.init_from", model.init_from), ("model.vae", model.vae), ("data.path", data_path)]
-    named += [("model.tokenizers", os.path.join(model.tokenizers, name)) for name in TOKENIZERS if model.tokenizers]
+    named = [(key, path) for key, path in reads.items() if key != "model.tokenizers"]
+    if tokenizers := reads.get("model.tokenizers"):
+        named += [("model.tokenizers", os.path.join(tokenizers, name)) for name in TOKENIZERS]
     for key, value in named:
-        if value is None or not os.path.exists(value):
+        if not os.path.exists(value):
             continue
         read = Path(os.path.realpath(value))
         if read.is_relative_to(output):
@@ -186,10 +188,10 @@ def refuse_entangled(output_dir: str, model: ModelConfig, data_path: str) -> Non
         raise Halt(ExitCode.MISMATCH, "; ".join(problems))
 
 
-def _lacking(config: StageConfig, run: RunDir, source: LocalModel) -> str | None:
+def _lacking(start: Start, run: RunDir, source: LocalModel) -> str | None:
     """What is wrong when the checkpoints will not fit, judged by the shapes of the trained weights."""
-    trained = ("unet.", "text_encoder.", "text_encoder_2.") if config.model.train_text_encoders else ("unet.",)
+    running = start.running
+    trained = ("unet.", "text_encoder.", "text_encoder_2.") if running.trains_text else ("unet.",)
     shapes = [blob.shape for name, blob in source.weights.items() if name.startswith(trained)]
-    average = bool(config.ema.decay)
-    least = checkpoint_bytes(config.optimizer.name, shapes, weights=config.model.weights, average=average)
-    return space.lacking_space(run, least / space.SPACE_FACTOR, config.checkpoint)
+    least = checkpoint_bytes(running.optimizer, shapes, weights=running.weights, average=running.average)
+    return space.lacking_space(run, least / space.SPACE_FACTOR, start.checkpoint)

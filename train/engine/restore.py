@@ -11,8 +11,7 @@ from typing import Any
 import torch
 
 from train.base.errors import ExitCode, Halt
-from train.config.schema import flatten
-from train.config.stage import StageConfig
+from train.config.derived import Identity
 from train.data.index import Index, changes_since, save_selection
 from train.engine import finished
 from train.engine.setup import Data, Execution
@@ -30,13 +29,13 @@ SELECTION = "selection.safetensors"  # beside config.yaml: which images and capt
 
 
 def expectations(
-    config: StageConfig, data: Data, source: LocalModel, networks: Networks, ema: Ema | None
+    identity: Identity, data: Data, source: LocalModel, networks: Networks, ema: Ema | None
 ) -> resume.Expectations:
     """What a checkpoint of this run must have been written under, and what the next one says about itself."""
     model = state_files.specs(trained_parameters(networks))
     return resume.Expectations(
-        stage=config.stage,
-        config=resume.without_secrets(flatten(config)),
+        stage=identity.stage,
+        config=resume.without_secrets(identity.flat),
         held={
             "data.path": f"{data.index.fingerprint}/{data.index.selection_hash}",
             "model.init_from": source.sha256,
@@ -47,10 +46,10 @@ def expectations(
             "model.tokenizers": data.tokenizer.identity(),
         },
         facts={"dataset": data.index.fingerprint, "plan": data.fingerprint, "parent": source.sha256},
-        notes={"canary": rng.canary(config.seed), "threads": torch.get_num_threads(), "versions": versions()},
+        notes={"canary": rng.canary(identity.seed), "threads": torch.get_num_threads(), "versions": versions()},
         tensors={"model": model, "optimizer": None} | ({"ema": model} if ema is not None else {}),
-        accept=config.resume.accept,
-        defaults=flatten(StageConfig()),
+        accept=identity.accept,
+        defaults=identity.defaults,
     )
 
 

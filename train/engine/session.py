@@ -19,8 +19,9 @@ import torch
 
 from train.base.errors import ExitCode, Halt
 from train.base.signals import StopFlag
-from train.config.schema import flatten
-from train.config.stage import CheckpointConfig, DataConfig, OptimizerConfig, StageConfig, config_hash
+from train.config import derived
+from train.config.derived import Owners, Watching
+from train.config.stage import CheckpointConfig, DataConfig, EmaConfig, OptimizerConfig
 from train.data.dataset import TileDataset
 from train.data.loader import Loader
 from train.data.selection import short_tiles_note
@@ -108,52 +109,46 @@ class Session:
 
 
 def open_session(
-    config: StageConfig, run: RunDir, stop: StopFlag, machine: Machine, data: Data, model: Model, watch: Watch | None = None
+    owners: Owners, run: RunDir, stop: StopFlag, machine: Machine, data: Data, model: Model, watch: Watch | None = None
 ) -> Session:
     """Everything the loop owns, at the point where the run stands. `watch`: none for a process by itself."""
     place, plan, networks = machine.place, data.plan, model.networks
+    learning, feeding, watching, keeping = owners.trained, owners.data, owners.observers, owners.run
+    running, settings, identity = learning.running, learning.rates.optimizer, keeping.identity
     # What a setting can still spoil comes before the checkpoint is read and before files are opened.
-    rates_at = open_rates(config, plan)
-    warning = schedule.long_warmup(config.schedule, total_updates=plan.total_updates)
+    rates_at = open_rates(learning.rates, plan)
+    warning = schedule.long_warmup(learning.rates.schedule, total_updates=plan.total_updates)
     if warning and place.is_main:
         log.warning("%s", warning)
     latent_scale = LatentScale.of(model.source.configs["vae"])
-    previews = Previews(config, model.components, networks, place, model.diffusion)
+    previews = Previews(watching, model.components, networks, place, model.diffusion)
     held_out = HeldOut(
-        config, data.held_out, data.tokenizer, networks, place, diffusion=model.diffusion, scale=latent_scale
+        watching, data.folder, data.held_out, data.tokenizer, networks, place, diffusion=model.diffusion, scale=latent_scale
     )
-    parameters, shares = trained_parameters(networks), open_shares(config.optimizer.sharding, networks, place)
-    optimizer = make_optimizer(config.optimizer, schedule.peaks(config.optimizer), networks, shares, strict=machine.strict)
-    ema = Ema(parameters, config.ema.decay, config.ema.every_steps, config.ema.device) if config.ema.decay else None
-    expected = expectations(config, data, model.source, networks, ema)
+    parameters, shares = trained_parameters(networks), open_shares(running.sharding, networks, place)
+    optimizer = make_optimizer(settings, schedule.peaks(settings), networks, shares, strict=machine.strict)
+    ema = open_average(learning.ema, parameters)
+    expected = expectations(identity, data, model.source, networks, ema)
     if place.is_main:
-        check_room(run, plan, parameters, shares, config.optimizer.name, config.checkpoint, average=ema is not None)
-        if note := short_tiles_note(config, plan):
+        check_room(run, plan, parameters, shares, running.optimizer, keeping.checkpoint, average=ema is not None)
+        if note := short_tiles_note(owners.images, plan):
             log.info(note)
     loaded = restore(
         run, expected, networks, optimizer, ema, data.index,
-        name=config.optimizer.name, verify=config.checkpoint.verify, is_main=place.is_main,
+        name=running.optimizer, verify=keeping.checkpoint.verify, is_main=place.is_main,
     )  # fmt: skip
     progress = loaded.progress if loaded else Progress()
-    if place.is_main and config.validation.every_steps:
+    if place.is_main and watching.held_out_every_steps:
         held_out.remember(run.path)
-    images = partial(TileDataset, seed=config.seed, data=config.data, noise=config.noise, scale=latent_scale)
-    scale = loss_scale(config.precision, loaded.state.get("scaler") if loaded else None)
+    images = partial(TileDataset, seed=feeding.seed, data=feeding.data, noise=feeding.noise, scale=latent_scale)
+    scale = loss_scale(running.precision, loaded.state.get("scaler") if loaded else None)
+    loader = open_loader(images, feeding.data, machine, data, progress.step)
     return Session(
         open_trained(
-            config.optimizer, machine, model, optimizer, shares, ema, scale, rates_at,
-            rounding_seed=config.seed if config.model.weights == "bf16" else None,
+            settings, machine, model, optimizer, shares, ema, scale, rates_at, rounding_seed=learning.rounding_seed
         ),
-        TrainingData(plan, open_loader(images, config.data, machine, data, progress.step), config.seed, config.noise.timesteps),
-        Observers(
-            tracker=open_tracker(config, run, place, plan, progress),
-            trace=Trace(run.path) if config.tracking.trace and place.is_main else None,
-            spikes=SpikeDetector(recent_losses(run.metrics) if place.is_main else ()),
-            previews=previews,
-            previews_every_steps=config.sampling.every_steps,
-            held_out=held_out,
-            held_out_every_steps=config.validation.every_steps,
-        ),
+        TrainingData(plan, loader, feeding.seed, loader.dataset.timesteps),
+        open_observers(watching, run, place, open_tracker(watching, run, place, plan, progress), previews, held_out),
         Run(
             folder=run,
             place=place,
@@ -161,22 +156,27 @@ def open_session(
             last_step=plan.total_updates,
             stop=stop,
             watch=watch or Watch(None, 0, 1),
-            saver=open_saver(run, config.checkpoint, plan, stop) if place.is_main else None,
-            checkpoint=config.checkpoint,
-            grace_s=config.launch.grace_s,
-            state=state_of(config_hash(config), expected, loaded, place.world, model.execution, run.done),
+            saver=open_saver(run, keeping.checkpoint, plan, stop) if place.is_main else None,
+            checkpoint=keeping.checkpoint,
+            grace_s=keeping.grace_s,
+            state=state_of(identity.hash, expected, loaded, place.world, model.execution, run.done),
         ),
     )
 
 
-def open_rates(config: StageConfig, plan: Plan) -> Rates:
+def open_rates(rates: derived.Rates, plan: Plan) -> Rates:
     """The stage's schedule over the length of its run, refused if it means something else than it says."""
-    check_schedule(config, plan)
-    cycle = schedule.cycle_length(config.schedule, epoch_updates=plan.cycle_updates)
+    check_schedule(rates, plan)
+    cycle = schedule.cycle_length(rates.schedule, epoch_updates=plan.cycle_updates)
     return partial(
-        schedule.rates_at, peaks=schedule.peaks(config.optimizer), config=config.schedule, cycle_updates=cycle,
+        schedule.rates_at, peaks=schedule.peaks(rates.optimizer), config=rates.schedule, cycle_updates=cycle,
         total_updates=plan.total_updates,
     )  # fmt: skip
+
+
+def open_average(settings: EmaConfig, parameters: Parameters) -> Ema | None:
+    """The average of the weights that `ema.decay` asks for."""
+    return Ema(dict(parameters), settings.decay, settings.every_steps, settings.device) if settings.decay else None
 
 
 def open_trained(
@@ -248,20 +248,35 @@ def _host_lacks(optimizer: str, parameters: Parameters, shares: Shares | None) -
     )
 
 
+def open_observers(
+    watching: Watching, run: RunDir, place: Place, tracker: Tracker, previews: Previews, held_out: HeldOut
+) -> Observers:
+    """What looks at the run, at the point where its metrics stand."""
+    return Observers(
+        tracker=tracker,
+        trace=Trace(run.path) if watching.tracking.trace and place.is_main else None,
+        spikes=SpikeDetector(recent_losses(run.metrics) if place.is_main else ()),
+        previews=previews,
+        previews_every_steps=watching.previews_every_steps,
+        held_out=held_out,
+        held_out_every_steps=watching.held_out_every_steps,
+    )
+
+
 def recent_losses(metrics: Path) -> list[float]:
     """The losses that metrics.jsonl ends with, so that a resumed run is not blind to spikes at first."""
     records = read_metrics(metrics)[-SPIKE_WINDOW :] if metrics.is_file() else []
     return [record["loss"] for record in records if isinstance(record.get("loss"), float)]
 
 
-def open_tracker(config: StageConfig, run: RunDir, place: Place, plan: Plan, progress: Progress) -> Tracker:
+def open_tracker(watching: Watching, run: RunDir, place: Place, plan: Plan, progress: Progress) -> Tracker:
     """metrics.jsonl, the bar, and what else the config names; silent on other than the main process."""
     return Tracker(
         run.path,
-        config.tracking,
+        watching.tracking,
         is_main=place.is_main,
-        run_name=config.stage,
-        config_flat=flatten(config),
+        run_name=watching.identity.stage,
+        config_flat=watching.identity.flat,
         total_steps=plan.total_updates,
         resume_step=progress.step,
     )
@@ -272,7 +287,7 @@ def open_loader(
 ) -> Loader:
     """Latents, noise and captions of this process's tiles, from the plan step reached."""
     last_step = data.plan.total_updates
-    dataset = images(data.index, data.plan, ShardReader(settings.path), data.tokenizer, total_updates=last_step)
+    dataset = images(data.index, data.plan, ShardReader(data.folder), data.tokenizer, total_updates=last_step)
     return Loader(
         dataset, settings, machine.place.device, tiles=machine.tiles_here, first_step=first_step, last_step=last_step
     )

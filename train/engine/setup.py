@@ -13,7 +13,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 
-from train.config.stage import BatchConfig, LaunchConfig, ModelConfig, OptimizerConfig, StageConfig
+from train.config.derived import Images, Objective, Running, TrainedAs
+from train.config.stage import BatchConfig, LaunchConfig, OptimizerConfig
 from train.data.index import Index
 from train.data.selection import open_selection, refuse_other_vae, vae_mark
 from train.diffusion.noise import alphas_cumprod
@@ -70,6 +71,7 @@ class Model:
 class Data:
     """The stage's images in plan order, and those held out."""
 
+    folder: str  # of the prepared dataset
     index: Index
     held_out: Index
     plan: Plan
@@ -83,8 +85,7 @@ def open_machine(batch: BatchConfig, launch: LaunchConfig) -> Machine:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation, virtual_per_rank = share_of(batch, world)
     refuse_foreign_engines()
-    strict = batch.determinism == "strict"
-    if strict:
+    if batch.strict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # Else every new tensor is filled with NaN: traffic, and no other bit.
@@ -104,35 +105,35 @@ def open_machine(batch: BatchConfig, launch: LaunchConfig) -> Machine:
     rank = accelerator.process_index
     place = Place(rank, accelerator.num_processes, accelerator.device)
     tiles_here = range(rank * accumulation, (rank + 1) * accumulation)
-    return Machine(place, accelerator, tiles_here, virtual_per_rank, strict, launch.collective_timeout_s)
+    return Machine(place, accelerator, tiles_here, virtual_per_rank, batch.strict, launch.collective_timeout_s)
 
 
-def open_data(config: StageConfig, source: LocalModel) -> Data:
+def open_data(images: Images, source: LocalModel) -> Data:
     """Selection, held-out split and plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
-    selection = open_selection(config)
-    refuse_other_vae(config.data.path, selection.index, source)
+    selection, order = open_selection(images), images.order
+    refuse_other_vae(selection.folder, selection.index, source)
     kept = selection.kept
     tokenizer = text.load_tag_tokenizer(source.tokenizers)
     fingerprint = plan_fingerprint(
-        seed=config.seed,
-        tile_images=config.batch.micro,
-        tiles_per_update=config.tiles_per_update,
-        remainder=config.batch.remainder,
-        min_bucket=config.batch.min_bucket or config.batch.micro,
+        seed=order.seed,
+        tile_images=order.tile_images,
+        tiles_per_update=order.tiles_per_update,
+        remainder=order.remainder,
+        min_bucket=images.min_bucket or order.tile_images,
         dataset=selection.index.fingerprint,
         selection=kept.selection_hash,
         tokenizers=tokenizer.identity(),
         version=selection.plan.version,
     )
-    return Data(kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae_mark(source))
+    return Data(selection.folder, kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae_mark(source))
 
 
-def settle(config: StageConfig, machine: Machine, plan: Plan, source: LocalModel) -> Execution:
+def settle(running: Running, machine: Machine, plan: Plan, source: LocalModel) -> Execution:
     """How tiles are executed: the config's words, with `auto` settled by the memory that is free right now.
 
     The prediction knows SDXL's own architecture; for another, `auto` means full recomputation and whole tiles.
     """
-    mode, split = config.model.gradient_checkpointing, config.batch.split
+    mode, split = running.checkpointing, running.split
     if "auto" not in (mode, split):
         return Execution(exempt_steps_of(mode), int(split), mode != "none")
     if not single_file.is_standard(source.configs):
@@ -140,7 +141,7 @@ def settle(config: StageConfig, machine: Machine, plan: Plan, source: LocalModel
         steps = 0 if mode == "auto" else exempt_steps_of(mode)
         return Execution(steps, 1 if split == "auto" else int(split), True)
     free, most = free_bytes(machine.place), max(plan.largest_tiles.values())
-    choice = memory.settle(config, free, plan.buckets, machine.place.world, tile_images=most)
+    choice = memory.settle(running, free, plan.buckets, machine.place.world, tile_images=most)
     log.info(
         "auto: %d blocks kept, tiles in %d parts; predicted peak %.1f GiB of %.1f usable",
         choice.exempt_steps,
@@ -165,59 +166,59 @@ def free_bytes(place: Place) -> int:
 
 
 def open_model(
-    config: StageConfig, machine: Machine, plan: Plan, source: LocalModel, components: Components
+    running: Running, objective: Objective, machine: Machine, plan: Plan, source: LocalModel, components: Components
 ) -> Model:
     """The networks as the stage trains them, recomputing as much as memory asks for."""
-    execution = settle(config, machine, plan, source)
-    networks = open_networks(config.model, config.precision, components, machine.place.device, execution)
-    if config.model.attention in ("flash", "cudnn"):
-        inputs = speed.attention_inputs(networks.unet, lambda: probe(networks, config.precision, config.data.max_tokens))
-        speed.check_attention(inputs, config.model.attention)
-    set_speed(networks, config.model)
+    execution, told = settle(running, machine, plan, source), objective.trained_as
+    networks = open_networks(running, told, components, machine.place.device, execution)
+    if running.attention in ("flash", "cudnn"):
+        inputs = speed.attention_inputs(networks.unet, lambda: probe(networks, running.precision, told.max_tokens))
+        speed.check_attention(inputs, running.attention)
+    set_speed(networks, running)
     diffusion = Diffusion(
-        alphas_T=alphas_cumprod(config.noise.zero_terminal_snr).to(machine.place.device),
-        noise=config.noise,
-        loss=config.loss,
-        precision=config.precision,
+        alphas_T=alphas_cumprod(told.zero_terminal_snr).to(machine.place.device),
+        noise=objective.noise,
+        loss=objective.loss,
+        precision=running.precision,
         split=execution.split,
-        attention=config.model.attention,
+        attention=running.attention,
         deterministic=machine.strict,
-        channels_last=config.model.channels_last,
+        channels_last=running.channels_last,
     )
     return Model(source, components, networks, execution, diffusion)
 
 
 def open_networks(
-    settings: ModelConfig, precision: str, components: Components, device: torch.device, execution: Execution
+    running: Running, told: TrainedAs, components: Components, device: torch.device, execution: Execution
 ) -> Networks:
     """The trained module on its device, with the memory options of the config."""
     networks = Networks(
         components,
-        train_text_encoders=settings.train_text_encoders,
-        context=settings.context,
-        pooled_projection=settings.pooled_projection,
-        timestep_embedding=settings.timestep_embedding,
+        train_text_encoders=running.trains_text,
+        context=told.context,
+        pooled_projection=told.pooled_projection,
+        timestep_embedding=told.timestep_embedding,
     )
     set_checkpointing(networks.unet, "partial", execution.exempt_steps)
-    if settings.train_text_encoders:
+    if running.trains_text:
         for encoder in (networks.text_encoder, networks.text_encoder_2):
             set_text_checkpointing(encoder, execution.text_checkpointing)
-    cast_frozen(networks, PRECISIONS[precision])
-    if settings.weights == "bf16":
+    cast_frozen(networks, PRECISIONS[running.precision])
+    if running.weights == "bf16":
         rounding.to_16_bit(trained_parameters(networks).values())
     networks.to(device)
     return networks
 
 
-def set_speed(networks: Networks, settings: ModelConfig) -> None:
+def set_speed(networks: Networks, running: Running) -> None:
     """Layout, number format and compilation of the U-Net, then every module in training mode."""
-    if settings.channels_last:
+    if running.channels_last:
         speed.to_channels_last(networks.unet)
-    if settings.float8:
-        if not settings.compile:
+    if running.float8:
+        if not running.compile:
             log.warning("model.float8 without model.compile casts one by one and is slower than bf16: set model.compile=true")
         speed.to_float8(networks.unet)
-    if settings.compile:
+    if running.compile:
         speed.compile_blocks(networks.unet)
     set_train_mode(networks)
 

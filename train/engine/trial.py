@@ -51,7 +51,7 @@ def check(session: Session) -> int:
         if session.run.stop.asked:
             break
         images = -(-plan.largest_tiles[width, height] // trained.diffusion.split)
-        part = synthetic_part(width, height, images, dataset.tokenizer, dataset.data.max_tokens).to(device)
+        part = synthetic_part(width, height, images, dataset.tokenizer, dataset.max_tokens).to(device)
         try:
             # Through the wrapper, whose buckets must fit too, and in the training's own attention, which a compiler keeps.
             with trained.diffusion.kernels(), gradients.alone():

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from train.base.errors import ExitCode, Halt
+from train.config.derived import Running
 from train.recipe.optimizer_state import MOMENT_BYTES
 from train.recipe.order import partial_sums, virtual_ranks
 
@@ -134,22 +134,21 @@ class Choice:
     usable_bytes: int
 
 
-def setup_of(config: Any, world: int = 1) -> Setup:
-    """The `Setup` of a stage config (`train.config.stage.StageConfig`) on `world` processes."""
-    chunks = config.data.max_tokens // 75
-    per_process = virtual_ranks(config.batch.effective // config.batch.micro) // world
+def setup_of(running: Running, world: int = 1) -> Setup:
+    """The `Setup` of a stage on `world` processes."""
+    per_process = virtual_ranks(running.tiles_per_update) // world
     return Setup(
-        trains_text=config.model.train_text_encoders,
-        optimizer=config.optimizer.name,
-        precision=config.precision,
-        weights=config.model.weights,
-        shards=world if config.optimizer.sharding == "zero1" else 1,
-        ema_on_device=bool(config.ema.decay) and config.ema.device == "same",
-        ema=bool(config.ema.decay),
-        context=chunks * 77 if config.model.context == "chunks" else chunks * 75 + 2,
-        previews=config.sampling.every_steps > 0,
-        gradients_stay=world > 1 or config.batch.determinism == "strict",
-        partial_sums=partial_sums(max(per_process, 1)) if config.batch.determinism == "strict" else 0,
+        trains_text=running.trains_text,
+        optimizer=running.optimizer,
+        precision=running.precision,
+        weights=running.weights,
+        shards=world if running.sharding == "zero1" else 1,
+        ema_on_device=running.average_on_device,
+        ema=running.average,
+        context=running.context_vectors,
+        previews=running.previews,
+        gradients_stay=world > 1 or running.strict,
+        partial_sums=partial_sums(max(per_process, 1)) if running.strict else 0,
     )
 
 
@@ -328,18 +327,18 @@ def _advice(setup: Setup, exempt_steps: int | None, split: int | None) -> str:
 
 
 def settle(
-    config: Any, free_bytes: int, buckets: Sequence[tuple[int, int]], world: int = 1, *, tile_images: int | None = None
+    running: Running, free_bytes: int, buckets: Sequence[tuple[int, int]], world: int = 1, *, tile_images: int | None = None
 ) -> Choice:
-    """`choose` with what a stage config leaves open: `auto` in model.gradient_checkpointing and batch.split.
+    """`choose` with what a stage leaves open: `auto` in model.gradient_checkpointing and batch.split.
 
     tile_images: most images of a tile, where no bucket holds batch.micro.
     """
-    mode, split = config.model.gradient_checkpointing, config.batch.split
+    mode, split = running.checkpointing, running.split
     return choose(
-        setup_of(config, world),
+        setup_of(running, world),
         free_bytes,
         buckets,
-        tile_images or config.batch.micro,
+        tile_images or running.tile_images,
         exempt_steps=None if mode == "auto" else STEPS_OF_MODE[mode],
         split=None if isinstance(split, str) else split,
     )

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import StageConfig
+from train.config.derived import TrainedAs
 from train.model import sdxl
 from train.model.source import LocalModel
 
@@ -29,9 +29,9 @@ class Objective:
         return f"{self.prediction or 'nothing it names'}{ends[self.zero_terminal_snr]}"
 
 
-def trained(config: StageConfig) -> Objective:
+def trained(own: TrainedAs) -> Objective:
     """What the stage trains."""
-    return Objective(config.loss.prediction, config.noise.zero_terminal_snr)
+    return Objective(own.prediction, own.zero_terminal_snr)
 
 
 def stated(source: LocalModel) -> Objective:
@@ -49,12 +49,12 @@ def stated(source: LocalModel) -> Objective:
     return Objective("epsilon", False) if marked else Objective(None, None)
 
 
-def conversion(config: StageConfig, source: LocalModel) -> dict[str, Any] | None:
+def conversion(trained_as: TrainedAs, source: LocalModel, *, convert: bool) -> dict[str, Any] | None:
     """What the stage teaches anew, as its lineage records it: {"from": ..., "to": ...}. None where it goes on.
 
-    Raises Halt(MISMATCH) for another objective than the parent's without `loss.convert`.
+    Raises Halt(MISMATCH) for another objective than the parent's without `convert`.
     """
-    parent, own = stated(source), trained(config)
+    parent, own = stated(source), trained(trained_as)
     unlike = [
         key
         for key, name in (("loss.prediction", "prediction"), ("noise.zero_terminal_snr", "zero_terminal_snr"))
@@ -62,7 +62,7 @@ def conversion(config: StageConfig, source: LocalModel) -> dict[str, Any] | None
     ]
     if not unlike:
         return None
-    if not config.loss.convert:
+    if not convert:
         keys = " and ".join(unlike)
         raise Halt(
             ExitCode.MISMATCH,
@@ -72,9 +72,9 @@ def conversion(config: StageConfig, source: LocalModel) -> dict[str, Any] | None
     return {"from": asdict(parent), "to": asdict(own)}
 
 
-def unstated(config: StageConfig, source: LocalModel) -> str | None:
+def unstated(trained_as: TrainedAs, source: LocalModel) -> str | None:
     """One line where the parent's files leave open what it predicts; None where they say it."""
-    parent, own = stated(source), trained(config)
+    parent, own = stated(source), trained(trained_as)
     if parent.prediction is None:
         return f"{source.path} does not say what it predicts: taken as loss.prediction says, {own}"
     if parent.zero_terminal_snr is None:

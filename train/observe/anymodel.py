@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import ModelConfig, StageConfig, load_stage
-from train.diffusion.sampling import RECIPE, TrainedAs
+from train.config.derived import Owners, TrainedAs
+from train.config.stage import ModelConfig, load_stage
+from train.diffusion.sampling import RECIPE
 from train.model import source
 from train.model.source import LocalModel
-from train.observe.previews import trained_as
 from train.storage import manifest, tensor_files
 from train.storage.rundir import read_done
 
@@ -35,10 +35,11 @@ def open_any(path: str | Path, *, tokenizers: str | None = None, hashed: bool = 
     folder = checkpoint_at(Path(path))
     if folder is None:
         return source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers), hashed=hashed)
-    config = stage_of(folder)
-    if config is None:
+    config = folder.parents[1] / "config.yaml"
+    if not config.is_file():
         raise Halt(ExitCode.MISMATCH, f"{folder} is a checkpoint without its run: {folder.parents[1]} holds no config.yaml, which says what it started from")
-    start = source.resolve(replace(config.model, tokenizers=tokenizers or config.model.tokenizers), hashed=False)
+    model = load_stage([config]).origin.model
+    start = source.resolve(replace(model, tokenizers=tokenizers) if tokenizers else model, hashed=False)
     trained = tensor_files.open_file(folder / "model.safetensors")
     foreign = [name for name, blob in sorted(trained.blobs.items()) if name not in start.weights or start.weights[name].shape != blob.shape]
     if foreign:
@@ -68,8 +69,8 @@ def checkpoint_at(path: Path) -> Path | None:
     raise Halt(ExitCode.NO_CHECKPOINT, f"{path} is not finished and holds no sound checkpoint")
 
 
-def stage_of(path: Path) -> StageConfig | None:
-    """The config that a run, its checkpoint, its exported folder or its single file was made with; None without one.
+def stage_of(path: Path) -> Owners | None:
+    """What the config says that a run, its checkpoint, its exported folder or its single file was made with; None without one.
 
     Beside a lone file only the config of a finished run counts: any other may be of a stage that starts from the file.
     """
@@ -79,14 +80,14 @@ def stage_of(path: Path) -> StageConfig | None:
     if (inside.parent / "DONE").is_file():
         own.append(beside)
     file = next((file for file in own if file.is_file()), None)
-    return None if file is None else load_stage([file])
+    return None if file is None else load_stage([file]).owners
 
 
 def conventions(path: Path, local: LocalModel) -> TrainedAs:
     """As the config beside the weights says; without one as the model's record and scheduler, else the recipe's."""
-    config = stage_of(path)
-    if config is not None:
-        return trained_as(config)
+    stage = stage_of(path)
+    if stage is not None:
+        return stage.observers.trained_as
     scheduler, stated = local.configs["scheduler"], (local.lineage or {}).get("conditioning")
     known = {
         name: stated[name]

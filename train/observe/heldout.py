@@ -13,7 +13,8 @@ import torch
 from train.base.errors import Halt
 from train.base.files import replace_file
 from train.base.signals import StopFlag
-from train.config.stage import LossConfig, NoiseConfig, StageConfig, load_stage
+from train.config.derived import Watching
+from train.config.stage import LossConfig, NoiseConfig, load_stage
 from train.data.index import Index
 from train.data.shards import ShardReader
 from train.diffusion.objective import Batch, Diffusion, image_losses
@@ -34,7 +35,8 @@ class HeldOut:
 
     def __init__(
         self,
-        config: StageConfig,
+        watching: Watching,
+        folder: str,
         index: Index,
         tokens: TagTokenizer,
         networks: Networks,
@@ -43,19 +45,20 @@ class HeldOut:
         diffusion: Diffusion,
         scale: LatentScale,
     ) -> None:
-        self.index = index.select(chosen(index.uids, config.validation.images))
-        if config.validation.every_steps and len(self.index) == 0:
-            log.warning("validation.share %g holds out no image of this selection", config.validation.share)
-        if config.validation.every_steps and place.is_main and (leaky := leak(config)):
+        self.index = index.select(chosen(index.uids, watching.held_out_images))
+        share, told = watching.held_out_share, watching.trained_as
+        if watching.held_out_every_steps and len(self.index) == 0:
+            log.warning("validation.share %g holds out no image of this selection", share)
+        if watching.held_out_every_steps and place.is_main and (leaky := leak(Path(watching.origin), share)):
             log.warning(leaky)
-        self.reader = ShardReader(config.data.path)
+        self.reader = ShardReader(folder)
         self.tokens, self.networks, self.place = tokens, networks, place
-        self.micro = config.batch.micro
-        self.skip_unreadable = config.data.on_read_error == "substitute"
-        self.making = Making(scale, config.data.max_tokens, config.data.crop_conditioning)
+        self.micro = watching.tile_images
+        self.skip_unreadable = watching.skip_unreadable
+        self.making = Making(scale, told.max_tokens, watching.crop_conditioning)
         # Neither weights nor offset of the stage's own loss: the stages are compared with one measure.
         self.diffusion = replace(
-            diffusion, noise=NoiseConfig(), loss=replace(LossConfig(), prediction=diffusion.loss.prediction)
+            diffusion, noise=NoiseConfig(), loss=replace(LossConfig(), prediction=told.prediction)
         )
 
     def remember(self, run_path: Path) -> None:
@@ -94,22 +97,22 @@ class HeldOut:
         return image_losses(self.networks, batch, self.diffusion)
 
 
-def leak(config: StageConfig) -> str | None:
-    """What to say when a predecessor held out less than this stage does, so that it trained on some of its images."""
-    parent, seen = Path(config.model.init_from), set[Path]()
+def leak(parent: Path, share: float) -> str | None:
+    """What to say when a predecessor, from `parent` on, held out less than this stage's `share`, so that it trained on some of its images."""
+    seen = set[Path]()
     while (file := _config_of(parent)) is not None and parent not in seen:
         seen.add(parent)
         try:
-            found = load_stage([file])
+            before = load_stage([file])
         except Halt:
             return None  # another version's: nothing is known
-        if found.validation.share < config.validation.share:
+        if (theirs := before.images.held_out_share) < share:
             return (
-                f"{parent} was trained with validation.share {found.validation.share:g}, this stage holds out "
-                f"{config.validation.share:g}: the held-out loss is measured on images that it saw. "
+                f"{parent} was trained with validation.share {theirs:g}, this stage holds out "
+                f"{share:g}: the held-out loss is measured on images that it saw. "
                 "Give every stage the same share"
             )
-        parent = Path(found.model.init_from)
+        parent = Path(before.origin.path)
     return None
 
 

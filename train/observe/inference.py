@@ -13,8 +13,9 @@ from PIL import Image
 from torch import nn
 
 from train.base.errors import ExitCode, Halt
+from train.config.derived import TrainedAs
 from train.config.prompts import Prompt, PromptsFile, checked
-from train.diffusion.sampling import TrainedAs, sample_file
+from train.diffusion.sampling import sample_file
 from train.model import networks
 from train.model.networks import Components
 from train.observe import anymodel

@@ -16,8 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.files import replacing
+from train.config.derived import TrainedAs
 from train.config.prompts import OUR_MARKS, SAMPLER_TITLES, Prompt, PromptsFile
-from train.diffusion.sampling import RECIPE, TrainedAs, captions_text, sample_file
+from train.diffusion.sampling import RECIPE, captions_text, sample_file
 from train.recipe import captions
 from train.recipe.captions import plain_tags
 

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 
 from train.base.signals import StopFlag
+from train.config.derived import Watching
 from train.config.prompts import PromptsFile, load_prompts
-from train.config.stage import StageConfig
 from train.diffusion.objective import Diffusion
-from train.diffusion.sampling import TrainedAs
 from train.model.networks import Components, Networks
 from train.model.sdxl import canonical
 from train.observe.pictures import write_previews
@@ -34,13 +33,13 @@ class Previews:
     """Owner of the prompts and the VAE; `write` makes the pictures of one update. A failure is only reported."""
 
     def __init__(
-        self, config: StageConfig, components: Components, networks: Networks, place: Place, diffusion: Diffusion
+        self, watching: Watching, components: Components, networks: Networks, place: Place, diffusion: Diffusion
     ) -> None:
-        self.config, self.components, self.networks, self.place = config, components, networks, place
-        self.kernels = diffusion.kernels
+        self.watching, self.components, self.networks, self.place = watching, components, networks, place
+        self.kernels, self.dtype = diffusion.kernels, PRECISIONS[diffusion.precision]
         self.settings: PromptsFile | None = None
-        if config.sampling.every_steps:
-            self.settings = load_prompts(config.sampling.prompts)  # a bad file is refused before the first update
+        if watching.prompts is not None:
+            self.settings = load_prompts(watching.prompts)  # a bad file is refused before the first update
 
     def write(self, update: int, ema: Ema | None, tracker: Tracker, stop: StopFlag) -> None:
         """`samples/step-N/`; the rank-0 process only."""
@@ -51,12 +50,12 @@ class Previews:
                 files = write_previews(
                     self._variants(ema),
                     self.settings,
-                    self.config.output_dir,
+                    self.watching.identity.output_dir,
                     update,
                     device=self.place.device,
-                    dtype=PRECISIONS[self.config.precision],
-                    model_name=self.config.stage,
-                    trained_as=trained_as(self.config),
+                    dtype=self.dtype,
+                    model_name=self.watching.identity.stage,
+                    trained_as=self.watching.trained_as,
                     stop=lambda: stop.asked,
                 )
             tracker.images(update, files)
@@ -89,15 +88,3 @@ def with_average(module: Any, name: str, ema: Ema) -> Any:
         if average is not None:
             parameter.copy_(average)
     return twin
-
-
-def trained_as(config: StageConfig) -> TrainedAs:
-    """The conventions under which this stage's weights make sense."""
-    return TrainedAs(
-        max_tokens=config.data.max_tokens,
-        context=config.model.context,
-        pooled_projection=config.model.pooled_projection,
-        timestep_embedding=config.model.timestep_embedding,
-        prediction=config.loss.prediction,
-        zero_terminal_snr=config.noise.zero_terminal_snr,
-    )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from train.base.errors import ExitCode, Halt
-from train.config.schema import flatten
 from train.config.stage import load_stage
 from train.observe.metrics import read_metrics
 
@@ -276,12 +275,12 @@ def _config(run: Run) -> dict[str, Any]:
         run.notes.append(f"{path} is missing")
         return {}
     try:
-        config = load_stage([path])
+        identity = load_stage([path]).identity
     except Halt as halt:
         run.notes.append(f"{path}: {halt.message}")
         return {}
-    run.name = config.stage
-    return flatten(config)
+    run.name = identity.stage
+    return dict(identity.flat)
 
 
 def _ending(run: Run) -> str:

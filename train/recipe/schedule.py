@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OVER_THE_RUN
@@ -64,6 +64,17 @@ def steps_of(steps: float, total_updates: int) -> int:
 def ticks_per_update(config: ScheduleConfig) -> int:
     """By how much an update moves the schedule."""
     return config.processes if config.unit == "process_step" else 1
+
+
+def facts(config: ScheduleConfig, *, cycle_updates: int) -> dict[str, Any]:
+    """What plan.json says of the schedule; the numbers of a cycle are None where nothing restarts."""
+    restarts = config.name == "cosine_restarts"
+    return {
+        "name": config.name,
+        "cycle_updates": cycle_updates if restarts else None,
+        "updates_per_restart": cycle_updates / ticks_per_update(config) if restarts else None,
+        "unit": config.unit,
+    }
 
 
 def cycle_length(config: ScheduleConfig, *, epoch_updates: int) -> int:

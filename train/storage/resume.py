@@ -16,13 +16,12 @@ from typing import Any
 from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask_settings
 from train.config.key import Resume
-from train.config.schema import keys_of
-from train.config.stage import OVER_THE_RUN, StageConfig
+from train.config.stage import OVER_THE_RUN, resume_classes
 
 _SPECIAL_ACCEPTS = {"attempts", "data", "plan", "parent"}  # beside the config's own keys and sections
 LENGTH = ("epochs", "max_updates")  # the keys that make a run longer
 _SHOWN = 6  # names per kind in a message
-_CLASSES: Mapping[str, Resume] = {name: found.said.resume for name, found in keys_of(StageConfig).items()}
+_CLASSES = resume_classes()
 # Keys of the first schema that are gone, with their defaults: its checkpoints do not say which of theirs were not at
 # the default, later ones do. Who takes a key out of train/config/stage.py writes it here.
 _GONE: dict[str, Any] = {}

@@ -16,7 +16,7 @@ def lacking_space(run: RunDir, one_bytes: float, settings: CheckpointConfig) -> 
     """What is wrong when the disk cannot hold `keep` checkpoints of that size and the one being written; else None."""
     one = one_bytes * SPACE_FACTOR
     there = sum(m.total_bytes for _, _, m in committed(run.checkpoints))
-    need = max(one, (settings.keep + 1) * one - there)
+    need = max(one, most_at_once(settings) * one - there)
     have = free_bytes(run.checkpoints) + leftover_bytes(run.path)
     if have >= need:
         return None
@@ -24,6 +24,11 @@ def lacking_space(run: RunDir, one_bytes: float, settings: CheckpointConfig) -> 
         f"output_dir {run.path}: checkpoints need {gb(need)} more ({settings.keep} kept + 1 being written, "
         f"{gb(one)} each), the disk has {gb(have)}. Free some, or lower checkpoint.keep (least 2)"
     )
+
+
+def most_at_once(settings: CheckpointConfig) -> int:
+    """Checkpoints beside the permanent ones while one is being written."""
+    return settings.keep + 1
 
 
 def permanent_every(settings: CheckpointConfig, updates_per_epoch: int) -> int:
@@ -45,14 +50,14 @@ def permanent_warning(
     every = permanent_every(settings, updates_per_epoch)
     there = list(committed(run.checkpoints))
     to_come = max(permanent_count(settings, updates, updates_per_epoch) - sum(m.permanent for *_, m in there), 0)
-    need = to_come * one + max((settings.keep + 1) * one - sum(m.total_bytes for *_, m in there if not m.permanent), 0)
+    need = to_come * one + max(most_at_once(settings) * one - sum(m.total_bytes for *_, m in there if not m.permanent), 0)
     have = free_bytes(run.checkpoints) + leftover_bytes(run.path)
     if have >= need:
         return None
     return (
         f"output_dir {run.path}: {to_come} more checkpoints will be kept for ever (checkpoint.permanent_every_steps: "
         f"{every}), {gb(one)} each; with the last {settings.keep} and the one being written that is {gb(need)}, the disk "
-        f"has {gb(have)}. The run starts; when the disk is full, checkpoint.on_full_disk ({settings.on_full_disk}) "
+        f"has {gb(have)}. The run starts; when the disk is full, checkpoint.on_full_disk "
         "decides. Raise checkpoint.permanent_every_steps, or move old ones away in time"
     )
 

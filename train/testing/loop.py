@@ -60,10 +60,10 @@ def tiny_session(folder: Path, *overrides: str) -> Iterator[Session]:
     run = open_run_dir(config.output_dir, config.stage)
     machine = setup.open_machine(config.batch, config.launch)
     with contextlib.closing(run), processes.watching(machine.place.rank, machine.place.world) as watch:
-        source, components = handoff.open_source(config, with_vae=False)
-        data = setup.open_data(config, source)
-        model = setup.open_model(config, machine, data.plan, source, components)
-        running = sessions.open_session(config, run, signals.StopFlag(), machine, data, model, watch)
+        source, components = handoff.open_source(config.origin)
+        data = setup.open_data(config.images, source)
+        model = setup.open_model(config.running, config.objective, machine, data.plan, source, components)
+        running = sessions.open_session(config.owners, run, signals.StopFlag(), machine, data, model, watch)
         with sessions.closing(running):
             yield running
 

@@ -125,7 +125,7 @@ def run_stages(configs: Sequence[Path], overrides: Sequence[str], launch: Path |
     with Stops() as stops:
         for config, stage in zip(configs, stages, strict=True):
             try:
-                finished = answer(stage)
+                finished = answer(stage.start)
             except Halt as halt:  # made under other settings: as a start of that stage would end
                 raise Halt(halt.code, f"{halt.message}\nThe stages from {stage.stage} on were not started") from halt
             if finished is not None and not finished.goes_on:

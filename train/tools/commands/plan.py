@@ -56,10 +56,10 @@ def main() -> int:
         disk_gb=arguments.disk_gb,
     )
     config = load_stage(arguments.config, arguments.overrides)
-    plan = estimate.plan_stage(config, request) | {"finished": page.finished_before(config)}
+    plan = estimate.plan_stage(config.start, request) | {"finished": page.finished_before(config.start)}
     out = arguments.out or (Path(config.output_dir) if arguments.write else None)
     if out is not None:
-        page.write_files(out, config, plan)
+        page.write_files(out, config.rates, plan)
     print(json.dumps(plan) if arguments.json else page.describe(plan))
     problems = page.problems(plan)
     for problem in problems:

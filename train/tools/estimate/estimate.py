@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import StageConfig, config_hash
+from train.config.derived import Rates, Start
 from train.model import memory
 from train.model.memory import GIB, Prediction, Setup
 from train.recipe import schedule
 from train.recipe.buckets import make_buckets
 from train.recipe.order import share_of
-from train.storage.space import permanent_count
+from train.storage import space
 from train.tools.estimate import tolerances
 from train.tools.estimate.images import Images, find_images, lengths, visits
 from train.tools.estimate.machines import IMPLIED_BY_CARD, Gpu, find_gpu, find_speed
@@ -52,55 +52,51 @@ class Request:
     disk_gb: float | None = None
 
 
-def plan_stage(config: StageConfig, request: Request) -> dict[str, Any]:
+def plan_stage(start: Start, request: Request) -> dict[str, Any]:
     """The whole plan as JSON values. `memory.fits` is False when it cannot run; the caller turns that into exit 7.
 
     Raises Halt(MISMATCH) for a dataset that is not prepared and whose size nobody gave, or for a number of
     processes that training refuses; Halt(USAGE) for updates outside the run and for numbers that make no sense.
     """
     check_request(request)
-    accumulation, _ = share_of(config.batch, request.world)
-    images = find_images(config, request.images)
-    per_epoch, total = lengths(config, images)
+    accumulation, _ = share_of(start.batch, request.world)
+    identity, rates, running, order = start.identity, start.rates, start.running, start.images.order
+    images = find_images(start.images, identity.stage, request.images)
+    per_epoch, total = lengths(order, images)
     epoch_updates = per_epoch if images.plan is None else images.plan.cycle_updates
-    cycle, ticks = schedule.cycle_length(config.schedule, epoch_updates=epoch_updates), schedule.ticks_per_update(config.schedule)
-    restarts = config.schedule.name == "cosine_restarts"
-    schedule.check(config.schedule, schedule.peak_keys(config.optimizer), cycle_updates=cycle, total_updates=total, epochs=config.epochs)
-    if warning := schedule.long_warmup(config.schedule, total_updates=total):
+    cycle = schedule.cycle_length(rates.schedule, epoch_updates=epoch_updates)
+    schedule.check(rates.schedule, schedule.peak_keys(rates.optimizer), cycle_updates=cycle, total_updates=total, epochs=rates.epochs)
+    told = schedule.facts(rates.schedule, cycle_updates=cycle)
+    if warning := schedule.long_warmup(rates.schedule, total_updates=total):
         log.warning("%s", warning)
     gpu, how = find_gpu(request.gpu, request.memory_gib)
-    setup = memory.setup_of(config, request.world)
-    foreign = _foreign_size(config.model.init_from)  # what is counted below is SDXL's own size
-    memory_plan = memory_report(config, request.world, images, gpu, how)
+    setup = memory.setup_of(running, request.world)
+    foreign = _foreign_size(start.origin.path)  # what is counted below is SDXL's own size
+    memory_plan = memory_report(start, request.world, images, gpu, how)
     checkpointing = memory_plan.get("checkpointing")
     return {
-        "stage": config.stage,
-        "config_hash": config_hash(config),
+        "stage": identity.stage,
+        "config_hash": identity.hash,
         "images": images.count,
         "images_source": images.source,
-        "epochs": config.epochs,
+        "epochs": order.epochs,
         "batch": {
-            "micro": config.batch.micro,
+            "micro": order.tile_images,
             "accumulation": accumulation,
             "processes": request.world,
-            "effective": config.batch.effective,
+            "effective": order.update_images,
             "tiles_per_update": accumulation * request.world,
         },
         "updates_per_epoch": per_epoch,
         "total_updates": total,
-        "image_visits": visits(config, images, per_epoch, total),
-        "buckets": _bucket_report(config, images),
-        "schedule": {
-            "name": config.schedule.name,
-            "cycle_updates": cycle if restarts else None,
-            "updates_per_restart": cycle / ticks if restarts else None,
-            "unit": config.schedule.unit,
-        },
-        "lr": [lr_row(config, update, cycle, total) for update in _rows(request.updates, total, cycle / ticks if restarts else total)],
-        "tolerances": {key: limit._asdict() for key, limit in tolerances.of(config).items()},
+        "image_visits": visits(order, images, per_epoch, total),
+        "buckets": _bucket_report(start, images),
+        "schedule": told,
+        "lr": [lr_row(rates, update, cycle, total) for update in _rows(request.updates, total, told["updates_per_restart"] or total)],
+        "tolerances": {key: limit._asdict() for key, limit in tolerances.of(running).items()},
         "memory": memory_plan,
-        "disk": _disk_report(config, None if foreign else setup, images, per_epoch, total, _free_disk(config, request, how)),
-        "time": _time_report(config, setup, images, request, gpu, per_epoch, total, checkpointing) if foreign is None else None,
+        "disk": _disk_report(start, None if foreign else setup, images, per_epoch, total, _free_disk(identity.output_dir, request, how)),
+        "time": _time_report(start, setup, images, request, gpu, per_epoch, total, checkpointing) if foreign is None else None,
     }
 
 
@@ -128,45 +124,44 @@ def _rows(asked: Sequence[int], total: int, cycle: float) -> list[int]:
     return sorted(update for update in spread | restarts | {0, 1} if update < total)
 
 
-def lr_row(config: StageConfig, update: int, cycle: int, total: int) -> dict[str, Any]:
+def lr_row(rates: Rates, update: int, cycle: int, total: int) -> dict[str, Any]:
     """Learning rates of one update (its 0-based number = updates applied before it) and its restart cycle."""
-    rates = {
+    found = {
         key.removeprefix("optimizer."): schedule.lr_at(
-            update, peak=peak, config=config.schedule, cycle_updates=cycle, total_updates=total
+            update, peak=peak, config=rates.schedule, cycle_updates=cycle, total_updates=total
         )
-        for key, peak in schedule.peak_keys(config.optimizer).items()
+        for key, peak in schedule.peak_keys(rates.optimizer).items()
     }
-    row: dict[str, Any] = {"update": update, "lr": rates["unet_lr"], **rates}
-    if config.schedule.name == "cosine_restarts":
-        row["cycle"] = update * schedule.ticks_per_update(config.schedule) // cycle
+    row: dict[str, Any] = {"update": update, "lr": found["unet_lr"], **found}
+    if (cycles := schedule.facts(rates.schedule, cycle_updates=cycle)["updates_per_restart"]) is not None:
+        row["cycle"] = int(update // cycles)
     return row
 
 
-def _bucket_report(config: StageConfig, images: Images) -> dict[str, Any]:
+def _bucket_report(start: Start, images: Images) -> dict[str, Any]:
     """Images per bucket, which are smaller than a tile, and what an epoch drops."""
     if images.buckets is None or images.plan is None:
         return {"images": None, "short": None, "dropped_per_epoch": None, "note": "needs the prepared dataset"}
     from train.data.selection import short_tiles_note  # needs pyarrow, which a plan for a bare number does not
 
-    micro = config.batch.micro
-    drop = config.batch.remainder == "drop"
+    micro, drop = start.images.order.tile_images, start.images.order.remainder == "drop"
     return {
         "images": {_name(bucket): count for bucket, count in images.buckets.items()},
         "short": {_name(bucket): count for bucket, count in images.plan.short_buckets.items()},
-        "short_note": short_tiles_note(config, images.plan),
+        "short_note": short_tiles_note(start.images, images.plan),
         "dropped_per_epoch": sum(count % micro for count in images.buckets.values()) if drop else 0,
     }
 
 
-def memory_report(config: StageConfig, world: int, images: Images, gpu: Gpu, how: str) -> dict[str, Any]:
+def memory_report(start: Start, world: int, images: Images, gpu: Gpu, how: str) -> dict[str, Any]:
     """Peak memory by part for the mode in force, and the total of every mode, on one card."""
     report: dict[str, Any] = {"gpu": gpu.name, "gpu_source": how, "free_gib": gpu.free_gib}
-    if (size := _foreign_size(config.model.init_from)) is not None:
+    if (size := _foreign_size(start.origin.path)) is not None:
         return report | {"fits": None, "note": f"predicted for full-size SDXL only; this model's blocks are {size}"}
-    setup = memory.setup_of(config, world)
+    setup = memory.setup_of(start.running, world)
     buckets = list(images.buckets or make_buckets())
-    split = config.batch.split
-    micro = config.batch.micro if images.plan is None else max(images.plan.largest_tiles.values())
+    split = start.running.split
+    micro = start.running.tile_images if images.plan is None else max(images.plan.largest_tiles.values())
     at_once = -(-micro // (1 if isinstance(split, str) else split))
     bucket = memory.largest(buckets)
     drawing = memory.previews_bytes(setup)
@@ -187,7 +182,7 @@ def memory_report(config: StageConfig, world: int, images: Images, gpu: Gpu, how
         },
     }
     try:
-        choice = memory.settle(config, int(gpu.free_gib * GIB), buckets, world, tile_images=micro)
+        choice = memory.settle(start.running, int(gpu.free_gib * GIB), buckets, world, tile_images=micro)
     except Halt as halt:
         return report | {"fits": False, "problem": halt.message}
     return report | {
@@ -217,7 +212,7 @@ def _parts(prediction: Prediction) -> dict[str, float]:
 
 
 def _disk_report(
-    config: StageConfig, setup: Setup | None, images: Images, per_epoch: int, total: int, free_bytes: int | None
+    start: Start, setup: Setup | None, images: Images, per_epoch: int, total: int, free_bytes: int | None
 ) -> dict[str, Any]:
     """Bytes of the latent cache, the run's checkpoints at their most, and the export; None where `setup` is unknown.
 
@@ -227,38 +222,39 @@ def _disk_report(
     counted = sum(count * 2 * 4 * (width // 8) * (height // 8) for (width, height), count in counts.items())
     latents = counted if images.latents_bytes is None else images.latents_bytes
     one = memory.checkpoint_bytes(setup) if setup is not None else None
-    permanent = permanent_count(config.checkpoint, total, per_epoch)
-    export = EXPORT_BYTES * (2 if config.export.dtype == "fp32" else 1) if one is not None else None
-    if export is not None and config.ema.decay:
+    permanent = space.permanent_count(start.checkpoint, total, per_epoch)
+    export = EXPORT_BYTES * (2 if start.origin.export.dtype == "fp32" else 1) if one is not None else None
+    if export is not None and start.running.average:
         export += export // 2  # the average as a single file
-    need = one * (config.checkpoint.keep + 1 + permanent) + (export or 0) if one is not None else None
+    most = space.most_at_once(start.checkpoint) + permanent
+    need = one * most + (export or 0) if one is not None else None
     return {
         "free_bytes": free_bytes,
         "fits": need <= free_bytes if need is not None and free_bytes is not None else None,
         "latents_bytes": latents,
         "latents_note": "16 bit" if images.buckets else "16 bit, all images at 1024x1024",
         "checkpoint_bytes": one,
-        "checkpoints_at_most": config.checkpoint.keep + 1 + permanent,
+        "checkpoints_at_most": most,
         "permanent_checkpoints": permanent,
-        "checkpoints_bytes": one * (config.checkpoint.keep + 1 + permanent) if one is not None else None,
+        "checkpoints_bytes": one * most if one is not None else None,
         "export_bytes": export,
     }
 
 
-def _free_disk(config: StageConfig, request: Request, how: str) -> int | None:
+def _free_disk(output_dir: str, request: Request, how: str) -> int | None:
     """Room for the run: as given, or of output_dir's disk when the plan is for the GPU of this machine."""
     if request.disk_gb is not None:
         return int(request.disk_gb * 1e9)
     if not how.startswith("present"):
         return None  # planned for another machine, whose disk is unknown
-    folder = Path(config.output_dir).absolute()
+    folder = Path(output_dir).absolute()
     while not folder.is_dir():
         folder = folder.parent
     return shutil.disk_usage(folder).free
 
 
 def _time_report(
-    config: StageConfig,
+    start: Start,
     setup: Setup,
     images: Images,
     request: Request,
@@ -268,20 +264,20 @@ def _time_report(
     checkpointing: str | None,
 ) -> dict[str, Any]:
     """Hours, use of the card and cost, with the origin of the speed they rest on."""
-    counts, model = images.buckets or {(1024, 1024): 1}, config.model
+    counts, running = images.buckets or {(1024, 1024): 1}, start.running
     useful = sum(memory.image_flops(setup, *bucket) * count for bucket, count in counts.items()) // sum(counts.values())
     speed = find_speed(
         gpu,
-        config.stage,
+        start.identity.stage,
         trains_text=setup.trains_text,
         flops_per_image=useful,
         given=request.images_per_s,
         bench=request.bench,
-        settings={"compile": model.compile, "channels_last": model.channels_last, "float8": model.float8}
-        | {"strict": config.batch.determinism == "strict", "dtype": config.precision, "optimizer": config.optimizer.name}
+        settings={"compile": running.compile, "channels_last": running.channels_last, "float8": running.float8}
+        | {"strict": running.strict, "dtype": running.precision, "optimizer": running.optimizer}
         | ({"checkpointing": checkpointing} if checkpointing else {}),
     )
-    gpu_hours = visits(config, images, per_epoch, total) / speed.images_per_s / 3600
+    gpu_hours = visits(start.images.order, images, per_epoch, total) / speed.images_per_s / 3600
     report: dict[str, Any] = {
         "images_per_s_per_gpu": speed.images_per_s,
         "source": speed.source,

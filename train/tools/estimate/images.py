@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import StageConfig
+from train.config import derived
+from train.config.derived import Order
 from train.recipe.buckets import check_buckets
 from train.recipe.order import Plan
 
@@ -34,7 +35,7 @@ class Images:
     latents_bytes: int | None = None  # of the prepared cache, held-out images included
 
 
-def find_images(config: StageConfig, given: int | None) -> Images:
+def find_images(wanted: derived.Images, stage: str, given: int | None) -> Images:
     """The prepared selection, else the number given, else the card's for its own configs.
 
     Raises Halt(MISMATCH) naming both ways out when there is none of these.
@@ -43,11 +44,11 @@ def find_images(config: StageConfig, given: int | None) -> Images:
         if given < 1:
             raise Halt(ExitCode.USAGE, f"--images is {given}, must be at least 1")
         return Images(given, "--images", None, None)
-    folder = Path(config.data.path)
+    folder = Path(wanted.folder)
     if (folder / "dataset.json").is_file():
-        return _prepared(config)
-    share = config.validation.share
-    known = _CARD_IMAGES.get((folder.name, config.stage))
+        return _prepared(wanted)
+    share = wanted.held_out_share
+    known = _CARD_IMAGES.get((folder.name, stage))
     if known is None:
         raise Halt(
             ExitCode.MISMATCH,
@@ -60,40 +61,39 @@ def find_images(config: StageConfig, given: int | None) -> Images:
     return Images(count, source, None, None)
 
 
-def _prepared(config: StageConfig) -> Images:
-    from train.data.index import Index  # needs pyarrow, which a plan for a bare number does not
-    from train.data.selection import bucket_counts, held_out, make_plan, refuse_other_separator
+def _prepared(wanted: derived.Images) -> Images:
+    # needs pyarrow, which a plan for a bare number does not
+    from train.data.selection import bucket_counts, held_out, make_plan, open_index
 
-    whole = Index.open(config.data.path, config.selection)
-    refuse_other_separator(config.data)
+    whole = open_index(wanted)
     _, first = np.unique(whole.images, return_index=True)  # an image that is repeated has one latent
     sizes = bucket_counts(whole.select(np.sort(first)))
     values = sum(count * (8 if whole.content == "moments" else 4) * (w // 8) * (h // 8) for (w, h), count in sizes.items())
-    index = whole.select(~held_out(whole.uids, config.validation.share, whole.images))
-    check_buckets(bucket_counts(index), config.batch.min_bucket)
-    plan = make_plan(index, config)
-    return Images(len(index), f"dataset {config.data.path}", dict(sorted(bucket_counts(index).items())), plan, 2 * values)
+    index = whole.select(~held_out(whole.uids, wanted.held_out_share, whole.images))
+    check_buckets(bucket_counts(index), wanted.min_bucket)
+    plan = make_plan(index, wanted.order)
+    return Images(len(index), f"dataset {wanted.folder}", dict(sorted(bucket_counts(index).items())), plan, 2 * values)
 
 
-def visits(config: StageConfig, images: Images, per_epoch: int, total: int) -> int:
+def visits(order: Order, images: Images, per_epoch: int, total: int) -> int:
     """Images seen in all; where tiles are short, the share of all epochs' images that `total` updates are."""
     plan = images.plan
-    if plan is None or not (plan.short_buckets or config.batch.remainder == "keep"):
-        return total * config.batch.effective
+    if plan is None or not (plan.short_buckets or order.remainder == "keep"):
+        return total * order.update_images
     if plan.short_buckets:
         return round(images.count * total / plan.exact_updates_per_epoch)
     return round(images.count * total / per_epoch)
 
 
-def lengths(config: StageConfig, images: Images) -> tuple[int, int]:
+def lengths(order: Order, images: Images) -> tuple[int, int]:
     """(updates per epoch, updates in all); without bucket counts as if no tile were short."""
     if images.plan is not None:
         return images.plan.updates_per_epoch, images.plan.total_updates
-    per_epoch = images.count // config.batch.effective
+    per_epoch = images.count // order.update_images
     if per_epoch == 0:
         raise Halt(
             ExitCode.MISMATCH,
-            f"{images.count} images do not fill one update of batch.effective {config.batch.effective}",
+            f"{images.count} images do not fill one update of batch.effective {order.update_images}",
         )
-    total = per_epoch * config.epochs
-    return per_epoch, min(total, config.max_updates) if config.max_updates is not None else total
+    total = per_epoch * order.epochs
+    return per_epoch, min(total, order.max_updates) if order.max_updates is not None else total

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import StageConfig
+from train.config.derived import Rates, Start
 from train.engine.finished import answer
 from train.recipe import schedule
 from train.tools.report.charts import COLOURS, as_file
@@ -40,10 +40,10 @@ def describe(plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def finished_before(config: StageConfig) -> dict[str, Any] | None:
+def finished_before(start: Start) -> dict[str, Any] | None:
     """What a start would be answered by the finished stage that lies in `output_dir`; None where there is none."""
     try:
-        found = answer(config)
+        found = answer(start)
     except Halt as halt:
         return {"allowed": False, "goes_on": False, "text": halt.message}
     return {"allowed": True, "goes_on": found.goes_on, "text": found.text} if found is not None else None
@@ -127,28 +127,28 @@ def _time_lines(time: dict[str, Any] | None) -> list[str]:
     return lines
 
 
-def write_files(folder: Path, config: StageConfig, plan: dict[str, Any]) -> None:
+def write_files(folder: Path, rates: Rates, plan: dict[str, Any]) -> None:
     """`plan.json` and `lr.svg` in `folder`. Raises Halt(CANNOT_WRITE)."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "plan.json").write_text(json.dumps(plan, indent=2) + "\n")
-        write_curve(folder / "lr.svg", config, plan["total_updates"], plan["schedule"]["cycle_updates"])
+        title = f"{plan['stage']}: {plan['schedule']['name']}, learning rate over updates"
+        write_curve(folder / "lr.svg", rates, title, plan["total_updates"], plan["schedule"]["cycle_updates"])
     except OSError as error:
         raise Halt(ExitCode.CANNOT_WRITE, f"cannot write the plan into {folder}: {error}") from error
 
 
-def write_curve(path: Path, config: StageConfig, total_updates: int, cycle_updates: int | None) -> None:
+def write_curve(path: Path, rates: Rates, title: str, total_updates: int, cycle_updates: int | None) -> None:
     """The learning rate of every group over the run as an SVG."""
     step = max(1, total_updates // CURVE_POINTS)
     updates = list(range(0, total_updates, step))
     names = {"optimizer.unet_lr": "U-Net", "optimizer.text_encoder_lr": "text encoders"}
-    peaks = {names[key]: peak for key, peak in schedule.peak_keys(config.optimizer).items()}
+    peaks = {names[key]: peak for key, peak in schedule.peak_keys(rates.optimizer).items()}
     lines = [
-        (name, colour, [(float(u), schedule.lr_at(u, peak=peak, config=config.schedule, cycle_updates=cycle_updates or 1,
+        (name, colour, [(float(u), schedule.lr_at(u, peak=peak, config=rates.schedule, cycle_updates=cycle_updates or 1,
                                                     total_updates=total_updates))
                         for u in updates])
         for (name, peak), colour in zip(peaks.items(), COLOURS, strict=False)
     ]  # fmt: skip
     highest = max((rate for _, _, points in lines for _, rate in points), default=0.0) or 1.0
-    title = f"{config.stage}: {config.schedule.name}, learning rate over updates"
     path.write_text(as_file(title, lines, y_range=(0.0, highest)))

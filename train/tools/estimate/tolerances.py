@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from train.config.stage import StageConfig
+from train.config.derived import Running
 
 
 class Tolerance(NamedTuple):
@@ -23,17 +23,16 @@ RETILED, REORDERED = Tolerance(1e-6, 5e-3), Tolerance(1e-5, 5e-3)
 ROUNDED, COARSE = Tolerance(1e-2, 0.25), Tolerance(5e-2, 0.5)
 
 
-def of(config: StageConfig) -> dict[str, Tolerance]:
+def of(running: Running) -> dict[str, Tolerance]:
     """The options in force that can change a number, by their key; those with the same bits are left out."""
-    model = config.model
     limits = {
-        "batch.split": (config.batch.split != 1, RETILED),
-        "model.channels_last": (model.channels_last, REORDERED),
-        "model.compile": (model.compile, REORDERED),
-        "model.attention": (model.attention != "auto", REORDERED),
-        "precision": (config.precision == "bf16", ROUNDED),
-        "optimizer.name": (config.optimizer.name == "adamw8bit", ROUNDED),
-        "model.weights": (model.weights == "bf16", COARSE),
-        "model.float8": (model.float8, COARSE),
+        "batch.split": (running.split != 1, RETILED),
+        "model.channels_last": (running.channels_last, REORDERED),
+        "model.compile": (running.compile, REORDERED),
+        "model.attention": (running.attention != "auto", REORDERED),
+        "precision": (running.precision == "bf16", ROUNDED),
+        "optimizer.name": (running.optimizer == "adamw8bit", ROUNDED),
+        "model.weights": (running.weights == "bf16", COARSE),
+        "model.float8": (running.float8, COARSE),
     }
     return {key: limit for key, (on, limit) in limits.items() if on}

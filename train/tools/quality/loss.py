@@ -15,9 +15,10 @@ from typing import Any, cast
 import torch
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import LossConfig, NoiseConfig, StageConfig
+from train.config.derived import Owners
+from train.config.stage import LossConfig, NoiseConfig
 from train.data.index import Index
-from train.data.selection import held_out, measured_of, once, refuse_missing_shards
+from train.data.selection import held_out, once, refuse_missing_shards
 from train.data.shards import ShardReader
 from train.diffusion.noise import alphas_cumprod
 from train.diffusion.objective import Diffusion, image_losses
@@ -113,14 +114,14 @@ def named(models: Sequence[str]) -> dict[str, Path]:
 
 
 def open_images(
-    data: Path, select: str | None, share: float | None, count: int, stages: Mapping[str, StageConfig | None]
+    data: Path, select: str | None, share: float | None, count: int, stages: Mapping[str, Owners | None]
 ) -> Images:
     """The images to measure: those that every model of a known `validation.share` held out; all where none did."""
     configs = [config for config in stages.values() if config is not None]
     selection = select or _selection(data, configs)
     index = Index.open(data, selection)
     if share is None:
-        share = min((c.validation.share for c in configs if c.validation.share), default=0.0)
+        share = min((c.images.held_out_share for c in configs if c.images.held_out_share), default=0.0)
     held = once(index.select(held_out(index.uids, share, index.images))) if share else once(index)
     held = held.select(chosen(held.uids, count))
     if len(held) == 0:
@@ -132,9 +133,9 @@ def open_images(
     return Images(held, selection, share, strata, times)
 
 
-def _selection(data: Path, configs: Sequence[StageConfig]) -> str:
+def _selection(data: Path, configs: Sequence[Owners]) -> str:
     known = sorted(path.stem.removeprefix("index_") for path in data.glob("index_*.arrow"))
-    wanted = [measured_of(config) for config in configs]
+    wanted = [config.images.held_out_selection for config in configs]
     fitting = [name for name in reversed(wanted) if name in known] or (known if len(known) == 1 else [])
     if known and not fitting:
         raise Halt(ExitCode.USAGE, f"--data {data} has the selections {', '.join(known)}: name one of them with --select")
@@ -148,7 +149,7 @@ def band_of(timestep: int) -> str:
     return f"timestep/{start:03d}-{start + width - 1:03d}"
 
 
-def _what_was_seen(found: Images, stages: Mapping[str, StageConfig | None]) -> list[str]:
+def _what_was_seen(found: Images, stages: Mapping[str, Owners | None]) -> list[str]:
     """What is not known, or known to be wrong, about these images being new to the models."""
     if not found.share:
         return [
@@ -156,7 +157,7 @@ def _what_was_seen(found: Images, stages: Mapping[str, StageConfig | None]) -> l
             f"of selection {found.selection} are measured, seen in training or not"
         ]
     unknown = [name for name, config in stages.items() if config is None]
-    seen = [name for name, config in stages.items() if config is not None and config.validation.share < found.share]
+    seen = [name for name, config in stages.items() if config is not None and config.images.held_out_share < found.share]
     notes = [f"{', '.join(unknown)}: no config lies beside it, so whether it saw these images is not known"] if unknown else []
     if seen:
         notes.append(f"{', '.join(seen)}: trained with a validation.share below {found.share:g}, so it may have seen some of these images")
@@ -164,7 +165,7 @@ def _what_was_seen(found: Images, stages: Mapping[str, StageConfig | None]) -> l
 
 
 def _measured(
-    name: str, path: Path, stage: StageConfig | None, data: Path, found: Images, running: Running, notes: list[str]
+    name: str, path: Path, stage: Owners | None, data: Path, found: Images, running: Running, notes: list[str]
 ) -> dict[str, Any]:
     """One model's losses. Its networks are gone afterwards."""
     local = anymodel.open_any(path, tokenizers=running.tokenizers if path.is_file() else None)
@@ -172,7 +173,7 @@ def _measured(
     if found.index.vae_id and vae_identity(local) != found.index.vae_id:
         notes.append(f"{name}: its VAE is another than the one that the set's latents were made with")
     told = anymodel.conventions(path, local)
-    crop = stage.data.crop_conditioning if stage else "actual"
+    crop = stage.observers.crop_conditioning if stage else "actual"
     log.info("%s: %d images", name, len(found.index))
     losses = _losses(local, told, Making(LatentScale.of(local.configs["vae"]), told.max_tokens, crop), data, found, running)
     gc.collect()  # before the next model is loaded: SDXL's networks hold cycles

@@ -9,11 +9,14 @@ import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.storage.rundir import RunDir
+
+if TYPE_CHECKING:
+    from train.config.stage import StageConfig
 
 RANK_OF_A_GUEST = 1  # not the main process: such a rank writes neither metrics nor checkpoints nor bad_step.json
 
@@ -80,8 +83,9 @@ def step(path: Path, update: int, *, recompute: bool = False) -> dict[str, Any]:
         raise Halt(ExitCode.USAGE, f"{path} is not a run directory: it has no config.yaml")
     quiet = ("sampling.every_steps=0", "validation.every_steps=0", "data.workers=0", "tracking.wandb=disabled")
     config = load_stage([settings], [*quiet, "tracking.tensorboard=false", f"output_dir={path}"])
-    source, components = handoff.open_source(config, with_vae=False)
-    data = setup.open_data(config, source)
+    feeding = config.owners.data
+    source, components = handoff.open_source(config.origin)
+    data = setup.open_data(config.images, source)
     if not 0 <= update < data.plan.total_updates:
         raise Halt(ExitCode.USAGE, f"--update {update}: the run has updates 0 to {data.plan.total_updates - 1}")
     tiles = data.plan.update(update)
@@ -98,7 +102,7 @@ def step(path: Path, update: int, *, recompute: bool = False) -> dict[str, Any]:
     metrics = _logged(path, update)
     slots: list[dict[str, Any]] = []
     for number, tile in enumerate(tiles):
-        times = rng.timesteps(config.seed, tile.uids, tile.epochs, *config.noise.timesteps)
+        times = rng.timesteps(feeding.seed, tile.uids, tile.epochs, *feeding.noise.timesteps)
         for row, uid, epoch, t in zip(tile.rows.tolist(), tile.uids.tolist(), tile.epochs.tolist(), times, strict=True):
             slot = {"tile": number, "bucket": f"{tile.width}x{tile.height}", "key": data.index.key(row)}
             slot |= {"uid": f"{uid:016x}", "epoch": epoch, "t": int(t)}
@@ -106,7 +110,7 @@ def step(path: Path, update: int, *, recompute: bool = False) -> dict[str, Any]:
     return report | {"loss": metrics.get("loss"), "grad_norm": metrics.get("grad_norm"), "slots": slots}
 
 
-def _recompute(path: Path, config: Any, source: Any, components: Any, data: Any, update: int) -> dict[str, Any]:
+def _recompute(path: Path, config: StageConfig, source: Any, components: Any, data: Any, update: int) -> dict[str, Any]:
     """Replay from the newest checkpoint at or before `update`; the losses of that update, in plan order."""
     from train.base import files
     from train.base.signals import StopFlag
@@ -115,10 +119,10 @@ def _recompute(path: Path, config: Any, source: Any, components: Any, data: Any,
 
     machine = setup.open_machine(config.batch, config.launch)
     machine = replace(machine, place=replace(machine.place, rank=RANK_OF_A_GUEST))
-    run = RunDir(path.absolute(), config.stage, RANK_OF_A_GUEST)
+    run = RunDir(path.absolute(), config.identity.stage, RANK_OF_A_GUEST)
     run.look_up_to = update
-    model = setup.open_model(config, machine, data.plan, source, components)
-    running = session.open_session(config, run, StopFlag(), machine, data, model)
+    model = setup.open_model(config.running, config.objective, machine, data.plan, source, components)
+    running = session.open_session(config.owners, run, StopFlag(), machine, data, model)
     start = running.run.progress.step
     running.run.last_step = update
     with session.closing(running):
@@ -133,7 +137,7 @@ def _recompute(path: Path, config: Any, source: Any, components: Any, data: Any,
             tiles_here=len(running.data.loader.tiles),
             tiles_in_update=len(tiles),
             step=update,
-            max_grad_norm=config.optimizer.max_grad_norm,
+            max_grad_norm=running.trained.max_grad_norm,
             stop_asked=lambda: False,
         )
     return {
