@@ -155,7 +155,7 @@ class EmaConfig:
     """Moving average of the weights, exported beside them."""
 
     decay: float | None = key(None, "of the moving average; null = off", at_least=0, below=1)
-    every_steps: int = key(1, "updates between two averagings", at_least=1)
+    every_steps: int = key(1, "updates between two averagings; n of them ask for decay to the power of n", at_least=1)
     device: Literal["same", "cpu"] = key("same", "where the average lies", resume="warn")
 
 

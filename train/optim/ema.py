@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+
+from train.optim import stepping
 
 
 class Ema:
@@ -19,15 +22,28 @@ class Ema:
 
     @torch.no_grad()
     def update(self, parameters: Mapping[str, torch.Tensor], updates: int) -> None:
-        """Follow the weights after update number `updates` (1-based)."""
+        """Follow the weights after update number `updates` (1-based); those elsewhere or of 16 bit come chunk by chunk."""
         if updates % self.every_steps:
             return
-        for name, parameter in parameters.items():
-            average = self.average[name]
-            average.lerp_(parameter.detach().to(average.device, torch.float32), 1.0 - self.decay)
+        group: dict[str, Any] = {}
+        for chunk in stepping.chunks([stepping.Entry(name, weight, group) for name, weight in parameters.items()]):
+            averages, weights = [self.average[entry.name] for entry in chunk], [entry.tensor.detach() for entry in chunk]
+            if (weights[0].dtype, weights[0].device) != (averages[0].dtype, averages[0].device):
+                weights = list(_beside(averages[0].device, stepping.rows(weights)).unbind())
+            torch._foreach_lerp_(averages, weights, 1.0 - self.decay)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Take over a checkpoint's averages. Raises KeyError for a missing name."""
         for name, average in self.average.items():
             average.copy_(tensors[name])
+
+
+def _beside(device: torch.device, weights_N: torch.Tensor) -> torch.Tensor:
+    """The rows on `device`: from a card to the host by one copy into page-locked memory, which torch keeps for the next."""
+    if weights_N.device == device:
+        return weights_N
+    found = torch.empty_like(weights_N, device=device, pin_memory=weights_N.is_cuda)
+    found.copy_(weights_N, non_blocking=True)
+    torch.cuda.current_stream(weights_N.device).synchronize()
+    return found

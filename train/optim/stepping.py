@@ -38,7 +38,7 @@ class Entry:
     """A trained tensor as a step sees it. `group` is the optimizer's: learning rate, decay and the like."""
 
     name: str
-    tensor: nn.Parameter
+    tensor: torch.Tensor
     group: dict[str, Any]
 
     @property
