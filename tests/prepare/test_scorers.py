@@ -163,7 +163,7 @@ def test_tagger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (model / "selected_tags.csv").write_text(VOCABULARY)
     (model / "model.onnx").write_bytes(b"weights")
     session = _Session()
-    monkeypatch.setattr(tag, "load_session", lambda folder: session)
+    monkeypatch.setattr(tag, "load_session", lambda folder, option: session)
     config = world(tmp_path, tag=TagConfig("wd", model=str(model), batch=3))
     ingest.run(config)
     probe.run(config)

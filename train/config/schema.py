@@ -38,6 +38,7 @@ _YAML_NULL = ("null", "~")
 # key that has a problem of its own ends it.
 Rule = Callable[[Any], Iterable[str]]
 Problem = tuple[str, str]  # (key, sentence)
+_MISSING = ""  # in the place of a sentence: nobody set a key that has no default; all of them are told in one
 
 
 def load_into(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = (), rules: Sequence[Rule] = ()) -> T:
@@ -62,36 +63,13 @@ def all_problems(schema: type, found: Any, rules: Sequence[Rule] = ()) -> list[s
     if (other := other_kind(schema, found)) is not None:
         return [other]
     problems = list(_problems(schema, found, "", all_keys(schema)))
-    missing = sorted(_missing(schema, found, ""))
-    told = [sentence for _, sentence in problems]
-    if missing:
+    told = [sentence for _, sentence in problems if sentence != _MISSING]
+    if missing := sorted(key for key, sentence in problems if sentence == _MISSING):
         told.append(f"missing value for {', '.join(missing)}: set it in the YAML or as key=value")
     if isinstance(found, dict):
-        config = sound_part(schema, found, {key for key, _ in problems} | set(missing))
+        config = sound_part(schema, found, {key for key, _ in problems})
         told += [sentence for rule in rules for sentence in told_by(rule, config)]
     return list(dict.fromkeys(told))
-
-
-def _missing(hint: Any, value: Any, key: str) -> Iterator[str]:
-    """Keys that have no default and that nobody set, in sections and in lists and dicts of sections."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(value, dict):
-        hints = _hints(typing.cast(type, hint))
-        for field in dataclasses.fields(hint):
-            full = f"{key}.{field.name}" if key else field.name
-            if field.name not in value and field.default == MISSING:
-                yield full
-            else:
-                yield from _missing(hints[field.name], value.get(field.name, {}), full)
-    elif origin is dict and isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _missing(arguments[1], inner, f"{key}.{name}")
-    elif origin is list and isinstance(value, list):
-        for number, inner in enumerate(value):
-            yield from _missing(arguments[0], inner, f"{key}[{number}]")
-    elif origin in (Union, types.UnionType) and isinstance(value, dict) and value:
-        for option in arguments:
-            yield from _missing(option, value, key)
 
 
 def merge_sources(paths: Sequence[str | Path], overrides: Sequence[str]) -> DictConfig:
@@ -257,15 +235,6 @@ def keys_of(schema: type, prefix: str = "") -> dict[str, Found]:
     return found
 
 
-def leaves(schema: type, prefix: str = "") -> dict[str, Any]:
-    """Annotation of every dotted key that holds a value."""
-    found: dict[str, Any] = {}
-    for name, hint in _hints(schema).items():
-        section = dataclasses.is_dataclass(hint)
-        found |= leaves(typing.cast(type, hint), f"{prefix}{name}.") if section else {prefix + name: hint}
-    return found
-
-
 def _hints(schema: type) -> dict[str, Any]:
     return typing.get_type_hints(schema)
 
@@ -319,6 +288,12 @@ def _section_problems(schema: type, value: Any, key: str, known: Sequence[str]) 
         said = key_of(fields[name])
         if said is not None and not problems:
             yield from ((full, sentence) for sentence in range_problems(said, inner, full))
+    for name in hints.keys() - value.keys():
+        full = f"{key}.{name}" if key else name
+        if fields[name].default == MISSING:
+            yield full, _MISSING
+        elif dataclasses.is_dataclass(hints[name]):
+            yield from _section_problems(typing.cast(type, hints[name]), {}, full, known)
 
 
 def _suggestion(unknown: str, known: Sequence[str], section: str, siblings: Iterable[str]) -> str:
@@ -346,7 +321,7 @@ def fits(hint: Any, value: Any) -> bool:
     if origin is Literal:
         return value in arguments and not isinstance(value, bool)
     if origin in (list, tuple, dict):
-        return not list(_problems(hint, value, "", ()))
+        return all(sentence == _MISSING for _, sentence in _problems(hint, value, "", ()))
     if dataclasses.is_dataclass(hint):
         return isinstance(value, dict)
     if hint is types.NoneType:

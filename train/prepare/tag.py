@@ -7,7 +7,7 @@ changing one rewrites labels only. The tagger's rating is kept too, but no ratin
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,17 +130,11 @@ def _check_joined(column: pa.ChunkedArray, where: str) -> None:
 
 def _from_wd(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) -> None:
     folder = Path(settings.tag.model or "")
-    session = load_session(folder)
-    vocabulary = read_vocabulary(folder / "selected_tags.csv")
+    see, vocabulary = load_tagger(folder, "tag.model")
     model = f"{folder.name}@{file_sha256(folder / 'model.onnx')[:16]}"
-    name = session.get_inputs()[0].name
 
     def predict(images: list[Image.Image]) -> list[tuple[Any, ...]]:
-        if not images:
-            return []
-        pixels_BHWC = np.stack([tagger_pixels(image) for image in images])
-        found = session.run(None, {name: pixels_BHWC})[0]
-        return [(above_floor(row, vocabulary),) for row in np.asarray(found, np.float32)]
+        return [(above_floor(row, vocabulary),) for row in see(images)] if images else []
 
     def row(key: str, tags: list[dict[str, Any]] | None) -> dict[str, Any]:
         return {"key": key, "model": model, "tags": tags or []}
@@ -148,6 +142,24 @@ def _from_wd(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) ->
     config = units.config_id(code=TAG_VERSION, model=model, floor=FLOOR)
     step = units.Step(dataset, "tags", TAGS, config, ("records", "probe"))
     run_model(settings, step, settings.tag.batch, predict, row, "tag", wanted)
+
+
+def load_tagger(folder: Path, option: str) -> tuple[Callable[[Sequence[Image.Image]], np.ndarray], list[tuple[str, int]]]:
+    """(float32 probabilities [B,T] of pictures, tag and category of each of T) of a WD tagger v3.
+
+    Raises Halt, which names `option`: as `load_session` and `read_vocabulary`, and MISMATCH when the two do not fit.
+    """
+    session, vocabulary = load_session(folder, option), read_vocabulary(folder / "selected_tags.csv")
+    name = session.get_inputs()[0].name
+
+    def see(images: Sequence[Image.Image]) -> np.ndarray:
+        pixels_BHWC = np.stack([tagger_pixels(image) for image in images])
+        found_BT = np.asarray(session.run(None, {name: pixels_BHWC})[0], np.float32)
+        if found_BT.shape[1] != len(vocabulary):
+            raise Halt(ExitCode.MISMATCH, f"{option} {folder}: {found_BT.shape[1]} outputs, selected_tags.csv has {len(vocabulary)} tags")
+        return found_BT
+
+    return see, vocabulary
 
 
 def load_session(folder: Path, option: str = "tag.model") -> Any:
@@ -190,11 +202,7 @@ def tagger_pixels(image: Image.Image) -> np.ndarray:
 
 
 def above_floor(probabilities: np.ndarray, vocabulary: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
-    """Tags above the floor in the vocabulary's order. Raises Halt(MISMATCH) when the lengths differ."""
-    if len(probabilities) != len(vocabulary):
-        raise Halt(
-            ExitCode.MISMATCH, f"tag.model: {len(probabilities)} outputs, selected_tags.csv has {len(vocabulary)} tags"
-        )
+    """Tags above the floor in the vocabulary's order."""
     chosen = np.flatnonzero(probabilities > FLOOR).tolist()
     return [
         {"tag": vocabulary[n][0], "category": vocabulary[n][1], "prob": float(probabilities[n])} for n in chosen

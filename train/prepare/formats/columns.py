@@ -34,7 +34,8 @@ class Columns:
     """Names of columns, and which of them hold words: from a schema at once, from rows without header as they come."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        self.words: dict[str, bool] = dict.fromkeys(names, False)
+        self.names = list(names)  # of a header, as it stands there
+        self.words: dict[str, bool] = dict.fromkeys(self.names, False)
         self.rows = 0
 
     @classmethod

@@ -26,7 +26,7 @@ from train.prepare.formats.columns import Columns, check_caption, check_header, 
 from train.prepare.formats.mapping import mapped_post
 from train.prepare.posts.normalise import REFUSALS, BadRecord, Found
 from train.prepare.sources import imagefolder, webdataset
-from train.prepare.sources.table import captioned, refused
+from train.prepare.sources.table import captioned, refused, schema_of
 from train.prepare.tables.progress import say
 from train.prepare.tables.schemas import Quarantine
 
@@ -182,7 +182,7 @@ def _tables(source: SourceConfig, root: Path, part: _Part, library: Any) -> Iter
         if not name.lower().endswith(_ENDINGS):
             raise Halt(ExitCode.MISMATCH, f"sources {source.name}: {name} is compressed: unpack it")
         try:
-            schema = imagefolder.schema_of(root / name)
+            schema = schema_of(root / name)
         except (OSError, pa.ArrowInvalid) as error:
             yield refused(source, name, 0, error)
             continue

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import unicodedata
@@ -21,25 +20,27 @@ import pyarrow.parquet as pq
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
 from train.prepare.folders.files import require_source, source_root
-from train.prepare.folders.kinds import is_image
+from train.prepare.folders.kinds import JSON, is_image
 from train.prepare.folders.walking import walk
-from train.prepare.formats.columns import (
-    LOOK_ROWS,
-    Columns,
-    check_caption,
-    check_header,
-    check_mapped,
-    check_names,
-    with_defaults,
-)
-from train.prepare.formats.csvfile import csv_form, require_text
+from train.prepare.formats import columns as header
+from train.prepare.formats.columns import Columns, check_caption, check_header, with_defaults
+from train.prepare.formats.csvfile import require_text
 from train.prepare.formats.jsonstream import Malformed, iter_values
 from train.prepare.formats.mapping import below, mapped_post
 from train.prepare.posts.census import Census
 from train.prepare.posts.normalise import REFUSALS, BadRecord, Found, RawPost
-from train.prepare.sources.table import Row, captioned, check_pictures, csv_rows, parquet_rows, refused, row_posts
-from train.prepare.tables.progress import read_so_far, say
-from train.prepare.tables.schemas import REST_UNREAD, Quarantine
+from train.prepare.sources.table import (
+    Row,
+    captioned,
+    check_pictures,
+    columns_of,
+    refused,
+    row_posts,
+    rows_of,
+    schema_of,
+)
+from train.prepare.tables.progress import say
+from train.prepare.tables.schemas import Quarantine
 
 _EMBEDDED = (".parquet", ".arrow")
 _USUAL = {"caption": ("text",), "uri": ("file_name",), "image": ("image",)}  # our column: the layout's own name
@@ -69,7 +70,7 @@ def read(source: SourceConfig) -> Iterator[Found]:
         elif other is None and found.lower().endswith((".jsonl", ".json", ".csv", ".tsv")):
             other = found
     if seen.rows:
-        check_mapped(source, "any row of its .jsonl files", seen)
+        header.check_mapped(source, "any row of its .jsonl files", seen)
     if not files:
         hint = f"{other} has another name: name it in path, or rename it" if other else "Pictures with .txt beside them are adapter: sidecar"
         raise Halt(ExitCode.MISMATCH, f"sources {source.name}: {len(pictures)} pictures, and no {', '.join(_METADATA)} and no "
@@ -136,57 +137,28 @@ def _checked(
 
     Raises Halt(USAGE) where no column has the file names or the captions.
     """
-    lines, asked = _is_json(name), False
-    columns = Columns() if lines else _columns(source, name, file)
+    lines, asked = name.lower().endswith(JSON), False
+    columns = (None if lines else columns_of(source, file)) or Columns()
 
     def ask() -> None:
-        check_names(source, name, columns, "file_name")
+        header.check_names(source, name, columns, "file_name")
         check_caption(source, name, columns, "text")
 
     if columns.words and not lines:
-        check_header(source, name, list(columns.words))
+        check_header(source, name, columns.names)
     if lines:
         require_text(f"sources {source.name}", file)
-    for number, row in _metadata_rows(mapped, name, file):
+    for number, row in iter_values(file) if lines else rows_of(mapped, name, file):
         if isinstance(row, dict) and not name.lower().endswith(_EMBEDDED):
             columns.add(row)
             if lines:
                 seen.add(row)
-        if not asked and columns.rows == LOOK_ROWS:
+        if not asked and columns.rows == header.LOOK_ROWS:
             ask()
             asked = True
         yield number, row
     if not asked and columns.words:
         ask()
-
-
-def schema_of(file: Path) -> pa.Schema | None:
-    """That of a parquet or Arrow file, None for other kinds. Raises OSError or ArrowInvalid."""
-    if file.suffix.lower() == ".parquet":
-        return pq.read_schema(file)
-    return pa.ipc.open_stream(str(file)).schema if file.suffix.lower() == ".arrow" else None
-
-
-def _columns(source: SourceConfig, name: str, file: Path) -> Columns:
-    """Those of a file with a header; none where it cannot be read, which is reported when its rows are."""
-    try:
-        if (schema := schema_of(file)) is not None:
-            return Columns.of_schema(schema)
-        return Columns(csv_form(f"sources {source.name}", file).names)
-    except (OSError, pa.ArrowInvalid, csv.Error):
-        return Columns()
-
-
-def _is_json(name: str) -> bool:
-    return name.lower().endswith((".jsonl", ".json", ".ndjson"))
-
-
-def _metadata_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Any]]:
-    if _is_json(name):
-        return iter_values(file)
-    if name.lower().endswith(".arrow"):
-        return _arrow_rows(source, name, file)
-    return parquet_rows(source, name, file) if name.lower().endswith(".parquet") else csv_rows(source, name, file)
 
 
 def _embedded(file: Path) -> bool:
@@ -222,8 +194,7 @@ def embedded_rows(
         place, member = f"{name} row {number}", f"row:{number}:{image}"
         return captioned(told, name, number, mapped_post(source, with_labels(row, labels), place, root, name, member, f"{name}#{number}"))
 
-    rows = parquet_rows(source, name, file) if file.suffix.lower() == ".parquet" else _arrow_rows(source, name, file)
-    yield from row_posts(source, name, rows, post)
+    yield from row_posts(source, name, rows_of(source, name, file), post)
 
 
 def with_labels(row: Row, labels: Mapping[str, Sequence[str]]) -> Row:
@@ -241,19 +212,3 @@ def with_labels(row: Row, labels: Mapping[str, Sequence[str]]) -> Row:
         return labels[column][value]
 
     return {**row, **{column: named(column, row[column]) for column in labels if column in row}}
-
-
-def _arrow_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
-    """Rows of an Arrow stream as `datasets` saves it, without the pixels."""
-    number = 0
-    wanted = {theirs for ours, theirs in source.columns.items() if ours != "image"}
-    try:
-        with pa.memory_map(str(file)) as data, pa.ipc.open_stream(data) as stream:
-            columns = [column for column in stream.schema.names if column in wanted]
-            for batch in stream:
-                read_so_far(batch.nbytes)
-                for row in batch.select(columns).to_pylist() if columns else [{}] * batch.num_rows:
-                    yield number, row
-                    number += 1
-    except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
-        yield number, refused(source, name, number, BadRecord(f"{error}; {REST_UNREAD}"))

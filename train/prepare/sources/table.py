@@ -15,7 +15,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.dataset import SourceConfig
 from train.prepare.folders.files import source_root
 from train.prepare.folders.walking import each_file
-from train.prepare.formats.columns import WORDS, check_header, listed, wants_caption
+from train.prepare.formats.columns import WORDS, Columns, check_header, listed, wants_caption
 from train.prepare.formats.csvfile import cells, csv_form
 from train.prepare.formats.mapping import mapped_post
 from train.prepare.posts.caption_text import SURROGATE
@@ -32,23 +32,34 @@ def read(source: SourceConfig) -> Iterator[Found]:
     yield from each_file(source, partial(_file, source, source_root(source)))
 
 
-def _header(source: SourceConfig, file: Path) -> list[str] | None:
-    """Names of the columns; None where the file cannot be read, which is reported when its rows are."""
+def schema_of(file: Path) -> pa.Schema | None:
+    """That of a parquet or Arrow file, None for other kinds. Raises OSError or ArrowInvalid."""
+    if file.suffix.lower() == ".parquet":
+        return pq.read_schema(file)
+    return pa.ipc.open_stream(str(file)).schema if file.suffix.lower() == ".arrow" else None
+
+
+def columns_of(source: SourceConfig, file: Path) -> Columns | None:
+    """The columns of a file with a header; None where it cannot be read, which is reported when its rows are."""
     try:
-        if file.suffix.lower() == ".parquet":
-            return list(pq.read_schema(file).names)
-        return list(csv_form(f"sources {source.name}", file).names)
+        schema = schema_of(file)
+        return Columns(csv_form(f"sources {source.name}", file).names) if schema is None else Columns.of_schema(schema)
     except (OSError, pa.ArrowInvalid, csv.Error):
         return None
 
 
+def rows_of(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
+    """(row number, row) of the mapped columns, without the pixels of embedded images."""
+    return {".parquet": parquet_rows, ".arrow": arrow_rows}.get(file.suffix.lower(), csv_rows)(source, name, file)
+
+
 def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[Found]:
-    if (names := _header(source, file)) is not None:
-        check_header(source, name, names)
+    if (columns := columns_of(source, file)) is not None:
+        check_header(source, name, columns.names)
         if not any(ours in WORDS for ours in source.columns):
-            say(f"sources {source.name}: neither captions nor tags of {name} are mapped, its pictures come without; it has {listed(names)}")
+            say(f"sources {source.name}: neither captions nor tags of {name} are mapped, its pictures come without; it has {listed(columns.names)}")
     image = source.columns.get("image")
-    if image is not None and names is not None:
+    if image is not None and columns is not None:
         check_pictures(source, name, file, image)
     uri = file.relative_to(root).as_posix() if file.is_relative_to(root) else name
 
@@ -58,8 +69,7 @@ def _file(source: SourceConfig, root: Path, name: str, file: Path) -> Iterator[F
             return mapped_post(source, row, place, root)
         return mapped_post(source, row, place, root, uri, f"row:{number}:{image}", f"{name}#{number}")
 
-    rows = parquet_rows(source, name, file) if file.suffix.lower() == ".parquet" else csv_rows(source, name, file)
-    yield from row_posts(source, name, rows, post)
+    yield from row_posts(source, name, rows_of(source, name, file), post)
 
 
 def row_posts(
@@ -103,9 +113,8 @@ def each_parquet(source: SourceConfig, read: Callable[[str, Path, pa.Schema], It
 def check_pictures(source: SourceConfig, name: str, file: Path, image: str) -> None:
     """Raises Halt(MISMATCH) where the column `image` of a parquet or Arrow file cannot hold embedded pictures."""
     where = f"sources {source.name}: {name}"
-    if file.suffix.lower() not in (".parquet", ".arrow"):
+    if (schema := schema_of(file)) is None:
         raise Halt(ExitCode.MISMATCH, f"{where} holds no pictures: map a column of file names to columns.uri, not columns.image")
-    schema = pq.read_schema(file) if file.suffix.lower() == ".parquet" else pa.ipc.open_stream(str(file)).schema
     bytes_of = [field.name for field in schema if _holds_pictures(field.type)]
     if image not in schema.names:
         hint = f"columns.image: {' or '.join(bytes_of[:5])}" if bytes_of else "columns.image"
@@ -160,6 +169,22 @@ def parquet_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[
                     number += 1
                 number += batch.num_rows if not present else 0
     except (OSError, pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        yield number, refused(source, name, number, BadRecord(f"{error}; {REST_UNREAD}"))
+
+
+def arrow_rows(source: SourceConfig, name: str, file: Path) -> Iterator[tuple[int, Row | Quarantine]]:
+    """Rows of an Arrow stream as `datasets` saves it, without the pixels."""
+    number = 0
+    wanted = {theirs for ours, theirs in source.columns.items() if ours != "image"}
+    try:
+        with pa.memory_map(str(file)) as data, pa.ipc.open_stream(data) as stream:
+            columns = [column for column in stream.schema.names if column in wanted]
+            for batch in stream:
+                read_so_far(batch.nbytes)
+                for row in batch.select(columns).to_pylist() if columns else [{}] * batch.num_rows:
+                    yield number, row
+                    number += 1
+    except (OSError, pa.ArrowInvalid, UnicodeDecodeError) as error:
         yield number, refused(source, name, number, BadRecord(f"{error}; {REST_UNREAD}"))
 
 

@@ -18,11 +18,5 @@ def main() -> None:
 
     from train.tools.demo import serve
 
-    serve(
-        arguments.model,
-        host=arguments.host,
-        port=arguments.port,
-        device=arguments.device,
-        tokenizers=arguments.tokenizers,
-        out=arguments.out,
-    )
+    options = {name: value for name, value in vars(arguments).items() if name != "model"}
+    serve(arguments.model, **options)

@@ -34,17 +34,8 @@ def main() -> None:
     from train.observe.inference import adjusted, draw, open_model
     from train.observe.pictures import require_folder, write_pictures
 
-    settings = adjusted(
-        load_prompts(arguments.prompts),
-        texts=arguments.prompt,
-        size=arguments.size,
-        seed=arguments.seed,
-        steps=arguments.steps,
-        guidance=arguments.guidance,
-        sampler=arguments.sampler,
-        negative=arguments.negative,
-        quality_prefix=arguments.quality_prefix,
-    )
+    changes = {name: getattr(arguments, name) for name in ("size", "seed", "steps", "guidance", "sampler", "negative", "quality_prefix")}
+    settings = adjusted(load_prompts(arguments.prompts), texts=arguments.prompt, **changes)
     require_folder(arguments.out)
     model = open_model(arguments.model, device=arguments.device, tokenizers=arguments.tokenizers)
     images = draw(model, settings)

@@ -148,7 +148,7 @@ def _flat(table: Mapping[str, Any], result: Result, path: str = "") -> dict[str,
 
 def _plain_values(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Numbers and booleans written as text, "225" or "true", as what they mean, where our key holds no text."""
-    hints = schema.leaves(StageConfig)
+    hints = {key: found.hint for key, found in schema.keys_of(StageConfig).items()}
     values: dict[str, Any] = {}
     for key, value in theirs.items():
         if isinstance(value, str) and not (key in DIRECT and schema.fits(hints[DIRECT[key]], value)):
@@ -160,7 +160,7 @@ def _plain_values(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _fit_types(result: Result) -> None:
     """Values of the type that our key has (500.0 is 500); what cannot be is named and left out."""
-    hints = schema.leaves(StageConfig)
+    hints = {key: found.hint for key, found in schema.keys_of(StageConfig).items()}
     for key, value in list(result.config.items()):
         if isinstance(value, float) and value.is_integer() and not schema.fits(hints[key], value):
             value = int(value)

@@ -118,21 +118,12 @@ def open_tagger(given: str, general: float = 0.35, character: float = 0.85, devi
 
 
 def _wd(folder: Path, general: float, character: float) -> Tagger:
-    session = tag.load_session(folder, "--tagger")
-    vocabulary = tag.read_vocabulary(folder / "selected_tags.csv")
+    probabilities, vocabulary = tag.load_tagger(folder, "--tagger")
     kept = [number for number, (_, category) in enumerate(vocabulary) if category != _RATING]
     limits = np.array([character if vocabulary[n][1] == _CHARACTER else general for n in kept], np.float32)
-    name = session.get_inputs()[0].name
 
     def see(images: Images) -> Seen:
-        pixels_BHWC = np.stack([tag.tagger_pixels(image) for image in images])
-        found_BT = np.asarray(session.run(None, {name: pixels_BHWC})[0], np.float32)
-        if found_BT.shape[1] != len(vocabulary):
-            raise Halt(
-                ExitCode.MISMATCH,
-                f"--tagger {folder}: {found_BT.shape[1]} outputs, selected_tags.csv has {len(vocabulary)} tags",
-            )
-        return np.asarray(found_BT[:, kept] > limits, np.bool_)
+        return np.asarray(probabilities(images)[:, kept] > limits, np.bool_)
 
     thresholds = f"general {general:g}, character {character:g}"
     return Tagger(folder.name, tuple(written(vocabulary[n][0]) for n in kept), thresholds, see)
