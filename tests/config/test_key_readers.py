@@ -27,7 +27,7 @@ SHARED = {
     "a command that looks at a run's update makes its timesteps anew": ("noise.timesteps",),
     "the arguments that an optimizer takes are a section of their own": ("optimizer.name",),
     "when something is due: the loop asks, its owner and the dry run prepare for it": (
-        "checkpoint.every_steps", "checkpoint.keep", "checkpoint.background",
+        "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.background",
     ),
     "the size of the export in the dry run": ("export.dtype",),
 }  # fmt: skip

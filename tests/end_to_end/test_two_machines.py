@@ -73,11 +73,11 @@ class Machines:
         self._send_to(self._hardware)
 
     def start(self, yaml: Path, output: Path, *settings: str, fault: str = "") -> list[subprocess.Popen[bytes]]:
-        """torchrun on both, one process each."""
+        """torchrun on both, one process each; neither sees the other's processes."""
         launchers = []
         for rank, name in enumerate(self.names):
             command = [
-                "ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
+                "ip", "netns", "exec", name, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc", sys.executable, "-m", "torch.distributed.run", "--nnodes", "2",
                 "--nproc_per_node", "1", "--node_rank", str(rank), "--master_addr", self.addresses[0],
                 "--master_port", "29533", "train/run.py", "--config", str(yaml), f"output_dir={output}", *settings,
             ]  # fmt: skip

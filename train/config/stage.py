@@ -164,6 +164,7 @@ class CheckpointConfig:
     """How often, how many, and what to do when the disk is full or busy."""
 
     every_steps: int = key(120, "plan steps between checkpoints", at_least=1, resume="free")
+    every_minutes: float | None = key(None, "minutes between checkpoints, in the place of every_steps; null = by steps", above=0, resume="free")
     keep: int = key(2, "newest ones that stay beside the permanent", at_least=2, resume="free")
     permanent_every_steps: int | None = key(None, "these stay for ever; null = one epoch", at_least=1, resume="free")
     background: bool = key(True, "written while training goes on", resume="free")

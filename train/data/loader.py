@@ -6,6 +6,7 @@ The order comes from the plan alone; worker count, prefetch depth and restarts o
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import signal
 import time
@@ -240,6 +241,7 @@ class _Tail(Sampler[tuple[int, int]]):
 def _start_worker(_: int) -> None:
     # Workers only slice memory maps and draw numbers; more threads would fight with the training for cores.
     torch.set_num_threads(1)
+    gc.enable()  # which the training switches off
     signals.reset_in_worker()
 
 

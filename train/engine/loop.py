@@ -7,8 +7,10 @@ same loop.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -19,13 +21,15 @@ from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.signals import grace_warning
 from train.engine.processes import GRACE_S
-from train.engine.session import Session
+from train.engine.session import Run, Session
 from train.engine.step import Outcome, bad_step, bad_step_record, compute_update, may_apply, not_finite, slot_timesteps
 from train.observe.tracker import loss_by_decile
 from train.optim import collectives, optimizers
 from train.recipe.order import Tile
 from train.storage.checkpoint import Progress
 from train.storage.saver import Saver
+
+GARBAGE_STEPS = 50  # plan steps between two searches for garbage
 
 log = logging.getLogger("anix")
 
@@ -34,12 +38,30 @@ def train(session: Session) -> None:
     """Run the updates that are left; one that fails leaves in good order. What failed is raised."""
     watch = session.run.watch
     watch.step, watch.met = session.run.progress.step, True  # every group of processes exists
+    session.run.saved_at = time.monotonic()
     watch.rescue = partial(rescue, session, wait_s=GRACE_S)
     try:
-        run_updates(session)
+        with seldom_collected():
+            run_updates(session)
     except BaseException as error:
         leave(session, error)
         raise
+
+
+@contextlib.contextmanager
+def seldom_collected() -> Iterator[None]:
+    """Inside, Python looks for garbage when it is told to alone: one process that stops for it holds up all the others.
+
+    What exists before is left out of every search.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def run_updates(session: Session) -> Progress:
@@ -66,6 +88,7 @@ def run_updates(session: Session) -> Progress:
             step=step,
             max_grad_norm=trained.max_grad_norm,
             stop_asked=lambda: run.stop.asked,
+            save_due=partial(save_due, run),
         )
         applied = may_apply(outcome.losses_finite, outcome.grad_norm)
         if not applied and not trained.scale.enabled:
@@ -96,19 +119,29 @@ def run_updates(session: Session) -> Progress:
 def after_update(session: Session, outcome: Outcome) -> None:
     """Previews, validation, checkpoints and the agreed stop, each when it is due; those of the end: see `conclude`."""
     run, done = session.run, session.run.progress.step
-    saver, every_steps, last = run.saver, run.checkpoint.every_steps, done >= run.last_step
+    saver, last = run.saver, done >= run.last_step
+    every_steps = run.checkpoint.every_steps if run.checkpoint.every_minutes is None else 0
     if not last:
         look(session)
+    if done % GARBAGE_STEPS == 0:
+        gc.collect()
     if outcome.stop_asked and not last:
         save(session, now=True)
         raise Halt(ExitCode.STOPPED, f"stopped by a signal after update {done}; saved: the same command goes on")
-    if done % every_steps == 0 and not last:
+    if (done % every_steps == 0 if every_steps else outcome.save_due) and not last:
+        run.saved_at = time.monotonic()
         save(session)
     if saver is not None:
         if run.progress.updates and not saver.reserved and done + every_steps < run.last_step:
             saver.reserve(session.trained.tensors_here())  # the optimizer's state exists since the first update
         saver.raise_failures()
         report_saves(session, saver)
+
+
+def save_due(run: Run) -> bool:
+    """Whether `checkpoint.every_minutes` have passed by the main process's clock, which all follow."""
+    minutes = run.checkpoint.every_minutes
+    return run.place.is_main and minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
 
 
 def look(session: Session, *, last: bool = False) -> None:
@@ -122,6 +155,7 @@ def look(session: Session, *, last: bool = False) -> None:
     if previews:
         with run.watch.main_only("previews"):
             seen.previews.write(done, session.trained.ema, seen.tracker, run.stop)
+        gc.collect()  # a pipeline refers to itself, and may hold a second U-Net
     if held_out:
         seen.held_out.measure(done, run.progress.updates, seen.tracker, run.stop)
 

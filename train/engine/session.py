@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -93,6 +94,7 @@ class Run:
     grace_s: float  # between SIGTERM and SIGKILL
     state: Mapping[str, Any]  # what state.json says beside progress and loss scale
     update_s: float = 0.0
+    saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was begun last
     settled: torch.cuda.Event | None = None  # on a card: the last update is applied there too
     # Held while the weights are between two updates: nothing may be saved.
     stepping: threading.Lock = field(default_factory=threading.Lock)

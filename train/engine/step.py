@@ -39,6 +39,7 @@ class Outcome:
     losses_G: torch.Tensor  # float64 on the host, plan order
     grad_norm: float  # before clipping, unscaled
     stop_asked: bool
+    save_due: bool
     tags_cut: int  # tags of this update's captions that lost tokens at the limit
 
     @property
@@ -191,7 +192,7 @@ def slot_timesteps(tiles: Sequence[Tile], seed: int, low: int, high: int) -> np.
 class TileBackward:
     """Forward, loss and backward of one part of a tile; collects on the device what the host reads once per update.
 
-    `control` is [per-image losses | stop flag | tags cut | gradient norm]: zeros for other processes' images and whole
+    `control` is [per-image losses | stop flag | save flag | tags cut | gradient norm]: zeros for other processes' images and whole
     numbers, so that its sum over the processes, all but the norm, is exact.
     """
 
@@ -199,7 +200,7 @@ class TileBackward:
         self, diffusion: Diffusion, scale: LossScale, images: int, tiles: int, device: torch.device, *, average: str
     ) -> None:
         self.diffusion, self.scale, self.images, self.tiles, self.average = diffusion, scale, images, tiles, average
-        self.control = torch.zeros(images + 3, dtype=torch.float32, device=device)
+        self.control = torch.zeros(images + 4, dtype=torch.float32, device=device)
         self.losses_G = self.control[:images]
         self.tags_cut = 0
 
@@ -244,6 +245,7 @@ def compute_update(
     step: int,
     max_grad_norm: float,
     stop_asked: Callable[[], bool],
+    save_due: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Gradients of one update, clipped and ready, and what all processes agree on. Changes no weight."""
     place = gradients.place
@@ -254,7 +256,8 @@ def compute_update(
         gradients.accumulate(batches, tiles_here, step, backward)
     faults.at("control", step)
     control = backward.control
-    control[-3].fill_(float(stop_asked()))  # numbers travel as a kernel's arguments: a copy of them would wait for the device
+    control[-4].fill_(float(stop_asked()))  # numbers travel as a kernel's arguments: a copy of them would wait for the device
+    control[-3].fill_(float(save_due()))
     control[-2].fill_(float(backward.tags_cut))
     if place.world > 1 and not faults.skips("control", step):
         dist.all_reduce(control[:-1], group=gradients.control)
@@ -266,7 +269,8 @@ def compute_update(
     return Outcome(
         losses_G=read[:images],
         grad_norm=float(read[-1]),
-        stop_asked=bool(read[-3] > 0),
+        stop_asked=bool(read[-4] > 0),
+        save_due=bool(read[-3] > 0),
         tags_cut=int(read[-2]),
     )
 

@@ -38,7 +38,9 @@ def permanent_every(settings: CheckpointConfig, updates_per_epoch: int) -> int:
 
 def permanent_count(settings: CheckpointConfig, updates: int, updates_per_epoch: int) -> int:
     """Checkpoints that a run of `updates` keeps for ever: the first at or after each multiple, and the stage's end."""
-    every = max(permanent_every(settings, updates_per_epoch), settings.every_steps)
+    every = permanent_every(settings, updates_per_epoch)
+    if settings.every_minutes is None:
+        every = max(every, settings.every_steps)
     return -(-updates // every)
 
 
