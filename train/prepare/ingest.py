@@ -25,17 +25,16 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.config.dataset import DatasetConfig, SourceConfig, dataset_dir
 from train.prepare.choosing.repeats import tell_unread_folders
-from train.prepare.folders.kinds import is_image
-from train.prepare.folders.places import check_place
+from train.prepare.folders.kinds import check_place, is_image
 from train.prepare.folders.unchanged import sources_mark
 from train.prepare.folders.walking import walk
 from train.prepare.formats.mapping import check_columns
 from train.prepare.posts.caption_remarks import CaptionTally, remarks
 from train.prepare.posts.caption_text import caption_ending, caption_rules
-from train.prepare.posts.census import Census, tell
+from train.prepare.posts.census import Census
 from train.prepare.posts.normalise import RawPost, printable, to_record
 from train.prepare.tables import units
-from train.prepare.tables.progress import bar, reading
+from train.prepare.tables.progress import bar, reading, say
 from train.prepare.tables.quarantine import Complaint, set_aside, too_many
 from train.prepare.tables.schemas import (
     RECORDS,
@@ -210,7 +209,8 @@ def _parse(
         if census.records == 0:
             said.append(f"sources {source.name}: no record is taken: nothing at {source.path} is one for adapter {source.adapter}")
         said += [f"sources {source.name}: {remark}" for remark in remarks(tally, source, settings.separator)]
-        tell(census)
+        for line in census.lines():
+            say(line)
         questions.append(census.question())
     if any(questions):
         raise Halt(ExitCode.USAGE, "; ".join(filter(None, questions)))

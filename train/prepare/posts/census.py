@@ -6,7 +6,6 @@ Reading has one place per process, so the census of the source that is being rea
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,9 +108,3 @@ class Census:
         shown = ", ".join(f"{count} {word}" for word, count in sorted(self.ratings.items()))
         return f"none of the {self.ratings.total()} rated posts is g ({shown})"
 
-
-def tell(census: Census) -> None:
-    """Print the lines, on the first process only."""
-    if os.environ.get("RANK", "0") in ("", "0"):
-        for line in census.lines():
-            print(line)

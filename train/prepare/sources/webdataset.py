@@ -112,7 +112,7 @@ def _tar(source: SourceConfig, root: Path, name: str, file: Path, told: _Told) -
                 elif is_plain(info):
                     _add(source, samples, tar, info)
     except (tarfile.TarError, OSError, EOFError) as error:
-        yield _quarantine(source, name, "bad_record", f"{name}: {error}; {REST_UNREAD}", error)
+        yield _quarantine(source, name, "bad_record", error, f"{error}; {REST_UNREAD}")
     if samples:  # only now is it known what belongs to what: members of a sample may lie far apart
         with open(file, "rb") as data:
             for key, sample in samples.items():
@@ -130,12 +130,11 @@ def _refused_member(source: SourceConfig, name: str, info: tarfile.TarInfo) -> Q
     try:
         check_relative(info.name)
     except UnsafePath as error:
-        return _quarantine(source, place, "outside_root", f"{printable(name)}: {error}", error)
+        return Quarantine(printable(f"{source.name}:{place}"), "ingest", "outside_root", printable(f"{name}: {error}"), "UnsafePath")
     if is_plain(info) or info.isdir():
         return None
-    problem = BadRecord(f"{place} is a link, a device or sparse, only regular members are read")
-    reason: ErrorReason = "outside_root" if info.issym() or info.islnk() else "bad_record"
-    return _quarantine(source, place, reason, str(problem), problem)
+    problem = BadRecord("a link, a device or sparse, only regular members are read")
+    return _quarantine(source, place, "outside_root" if info.issym() or info.islnk() else "bad_record", problem)
 
 
 def _add(source: SourceConfig, samples: dict[str, _Sample], tar: _Tar, info: tarfile.TarInfo) -> None:
@@ -195,8 +194,7 @@ def _posts(
         return
     if not sample.pictures and (sample.captions or sample.posts):
         place = f"{tar.name}/{(sample.captions + sample.posts)[-1]}"
-        error = BadRecord(f"{place} belongs to no picture in the tar")
-        yield _quarantine(source, place, "missing_file", str(error), error)
+        yield _quarantine(source, place, "missing_file", BadRecord("belongs to no picture in the tar"))
         return
     captions, no_caption = _paired(sample, key, sample.captions, caption_ending(source))
     posts, no_post = _paired(sample, key, sample.posts, ".json")
@@ -216,14 +214,12 @@ def _posts(
                 continue
             found = _post(source, root, tar, data, member, caption, post, told)
             if found.caption is None and source.columns and wants_caption(source):
-                error = BadRecord(f"{place}: no caption in {post}: see columns.caption and on_missing_caption")
-                yield _quarantine(source, place, "missing_caption", str(error), error)
+                problem = BadRecord(f"no caption in {post}: see columns.caption and on_missing_caption")
+                yield _quarantine(source, place, "missing_caption", problem)
                 continue
             yield found
-        except UnicodeDecodeError as error:
-            yield _quarantine(source, place, "bad_caption", f"{place}: {error}", error)
         except REFUSALS as error:
-            yield _quarantine(source, place, "bad_record", f"{place}: {error}", error)
+            yield _quarantine(source, place, "bad_caption" if isinstance(error, UnicodeDecodeError) else "bad_record", error)
     for text in [*sample.captions, *sample.posts]:
         if text not in used and not refused:
             told.passed_over("texts in tars have the name of no picture and are not read (see caption_ext)", f"{tar.name}/{text}")
@@ -233,8 +229,8 @@ def _missing(source: SourceConfig, sample: _Sample, member: str, place: str) -> 
     stem = _stem(member)
     beside = [name for name in (*sample.captions, *sample.posts, *sample.others) if str(PurePosixPath(name)).startswith(f"{stem}.")]
     ending = f", but {beside[0]} does: set caption_ext: {str(PurePosixPath(beside[0]))[len(stem) :]}" if beside else ""
-    error = BadRecord(f"{place}: neither .json nor {caption_ending(source)} has its name{ending or ': see on_missing_caption'}")
-    return _quarantine(source, place, "missing_caption", str(error), error)
+    problem = BadRecord(f"neither .json nor {caption_ending(source)} has its name{ending or ': see on_missing_caption'}")
+    return _quarantine(source, place, "missing_caption", problem)
 
 
 def _post(
@@ -269,5 +265,6 @@ def _post(
     return found
 
 
-def _quarantine(source: SourceConfig, place: str, reason: ErrorReason, message: str, error: Exception) -> Quarantine:
-    return Quarantine(printable(f"{source.name}:{place}"), "ingest", reason, printable(message), type(error).__name__)
+def _quarantine(source: SourceConfig, place: str, reason: ErrorReason, error: Exception, message: str = "") -> Quarantine:
+    told = printable(f"{place}: {message or error}")
+    return Quarantine(printable(f"{source.name}:{place}"), "ingest", reason, told, type(error).__name__)

@@ -16,7 +16,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.dataset_rules import MAX_NAME
 from train.recipe.buckets import make_buckets
 from train.tools.convert.keys import DATASET_PART, DIRECT, NOT_CARRIED
-from train.tools.convert.values import number, switch, whole
+from train.tools.convert.kinds import number, switch, whole
 
 SELECTION = "pretrain"  # the one selection, by the name that a dataset config has without asking; the stage's data.select
 _STAGE: dict[str, Any] = {  # theirs: their default; one value for the whole stage here

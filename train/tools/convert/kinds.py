@@ -1,9 +1,10 @@
-"""What a config of another trainer is: its text read, what we cannot take refused by its name, stage and dataset told apart."""
+"""What a config of another trainer is: its text and values read, what we cannot take refused by its name, stage and dataset told apart."""
 
 from __future__ import annotations
 
 import codecs
 import json
+import math
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from train.tools.convert.keys import CHOICES, DATASET, DATASET_PART, DIRECT, NO_
 Table = dict[str, Any]
 _STAGE = {*DIRECT, *CHOICES, *DATASET, *NO_COUNTERPART, *SPECIAL} - DATASET_PART
 _MAX_BYTES = 1 << 22
+_TRUTH = {"true": True, "false": False}
 _OTHER_KINDS = {  # key that tells it: what it is, what to do
     "network_module": "trains a LoRA", "network_dim": "trains a LoRA", "network_args": "trains a LoRA",
     "network_weights": "trains a LoRA", "network_alpha": "trains a LoRA", "network_train_unet_only": "trains a LoRA",
@@ -133,3 +135,33 @@ def _named_pictures(source: Path, flat: Mapping[str, Any]) -> Table | None:
     else:
         subset["num_repeats"] = "kohya"  # folders inside it, called <repeats>_<name>
     return {"general": {}, "datasets": [{"subsets": [subset]}]}
+
+
+def number(value: Any) -> int | float | None:
+    """A finite number from TOML or from text; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        found = float(value)
+    except (ValueError, OverflowError):
+        return None
+    if not math.isfinite(found):
+        return None
+    exact = isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("+-").isdigit())
+    return int(value) if exact else found
+
+
+def whole(theirs: Mapping[str, Any], key: str, least: int, default: int, where: str = "") -> int:
+    """A whole number of the TOML. Raises Halt(USAGE) naming the key."""
+    value = theirs.get(key)
+    if value is None or value == "":
+        return default
+    found = number(value)
+    if found is None or found != int(found) or found < least:
+        raise Halt(ExitCode.USAGE, f"{where}{key} is {value!r}, must be a whole number of at least {least}")
+    return int(found)
+
+
+def switch(value: Any) -> Any:
+    """True or false where they are written as text; anything else as it is."""
+    return _TRUTH.get(value.strip().lower(), value) if isinstance(value, str) else value

@@ -26,7 +26,7 @@ from train.model.source import HUB_NAME
 from train.tools.convert import dataset as convert_dataset
 from train.tools.convert import keys, kinds
 from train.tools.convert.keys import CHOICES, DATASET, DEFAULT_LR, DIRECT
-from train.tools.convert.values import number, switch, whole
+from train.tools.convert.kinds import number, switch, whole
 from train.tools.show.dispatch import plain
 
 
