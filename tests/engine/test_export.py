@@ -261,6 +261,10 @@ def flipped_checkpoint(run: Path) -> None:
     flip(next(run.glob("checkpoints/*/model.safetensors")))
 
 
+def gone_checkpoint(run: Path) -> None:
+    shutil.rmtree(next(run.glob("checkpoints/*")))
+
+
 def flipped_encoder(run: Path) -> None:
     flip(run / "model/text_encoder/model.safetensors")
 
@@ -281,7 +285,8 @@ def other_checkpoint(run: Path) -> None:
     [
         (unfinished, "not finished"),
         (no_lineage, "lineage.json is missing"),
-        (flipped_checkpoint, "sha256|damaged"),
+        (flipped_checkpoint, r"changed since it was finished: checkpoints/step-\d+/model\.safetensors"),
+        (gone_checkpoint, "checkpoint of its last step is gone"),
         (flipped_encoder, "model/ has sha256"),
         (other_checkpoint, "changed since it was finished"),
     ],

@@ -16,9 +16,12 @@ from train.model import single_file, source
 ROOT = Path(source.__file__).parents[1]
 
 
-@pytest.mark.parametrize("kind", ["folder", "single file"])
+FINISHED = Path(__file__).parents[1] / "fixtures/c93b03a/finished"
+
+
+@pytest.mark.parametrize("kind", ["folder", "single file", "run"])
 def test_from_the_config_to_named_tensors_in_five_files(kind: str, tmp_path: Path) -> None:
-    path = tinysdxl.write(tmp_path / "folder", "least")
+    path = FINISHED if kind == "run" else tinysdxl.write(tmp_path / "folder", "least")
     if kind == "single file":
         single_file.to_single_file(path, tmp_path / "model.safetensors")
         path = tmp_path / "model.safetensors"

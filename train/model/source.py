@@ -19,8 +19,7 @@ from train.base.files import file_sha256, read_json
 from train.config.stage import ModelConfig
 from train.model import folder as model_folder
 from train.model import layouts, sdxl, vae_file
-from train.storage import manifest, tensor_files
-from train.storage.rundir import read_done
+from train.storage import tensor_files
 from train.storage.tensor_files import Blob
 
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@(.+)$")
@@ -96,9 +95,10 @@ def look(settings: ModelConfig) -> Path:
     path = find(settings.init_from)
     digest = None
     if _is_run(path):
-        if read_done(path) is None:
+        if not (path / "DONE").is_file():
             raise Halt(ExitCode.MISMATCH, f"model.init_from {path} is not finished (no DONE): run that stage to its end")
-        digest = _final_of(path, hashed=False)[1].files["model.safetensors"].sha256
+        tensor_files.open_file(_final_of(path))
+        digest = (read_json(path / "lineage.json") or {}).get("weights_sha256")
     elif path.is_dir():
         refuse_no_model(path)
         for network in layouts.networks_without(settings.vae):
@@ -255,22 +255,20 @@ def _open_run(path: Path, hashed: bool, networks: Sequence[str]) -> LocalModel:
             f"model.init_from {path} changed since it was finished: model/ has sha256 {exported.sha256}, "
             f"lineage.json says {lineage['model_sha256']}",
         )
-    final, record = _final_of(path, hashed)
-    weights_hash = record.files["model.safetensors"].sha256
-    if weights_hash != lineage.get("weights_sha256"):
+    trained, stated = tensor_files.open_file(_final_of(path)), str(lineage.get("weights_sha256"))
+    if hashed and (digest := _sha256_of_source(trained.path)) != stated:
         raise Halt(
             ExitCode.MISMATCH,
-            f"model.init_from {path} changed since it was finished: {final.name}/model.safetensors has sha256 "
-            f"{weights_hash}, lineage.json says {lineage.get('weights_sha256')}",
+            f"model.init_from {path} changed since it was finished: {os.path.relpath(trained.path, path)} has sha256 "
+            f"{digest}, lineage.json says {stated}",
         )
-    trained = tensor_files.open_file(final / "model.safetensors")
     foreign = [name for name, blob in sorted(trained.blobs.items()) if _shape(exported.weights.get(name)) != blob.shape]
     if foreign:
         raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to {path / 'model'}: {foreign[:5]}")
     return LocalModel(
         "run",
         path,
-        weights_hash,
+        stated,
         exported.configs,
         {**exported.weights, **trained.blobs},
         exported.tokenizers,
@@ -284,23 +282,17 @@ def _shape(blob: Blob | None) -> tuple[int, ...] | None:
     return None if blob is None else blob.shape
 
 
-def _final_of(path: Path, hashed: bool) -> tuple[Path, manifest.Manifest]:
-    """The checkpoint that a finished run ended with; its bytes are held against the manifest where `hashed`.
+def _final_of(path: Path) -> Path:
+    """The weights file of the checkpoint that a finished run ended with; its lineage says which bytes it must hold.
 
     Not simply the newest: damaged ones of later steps may lie beside it, and stay where they are.
     """
-    folder = path / "checkpoints"
-    names = os.listdir(folder) if folder.is_dir() else []
-    steps = {step: name for name in names if (step := manifest.step_of(name)) is not None}
-    if not steps:
-        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: holds no checkpoint")
-    last = (read_done(path) or {}).get("step", max(steps))
-    if last not in steps:
-        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: the checkpoint of its last step {last} is gone")
-    try:
-        return folder / steps[last], manifest.verify(folder / steps[last], full=hashed)
-    except manifest.Damaged as damage:
-        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: {steps[last]} is damaged: {damage}") from damage
+    step = (read_json(path / "DONE") or {}).get("step")
+    last = f"step-{step:08d}" if type(step) is int else "step-*[0-9]"  # a DONE without a record: the only one, or the newest
+    files = sorted(path.glob(f"checkpoints/{last}/model.safetensors"), key=lambda file: (len(str(file)), file))
+    if not files:
+        raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: the checkpoint of its last step is gone ({last})")
+    return files[-1]
 
 
 def _vae(settings: ModelConfig, hashed: bool, like: Mapping[str, Any] | None) -> tuple[vae_file.Vae, str]:
