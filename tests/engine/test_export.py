@@ -134,6 +134,13 @@ def test_metadata_tells_the_truth(run: Path, base: Path) -> None:
     assert str(Path.home()) not in json.dumps(metadata)
 
 
+def test_the_card_lies_in_the_folder(run: Path) -> None:
+    text = (run / "model/README.md").read_text()
+    assert 'license_name: "CC0-1.0"' in text
+    assert "| ft1 |" in text
+    assert "untransposed" in text, "what the record says of the training"
+
+
 def test_a_copy_inside_another_project_has_no_revision(tmp_path: Path) -> None:
     git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=n@example.invalid"]
     subprocess.run([*git, "init", "-q"], check=True)

@@ -1,4 +1,4 @@
-"""What a finished stage leaves behind: a diffusers folder, a single file, and the record of what made them.
+"""What a finished stage leaves behind: a diffusers folder with its card, a single file, and the record of what made them.
 
 Weights are streamed from the last checkpoint, tensor by tensor; nothing of a model is held in memory.
 """
@@ -25,6 +25,7 @@ from train.config.stage import ExportConfig
 from train.model import folder as model_folder
 from train.model import layouts, sdxl, single_file
 from train.model.source import LocalModel, model_sha256
+from train.observe import card
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
 
@@ -208,6 +209,8 @@ def export_stage(
         single_file.write_sidecar(new, metadata, scale)  # as in the single file, so that converting gives that file
         replace_file(new / "training.yaml", _without_home((run_path / "config.yaml").read_text(encoding="utf-8")))
         write_json(new / "lineage.json", record)
+        said = card.text(record, metadata, prediction=prediction, zero_terminal_snr=zero_terminal_snr, vae=configs["vae"])
+        replace_file(new / "README.md", said)
         for name, digest in hashes.items():  # before it takes the place of an earlier one
             _require_hash(new / name, digest)
     _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
