@@ -323,6 +323,21 @@ def test_waiting_is_a_share_of_each_updates_time(runs: list[Path]) -> None:
     assert all(share == pytest.approx(25.0) for _, share in points)
 
 
+def test_speed_memory_and_parts_of_an_update_are_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "ft1", 0.1, updates=20)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for place, line in enumerate(lines):
+        line |= {"tflops": 70.0 + place, "mfu": 0.25, "peak_allocated_bytes": 60 * 2**30, "peak_reserved_bytes": 66 * 2**30}
+    lines[5]["seconds"] = {"data": 0.25, "forward_backward": 3.0}
+    lines[9]["seconds"] = {"data": 0.75, "forward_backward": 3.5, "communication": 0.125}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = parsed(write_page([run], tmp_path / "report.html")).text
+    for words in ("25.0%", "60.0 of 66.0", "80", "forward and backward, s", "0.500", "3.250", "0.125"):
+        assert words in shown, words
+    bare = parsed(write_page([make_run(tmp_path, "ft2", 0.1, updates=20)], tmp_path / "bare.html")).text
+    assert "Time of an update" not in bare
+
+
 def test_strata_from_best_to_worst() -> None:
     names = {"year/mid", "aesthetic/aesthetic", "quality/low quality", "rating/safe", "quality/masterpiece", "x/y",
              "year/newest", "aesthetic/very aesthetic", "rating/explicit"}  # fmt: skip

@@ -218,6 +218,8 @@ class TrackingConfig:
     tensorboard: bool = key(False, "event files beside metrics.jsonl", resume="free")
     project: str | None = key(None, "of wandb", resume="free")
     name: str | None = key(None, "of the run in wandb", resume="free")
+    times_every: int = key(50, "updates from one measurement of an update's parts (data, forward and backward, communication, optimizer) to the next; 0 = never", at_least=0, resume="free")
+    profile_at: int | None = key(None, "plan step from which torch.profiler traces 3 updates into <run>/profile/", at_least=0, resume="free")
     trace: bool = key(False, "writes trace.txt: update, bucket, uid, epoch, timestep of every slot", resume="free")
 
 

@@ -23,6 +23,7 @@ from train.base.signals import grace_warning
 from train.engine.processes import GRACE_S
 from train.engine.session import Run, Session
 from train.engine.step import Outcome, bad_step, bad_step_record, compute_update, may_apply, not_finite, slot_timesteps
+from train.observe.times import peak_bytes
 from train.observe.tracker import loss_by_decile
 from train.optim import collectives, optimizers
 from train.recipe.order import Tile
@@ -66,9 +67,10 @@ def seldom_collected() -> Iterator[None]:
 
 def run_updates(session: Session) -> Progress:
     """Train from the progress reached to the last plan step. Raises Halt(STOPPED) after a signal, saved."""
-    trained, data, run = session.trained, session.data, session.run
+    trained, data, run, times = session.trained, session.data, session.run, session.observers.times
     while run.progress.step < run.last_step:
         step, updates, started = run.progress.step, run.progress.updates, time.perf_counter()
+        times.begin(step)
 
         # Learning rate: a closed form of the updates applied, the same on every machine and after every resume.
         rates = trained.rates_at(updates)
@@ -89,6 +91,7 @@ def run_updates(session: Session) -> Progress:
             max_grad_norm=trained.max_grad_norm,
             stop_asked=lambda: run.stop.asked,
             save_due=partial(save_due, run),
+            times=times,
         )
         applied = may_apply(outcome.losses_finite, outcome.grad_norm)
         if not applied and not trained.scale.enabled:
@@ -100,7 +103,7 @@ def run_updates(session: Session) -> Progress:
         run.stepping.acquire()  # and stays taken where the step fails
         if applied:
             faults.at("optimizer", step)
-            trained.step(updates)
+            trained.step(updates, times)
             run.settled = torch.cuda.current_stream().record_event() if run.place.device.type == "cuda" else None
         trained.scale = trained.scale.after(overflowed=not applied)
         run.progress = Progress(step + 1, updates + applied, run.progress.skipped + (not applied), run.progress.images + images)
@@ -112,6 +115,7 @@ def run_updates(session: Session) -> Progress:
         # Record, look, save.
         run.update_s = time.perf_counter() - started
         log_update(session, tiles, outcome, rates)
+        times.end(step, last=run.progress.step >= run.last_step)
         after_update(session, outcome)
     return run.progress
 
@@ -259,6 +263,7 @@ def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rate
     timesteps = slot_timesteps(tiles, data.seed, *data.timesteps)
     if seen.trace is not None:
         seen.trace.write(progress.step - 1, tiles, timesteps)
+    seconds = seen.times.seconds()
     spike = seen.spikes.check(outcome.mean_loss)
     shown = f"scripts/show.py step {run.folder.path} --update {progress.step - 1}"
     if spike:
@@ -277,11 +282,14 @@ def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rate
             "lr_text_encoder": rates.get("text_encoder"),
             "grad_norm": outcome.grad_norm,
             "images_per_s": len(outcome.losses_G) / run.update_s,
+            **seen.work.rates(tiles, run.update_s),
+            **peak_bytes(run.place.device),
             "data_wait_s": round(data.loader.wait_s, 6),
             "skipped": progress.skipped,
             "tags_cut": outcome.tags_cut,
             "loss_scale": session.trained.scale.scale,
             "loss_by_decile": loss_by_decile(timesteps.tolist(), outcome.losses_G.tolist()),
+            **({"seconds": seconds} if seconds else {}),
             **({"spike_sigmas": seen.spikes.sigmas} if spike else {}),
         },
         update_s=run.update_s,

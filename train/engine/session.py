@@ -37,6 +37,7 @@ from train.model.vae_file import LatentScale
 from train.observe.heldout import HeldOut
 from train.observe.metrics import Trace, read_metrics
 from train.observe.previews import Previews
+from train.observe.times import Times, Work, open_times, open_work
 from train.observe.tracker import SPIKE_WINDOW, SpikeDetector, Tracker
 from train.optim import collectives
 from train.optim.collectives import Place
@@ -73,6 +74,8 @@ class Observers:
     tracker: Tracker
     trace: Trace | None  # on the main process, with tracking.trace
     spikes: SpikeDetector
+    times: Times
+    work: Work
     previews: Previews
     previews_every_steps: int
     held_out: HeldOut
@@ -150,7 +153,11 @@ def open_session(
             settings, machine, model, optimizer, shares, ema, scale, rates_at, rounding_seed=learning.rounding_seed
         ),
         TrainingData(plan, loader, feeding.seed, loader.dataset.timesteps),
-        open_observers(watching, run, place, open_tracker(watching, run, place, plan, progress), previews, held_out),
+        open_observers(
+            watching, run, place, open_tracker(watching, run, place, plan, progress), previews, held_out,
+            times=open_times(watching.tracking, run.path, place.device, progress.step, is_main=place.is_main),
+            work=open_work(model.costs, place.device, place.world),
+        ),
         Run(
             folder=run,
             place=place,
@@ -251,13 +258,16 @@ def _host_lacks(optimizer: str, parameters: Parameters, shares: Shares | None) -
 
 
 def open_observers(
-    watching: Watching, run: RunDir, place: Place, tracker: Tracker, previews: Previews, held_out: HeldOut
-) -> Observers:
+    watching: Watching, run: RunDir, place: Place, tracker: Tracker, previews: Previews, held_out: HeldOut,
+    *, times: Times, work: Work,
+) -> Observers:  # fmt: skip
     """What looks at the run, at the point where its metrics stand."""
     return Observers(
         tracker=tracker,
         trace=Trace(run.path) if watching.tracking.trace and place.is_main else None,
         spikes=SpikeDetector(recent_losses(run.metrics) if place.is_main else ()),
+        times=times,
+        work=work,
         previews=previews,
         previews_every_steps=watching.previews_every_steps,
         held_out=held_out,
@@ -330,4 +340,5 @@ def closing(session: Session) -> Iterator[Session]:
             session.run.saver.finish()
         if session.observers.trace is not None:
             session.observers.trace.close()
+        session.observers.times.close()
         session.observers.tracker.close()

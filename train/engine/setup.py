@@ -65,6 +65,7 @@ class Model:
     networks: Networks
     execution: Execution
     diffusion: Diffusion
+    costs: memory.Setup | None  # what an image costs is counted for SDXL's own networks only
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,8 @@ def open_model(
         deterministic=machine.strict,
         channels_last=running.channels_last,
     )
-    return Model(source, components, networks, execution, diffusion)
+    costs = memory.setup_of(running, machine.place.world) if single_file.is_standard(source.configs) else None
+    return Model(source, components, networks, execution, diffusion, costs)
 
 
 def open_networks(

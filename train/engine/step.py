@@ -21,6 +21,7 @@ from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.files import json_number, write_json
 from train.diffusion.objective import Batch, Diffusion, image_losses
+from train.observe.times import OFF, Times
 from train.optim import optimizers, stepping
 from train.optim.collectives import BinaryCounter, FlatGradients, Place, reduce_pairwise
 from train.optim.ema import Ema
@@ -110,6 +111,7 @@ class Gradients:
     def _accumulate_ddp(self, batches: Iterable[Batch], tiles: int, step: int, backward: TileBackward) -> None:
         self.clear()
         for number, batch in enumerate(batches, 1):
+            backward.times.mark("data")
             parts = batch.parts(backward.diffusion.split)
             for part_number, part in enumerate(parts, 1):
                 last = number == tiles and part_number == len(parts)
@@ -124,6 +126,7 @@ class Gradients:
         per_virtual = tiles // self.virtual_per_rank
         flat.zero()
         for number, batch in enumerate(batches, 1):
+            backward.times.mark("data")
             for part in batch.parts(backward.diffusion.split):
                 backward(self.model, part, factor=1)
             if self.virtual_per_rank > 1 and number % per_virtual == 0:
@@ -134,6 +137,7 @@ class Gradients:
         flat.check()
         if not faults.skips("reduce", step):
             reduce_pairwise(flat.flat, self.place.rank, self.groups or {})
+        backward.times.mark("communication")
 
 
 def adopted_by_buckets(parameters: Iterable[nn.Parameter]) -> None:
@@ -158,13 +162,16 @@ class Trained:
     max_grad_norm: float
     rounding_seed: int | None = None  # of 16-bit weights
 
-    def step(self, updates: int) -> None:
+    def step(self, updates: int, times: Times = OFF) -> None:
         """Apply the gradients that are ready after `updates` updates: own share, the others' shares, the average."""
         stepping.apply(self.optimizer, self.parameters, update=updates, rounding_seed=self.rounding_seed)
+        times.mark("optimizer")
         if self.shares is not None:
             self.shares.spread(self.parameters)
+            times.mark("communication")
         if self.ema is not None:
             self.ema.update(self.parameters, updates + 1)
+            times.mark("optimizer")
 
     def tensors_here(self) -> dict[str, dict[str, torch.Tensor]]:
         """The part of `tensors` that this process has."""
@@ -197,8 +204,10 @@ class TileBackward:
     """
 
     def __init__(
-        self, diffusion: Diffusion, scale: LossScale, images: int, tiles: int, device: torch.device, *, average: str
-    ) -> None:
+        self, diffusion: Diffusion, scale: LossScale, images: int, tiles: int, device: torch.device,
+        *, average: str, times: Times = OFF,
+    ) -> None:  # fmt: skip
+        self.times = times
         self.diffusion, self.scale, self.images, self.tiles, self.average = diffusion, scale, images, tiles, average
         self.control = torch.zeros(images + 4, dtype=torch.float32, device=device)
         self.losses_G = self.control[:images]
@@ -230,7 +239,11 @@ class TileBackward:
         else:
             share = 1.0 / self.images
         total = losses_B.sum() * (share * factor * self.scale.scale)
+        summed = bool(getattr(model, "require_backward_grad_sync", False))  # DDP's, outside of no_sync
+        if summed:
+            self.times.mark_before_sum(total)
         total.backward(faults.bend("backward", torch.ones_like(total), part.step))
+        self.times.mark("communication" if summed else "forward_backward")
 
 
 def compute_update(
@@ -246,11 +259,12 @@ def compute_update(
     max_grad_norm: float,
     stop_asked: Callable[[], bool],
     save_due: Callable[[], bool] = lambda: False,
+    times: Times = OFF,
 ) -> Outcome:
     """Gradients of one update, clipped and ready, and what all processes agree on. Changes no weight."""
     place = gradients.place
     backward = TileBackward(
-        diffusion, scale, images, tiles_in_update, place.device, average=diffusion.loss.average
+        diffusion, scale, images, tiles_in_update, place.device, average=diffusion.loss.average, times=times
     )
     with diffusion.kernels():
         gradients.accumulate(batches, tiles_here, step, backward)
@@ -261,6 +275,7 @@ def compute_update(
     control[-2].fill_(float(backward.tags_cut))
     if place.world > 1 and not faults.skips("control", step):
         dist.all_reduce(control[:-1], group=gradients.control)
+        times.mark("communication")
     faults.at("clip", step)
     if scale.enabled:
         torch._foreach_mul_([p.grad for p in gradients.parameters if p.grad is not None], 1.0 / scale.scale)

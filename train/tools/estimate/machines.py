@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import shutil
 import subprocess
 from collections.abc import Mapping
@@ -13,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """A card: what may be allocated on it, and its dense 16-bit peak."""
-
-    name: str
-    free_gib: float
-    peak_tflops: float
-    peak_source: str = "datasheet"
+from train.model.cards import GPUS, Gpu, is_card
 
 
 @dataclass(frozen=True)
@@ -33,20 +23,6 @@ class Speed:
     source: str
 
 
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("A100-80GB", 79.0, 312),
-        Gpu("A100-40GB", 39.0, 312),
-        Gpu("H100-80GB", 79.0, 790, "as the H200's, whose chip it has; datasheet 989"),
-        Gpu("H200", 139.0, 790, "measured: an 8192^3 bf16 product; datasheet 989"),
-        Gpu("L40S", 44.0, 362),
-        Gpu("A6000", 47.0, 155),
-        Gpu("RTX-4090", 23.0, 165),
-        Gpu("RTX-5090", 31.0, 210),
-        Gpu("RTX-3090", 23.0, 71),
-    )
-}
 DEFAULT_GPU = "A100-80GB"  # the card's machine had two
 _ALIASES = {"A100": "A100-80GB", "H100": "H100-80GB", "4090": "RTX-4090", "3090": "RTX-3090", "5090": "RTX-5090"}
 # Expected, not measured: middle of the range for eager kernels with full checkpointing, by trains_text.
@@ -92,16 +68,10 @@ def _present() -> Gpu | None:
         free_gib = float(free_mib) / 1024
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None
-    alike = [gpu for gpu in GPUS.values() if _is(gpu, name)]
+    alike = [gpu for gpu in GPUS.values() if is_card(gpu, name)]
     closest = min(alike, key=lambda gpu: abs(gpu.free_gib - free_gib)) if alike else GPUS[DEFAULT_GPU]
     source = closest.peak_source if alike else _UNKNOWN
     return Gpu(name.strip(), free_gib, closest.peak_tflops, source)
-
-
-def _is(gpu: Gpu, reported: str) -> bool:
-    """Whether a driver's name (NVIDIA A100-SXM4-80GB, NVIDIA GeForce RTX 4090) is that of `gpu`, whatever its memory."""
-    model = gpu.name if gpu.name.startswith("RTX-") else gpu.name.split("-")[0]
-    return re.search(rf"\b{model}\b", reported.replace("RTX ", "RTX-"), re.IGNORECASE) is not None
 
 
 def find_speed(
@@ -125,7 +95,7 @@ def find_speed(
     if bench is not None:
         return _from_bench(bench, stage, 1 if trains_text else 2, settings, gpu)
     for name, by_stage in _EXPECTED.items():
-        if _is(GPUS[name], gpu.name):
+        if is_card(GPUS[name], gpu.name):
             return Speed(by_stage[trains_text], "expected, nobody has measured it: eager kernels, full checkpointing")
     images = gpu.peak_tflops * 1e12 * _EXPECTED_MFU / flops_per_image
     return Speed(
@@ -157,8 +127,8 @@ def _from_bench(path: Path, stage: str, bench_stage: int, settings: Mapping[str,
     other = {id(row): [key for key, value in settings.items() if row.get(key, value) != value] for row in ours}
     best = min(ours, key=lambda row: (len(other[id(row)]), -float(row["images_per_s"])))
     source = f"measured: {best['name']} in {path.name}, {best.get('gpu', 'GPU unnamed')}"
-    model = next((known for known in GPUS.values() if _is(known, gpu.name)), gpu)
-    if best.get("gpu") and not _is(model, str(best["gpu"])):
+    model = next((known for known in GPUS.values() if is_card(known, gpu.name)), gpu)
+    if best.get("gpu") and not is_card(model, str(best["gpu"])):
         source += f"; another card than {gpu.name}"
     if other[id(best)]:
         source += f"; this config differs in {', '.join(other[id(best)])}"

@@ -29,6 +29,7 @@ CHARTS = (  # key, title, noisy: dots with a running mean on a logarithmic axis,
     ("lr_text_encoder", "Learning rate, text encoders", False, False),
     ("grad_norm", "Gradient norm before clipping", True, True),
     ("images_per_s", "Images per second", False, True),
+    ("mfu", "Share of the card's peak (MFU)", False, True),
     ("waiting", "Time spent waiting for data, %", False, True),
 )
 FAR = 10  # times; a decade is what a line may add to a logarithmic axis
@@ -72,6 +73,7 @@ def page(
     sections = [
         ("Summary", summary_table(runs)),
         ("Curves", curves(runs)),
+        ("Time of an update", parts_of_updates(runs)),
         ("Held-out loss", held_out_section(runs)),
         ("Stage comparison", comparison(runs, others)),
         ("Quality of the samples", quality_section(quality, [run.name for run in runs])),
@@ -88,7 +90,7 @@ def summary_table(runs: Sequence[Run]) -> str:
     """One row per run: what was done, and what the loss did."""
     head = (
         "run", "state", "updates", "images seen", f"loss, first {EDGE_UPDATES}", f"loss, last {EDGE_UPDATES}",
-        "falls by", "peak lr", "images/s", "skipped", "held-out loss",
+        "falls by", "peak lr", "images/s", "TFLOP/s a card", "MFU", "peak GiB", "skipped", "held-out loss",
     )  # fmt: skip
     rows = []
     for number, run in enumerate(runs):
@@ -100,9 +102,36 @@ def summary_table(runs: Sequence[Run]) -> str:
             name_of(run, number), run.ending, text(final.get("update"), "{:,.0f}"), text(final.get("images"), "{:,.0f}"),
             text(first, "{:.4f}"), text(last, "{:.4f}"), text(first / last if first and last else None, "{:.2f}x"),
             short(float(f"{max(rates):.3g}")) if rates else "–", text(median(speeds) if speeds else None, "{:.2f}"),
+            text(middle(run, "tflops"), "{:.0f}"), text(middle(run, "mfu"), "{:.1%}"), peak_memory(run),
             text(final.get("skipped"), "{:,.0f}"), with_interval(run.validation[-1] if run.validation else {}),
         ])  # fmt: skip
     return joined([html.table(head, rows)])
+
+
+def middle(run: Run, key: str) -> float | None:
+    """Median over the updates that have the number."""
+    values = [value for _, value in run.series(key)]
+    return median(values) if values else None
+
+
+def peak_memory(run: Run) -> str:
+    """GiB that tensors took at most, of those that torch kept; a dash on a CPU."""
+    most = [max((value for _, value in run.series(f"peak_{kind}_bytes")), default=None) for kind in ("allocated", "reserved")]
+    return " of ".join(text(value / 2**30, "{:.1f}") for value in most if value is not None) or "–"
+
+
+def parts_of_updates(runs: Sequence[Run]) -> str:
+    """Where the time of an update goes: medians over the measured ones; empty where none was."""
+    measured = [[record["seconds"] for record in run.metrics if isinstance(record.get("seconds"), dict)] for run in runs]
+    parts = list(dict.fromkeys(part for found in measured for one in found for part in one))
+    if not parts:
+        return ""
+    rows = []
+    for number, (run, found) in enumerate(zip(runs, measured, strict=True)):
+        values = [[one[part] for one in found if finite(one.get(part))] for part in parts]
+        shown = [text(median(seconds) if seconds else None, "{:.3f}") for seconds in values]
+        rows.append([name_of(run, number), text(len(found) or None, "{:,.0f}"), *shown])
+    return joined([html.table(("run", "updates measured", *(f"{part.replace('_', ' and ')}, s" for part in parts)), rows)])
 
 
 def curves(runs: Sequence[Run]) -> str:
