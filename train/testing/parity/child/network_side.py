@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from train.testing.parity.child import numbers_side
+from train.testing.parity.child.halves import quick_halves
 from train.testing.parity.child.options import of_notebook
 from train.testing.parity.loader import Peer
 
@@ -49,7 +50,10 @@ def networks(peer: Peer, tensors: dict[str, torch.Tensor], given: dict[str, Any]
     del parts["vae"]
     unet = parts["unet"]
     unet.set_use_sdpa(True)
+    unet.enable_gradient_checkpointing()
     encoders = parts["text_encoder"].train(), parts["text_encoder_2"].train()
+    for encoder in encoders:
+        encoder.gradient_checkpointing_enable()
     for module in (*encoders, unet):
         module.requires_grad_(False)
     wanted = {}
@@ -63,7 +67,8 @@ def networks(peer: Peer, tensors: dict[str, torch.Tensor], given: dict[str, Any]
     for run in given["runs"]:
         chosen = {name: tensor[run["order"]] for name, tensor in tensors.items() if name.startswith("step.")}
         torch.set_num_threads(run["threads"])
-        out |= _step(peer, encoders, unet, wanted, chosen, run, given["tokenizers"])
+        with quick_halves(getattr(torch, run["dtype"])):
+            out |= _step(peer, encoders, unet, wanted, chosen, run, given["tokenizers"])
     return out, {}
 
 

@@ -17,8 +17,8 @@ class Options(SimpleNamespace):
 
 
 NOTEBOOK: dict[str, Any] = {  # the released notebook's, as far as functions here ask for them
-    "max_token_length": 225, "max_train_steps": 90_990, "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 10,
-    "learning_rate": 1e-5, "max_grad_norm": 1.0, "min_timestep": 0, "max_timestep": 1000, "loss_type": "l2",
+    "max_token_length": 225, "max_train_steps": 90_990, "lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 10, "lr_warmup_steps": 0, "lr_decay_steps": 0,
+    "learning_rate": 1e-5, "max_grad_norm": 1.0, "min_timestep": 0, "max_timestep": 1000, "loss_type": "l2", "optimizer_type": "AdamW",
     "gradient_accumulation_steps": 1,
 }  # fmt: skip
 
