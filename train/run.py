@@ -52,7 +52,7 @@ def train_stage(config: StageConfig, attempt: ending.Attempt, yaml: str) -> None
         machine = setup.open_machine(config.batch, config.launch)
     with processes.watching(machine.place.rank, machine.place.world, attempt.record) as watch:
         # Model: the predecessor's weights, hash checked; its tokenizers and VAE.
-        source, components = handoff.open_source(config.origin)
+        source, components = handoff.open_source(config.origin, watch)
 
         # Data: the stage's selection, held-out images apart, in the order of the plan; captions behind the separator.
         data = setup.open_data(config.images, source)

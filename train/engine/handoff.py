@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+from dataclasses import replace
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.config.derived import Identity, Origin
+from train.config.stage import ModelConfig
 from train.engine import export
+from train.engine.processes import Watch
 from train.engine.refusals import refuse_source
 from train.engine.restore import versions
 from train.engine.session import Session
@@ -22,10 +26,13 @@ from train.storage import checkpoint
 log = logging.getLogger("anix")
 
 
-def open_source(origin: Origin) -> tuple[LocalModel, Components]:
-    """The model a stage starts from, checked, and its networks. The licence is settled before anything is spent."""
+def open_source(origin: Origin, watch: Watch | None = None) -> tuple[LocalModel, Components]:
+    """The model a stage starts from, checked, and its networks. The licence is settled before anything is spent.
+
+    `watch`: of the processes that open it together; a process by itself needs none.
+    """
     faults.at("handoff")
-    source = model_source.resolve(origin.model)
+    source = _hashed(origin.model, watch or Watch(None, 0, 1))
     refuse_source(origin, source)
     prediction.conversion(origin.trained_as, source, convert=origin.convert)
     export.license_of(origin.export, source)
@@ -33,6 +40,21 @@ def open_source(origin: Origin) -> tuple[LocalModel, Components]:
         if note and os.environ.get("RANK", "0") == "0":
             log.info("%s", note)
     return source, networks.build(source, with_vae=origin.with_vae)
+
+
+def _hashed(settings: ModelConfig, watch: Watch) -> LocalModel:
+    """The model with its hashes, for which the main process alone reads the files: 14 GB, which all would read at once.
+
+    A hash that the config pins is held against every process's own files (`model_source.look`).
+    """
+    opened: list[LocalModel] = []
+
+    def digests() -> str:
+        opened.append(model_source.resolve(settings))
+        return json.dumps({"sha256": opened[0].sha256, "vae_sha256": opened[0].vae_sha256})
+
+    said = watch.from_main("hashes of the model", digests)
+    return opened[0] if opened else replace(model_source.resolve(settings, hashed=False), **json.loads(said))
 
 
 def finish(

@@ -66,6 +66,7 @@ class Watch:
         self.rescue: Callable[[], object] = lambda: None
         self.met = False
         self._calls = 0
+        self._said = ""  # by the main process, when it was done with work of its own
         self._alone = False  # the main process at work of its own: it ends that first, whoever else is gone
         self._leaving = threading.Event()
         self._leaver: int | None = None  # the thread that ends this process
@@ -121,7 +122,7 @@ class Watch:
         as it does when it was asked to stop inside.
         """
         self._calls += 1
-        key = f"done/{self._calls}"  # every process comes by in the same order
+        key, self._said = f"done/{self._calls}", ""  # every process comes by in the same order
         if self.world == 1 or self.rank == 0:
             self._alone = True
             try:
@@ -133,7 +134,7 @@ class Watch:
             finally:
                 self._alone = False
             if self.world > 1:
-                self._board.put(key, "1")
+                self._board.put(key, self._said or "1")
             return
         yield False
         with self._board.hurrying():
@@ -153,6 +154,14 @@ class Watch:
             time.sleep(0.05)
         if said.startswith(_STOPPED):
             raise Halt(ExitCode.STOPPED, said.removeprefix(_STOPPED))
+        self._said = said
+
+    def from_main(self, what: str, make: Callable[[], str]) -> str:
+        """What `make` gives on the main process, for every process; the others wait as in `main_only`."""
+        with self.main_only(what) as mine:
+            if mine:
+                self._said = make()
+        return self._said
 
     def _who_failed(self) -> tuple[ExitCode, str]:
         """The note of the process that failed first, else the ranks that do not beat; the code to leave with."""
