@@ -14,6 +14,7 @@ import torch
 
 from train.data.index_writer import build_index
 from train.data.shards import write_shard
+from train.observe.times import OF_THE_MACHINE
 from train.prepare.tables.schemas import SELECT
 from train.recipe import rng
 
@@ -96,7 +97,7 @@ def stage_yaml(
 def metrics(run: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the machine's speed."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: value for k, value in line.items() if k not in ("images_per_s", "data_wait_s")} for line in lines]
+    return [{k: value for k, value in line.items() if k not in OF_THE_MACHINE} for line in lines]
 
 
 def weights_hash(run: Path) -> str:

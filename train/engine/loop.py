@@ -258,7 +258,7 @@ def refuse_update(session: Session, step: int, tiles: tuple[Tile, ...], outcome:
 
 
 def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rates: dict[str, float]) -> None:
-    """One line of metrics.jsonl; everything but the two times is the same for any number of processes."""
+    """One line of metrics.jsonl; everything but what `OF_THE_MACHINE` lists is the same for any number of processes."""
     data, seen, run, progress = session.data, session.observers, session.run, session.run.progress
     timesteps = slot_timesteps(tiles, data.seed, *data.timesteps)
     if seen.trace is not None:

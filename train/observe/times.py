@@ -23,6 +23,9 @@ from train.recipe.order import Tile
 log = logging.getLogger("anix")
 
 PROFILED_UPDATES = 3
+OF_THE_MACHINE = (  # what a line of metrics.jsonl says of the machine; all else is the same for any number of processes
+    "images_per_s", "tflops", "mfu", "peak_allocated_bytes", "peak_reserved_bytes", "data_wait_s", "seconds",
+)  # fmt: skip
 TFLOP = 1e12
 
 

@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
+from train.observe.times import OF_THE_MACHINE
 from train.storage import manifest
 from train.testing.chaos import ranks
 from train.testing.chaos import world as chaos_world
 
 WORLDS = (1, 2)
-NOT_COMPARED = {"images_per_s", "data_wait_s"}  # the machine's speed
 
 
 @dataclass
@@ -95,7 +95,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{key: value for key, value in record.items() if key not in NOT_COMPARED} for record in records]
+    return [{key: value for key, value in record.items() if key not in OF_THE_MACHINE} for record in records]
 
 
 def steps_of(run: Path) -> list[int]:
