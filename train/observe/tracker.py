@@ -69,8 +69,8 @@ class Tracker:
         plain = {key: _plain(value) for key, value in record.items()}
         self._metrics.append(json.dumps(plain))
         self._send({"kind": "metrics", "record": plain})
-        if plain.get("epoch") != self._epoch and (memory := device_memory()) is not None:
-            log.info("epoch %s: %s", plain["epoch"], memory_line(*memory))
+        if plain.get("epoch") != self._epoch and plain.get("peak_reserved_bytes"):
+            log.info("epoch %s: %s", plain["epoch"], memory_line(plain["peak_reserved_bytes"], plain["peak_allocated_bytes"]))
         self._epoch = plain.get("epoch")
         starving = self._starvation.see(plain.get("data_wait_s") or 0.0, update_s)
         if starving:
@@ -215,14 +215,6 @@ def _postfix(record: Mapping[str, Any]) -> str:
     return ", ".join([*shown, f"mem {memory_bytes() / 2**30:.1f}G"])
 
 
-def device_memory() -> tuple[int, int] | None:
-    """Peak bytes (reserved by the allocator, allocated in them) of the GPU in use; None without one."""
-    torch = sys.modules.get("torch")  # never imported for this
-    if torch is None or not (torch.cuda.is_available() and torch.cuda.is_initialized()):
-        return None
-    return int(torch.cuda.max_memory_reserved()), int(torch.cuda.max_memory_allocated())
-
-
 def memory_line(reserved_bytes: int, allocated_bytes: int) -> str:
     """What the allocator holds and how much of it was ever in use: the rest is lost to fragmentation."""
     lost = 1 - allocated_bytes / max(reserved_bytes, 1)
@@ -231,8 +223,9 @@ def memory_line(reserved_bytes: int, allocated_bytes: int) -> str:
 
 def memory_bytes() -> int:
     """Peak memory of the GPU where one is in use, else this process's resident peak."""
-    if (found := device_memory()) is not None:
-        return found[0]
+    torch = sys.modules.get("torch")  # never imported for this
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_reserved())
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
