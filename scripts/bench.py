@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     kinds = parser.add_subparsers(dest="kind", required=True)
     cpu = kinds.add_parser("cpu", help="data path, loop, checkpoints; about five minutes, no network")
-    cpu.add_argument("--only", default="A1,A2,A3,A4,A5,A6,A7,A8,A9", help="rows to run")
+    cpu.add_argument("--only", default="A1,A2,A3,A4,A5,A6,A7,A8,A9,A10", help="rows to run")
     cpu.add_argument("--repeats", type=int, default=5)
     cpu.add_argument(
         "--tokenizers", type=Path, help="folder with tokenizer/ and tokenizer_2/; default: the tiny world's"

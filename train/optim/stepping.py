@@ -21,8 +21,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,8 +32,7 @@ from train.optim import rounding
 CHUNK_BYTES = 256 * 2**20  # of fp32 values in a chunk; rows of weights, gradients and an update are all that a step adds
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A trained tensor as a step sees it. `group` is the optimizer's: learning rate, decay and the like."""
 
     name: str
@@ -91,7 +89,7 @@ def _one_behind_the_other(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 class Adafactor(optimization.Adafactor):
-    """transformers' class with its step batched by shape: its formulas and its state, a thirtieth of its launches.
+    """transformers' class with its step batched by shape: its formulas and its state, a twentieth of its launches.
 
     The class steps one tensor after the other: 33,000 kernels for SDXL's U-Net, launched after the update's only wait
     for the device, so that none of their cost is hidden. State has the same keys, shapes and dtypes: either goes on from

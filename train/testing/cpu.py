@@ -15,7 +15,7 @@ from train.base.errors import ExitCode, Halt
 from train.testing import timing
 from train.tools.tiny.model import write_model
 
-ROWS = ("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "A9")
+ROWS = ("A1", "A2", "A3", "A4", "A5", "A6", "A7", "A8", "A9", "A10")
 
 
 def command(arguments: argparse.Namespace, keep: Callable[[dict[str, Any]], object]) -> tuple[dict[str, Any], str]:
@@ -56,6 +56,7 @@ def run(
             "A7": lambda: images.image_rows(fewer),
             "A8": lambda: labels.label_rows(folder / "records", records or labels.CARD_IMAGES),
             "A9": lambda: [hooks.hooks_row(folder / "hooks", repeats)],
+            "A10": lambda: [loop.optimizer_row(repeats)],
         }
         rows, seconds = list[dict[str, Any]](), dict[str, float]()
         for name, make in makers.items():

@@ -1,9 +1,11 @@
-"""Rows A4 to A6 of benchmark A: what our loop adds to bare training, host synchronisations, stalls around a save."""
+"""Rows A4 to A6 and A10 of benchmark A: what our loop adds to bare training, host synchronisations, stalls around a
+save, and what the host spends on launching an optimizer's step."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import statistics
 import threading
 import time
@@ -13,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.base import signals
-from train.config.stage import CheckpointConfig, load_stage
+from train.config.stage import CheckpointConfig, OptimizerConfig, load_stage
 from train.data.shards import write_shard
 from train.diffusion.objective import image_losses
 from train.engine import handoff, processes, setup
@@ -28,8 +32,9 @@ from train.optim import optimizers
 from train.storage.checkpoint import Progress
 from train.storage.rundir import open_run_dir
 from train.storage.saver import Saver, SaveReport
+from train.testing.counts import SDXL_UNET
 from train.testing.references import write_index
-from train.testing.timing import Timing, row
+from train.testing.timing import Timing, interleave, lasting, row
 from train.tools.tiny.model import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -116,6 +121,33 @@ def loop_row(folder: Path, repeats: int) -> dict[str, Any]:
     what = f"update of {TILES} x {MICRO} images, tiny SDXL, logging on"
     rounds = {name: timing.rounds(UPDATES_PER_ROUND) for name, timing in timings.items()}
     return row("A4", what, "<= 3 % over bare forward + backward + clip + step", rounds, MICRO * TILES, notes=notes)
+
+
+def least_shapes() -> list[tuple[int, ...]]:
+    """The U-Net's 1,680 tensors in their 44 shapes and order, with at most 16 values each: all that is left is the host's."""
+    with torch.device("meta"):
+        shapes = [tuple(parameter.shape) for parameter in UNet2DConditionModel(**SDXL_UNET).parameters()]
+    pairs = sorted(((r, c) for r in range(1, 17) for c in range(1, 17) if r * c <= 16), key=math.prod)
+    small: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for rank in (1, 2, 4):
+        for number, shape in enumerate(shape for shape in dict.fromkeys(shapes) if len(shape) == rank):
+            small[shape] = (number + 1,) if rank == 1 else (*pairs[number], *[1] * (rank - 2))
+    return [small[shape] for shape in shapes]
+
+
+def optimizer_row(repeats: int) -> dict[str, Any]:
+    """A10: a step of Adafactor, tensors of one shape at once, against transformers' own, which takes them one by one."""
+    sides = {}
+    for name, strict in (("ours", False), ("transformers", True)):
+        parameters = [nn.Parameter(torch.ones(shape)) for shape in least_shapes()]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 0.1)
+        config = OptimizerConfig(name="adafactor", unet_lr=1e-5)
+        optimizer = optimizers.make_optimizer([("unet", parameters, 1e-5)], config, strict=strict)
+        optimizer.step()
+        sides[name] = lasting(optimizer.step)
+    what = f"host time of an Adafactor step: {len(parameters)} tensors of at most 16 values in 44 shapes"
+    return row("A10", what, ">= 3x", interleave(sides, repeats))
 
 
 class SyncCounter(TorchDispatchMode):
