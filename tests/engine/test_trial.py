@@ -10,9 +10,10 @@ from stages import Stage, opened
 from tilesets import make
 
 from train.base.errors import ExitCode, Halt
+from train.data.dataset import synthetic_part
 from train.diffusion.objective import Batch
 from train.engine import trial
-from train.engine.trial import shapes_to_try, synthetic_part
+from train.engine.trial import shapes_to_try
 
 
 def test_the_card_tries_every_bucket_and_the_host_the_largest(dataset: Path) -> None:

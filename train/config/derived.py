@@ -98,7 +98,9 @@ class Running:
     precision: Literal["fp16", "bf16", "fp32"]
     weights: Literal["fp32", "bf16"]
     optimizer: Literal["adamw", "adamw8bit", "adafactor"]
-    sharding: Literal["none", "zero1"]
+    sharding: Literal["none", "zero1", "fsdp2", "hsdp"]
+    shard_group: int | None
+    gather: Literal["fp32", "bf16"]
     trains_text: bool
     average: bool  # of the weights
     average_on_device: bool
@@ -247,6 +249,8 @@ def running(config: StageConfig) -> Running:
         weights=model.weights,
         optimizer=config.optimizer.name,
         sharding=config.optimizer.sharding,
+        shard_group=config.optimizer.shard_group,
+        gather=config.optimizer.gather,
         trains_text=model.train_text_encoders,
         average=bool(config.ema.decay),
         average_on_device=bool(config.ema.decay) and config.ema.device == "same",

@@ -100,7 +100,9 @@ class OptimizerConfig:
     clip_threshold: float = key(1.0, "Adafactor: of the update's root mean square", above=0)
     decay_rate: float = key(-0.8, "Adafactor: exponent of the running averages")
     max_grad_norm: float = key(1.0, "one global norm over all trained parameters; 0 = off", at_least=0)
-    sharding: Literal["none", "zero1"] = key("none", "zero1 = each process keeps a share of the optimizer's state", resume="warn")
+    sharding: Literal["none", "zero1", "fsdp2", "hsdp"] = key("none", "what the processes share: zero1 the optimizer's state, fsdp2 weights and gradients too, hsdp as fsdp2 within a group", resume="warn")
+    shard_group: int | None = key(None, "hsdp: processes that share; null = those of a machine", at_least=2, resume="warn")
+    gather: Literal["fp32", "bf16"] = key("fp32", "fsdp2, hsdp: what travels when a block is made whole; bf16 = half the bytes, other numbers", resume="warn")
 
 
 OVER_THE_RUN = ("cosine", "linear", "wsd")  # schedules whose rates depend on the length of the run

@@ -27,6 +27,20 @@ def _strict(config: StageConfig) -> bool:
     return config.batch.determinism == "strict"
 
 
+def _not_sharded(config: StageConfig) -> list[str]:
+    """Settings that nobody has shown beside parameters that lie in shards."""
+    found = {
+        "batch.determinism: strict": _strict(config),
+        "model.channels_last": config.model.channels_last,
+        "model.weights: bf16": config.model.weights == "bf16",
+        "model.compile": config.model.compile,
+        "model.float8": config.model.float8,
+        "optimizer.name: adamw8bit": config.optimizer.name == "adamw8bit",
+        "ema.device: cpu": config.ema.device == "cpu",
+    }
+    return [name for name, set_so in found.items() if set_so]
+
+
 def _eps(optimizer: OptimizerConfig) -> str | None:
     eps = optimizer.eps
     if eps is None:
@@ -119,6 +133,12 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     lambda c: "validation.every_steps needs validation.share, such as 0.02: with 0 no image is held out"
     if c.validation.every_steps > 0 and c.validation.share == 0 else None,
     lambda c: "ema.device: cpu without ema.decay keeps no average: set both" if c.ema.device == "cpu" and not c.ema.decay else None,
+    lambda c: f"optimizer.sharding: {c.optimizer.sharding} refuses {' and '.join(others)}: not tried together; use none or zero1"
+    if c.optimizer.sharding in ("fsdp2", "hsdp") and (others := _not_sharded(c)) else None,
+    lambda c: "optimizer.gather: bf16 needs optimizer.sharding: fsdp2 or hsdp, and precision: bf16"
+    if c.optimizer.gather == "bf16" and (c.optimizer.sharding not in ("fsdp2", "hsdp") or c.precision != "bf16") else None,
+    lambda c: "optimizer.shard_group needs optimizer.sharding: hsdp"
+    if c.optimizer.shard_group is not None and c.optimizer.sharding != "hsdp" else None,
     lambda c: _eps(c.optimizer),
     lambda c: _unread(c.optimizer),
     lambda c: _unread_schedule(c.schedule),

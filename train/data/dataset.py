@@ -221,3 +221,14 @@ def _draw_moments(moments_BCHW: torch.Tensor, seed: int, tile: Tile) -> torch.Te
     shape = tuple(mean.shape[1:])
     normals = rng.normals_many(seed, Stream.VAE_SAMPLE, tile.uids.tolist(), tile.epochs.tolist(), shape)
     return mean + torch.exp(0.5 * logvar.clamp(-30.0, 20.0)) * torch.from_numpy(normals)
+
+
+def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:
+    """A batch of that shape with the longest possible caption; values are fixed and unimportant."""
+    shape = (images, 4, height // 8, width // 8)
+    noise_BCHW = torch.linspace(-1.0, 1.0, int(np.prod(shape))).reshape(shape)
+    rows = np.zeros(images, dtype=np.int64)
+    tile = Tile(width, height, 0, rows, rows.astype(np.uint64), rows)
+    ids = tokenizer.chunk_ids_many([[tokenizer.eos - 2] * max_tokens] * images, max_tokens)
+    sizes = [size_vector(width, height, 0, 0, width, height)] * images
+    return assembled(tile, noise_BCHW.flip(0) * 0.5, (noise_BCHW.numpy(),) * 2, np.full(images, 500), ids, sizes, np.arange(images))

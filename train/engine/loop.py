@@ -123,7 +123,7 @@ def run_updates(session: Session) -> Progress:
 def after_update(session: Session, outcome: Outcome) -> None:
     """Previews, validation, checkpoints and the agreed stop, each when it is due; those of the end: see `conclude`."""
     run, done = session.run, session.run.progress.step
-    saver, last = run.saver, done >= run.last_step
+    saver, last, shards = run.saver, done >= run.last_step, session.trained.gradients.shards
     every_steps = run.checkpoint.every_steps if run.checkpoint.every_minutes is None else 0
     if not last:
         look(session)
@@ -136,7 +136,7 @@ def after_update(session: Session, outcome: Outcome) -> None:
         run.saved_at = time.monotonic()
         save(session)
     if saver is not None:
-        if run.progress.updates and not saver.reserved and done + every_steps < run.last_step:
+        if run.progress.updates and not saver.reserved and shards is None and done + every_steps < run.last_step:
             saver.reserve(session.trained.tensors_here())  # the optimizer's state exists since the first update
         saver.raise_failures()
         report_saves(session, saver)
@@ -157,8 +157,9 @@ def look(session: Session, *, last: bool = False) -> None:
     if previews or held_out:
         session.trained.gradients.clear()  # 10 to 13 GB that nobody needs any more, and a VAE does
     if previews:
+        gathered = session.trained.networks_whole()  # with shards a collective, so before anybody is waited for
         with run.watch.main_only("previews"):
-            seen.previews.write(done, session.trained.ema, seen.tracker, run.stop)
+            seen.previews.write(done, session.trained.ema, seen.tracker, run.stop, gathered)
         gc.collect()  # a pipeline refers to itself, and may hold a second U-Net
     if held_out:
         seen.held_out.measure(done, run.progress.updates, seen.tracker, run.stop)
@@ -175,8 +176,8 @@ def conclude(session: Session) -> None:
 def save(session: Session, *, now: bool = False, permanent: bool = False) -> None:
     """Save the present progress: in the background, or before returning with `now`."""
     trained, run = session.trained, session.run
-    collectives.check_replicas(trained.parameters, run.progress.step)
-    tensors = trained.tensors()  # with ZeRO-1 a collective, so before anybody is waited for
+    trained.check_replicas(run.progress.step)
+    tensors = trained.tensors()  # with shares a collective, so before anybody is waited for
     wait = now or not run.checkpoint.background
     with run.watch.main_only("save") if wait else contextlib.nullcontext():
         if run.saver is None:
@@ -220,7 +221,7 @@ def rescue(session: Session, *, wait_s: float = 0.0) -> None:
         if not run.stepping.acquire(timeout=wait_s):
             raise RuntimeError("its successor was being applied")
         if trained.shares is not None:
-            raise RuntimeError("with optimizer.sharding: zero1 the optimizer's state is spread over the processes")
+            raise RuntimeError(f"with optimizer.sharding: {trained.shares.name} the state is spread over the processes")
         if run.settled is not None:
             stream = torch.cuda.Stream(device)
             stream.wait_event(run.settled)

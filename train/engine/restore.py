@@ -6,7 +6,7 @@ import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,6 +23,9 @@ from train.optim.ema import Ema
 from train.recipe import rng
 from train.storage import checkpoint, resume, state_files
 from train.storage.rundir import RunDir, remove_leftovers
+
+if TYPE_CHECKING:
+    from train.optim.fsdp2 import FullShards
 
 log = logging.getLogger("anix")
 SELECTION = "selection.safetensors"  # beside config.yaml: which images and captions this run trains on
@@ -69,6 +72,7 @@ def restore(
     optimizer: torch.optim.Optimizer,
     ema: Ema | None,
     index: Index,
+    shards: FullShards | None,
     *,
     name: str,
     verify: str,
@@ -87,16 +91,17 @@ def restore(
         return None
     if loaded.progress.updates and loaded.manifest.files["optimizer.safetensors"].tensors == 0:
         raise Halt(ExitCode.MISMATCH, f"{loaded.path}: {loaded.progress.updates} updates, and no optimizer state")
-    overlay(networks, loaded.tensors("model"), loaded.path / "model.safetensors")
+    parameters = trained_parameters(networks)
+    whole, average = loaded.tensors("model"), loaded.tensors("ema") if ema is not None else {}
+    if shards is not None:  # this process's parts alone
+        whole, average = shards.cut(whole, parameters), shards.cut(average, parameters)
+    overlay(networks, whole, loaded.path / "model.safetensors")
     optimizers.load_state_tensors(
-        optimizer,
-        trained_parameters(networks),
-        loaded.tensors("optimizer"),
-        name=name,
-        source=loaded.path,
-    )
+        optimizer, parameters, loaded.tensors("optimizer"), name=name, source=loaded.path,
+        cut=None if shards is None else shards.cut_state,
+    )  # fmt: skip
     if ema is not None:
-        ema.load(loaded.tensors("ema"))
+        ema.load(average)
     if is_main:
         begin(run, index, loaded)
         log.info("resuming after update %d from %s", loaded.progress.step, loaded.path)

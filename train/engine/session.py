@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,12 +46,15 @@ from train.optim.loss_scale import LossScale, loss_scale
 from train.optim.optimizers import shapes_of
 from train.optim.zero1 import Shares
 from train.recipe import schedule
-from train.recipe.optimizer_state import checkpoint_bytes, state_bytes
+from train.recipe.optimizer_state import checkpoint_bytes
 from train.recipe.order import Plan
 from train.storage import space
 from train.storage.checkpoint import Progress
 from train.storage.rundir import RunDir
 from train.storage.saver import Saver, available_host_bytes
+
+if TYPE_CHECKING:
+    from train.optim.fsdp2 import FullShards
 
 log = logging.getLogger("anix")
 Parameters = Mapping[str, torch.nn.Parameter]  # trained ones by canonical name
@@ -126,11 +129,12 @@ def open_session(
     if warning and place.is_main:
         log.warning("%s", warning)
     latent_scale = LatentScale.of(model.source.configs["vae"])
-    previews = Previews(watching, model.components, networks, place, model.diffusion)
+    previews = Previews(watching, model.components, networks, place, model.diffusion, model.source.configs)
     held_out = HeldOut(
-        watching, data.folder, data.held_out, data.tokenizer, networks, place, diffusion=model.diffusion, scale=latent_scale
-    )
-    parameters, shares = trained_parameters(networks), open_shares(running.sharding, networks, place)
+        watching, data.folder, data.held_out, data.tokenizer, networks, place,
+        diffusion=model.diffusion, scale=latent_scale, together=model.shards is not None,
+    )  # fmt: skip
+    parameters, shares = trained_parameters(networks), model.shards or open_shares(running.sharding, networks, place)
     optimizer = make_optimizer(settings, schedule.peaks(settings), networks, shares, strict=machine.strict)
     ema = open_average(learning.ema, parameters)
     expected = expectations(identity, data, model.source, networks, ema)
@@ -139,7 +143,7 @@ def open_session(
         if note := short_tiles_note(owners.images, plan):
             log.info(note)
     loaded = restore(
-        run, expected, networks, optimizer, ema, data.index,
+        run, expected, networks, optimizer, ema, data.index, model.shards,
         name=running.optimizer, verify=keeping.checkpoint.verify, is_main=place.is_main,
     )  # fmt: skip
     progress = loaded.progress if loaded else Progress()
@@ -193,7 +197,7 @@ def open_trained(
     machine: Machine,
     model: Model,
     optimizer: torch.optim.Optimizer,
-    shares: Shares | None,
+    shares: Shares | FullShards | None,
     ema: Ema | None,
     scale: LossScale,
     rates_at: Rates,
@@ -202,7 +206,7 @@ def open_trained(
 ) -> Trained:
     """The networks with what makes and applies their gradients. A collective: every process has the same weights then."""
     return Trained(
-        gradients=open_gradients(machine, model.networks),
+        gradients=open_gradients(machine, model.networks, model.shards),
         diffusion=model.diffusion,
         optimizer=optimizer,
         optimizer_name=settings.name,
@@ -220,7 +224,7 @@ def check_room(
     run: RunDir,
     plan: Plan,
     parameters: Parameters,
-    shares: Shares | None,
+    shares: Shares | FullShards | None,
     optimizer: str,
     settings: CheckpointConfig,
     *,
@@ -232,7 +236,8 @@ def check_room(
     """
     weights = "bf16" if any(parameter.element_size() == 2 for parameter in parameters.values()) else "fp32"
     one_bytes = checkpoint_bytes(optimizer, shapes_of(parameters.values()), weights=weights, average=average)
-    found = (space.lacking_space(run, one_bytes, settings), _host_lacks(optimizer, parameters, shares))
+    gathered = shares.gathered_bytes(optimizer, parameters, one_bytes) if shares is not None else 0
+    found = (space.lacking_space(run, one_bytes, settings), _host_lacks(gathered))
     if problems := [problem for problem in found if problem]:
         raise Halt(ExitCode.MISMATCH, "\n".join(problems))
     warning = space.permanent_warning(
@@ -242,18 +247,14 @@ def check_room(
         log.warning(warning)
 
 
-def _host_lacks(optimizer: str, parameters: Parameters, shares: Shares | None) -> str | None:
-    """What is wrong when the main process's host cannot take the optimizer state that ZeRO-1 gathers at a save."""
-    if shares is None:
-        return None
-    mine = shares.mine(parameters)
-    others = [parameter for name, parameter in parameters.items() if name not in mine]
-    need, have = state_bytes(optimizer, shapes_of(others)), available_host_bytes()
+def _host_lacks(need: int) -> str | None:
+    """What is wrong when the main process's host cannot take the `need` bytes that shares are gathered into at a save."""
+    have = available_host_bytes()
     if have >= need:
         return None
     return (
-        f"optimizer.sharding: zero1 gathers {need / 1e9:.1f} GB of optimizer state in the main process's host "
-        f"memory at every save, and {have / 1e9:.1f} GB are available; use none, or a host with more memory"
+        f"optimizer.sharding gathers {need / 1e9:.1f} GB of state in the main process's host memory at every save, and "
+        f"{have / 1e9:.1f} GB are available; use none, or a host with more memory"
     )
 
 
@@ -305,7 +306,7 @@ def open_loader(
     )
 
 
-def open_gradients(machine: Machine, networks: Networks) -> Gradients:
+def open_gradients(machine: Machine, networks: Networks, shards: FullShards | None) -> Gradients:
     """DDP around the one module, or plain module and flat buffer when the order of sums must not vary."""
     place = machine.place
     parameters = list(trained_parameters(networks).values())
@@ -314,12 +315,14 @@ def open_gradients(machine: Machine, networks: Networks) -> Gradients:
         return Gradients(networks, parameters, place, strict_groups=groups, virtual_per_rank=machine.virtual_per_rank)
     if place.world == 1:
         return Gradients(networks, parameters, place)
+    control = collectives.control_group(place.world, machine.collective_timeout_s)
+    if shards is not None:
+        return Gradients(networks, parameters, place, control=control, shards=shards)
     adopted_by_buckets(parameters)
     with warnings.catch_warnings():
         # torch 2.13 renames broadcast_buffers; accelerate and older torch know the old name only.
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
         model = machine.accelerator.prepare_model(networks)
-    control = collectives.control_group(place.world, machine.collective_timeout_s)
     return Gradients(model, parameters, place, control=control)
 
 

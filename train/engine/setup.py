@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -24,12 +25,15 @@ from train.model import memory, single_file, speed, text
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
 from train.model.recomputation import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.model.source import LocalModel
-from train.optim import optimizers, rounding
+from train.optim import optimizers, rounding, stepping
 from train.optim.collectives import Place
 from train.optim.zero1 import Shares
 from train.recipe.order import Plan, plan_fingerprint, share_of
 from train.storage.saver import available_host_bytes
 from train.storage.state_files import PRECISIONS
+
+if TYPE_CHECKING:
+    from train.optim.fsdp2 import FullShards
 
 log = logging.getLogger("anix")
 BUCKET_MB = 100  # DDP's default of 25 cuts the 13.5 GB of stage 1 into 540 sums, each with its launch and its wait
@@ -66,6 +70,7 @@ class Model:
     execution: Execution
     diffusion: Diffusion
     costs: memory.Setup | None  # what an image costs is counted for SDXL's own networks only
+    shards: FullShards | None  # FSDP2: which part of everything this process holds
 
 
 @dataclass(frozen=True)
@@ -171,7 +176,10 @@ def open_model(
 ) -> Model:
     """The networks as the stage trains them, recomputing as much as memory asks for."""
     execution, told = settle(running, machine, plan, source), objective.trained_as
-    networks = open_networks(running, told, components, machine.place.device, execution)
+    networks = open_networks(running, told, components, execution)
+    shards = open_shards(running, networks, machine.place)
+    if shards is None:
+        networks.to(machine.place.device)
     if running.attention in ("flash", "cudnn"):
         inputs = speed.attention_inputs(networks.unet, lambda: probe(networks, running.precision, told.max_tokens))
         speed.check_attention(inputs, running.attention)
@@ -187,13 +195,11 @@ def open_model(
         channels_last=running.channels_last,
     )
     costs = memory.setup_of(running, machine.place.world) if single_file.is_standard(source.configs) else None
-    return Model(source, components, networks, execution, diffusion, costs)
+    return Model(source, components, networks, execution, diffusion, costs, shards)
 
 
-def open_networks(
-    running: Running, told: TrainedAs, components: Components, device: torch.device, execution: Execution
-) -> Networks:
-    """The trained module on its device, with the memory options of the config."""
+def open_networks(running: Running, told: TrainedAs, components: Components, execution: Execution) -> Networks:
+    """The trained module, still on the host, with the memory options of the config."""
     networks = Networks(
         components,
         train_text_encoders=running.trains_text,
@@ -208,7 +214,6 @@ def open_networks(
     cast_frozen(networks, PRECISIONS[running.precision])
     if running.weights == "bf16":
         rounding.to_16_bit(trained_parameters(networks).values())
-    networks.to(device)
     return networks
 
 
@@ -237,7 +242,7 @@ def probe(networks: Networks, precision: str, max_tokens: int) -> None:
 
 
 def make_optimizer(
-    settings: OptimizerConfig, peaks: Mapping[str, float], networks: Networks, shares: Shares | None, *, strict: bool
+    settings: OptimizerConfig, peaks: Mapping[str, float], networks: Networks, shares: Shares | FullShards | None, *, strict: bool
 ) -> torch.optim.Optimizer:
     """AdamW or Adafactor over one group per trained network, or over this process's share of each."""
     groups = []
@@ -245,11 +250,25 @@ def make_optimizer(
         members = list((parameters if shares is None else shares.mine(parameters)).values())
         if members:
             groups.append((name, members, peaks[name]))
-    return optimizers.make_optimizer(groups, settings, strict=strict)
+    optimizer = optimizers.make_optimizer(groups, settings, strict=strict)
+    if isinstance(optimizer, stepping.Adafactor) and shares is not None:
+        optimizer.group = shares.group
+    return optimizer
+
+
+def open_shards(running: Running, networks: Networks, place: Place) -> FullShards | None:
+    """The networks cut into the processes' parts, unit by unit on the way to the device; None where they stay whole."""
+    if running.sharding not in ("fsdp2", "hsdp") or place.world == 1:
+        return None
+    from train.optim import fsdp2  # loads a part of torch that nobody else needs
+
+    mesh = fsdp2.open_mesh(running.sharding, place, running.shard_group, int(os.environ.get("LOCAL_WORLD_SIZE", place.world)))
+    fsdp2.shard(networks, mesh, running.gather)
+    return fsdp2.FullShards(mesh, place, plain_state=running.optimizer == "adafactor")
 
 
 def open_shares(sharding: str, networks: Networks, place: Place) -> Shares | None:
     """Which process keeps which part of the optimizer's state; None when each keeps all of it."""
-    if sharding == "none" or place.world == 1:
+    if sharding != "zero1" or place.world == 1:
         return None
     return Shares(trained_parameters(networks), place)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,15 +21,19 @@ from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.files import json_number, write_json
 from train.diffusion.objective import Batch, Diffusion, image_losses
+from train.model.sdxl import canonical_name
 from train.observe.times import OFF, Times
 from train.optim import optimizers, stepping
-from train.optim.collectives import BinaryCounter, FlatGradients, Place, reduce_pairwise
+from train.optim.collectives import BinaryCounter, FlatGradients, Place, check_replicas, reduce_pairwise
 from train.optim.ema import Ema
 from train.optim.loss_scale import LossScale
 from train.optim.zero1 import Shares
 from train.recipe import rng
 from train.recipe.order import Tile, partial_sums
 from train.storage.rundir import RunDir
+
+if TYPE_CHECKING:
+    from train.optim.fsdp2 import FullShards
 
 Rates = Callable[[int], dict[str, float]]  # updates applied -> learning rate of every parameter group
 
@@ -70,16 +74,17 @@ class Gradients:
         strict_groups: dict[int, dict[int, dist.ProcessGroup]] | None = None,
         virtual_per_rank: int = 1,
         control: dist.ProcessGroup | None = None,
+        shards: FullShards | None = None,
     ) -> None:
         self.model, self.place, self.control = model, place, control
         self.wrapped = model if isinstance(model, nn.parallel.DistributedDataParallel) else None
         self.parameters = list(parameters)
-        self.groups, self.virtual_per_rank = strict_groups, virtual_per_rank
+        self.groups, self.virtual_per_rank, self.shards = strict_groups, virtual_per_rank, shards
         self.flat = FlatGradients(self.parameters) if strict_groups is not None else None
 
     @property
     def factor(self) -> int:
-        """DDP averages over processes; our constant is the number of images, so its division is undone."""
+        """DDP and FSDP2 average over processes; our constant is the number of images, so its division is undone."""
         return self.place.world if self.flat is None else 1
 
     @property
@@ -118,6 +123,9 @@ class Gradients:
                 skip = last and faults.skips("reduce", step)
                 with contextlib.nullcontext() if last and not skip else self.alone():
                     backward(self.model, part, factor=self.factor)
+            for _ in range(backward.diffusion.split - len(parts) if self.shards is not None else 0):
+                # Every process gathers and reduces equally often; a short tile has fewer parts than the others.
+                backward(self.model, replace(parts[-1], tags_dropped=0), factor=0)
 
     def _accumulate_strict(
         self, batches: Iterable[Batch], tiles: int, step: int, backward: TileBackward, flat: FlatGradients
@@ -156,7 +164,7 @@ class Trained:
     optimizer_name: str
     parameters: dict[str, torch.nn.Parameter]  # by canonical name
     ema: Ema | None
-    shares: Shares | None  # ZeRO-1: which process steps which parameter
+    shares: Shares | FullShards | None  # ZeRO-1: which process steps which parameter; FSDP2: its part of everything
     scale: LossScale
     rates_at: Rates
     max_grad_norm: float
@@ -182,11 +190,22 @@ class Trained:
         return found
 
     def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
-        """What a checkpoint holds beside its numbers; whole on the main process. With ZeRO-1 all must call it."""
+        """What a checkpoint holds beside its numbers; whole on the main process. With shares all must call it."""
         found = self.tensors_here()
-        if self.shares is not None:
-            found["optimizer"] = self.shares.gather(found["optimizer"])
-        return found
+        return found if self.shares is None else self.shares.whole(found)
+
+    def networks_whole(self) -> dict[str, dict[str, torch.Tensor]] | None:
+        """With FSDP2 all that the networks and the average hold, whole on the main process; None where they are whole."""
+        shards = self.gradients.shards
+        if shards is None:
+            return None
+        every = {canonical_name(name): p.detach() for name, p in self.gradients.model.named_parameters()}
+        return shards.whole({"model": every, **({"ema": self.ema.average} if self.ema is not None else {})})
+
+    def check_replicas(self, step: int) -> None:
+        """Halt(PEER_LOST) on every process where those that should hold the same weights do not."""
+        alike, group = (self.parameters, None) if self.shares is None else self.shares.replicas(self.parameters)
+        check_replicas(alike, step, group)
 
 
 def slot_timesteps(tiles: Sequence[Tile], seed: int, low: int, high: int) -> np.ndarray:
@@ -279,7 +298,8 @@ def compute_update(
     faults.at("clip", step)
     if scale.enabled:
         torch._foreach_mul_([p.grad for p in gradients.parameters if p.grad is not None], 1.0 / scale.scale)
-    control[-1].copy_(optimizers.clip_grad_norm(gradients.parameters, max_grad_norm))
+    norm = optimizers.clip_grad_norm(gradients.parameters, max_grad_norm)
+    control[-1].copy_(norm if gradients.shards is None else gradients.shards.full(norm))
     read = control.cpu().double()  # the one read of device memory per update
     return Outcome(
         losses_G=read[:images],

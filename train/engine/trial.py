@@ -5,18 +5,16 @@ Shape legend: B images of a tile (or of the part in which it is executed), C H W
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from train.base.errors import ExitCode, Halt
-from train.data.dataset import assembled
-from train.diffusion.objective import Batch, image_losses
+from train.data.dataset import synthetic_part
+from train.diffusion.objective import image_losses
 from train.engine.session import Session, Trained
-from train.model.text import TagTokenizer, size_vector
 from train.optim import collectives
 from train.optim.optimizers import shapes_of
 from train.recipe.optimizer_state import state_bytes
-from train.recipe.order import Plan, Tile
+from train.recipe.order import Plan
 
 
 def shapes_to_try(plan: Plan, device: torch.device) -> list[tuple[int, int]]:
@@ -48,7 +46,9 @@ def check(session: Session) -> int:
     pending_bytes = pending_state_bytes(trained) + gradients.partial_sums_bytes if on_gpu else 0
     reserve = torch.empty(pending_bytes, dtype=torch.uint8, device=device)
     for width, height in shapes_to_try(plan, device):
-        if session.run.stop.asked:
+        if gradients.shards is not None:  # all gather together, so all stop together
+            collectives.stop_if_asked(session.run.stop.asked, device, session.run.progress.step)
+        elif session.run.stop.asked:
             break
         images = -(-plan.largest_tiles[width, height] // trained.diffusion.split)
         part = synthetic_part(width, height, images, dataset.tokenizer, dataset.max_tokens).to(device)
@@ -73,15 +73,5 @@ def pending_state_bytes(trained: Trained) -> int:
     if trained.optimizer.state:
         return 0
     held = [parameter for group in trained.optimizer.param_groups for parameter in group["params"]]
-    return state_bytes(trained.optimizer_name, shapes_of(held))
-
-
-def synthetic_part(width: int, height: int, images: int, tokenizer: TagTokenizer, max_tokens: int) -> Batch:
-    """A batch of that shape with the longest possible caption; values are fixed and unimportant."""
-    shape = (images, 4, height // 8, width // 8)
-    noise_BCHW = torch.linspace(-1.0, 1.0, int(np.prod(shape))).reshape(shape)
-    rows = np.zeros(images, dtype=np.int64)
-    tile = Tile(width, height, 0, rows, rows.astype(np.uint64), rows)
-    ids = tokenizer.chunk_ids_many([[tokenizer.eos - 2] * max_tokens] * images, max_tokens)
-    sizes = [size_vector(width, height, 0, 0, width, height)] * images
-    return assembled(tile, noise_BCHW.flip(0) * 0.5, (noise_BCHW.numpy(),) * 2, np.full(images, 500), ids, sizes, np.arange(images))
+    shards = trained.gradients.shards
+    return int(state_bytes(trained.optimizer_name, shapes_of(held)) * (1.0 if shards is None else shards.fraction))

@@ -5,7 +5,7 @@ Shape legend: B images, C latent channels, H W latent rows and columns, N text c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,23 +75,30 @@ def fill(network: str, config: Mapping[str, Any], weights: Mapping[str, Blob], w
 
     What the file lacks is an error, not a surprise (KeyError; who opened it has proved that nothing is).
     """
-    from accelerate import init_empty_weights
+    bad: list[str] = []
 
-    with init_empty_weights(include_buffers=False):
-        module: nn.Module = make(network, config)
-    state, bad = {}, []
-    for key in module.state_dict():
-        if key.endswith("position_ids"):
-            continue
-        name = canonical(network, key)
-        state[key] = to_tensor(weights[name])
-        if not bool(torch.isfinite(state[key]).all()):
+    def finite(name: str) -> torch.Tensor:
+        tensor = to_tensor(weights[name])
+        if not bool(torch.isfinite(tensor).all()):
             bad.append(tensor_files.named(name, weights[name]))
+        return tensor
+
+    module = holding(network, config, finite)
     if bad:
         raise Halt(
             ExitCode.MISMATCH, f"{whose} holds weights that are not finite in {len(bad)} tensors: {some(bad)}"
         )
-    module.load_state_dict(state, strict=False, assign=True)
+    return module
+
+
+def holding(network: str, config: Mapping[str, Any], tensor_of: Callable[[str], torch.Tensor]) -> nn.Module:
+    """One network in evaluation mode that holds these tensors, by canonical name, themselves."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False):
+        module: nn.Module = make(network, config)
+    keys = (key for key in module.state_dict() if not key.endswith("position_ids"))
+    module.load_state_dict({key: tensor_of(canonical(network, key)) for key in keys}, strict=False, assign=True)
     return module.eval()
 
 

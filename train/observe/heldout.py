@@ -44,6 +44,7 @@ class HeldOut:
         *,
         diffusion: Diffusion,
         scale: LatentScale,
+        together: bool = False,
     ) -> None:
         self.index = index.select(chosen(index.uids, watching.held_out_images))
         share, told = watching.held_out_share, watching.trained_as
@@ -53,7 +54,7 @@ class HeldOut:
             log.warning(leaky)
         self.reader = ShardReader(folder)
         self.tokens, self.networks, self.place = tokens, networks, place
-        self.micro = watching.tile_images
+        self.micro, self.together = watching.tile_images, together  # a forward is a collective
         self.skip_unreadable = watching.skip_unreadable
         self.making = Making(scale, told.max_tokens, watching.crop_conditioning)
         # Neither weights nor offset of the stage's own loss: the stages are compared with one measure.
@@ -86,6 +87,7 @@ class HeldOut:
                 world=self.place.world,
                 stop=lambda: stop.asked,
                 skip_unreadable=self.skip_unreadable,
+                together=self.together,
             )
         if record is not None:
             if missing := record.get("unreadable"):

@@ -18,8 +18,8 @@ from train.base.signals import StopFlag
 from train.config.derived import Watching
 from train.config.prompts import PromptsFile, load_prompts
 from train.diffusion.objective import Diffusion
-from train.model.networks import Components, Networks
-from train.model.sdxl import canonical
+from train.model.networks import GROUPS, Components, Networks, holding
+from train.model.sdxl import Configs, canonical
 from train.observe.pictures import write_previews
 from train.observe.tracker import Tracker
 from train.optim.collectives import Place
@@ -27,28 +27,32 @@ from train.optim.ema import Ema
 from train.storage.state_files import PRECISIONS
 
 log = logging.getLogger("anix")
+Gathered = Mapping[str, Mapping[str, torch.Tensor]]  # "model" and, with an average, "ema": whole tensors by canonical name
 
 
 class Previews:
     """Owner of the prompts and the VAE; `write` makes the pictures of one update. A failure is only reported."""
 
     def __init__(
-        self, watching: Watching, components: Components, networks: Networks, place: Place, diffusion: Diffusion
-    ) -> None:
+        self, watching: Watching, components: Components, networks: Networks, place: Place, diffusion: Diffusion,
+        configs: Configs,
+    ) -> None:  # fmt: skip
         self.watching, self.components, self.networks, self.place = watching, components, networks, place
-        self.kernels, self.dtype = diffusion.kernels, PRECISIONS[diffusion.precision]
+        self.kernels, self.dtype, self.configs = diffusion.kernels, PRECISIONS[diffusion.precision], configs
         self.settings: PromptsFile | None = None
         if watching.prompts is not None:
             self.settings = load_prompts(watching.prompts)  # a bad file is refused before the first update
 
-    def write(self, update: int, ema: Ema | None, tracker: Tracker, stop: StopFlag) -> None:
-        """`samples/step-N/`; the rank-0 process only."""
+    def write(
+        self, update: int, ema: Ema | None, tracker: Tracker, stop: StopFlag, gathered: Gathered | None = None
+    ) -> None:
+        """`samples/step-N/`; the rank-0 process only. `gathered`: what the networks hold where they lie in shards."""
         if self.settings is None or not self.place.is_main:
             return
         try:
             with self.kernels():
                 files = write_previews(
-                    self._variants(ema),
+                    self._variants(ema) if gathered is None else self._twins(gathered),
                     self.settings,
                     self.watching.identity.output_dir,
                     update,
@@ -74,6 +78,19 @@ class Previews:
             return {"": raw}
         averaged = {name: with_average(module, name, ema) for name, module in parts.items()}
         return {"": raw, "-ema": replace(self.components, vae=vae, **averaged)}
+
+
+    def _twins(self, gathered: Gathered) -> Mapping[str, Any]:
+        """Whole networks beside those in shards, as autocast would see them; "" and, with an average, "-ema"."""
+        dtype, vae = self.dtype, self.components.vae.to(self.place.device)
+        model, average = gathered["model"], gathered.get("ema")
+        variants = {"": model} if average is None else {"": model, "-ema": {**model, **average}}
+        return {
+            suffix: replace(self.components, vae=vae, **{
+                name: holding(name, self.configs[name], tensors.__getitem__).to(self.place.device, dtype) for name in GROUPS
+            })
+            for suffix, tensors in variants.items()
+        }  # fmt: skip
 
 
 @torch.no_grad()

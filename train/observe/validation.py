@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from train.base.errors import Halt
-from train.data.dataset import assembled, naming_the_picture, read_rows, size_numbers
+from train.data.dataset import assembled, naming_the_picture, read_rows, size_numbers, synthetic_part
 from train.data.index import Index
 from train.data.shards import ShardReader
 from train.diffusion.objective import Batch
@@ -92,6 +92,13 @@ def make_batch(
     return assembled(tile, making.scale.to_model(raw_BCHW), (noise_BCHW, noise_BCHW), fixed_timesteps(uids), ids, sizes, rows)
 
 
+def stopping(asked: bool, device: torch.device) -> bool:
+    """Whether any process was asked to stop. A collective."""
+    flag = torch.tensor([float(asked)], device=device)
+    dist.all_reduce(flag)
+    return bool(flag.item() > 0)
+
+
 def evaluate(
     loss_of: Callable[[Batch], torch.Tensor],
     index: Index,
@@ -105,28 +112,34 @@ def evaluate(
     world: int = 1,
     stop: Callable[[], bool] = lambda: False,
     skip_unreadable: bool = False,
+    together: bool = False,
 ) -> dict[str, Any] | None:
     """The record of one measurement of `index` (the chosen held-out images); None when a process was told to stop.
 
     `loss_of(batch)` gives the loss of each image [B] without gradients. Every process measures its share of the
     batches; one all-reduce of exact zeros and values makes the result the same for any number of processes. With
     `skip_unreadable` an image whose latent cannot be read is left out and named under "unreadable", else its Halt passes.
+    `together`: a forward is a collective, so all processes make equally many and stop at the same one.
     """
     count = len(index)
     sums = torch.zeros(2 * count + 1, dtype=torch.float64)  # losses, unreadable images, processes that stopped
+    turns = list(batches(index, micro))
     with torch.no_grad():
-        for number, rows in enumerate(batches(index, micro)):
-            if stop():
+        for first in range(0, len(turns), world):
+            if stopping(stop(), device) if together else stop():
                 sums[-1] = 1.0
                 break
-            if number % world == rank:
-                if skip_unreadable:
-                    bad = unreadable(index, reader, rows)
-                    sums[torch.from_numpy(rows[bad]) + count] = 1.0
-                    rows = rows[~bad]
-                if len(rows):
-                    batch = make_batch(index, reader, tokens, rows, making)
-                    sums[torch.from_numpy(rows)] = loss_of(batch.to(device)).double().cpu()
+            rows = turns[first + rank] if first + rank < len(turns) else turns[0][:0]
+            if skip_unreadable:
+                bad = unreadable(index, reader, rows)
+                sums[torch.from_numpy(rows[bad]) + count] = 1.0
+                rows = rows[~bad]
+            if len(rows):
+                batch = make_batch(index, reader, tokens, rows, making)
+                sums[torch.from_numpy(rows)] = loss_of(batch.to(device)).double().cpu()
+            elif together:
+                width, height = int(index.bucket_w[0]), int(index.bucket_h[0])
+                loss_of(synthetic_part(width, height, 1, tokens, making.max_tokens).to(device))
     if world > 1:
         shared = sums.to(device)
         dist.all_reduce(shared)

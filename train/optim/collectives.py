@@ -146,21 +146,24 @@ def checksums(tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
 
 
-def differing_replicas(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names whose bits are not the same on all processes; [] on one process. One collective."""
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+def differing_replicas(tensors: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None = None) -> list[str]:
+    """Names whose bits are not the same on all processes (of `group`); [] on one process. One collective."""
+    if not tensors or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return []
     own = checksums(tensors)
     both = torch.cat([own, -own])  # max of the negated sums is minus their min: one collective instead of two
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
+    dist.all_reduce(both, op=dist.ReduceOp.MAX, group=group)
     highest, lowest = both[: len(own)], -both[len(own) :]
-    different = (highest != lowest).cpu().tolist()
+    differ = (highest != lowest).to(torch.int64)
+    if group is not None:  # every process learns of it, those of other groups too
+        dist.all_reduce(differ, op=dist.ReduceOp.MAX)
+    different = differ.cpu().tolist()
     return [name for name, differs in zip(sorted(tensors), different, strict=True) if differs]
 
 
-def check_replicas(tensors: Mapping[str, torch.Tensor], step: int) -> None:
+def check_replicas(tensors: Mapping[str, torch.Tensor], step: int, group: dist.ProcessGroup | None = None) -> None:
     """Halt(PEER_LOST) on every process when any parameter differs between them; nothing is saved then."""
-    names = differing_replicas(tensors)
+    names = differing_replicas(tensors, group)
     if names:
         raise ReplicasDiffer(
             ExitCode.PEER_LOST,

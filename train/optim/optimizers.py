@@ -7,7 +7,7 @@ model and read by anybody.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +143,12 @@ def load_state_tensors(
     *,
     name: str,
     source: Path | str = "checkpoint",
+    cut: Callable[[str, torch.Tensor, nn.Parameter], torch.Tensor] | None = None,
 ) -> None:
     """Put saved state back, exactly; `name` is the config's optimizer. No tensors at all: no step was taken yet.
 
     `parameters` and `tensors` are whole; of parameters that this optimizer does not hold (ZeRO-1: another process's
-    does) the state is checked and left. Raises Halt(MISMATCH) naming foreign, missing or misshapen entries: a moment that is silently zero ruins a run
+    does) the state is checked and left; `cut` (state key, tensor, its parameter) takes this process's part. Raises Halt(MISMATCH) naming foreign, missing or misshapen entries: a moment that is silently zero ruins a run
     slowly.
     """
     if not tensors:
@@ -174,7 +175,8 @@ def load_state_tensors(
     for full, tensor in tensors.items():
         owner, _, key = full.rpartition("/")
         if owner in states:
-            states[owner][key] = _placed(key, tensor, parameters[owner])
+            parameter = parameters[owner]
+            states[owner][key] = _placed(key, tensor, parameter) if cut is None or not tensor.ndim else cut(key, tensor, parameter)
     for owner, state in states.items():
         optimizer.state[parameters[owner]] = state
 

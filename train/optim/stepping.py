@@ -9,11 +9,12 @@ Who comes through here, and what each of them decides:
 - Adafactor: the step of a chunk; gradients and state as rows, weights where they are.
 - 16-bit weights: rows are fp32 copies, a twin of the optimizer, with the same state, steps them by its own class's
   step, and writing back rounds at random (`optim.rounding`).
-Made for two more, which are not here yet:
+- Shards (`optim.fsdp2`): an entry's tensor is the local part of one. Elementwise optimizers need nothing else; Adafactor's
+  means and norms, which alone look across a tensor, are sums over the processes that hold the rest: three or four a
+  chunk, where the class's step on shards takes as many for each tensor.
+Made for one more, which is not here yet:
 - Masters in host memory: as 16-bit weights are, with copies on another device instead of in another dtype; state is
   then gathered and written back like the weights. A chunk is also what is in flight while the next one is copied.
-- Shards: an entry's tensor is the local part of one. Elementwise optimizers need nothing else; Adafactor's means and
-  norms, which alone look across a tensor, become sums over the group of processes there.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from transformers import optimization
 
@@ -53,7 +55,11 @@ def entries(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parame
     return [Entry(names.get(id(p), ""), p, group) for p, group in held if p.grad is not None]
 
 
-def chunks(found: Sequence[Entry], alike: Callable[[Entry], Hashable] = lambda entry: None) -> Iterator[list[Entry]]:
+def chunks(
+    found: Sequence[Entry],
+    alike: Callable[[Entry], Hashable] = lambda entry: None,
+    numel: Callable[[Entry], int] = lambda entry: entry.tensor.numel(),
+) -> Iterator[list[Entry]]:
     """Entries of one group, shape, layout, dtype and device, and equal in `alike`; at most CHUNK_BYTES in fp32, or one."""
     kinds: dict[Hashable, list[Entry]] = {}
     for entry in found:
@@ -61,7 +67,7 @@ def chunks(found: Sequence[Entry], alike: Callable[[Entry], Hashable] = lambda e
         kind = (id(entry.group), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, alike(entry))
         kinds.setdefault(kind, []).append(entry)
     for members in kinds.values():
-        most = max(1, CHUNK_BYTES // max(1, 4 * members[0].tensor.numel()))
+        most = max(1, CHUNK_BYTES // max(1, 4 * numel(members[0])))
         yield from (members[start : start + most] for start in range(0, len(members), most))
 
 
@@ -94,7 +100,10 @@ class Adafactor(optimization.Adafactor):
     The class steps one tensor after the other: 33,000 kernels for SDXL's U-Net, launched after the update's only wait
     for the device, so that none of their cost is hidden. State has the same keys, shapes and dtypes: either goes on from
     the other's. Results differ in last bits (sums are taken in another order), not with how tensors form chunks.
+    `group`: the processes among which the first dimension of every tensor is cut; state is then of this one's rows.
     """
+
+    group: dist.ProcessGroup | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -103,18 +112,53 @@ class Adafactor(optimization.Adafactor):
         if any(e.group["relative_step"] or e.group["beta1"] is not None or e.tensor.dtype != torch.float32 for e in found):
             return super().step(closure)  # no stage of ours asks for these
         loss = closure() if closure is not None else None
-        for chunk in chunks(found, alike=lambda entry: self.state[entry.tensor].get("step", 0)):
-            _adafactor(chunk, [self.state[entry.tensor] for entry in chunk])
+        states = {id(entry.tensor): self.state[entry.tensor] for entry in found}
+        shapes = {id(entry.tensor): tuple(entry.tensor.shape) for entry in found}
+        if self.group is not None:  # chunks of equal whole shapes: every process must form the same
+            parts = [_part(entry) for entry in found]
+            for whole, part in zip(found, parts, strict=True):
+                states[id(part.tensor)], shapes[id(part.tensor)] = states[id(whole.tensor)], shapes[id(whole.tensor)]
+            found = parts
+        for chunk in chunks(
+            found,
+            alike=lambda e: (shapes[id(e.tensor)], states[id(e.tensor)].get("step", 0)),
+            numel=lambda e: math.prod(shapes[id(e.tensor)]) // (self.group.size() if self.group is not None else 1),
+        ):
+            across = None if self.group is None else Across(self.group, shapes[id(chunk[0].tensor)])
+            _adafactor(chunk, [states[id(entry.tensor)] for entry in chunk], across)
         return loss
 
 
-def _adafactor(chunk: Sequence[Entry], states: Sequence[dict[str, Any]]) -> None:
+@dataclass(frozen=True)
+class Across:
+    """Sums over the processes that hold the other rows of tensors of `shape`."""
+
+    group: dist.ProcessGroup
+    shape: tuple[int, ...]
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """In place: of all processes."""
+        dist.all_reduce(values, group=self.group)
+        return values
+
+
+def _part(entry: Entry) -> Entry:
+    """What lies here of an entry whose tensor and gradient are cut (DTensors): views, changed in place."""
+    part = entry.tensor.to_local().detach()  # type: ignore[attr-defined]
+    part.grad = entry.gradient.to_local()  # type: ignore[attr-defined]
+    return Entry(entry.name, part, entry.group)
+
+
+def _adafactor(chunk: Sequence[Entry], states: Sequence[dict[str, Any]], across: Across | None) -> None:
     """The class's step on n tensors at once. Shapes: N of a chunk, R rows and C columns of its factored tensors."""
     group = chunk[0].group
     weights: list[torch.Tensor] = [entry.tensor for entry in chunk]
     gradients_N = rows([entry.gradient for entry in chunk])
     number = states[0].get("step", 0) + 1
-    sizes = torch._foreach_div(torch._foreach_norm(weights), math.sqrt(weights[0].numel()))
+    sizes = torch._foreach_norm(weights)
+    if across is not None:
+        sizes = across.sum(torch.stack(sizes).square_()).sqrt_().unbind()
+    sizes = torch._foreach_div(sizes, math.sqrt(math.prod(weights[0].shape if across is None else across.shape)))
     for state, rms in zip(states, sizes, strict=True):
         state["step"], state["RMS"] = number, rms
     rate = group["lr"] * torch.stack(sizes).clamp_(min=group["eps"][1]) if group["scale_parameter"] else group["lr"]
@@ -123,13 +167,14 @@ def _adafactor(chunk: Sequence[Entry], states: Sequence[dict[str, Any]]) -> None
     squared_N = gradients_N.square().add_(group["eps"][0])
     if gradients_N.ndim > 2:
         rows_N = _follow(states, "exp_avg_sq_row", squared_N.mean(-1), share)
-        columns_N = _follow(states, "exp_avg_sq_col", squared_N.mean(-2), share)
-        r_factor = (rows_N / rows_N.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
+        cut = across if gradients_N.ndim == 3 else None  # of a matrix the rows themselves, of a convolution what lies above
+        columns_N = _follow(states, "exp_avg_sq_col", _mean(squared_N, -2, cut), share)
+        r_factor = (rows_N / _mean(rows_N, -1, cut).unsqueeze(-1)).rsqrt_().unsqueeze(-1)
         update_N = torch.mul(r_factor, columns_N.rsqrt().unsqueeze(-2), out=squared_N).mul_(gradients_N)
     else:
         update_N = _follow(states, "exp_avg_sq", squared_N, share).rsqrt().mul_(gradients_N)
 
-    scale_N = rate / _excess(update_N, group["clip_threshold"])
+    scale_N = rate / _excess(update_N, group["clip_threshold"], across)
     update_N.mul_(scale_N.view(-1, *[1] * (update_N.ndim - 1)))
     if group["weight_decay"]:
         kept = 1.0 - group["weight_decay"] * rate
@@ -150,7 +195,12 @@ def _follow(states: Sequence[dict[str, Any]], key: str, newest_N: torch.Tensor, 
     return average_N
 
 
-def _excess(values_N: torch.Tensor, limit: float) -> torch.Tensor:
+def _mean(values_N: torch.Tensor, dim: int, across: Across | None) -> torch.Tensor:
+    """Mean along a dimension, of which other processes hold the rest where `across` says so."""
+    return values_N.mean(dim) if across is None else across.sum(values_N.sum(dim)).div_(across.shape[0])
+
+
+def _excess(values_N: torch.Tensor, limit: float, across: Across | None) -> torch.Tensor:
     """[n]: how many times `limit` the root mean square of each tensor of a chunk is, at least 1.
 
     Along all dimensions but a tensor's first at first: the sum over a lone one would be divided among threads, and the
@@ -158,7 +208,10 @@ def _excess(values_N: torch.Tensor, limit: float) -> torch.Tensor:
     """
     within = tuple(range(2, values_N.ndim))
     norm_N = torch.linalg.vector_norm(values_N, dim=within) if within else values_N.view(len(values_N), -1)
-    return torch.linalg.vector_norm(norm_N, dim=1).div_(limit * math.sqrt(values_N[0].numel())).clamp_(min=1.0)
+    whole_N, numel = torch.linalg.vector_norm(norm_N, dim=1), values_N[0].numel()
+    if across is not None:
+        whole_N, numel = across.sum(whole_N.square_()).sqrt_(), math.prod(across.shape)
+    return whole_N.div_(limit * math.sqrt(numel)).clamp_(min=1.0)
 
 
 # --- the step of an update -----------------------------------------------------------------------------

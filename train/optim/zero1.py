@@ -24,6 +24,7 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.optim.collectives import Place
+from train.recipe.optimizer_state import state_bytes
 from train.storage.state_files import DTYPE_NAMES, DTYPES
 
 
@@ -48,6 +49,9 @@ def assign(sizes: Mapping[str, int], world: int) -> dict[str, int]:
 
 class Shares:
     """Owner of the division of the trained parameters, by canonical name, among the processes."""
+
+    name = "zero1"
+    group = None  # every tensor that a process updates is whole
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], place: Place) -> None:
         self.place = place
@@ -79,6 +83,19 @@ class Shares:
         for rank in range(1, self.place.world):
             whole |= self._receive(rank)
         return whole
+
+    def whole(self, found: Mapping[str, Mapping[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+        """Groups of named tensors with the optimizer's state whole on the main process. Call it on all processes."""
+        return {group: self.gather(named) if group == "optimizer" else dict(named) for group, named in found.items()}
+
+    def replicas(self, parameters: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dist.ProcessGroup | None]:
+        """(what other processes hold alike, the group of those processes; None: all): the weights."""
+        return dict(parameters), None
+
+    def gathered_bytes(self, optimizer: str, parameters: Mapping[str, nn.Parameter], checkpoint_bytes: int) -> int:
+        """Host memory that a save takes on the main process: the state of `optimizer` that others keep."""
+        others = [tuple(p.shape) for name, p in parameters.items() if self.owners[name] != self.place.rank]
+        return state_bytes(optimizer, others)
 
     def _send(self, state: Mapping[str, torch.Tensor]) -> None:
         device = self.place.device
