@@ -120,10 +120,7 @@ def _finished(step: units.Step, mark: str) -> tuple[int, list[Quarantine]] | Non
     entries = step.dataset / "quarantine" / "records" / manifest["units"][0]
     if not entries.exists() or not all((step.folder / name).exists() for name in manifest["units"]):
         return None
-    rows = pq.read_table(entries).to_pylist()
-    return manifest["rows"], [
-        Quarantine(row["key"], row["step"], row["reason"], row["message"], row["exception"]) for row in rows
-    ]
+    return manifest["rows"], [Quarantine.of(row) for row in pq.read_table(entries).to_pylist()]
 
 
 def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: list[Quarantine]) -> None:

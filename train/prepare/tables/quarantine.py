@@ -52,7 +52,7 @@ def judge(settings: DatasetConfig, step: str) -> None:
     counts = Counter(row["reason"] for row in rows)
     if counts:
         print(f"{step}: in quarantine: " + ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items())))
-    found = [Quarantine(row["key"], row["step"], row["reason"], row["message"]) for row in rows if row["kind"] == "error"]
+    found = [Quarantine.of(row) for row in rows if row["kind"] == "error"]
     errors = len(found)
     manifest = read_manifest(dataset, "records")
     total = manifest["rows"] if manifest else 0

@@ -6,7 +6,7 @@ on `key`. `key` is `<source name>:<id>`; for files the id is the path inside the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -161,6 +161,11 @@ class Quarantine:
     reason: ErrorReason | ExcludedReason
     message: str  # names the file and, where there is one, the row
     exception: str | None = None
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Quarantine:
+        """What stands in a row of the table."""
+        return cls(row["key"], row["step"], row["reason"], row["message"], row["exception"])
 
     @property
     def kind(self) -> str:

@@ -259,11 +259,7 @@ class _Reuse:
             del wanted[key]
         if rows:
             found.append(table.take(rows).cast(self.step.schema))
-        out += [
-            Quarantine(row["key"], row["step"], row["reason"], row["message"], row["exception"])
-            for row in quarantined
-            if row["key"] in taken
-        ]
+        out += [Quarantine.of(row) for row in quarantined if row["key"] in taken]
 
 
 def _metadata(path: Path) -> dict[str, str]:
