@@ -33,15 +33,16 @@ def parse() -> argparse.Namespace:
         "--tokenizers", type=Path, help="folder with tokenizer/ and tokenizer_2/; default: the tiny world's"
     )
     cpu.add_argument("--rows", type=int, metavar="N", help="records labelled in A8, for example 10000000; default: 873,504")
-    gpu = kinds.add_parser("gpu", help="one process per variant, random weights, 832x1216")
-    gpu.add_argument("--only", help="variants to run, for example plain,cl_compile")
+    gpu = kinds.add_parser("gpu", help="training step on a card in two calls, 7 and 3 minutes; random weights, 832x1216")
+    gpu.add_argument("--call", type=int, choices=(1, 2), default=1, help="of the plan that --dry-run prints; default 1")
+    gpu.add_argument("--only", help="variants to run instead of a call's, for example plain,cl_compile")
     gpu.add_argument("--probe", action="store_true", help="versions, memory and the card's two ceilings, nothing else")
-    gpu.add_argument("--budget", type=float, default=560.0, help="seconds; what no longer fits is skipped and said so")
+    gpu.add_argument("--budget", type=float, help="seconds, default that of the call; what no longer fits is skipped and said so")
     gpu.add_argument("--earlier", type=Path, metavar="F.json", help="rows of an earlier call, for ratios across calls")
     gpu.add_argument(
         "--tiny", action="store_true", help="tiny model on any device: checks the driver, measures nothing"
     )
-    gpu.add_argument("--dry-run", action="store_true", help="list variants and predictions")
+    gpu.add_argument("--dry-run", action="store_true", help="the plan of both calls with its seconds; with --only, predictions")
     step = kinds.add_parser("step", help="one real full-size update here, ours beside two neighbours'; 14 GB, minutes")
     step.add_argument("--size", default="512x512", metavar="WxH", help="of the images, in pixels")
     step.add_argument("--images", type=int, default=1, help="of the update")

@@ -5,7 +5,6 @@ No timing is asserted: machines differ, and these run on busy ones.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -17,11 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from train.base.errors import ExitCode, Halt
 from train.testing import data, loop
 from train.testing import timing as bench_timing
-from train.testing.gpu import driver as gpu
-from train.testing.gpu import variants
+from train.testing.gpu import updates, variants
 from train.testing.hooks import Alternating
 from train.testing.loop import SMALL_BATCH, SyncCounter, micro_step_syncs, tiny_session
 from train.testing.timing import Timing
@@ -139,60 +136,13 @@ def test_predictions_stand_in_the_benchmarks_page_before_the_run() -> None:
         assert any(line.startswith(row) for line in lines), row
 
 
-def test_gpu_driver_chooses_refuses_and_tabulates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [v.label for v in gpu.choose(["plain", "none_8/1"])] == ["plain/1", "plain/2", "none_8/1"]
-    with pytest.raises(Halt, match="no variant") as halt:
-        gpu.choose(["warp"])
-    assert halt.value.code == ExitCode.USAGE
-    monkeypatch.setattr(gpu, "_child", lambda asked, limit: {"gpu": None, "versions": {}})
-    with pytest.raises(Halt, match="CUDA"):
-        gpu.run(["plain"])
-    answers = {"probe": {"gpu": "Card", "peak_tflops": 800.0, "versions": {"torchao": "absent: ImportError"}}}
-
-    def child(asked: dict, limit: float) -> dict:
-        if asked.get("probe"):
-            return answers["probe"]
-        name = asked["variant"]["name"]
-        return {"error": "OutOfMemoryError: 2 GiB"} if name == "none_8" else {"images_per_s": 10.0, "peak_gib": 70.0}
-
-    monkeypatch.setattr(gpu, "_child", child)
-    result = gpu.run(["ref_diffusers/1", "plain/1", "none_8", "fp8"], 1000)
-    by_name = {row["name"]: row for row in result["variants"]}
-    assert by_name["plain"]["mfu_of_measured_peak"] == pytest.approx(10 * by_name["plain"]["useful_tflop"] / 800)
-    assert by_name["none_8"]["error"].startswith("OutOfMemoryError")
-    assert "torchao" in by_name["fp8"]["skipped"]
-    assert "1.00x" in gpu.describe(result)
-    fields = {"name", "stage", "micro", "accumulation", "checkpointing", "dtype", "optimizer", "compile", "channels_last",
-              "images_per_s", "mfu_of_measured_peak", "mfu_790", "hfu", "peak_gib", "predicted_gib", "commit", "error"}  # fmt: skip
-    assert fields <= by_name["plain"].keys()
-    first = tmp_path / "first.json"
-    first.write_text(json.dumps(result))
-    both = gpu.run(["cl/1"], 1000, earlier=first)
-    assert [row["name"] for row in both["variants"]] == ["ref_diffusers", "plain", "none_8", "fp8", "cl"]
-    assert gpu.describe(both).splitlines()[-1].split()[-2:] == ["1.00x", "-"]
-    answers["probe"] = answers["probe"] | {"gpu": "Other card"}
-    with pytest.raises(Halt, match="another card"):
-        gpu.run(["cl/1"], 1000, earlier=first)
-    first.write_text("{}")
-    with pytest.raises(Halt, match="no result"):
-        gpu.run(["cl/1"], 1000, earlier=first)
-    answers["probe"] = answers["probe"] | {"gpu": "Card"}
-    late = gpu.run(["plain/1", "compile/1"], 100.0)["variants"]
-    assert "skipped" not in late[0]
-    assert "budget" in late[1]["skipped"]
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_sees_no_synchronisation_in_a_micro_step() -> None:
     for stage_number in (1, 2):
         variant = variants.tiny(next(v for v in variants.VARIANTS if v.label == f"cl/{stage_number}"))
-        answer = gpu._child({"variant": dataclasses.asdict(variant), "tiny": True}, 300)
+        answer = updates.run(variant, tiny=True)
         assert answer["micro_step_sync"] == "", answer
-
-
-def test_a_child_that_dies_is_a_row() -> None:
-    assert gpu._child({"variant": {"name": "of no known kind"}}, 60)["error"]  # the reason, not a traceback
 
 
 @pytest.mark.slow

@@ -118,9 +118,17 @@ def find_checkout(variable: str) -> Checkout | None:
     repository, wanted = CHECKOUTS[variable]
     if not folder or not Path(folder).is_dir():
         return None
-    asked = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    commit = asked.stdout.strip() or "unknown"
+    commit = commit_of(Path(folder))
     return Checkout(Path(folder), repository, commit[:8], commit.startswith(wanted))
+
+
+def commit_of(folder: Path) -> str:
+    """The commit of a checkout; "unknown" where it is none, or where there is no git."""
+    try:
+        asked = subprocess.run(["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return asked.stdout.strip() or "unknown"
 
 
 def why_skipped(variable: str) -> str:
@@ -137,9 +145,6 @@ def machine() -> dict[str, Any]:
         platform.processor(),
     )
     here = Path(__file__).resolve().parents[2]
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
-    )
     checkouts = {variable: find_checkout(variable) for variable in CHECKOUTS}
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -147,7 +152,7 @@ def machine() -> dict[str, Any]:
         "load_average": [round(x, 2) for x in os.getloadavg()],
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "commit": asked.stdout.strip() or "unknown",
+        "commit": commit_of(here)[:7],
         "references": {
             variable: "absent"
             if found is None

@@ -1,11 +1,13 @@
-"""One variant of benchmark B in a process of its own: `python -m train.testing.gpu.updates '{"variant": ...}'`.
+"""Rows of benchmark B in a process of their own: `python -m train.testing.gpu.updates '{"variants": [...], "tiny": false}'`.
 
 Builds the full-size networks with random weights on the device, runs real updates (accumulation, clipping, optimizer)
-on new random inputs every micro-step, and prints one JSON line. An out-of-memory ends this process and its row alone.
+on new random inputs every micro-step, and prints one JSON line for the probe and one for each row as soon as it is there.
+An error or an out-of-memory ends a row alone; the next one starts with the memory given back.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
@@ -14,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import diffusers
@@ -29,6 +32,7 @@ from train.engine.step import Gradients, compute_update
 from train.model import speed
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode
 from train.model.recomputation import set_checkpointing, set_text_checkpointing
+from train.observe.times import Times
 from train.optim import collectives, optimizers
 from train.optim.collectives import Place
 from train.optim.loss_scale import loss_scale
@@ -37,7 +41,7 @@ from train.storage.state_files import PRECISIONS
 from train.testing.counts import CLIP_BIGG, CLIP_L, SDXL_UNET, TINY_UNET
 from train.testing.gpu.variants import BUCKET, Variant
 
-WARM_UPDATES = 2
+WARM_UPDATES = 1
 BOS, EOS = 49406, 49407
 _TINY_CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
               "projection_dim": 16}  # fmt: skip
@@ -125,8 +129,9 @@ def use_xformers(variant: Variant, device: torch.device) -> bool:
 
 
 def batches(variant: Variant, device: torch.device, update: int, bucket: tuple[int, int]) -> Iterator[Batch]:
-    """New random inputs for every micro-step of one update, made on the device."""
+    """New random inputs for every micro-step of one update, made on the device but for what all have in common."""
     width, height = bucket
+    sizes_B6 = torch.tensor([[height, width, 0, 0, height, width]] * variant.micro, device=device).float()
     for number in range(variant.accumulation):
         generator = torch.Generator(device).manual_seed(update * 1000 + number)
         size = (variant.micro, 4, height // 8, width // 8)
@@ -142,7 +147,7 @@ def batches(variant: Variant, device: torch.device, update: int, bucket: tuple[i
             timesteps_B=torch.randint(0, 1000, (variant.micro,), device=device, generator=generator),
             ids_1_BN77=ids,
             ids_2_BN77=ids,
-            size_B6=torch.tensor([[height, width, 0, 0, height, width]] * variant.micro, device=device).float(),
+            size_B6=sizes_B6,
             slots_B=torch.arange(number * variant.micro, (number + 1) * variant.micro, device=device),
             step=update,
             tile=tile,
@@ -151,12 +156,12 @@ def batches(variant: Variant, device: torch.device, update: int, bucket: tuple[i
 
 
 def make_optimizer(variant: Variant, networks: Networks) -> torch.optim.Optimizer:
-    """Ours, or for the references and `plain` torch's default AdamW."""
+    """The product's, or for the references the libraries' defaults."""
     groups = [(name, list(named.values()), 1e-5) for name, named in parameter_groups(networks).items()]
     if variant.stage == 2:
         own = variant.strict or variant.style != "ours"  # the references step tensor by tensor
         return optimizers.make_optimizer(groups, OptimizerConfig(name="adafactor", unet_lr=1e-5), strict=own)
-    if variant.fused:
+    if variant.style == "ours":
         return optimizers.make_optimizer(groups, OptimizerConfig(name="adamw", unet_lr=1e-5, weight_decay=0.1))
     parameters = [parameter for _, members, _ in groups for parameter in members]
     return torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.99), weight_decay=0.1)
@@ -174,28 +179,34 @@ def run(variant: Variant, *, tiny: bool = False) -> dict[str, Any]:
     optimizer = make_optimizer(variant, networks)
     parameters = [p for named in parameter_groups(networks).values() for p in named.values()]
     diffusion = Diffusion(
-        noise.alphas_cumprod().to(device), NoiseConfig(), LossConfig(), variant.precision, deterministic=variant.strict
-    )
+        noise.alphas_cumprod().to(device), NoiseConfig(), LossConfig(), variant.precision,
+        deterministic=variant.strict, channels_last=variant.channels_last,
+    )  # fmt: skip
     update = _our_update if variant.style == "ours" else _reference_update
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    spent, losses = [], []
+    spent, losses, parts = list[float](), list[float](), list[dict[str, float]]()
+    times = Times(device, 1)
     state: dict[str, Any] = {
+        "times": times,
         "scale": loss_scale(variant.precision) if variant.style == "ours" else _grad_scaler(variant, device),
         "gradients": _gradients(variant, networks, parameters),
     }
     for number in range(variant.updates):
         _synchronise(on_gpu)
         started = time.perf_counter()
+        times.begin(number)
         made = batches(variant, device, number, bucket)
         losses.append(update(variant, networks, parameters, optimizer, diffusion, made, number, state))
         _synchronise(on_gpu)
         spent.append(time.perf_counter() - started)
+        parts.append(times.seconds() or {})
     timed = spent[WARM_UPDATES:]
     syncs = micro_step_sync(networks, next(batches(variant, device, 0, bucket)), diffusion) if on_gpu else None
     return {
         "micro_step_sync": syncs,
         "update_s": {"median": statistics.median(timed), "min": min(timed), "max": max(timed)},
         "first_update_s": spent[0],
+        **{f"ms_{part}": 1000 * statistics.median(one[part] for one in parts[WARM_UPDATES:]) for part in parts[0]},
         "images_per_s": variant.images / statistics.median(timed),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
         "reserved_gib": torch.cuda.max_memory_reserved() / 2**30 if on_gpu else None,
@@ -260,10 +271,12 @@ def _our_update(
         step=number,
         max_grad_norm=1.0,
         stop_asked=lambda: False,
+        times=state["times"],
     )
     applied = outcome.losses_finite and bool(np.isfinite(outcome.grad_norm))
     if applied:
         optimizer.step()
+        state["times"].mark("optimizer")
     state["scale"] = state["scale"].after(overflowed=not applied)
     return outcome.mean_loss
 
@@ -281,16 +294,19 @@ def _reference_update(
     """The loop of a reference restated from its description: a scaler for fp16, and host reads in every micro-step."""
     scaler, total = state["scale"], 0.0
     for batch in made:
+        state["times"].mark("data")
         loss = image_losses(networks, batch, diffusion).mean()
         if variant.style == "diffusers":  # its example gathers the loss and reads two values per micro-step
             loss.detach().repeat(1).mean().item()
         total += loss.detach().item()
         scaler.scale(loss / variant.accumulation).backward()
+        state["times"].mark("forward_backward")
     scaler.unscale_(optimizer)
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    state["times"].mark("optimizer")
     return total / variant.accumulation
 
 
@@ -311,13 +327,22 @@ def _synchronise(on_gpu: bool) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run what the one JSON argument asks for; errors become a row, not a traceback."""
+    """Probe, then the rows that the one JSON argument asks for; errors become a row, not a traceback."""
     asked = json.loads(arguments[0])
+    print(json.dumps({"probe": _answer(probe)}), flush=True)
+    for wanted in asked["variants"]:
+        print(json.dumps({"row": _answer(partial(run, Variant(**wanted), tiny=asked["tiny"]))}), flush=True)
+        gc.collect()  # the networks of a row that failed hang on its traceback
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def _answer(run: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
-        found = probe() if asked.get("probe") else run(Variant(**asked["variant"]), tiny=asked["tiny"])
-    except Exception as error:  # an out-of-memory, a kernel that does not exist: this variant's result
-        found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
-    print(json.dumps(found))
+        return run()
+    except Exception as error:  # an out-of-memory, a kernel that does not exist: this row's result
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -26,10 +27,9 @@ class Variant:
     precision: str = "bf16"
     channels_last: bool = False
     compile: bool = False
-    fused: bool = False
     float8: bool = False
     strict: bool = False  # batch.determinism: deterministic kernels, one order of sums
-    updates: int = 5  # the first two warm up
+    updates: int = 3  # the first warms up
     expected_mfu: float = 0.26  # of 790 TFLOP/s, written down before the first run; nobody has measured it
 
     @property
@@ -55,27 +55,70 @@ VARIANTS: list[Variant] = [
     *_both("ref_diffusers", style="diffusers", expected_mfu=0.24),
     *_both("ref_sdscripts", style="sd_scripts", precision="fp16", expected_mfu=0.24),
     *_both("plain", expected_mfu=0.26),
-    *_both("cl", fused=True, channels_last=True, expected_mfu=0.27),
-    Variant("partial_16_down2_mid", 1, 16, 3, 2, fused=True, channels_last=True, expected_mfu=0.29),
-    Variant("partial_8_1280", 1, 8, 6, 3, fused=True, channels_last=True, expected_mfu=0.31),
-    Variant("none_8", 1, 8, 6, 5, fused=True, channels_last=True, expected_mfu=0.33),
-    Variant("partial_16_1280", 2, 16, 3, 3, fused=True, channels_last=True, expected_mfu=0.32),
-    Variant("none_12", 2, 12, 4, 5, fused=True, channels_last=True, expected_mfu=0.34),
-    *_both("compile", fused=True, compile=True, expected_mfu=0.30),
-    *_both("cl_compile", fused=True, channels_last=True, compile=True, expected_mfu=0.32),
-    Variant("none_8_compile", 1, 8, 6, 5, fused=True, channels_last=True, compile=True, expected_mfu=0.40),
-    Variant("none_12_compile", 2, 12, 4, 5, fused=True, channels_last=True, compile=True, expected_mfu=0.40),
-    Variant("fp8", 1, 8, 6, 5, fused=True, channels_last=True, compile=True, float8=True, expected_mfu=0.44),
+    *_both("cl", channels_last=True, expected_mfu=0.27),
+    Variant("partial_16_down2_mid", 1, 16, 3, 2, channels_last=True, expected_mfu=0.29),
+    Variant("partial_8_1280", 1, 8, 6, 3, channels_last=True, expected_mfu=0.31),
+    Variant("none_8", 1, 8, 6, 5, channels_last=True, expected_mfu=0.33),
+    Variant("partial_16_1280", 2, 16, 3, 3, channels_last=True, expected_mfu=0.32),
+    Variant("none_12", 2, 12, 4, 5, channels_last=True, expected_mfu=0.34),
+    *_both("compile", compile=True, expected_mfu=0.30),
+    *_both("cl_compile", channels_last=True, compile=True, expected_mfu=0.32),
+    Variant("none_8_compile", 1, 8, 6, 5, channels_last=True, compile=True, expected_mfu=0.40),
+    Variant("none_12_compile", 2, 12, 4, 5, channels_last=True, compile=True, expected_mfu=0.40),
+    Variant("fp8", 1, 8, 6, 5, channels_last=True, compile=True, float8=True, expected_mfu=0.44),
     # Against `plain`, what strict costs; against each other, whether it keeps its promise: `bits` must be equal.
-    *_both("strict", strict=True, updates=20, expected_mfu=0.25),
-    *_both("strict_again", strict=True, updates=20, expected_mfu=0.25),
+    *_both("strict", strict=True, updates=4, expected_mfu=0.25),
+    *_both("strict_again", strict=True, updates=4, expected_mfu=0.25),
 ]
+
+
+# What a borrowed quarter of an hour of a card holds: first what answers most. Call one is stage 1 with both references and
+# the first row of stage 2, call two the rest of stage 2. Seconds below are estimates; nothing has run on a card yet.
+CALLS: dict[int, tuple[str, ...]] = {
+    1: ("plain/1", "none_8/1", "ref_sdscripts/1", "none_12/2", "ref_diffusers/1", "none_8_compile/1"),
+    2: ("none_12_compile/2", "ref_diffusers/2"),
+}
+CALL_S = {1: 420.0, 2: 180.0}
+FIRST_MINUTE_S, IMPORT_S, PROBE_S, BUILD_S, COMPILE_S = 60.0, 20.0, 5.0, 10.0, {1: 100.0, 2: 75.0}
+
+
+def expected_s(variant: Variant) -> float:
+    """Seconds of a row in a process that runs: networks, updates at the predicted speed (the first half as long again), graphs."""
+    update_s = variant.images / prediction(variant)["predicted_images_per_s"]
+    return BUILD_S + (variant.updates + 0.5) * update_s + COMPILE_S[variant.stage] * variant.compile
+
+
+def own_process(variant: Variant) -> bool:
+    """Compiled rows leave graphs and settings behind, strict ones kernels: no other row follows them."""
+    return variant.compile or variant.strict
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One thing that a call does, and how long it is expected to take."""
+
+    what: str
+    seconds: float
+
+
+def plan(chosen: Sequence[Variant], *, first_minute: bool) -> list[Planned]:
+    """What is done, in order: the first minute on the card, rows that share a process, then those that do not.
+
+    Rows keep the order in which they are given; the first of a process pays for its imports and the probe.
+    """
+    steps = [Planned("first minute: train, checkpoint, kill, resume", FIRST_MINUTE_S)] if first_minute else []
+    shared = False
+    for variant in chosen:
+        starts = own_process(variant) or not shared
+        shared = shared or not own_process(variant)
+        steps.append(Planned(variant.label, expected_s(variant) + (IMPORT_S + PROBE_S) * starts))
+    return steps
 
 
 def tiny(variant: Variant) -> Variant:
     """The same variant with two images at a time, for checking the driver."""
     return replace(
-        variant, micro=2, accumulation=min(variant.accumulation, 2), updates=5, compile=False, float8=False
+        variant, micro=2, accumulation=min(variant.accumulation, 2), updates=3, compile=False, float8=False
     )
 
 
