@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import nn
 
 from train.config.stage import TrackingConfig
-from train.model.cards import card_of
 from train.model.memory import Setup
+from train.observe.cards import card_of
 from train.observe.metrics import read_metrics
 from train.observe.times import Times, Work, open_times, open_work, peak_bytes
 from train.recipe.order import Tile

@@ -16,8 +16,8 @@ import torch
 
 from train.config.stage import TrackingConfig
 from train.model import memory
-from train.model.cards import card_of
 from train.model.memory import Setup
+from train.observe.cards import card_of
 from train.recipe.order import Tile
 
 log = logging.getLogger("anix")

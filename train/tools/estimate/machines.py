@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.model.cards import GPUS, Gpu, is_card
+from train.observe.cards import GPUS, Gpu, is_card
 
 
 @dataclass(frozen=True)
