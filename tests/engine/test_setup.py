@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from forked import run_ranks
+from stages import clean_process
 
 from train.config.stage import BatchConfig, LaunchConfig
 from train.engine import setup
@@ -29,3 +30,12 @@ def test_the_group_has_the_timeout_that_is_configured(seconds: float, tmp_path: 
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     assert run_ranks(2, timeout_of_the_group, tmp_path, port, seconds, joined=False) == [seconds, seconds]
+
+
+def test_strict_fills_no_new_tensor() -> None:
+    """torch would write NaN into every one of them, which costs traffic and changes no bit of what is computed."""
+    with clean_process({}):
+        torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+        setup.open_machine(BatchConfig(micro=1, effective=1, determinism="strict"), LaunchConfig())
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

@@ -188,6 +188,7 @@ def outside_the_buckets(rank: int, world: int, folder: str, data: str, model: st
         TileBackward.__call__ = looked_at  # type: ignore[method-assign]
         calls, places = [], [p.grad.data_ptr() for p in trained.parameters.values() if p.grad is not None]
         trained.gradients.model.register_forward_hook(lambda *_: calls.append(1))
+        assert trained.gradients.model.bucket_bytes_cap == 100 * 2**20
         trial.check(session)
         assert calls, "what is tried before the first update runs through DDP"
         assert not buckets, "and talks to nobody"

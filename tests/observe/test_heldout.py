@@ -214,14 +214,18 @@ def test_one_choice_of_attention_for_what_is_tried_trained_and_looked_at(
     look = ("validation.every_steps=1", "sampling.every_steps=1", f"sampling.prompts={prompts}", "data.workers=0")
     with opened(Stage(tmp_path, dataset, base_model), SHARE, "model.attention=math", "max_updates=1", *look) as session:
         seen: list[tuple[bool, ...]] = []
+        parameters = session.trained.parameters.values()
         session.trained.gradients.model.unet.register_forward_pre_hook(  # type: ignore[union-attr, operator]
             lambda *_: seen.append((flash_sdp_enabled(), mem_efficient_sdp_enabled(), math_sdp_enabled()))
         )
+        gradients: list[int] = []
         steps = (trial.check, loop.run_updates, partial(loop.look, last=True))
         found = []
         for step in steps:
             step(session)
             found.append(set(seen))
+            gradients.append(sum(p.grad is not None for p in parameters))
             seen.clear()
         assert found == [{(False, False, True)}] * 3, "preflight, training, held-out loss and previews"
+        assert gradients == [0, len(parameters), 0], "their memory is given back before anything is looked at"
         assert flash_sdp_enabled()
