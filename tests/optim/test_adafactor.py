@@ -131,7 +131,8 @@ def test_what_shares_a_chunk_changes_no_bit(threads: int, monkeypatch: pytest.Mo
         found = []
         for limit in (1 << 28, 1):
             monkeypatch.setattr(stepping, "CHUNK_BYTES", limit)
-            parameters = network([*SHAPES, (640, 320), (640, 320), (70_000,), (70_000,)])
+            more = [(640, 320), (640, 320), (70_000,), (70_000,), (96, 64, 3, 3), (96, 64, 3, 3), (), ()]
+            parameters = network([*SHAPES, *more], channels_last=threads == 2)
             optimizer = optimizer_of(parameters, strict=False, scale_parameter=True, weight_decay=0.1)
             for step in range(3):
                 fill(parameters, step)

@@ -100,7 +100,7 @@ class Adafactor(optimization.Adafactor):
 
     The class steps one tensor after the other: 33,000 kernels for SDXL's U-Net, launched after the update's only wait
     for the device, so that none of their cost is hidden. State has the same keys, shapes and dtypes: either goes on from
-    the other's. Results differ in last bits (sums are taken in another order), not with how tensors form chunks.
+    the other's. Results differ in last bits (sums are taken in another order); on a CPU not with how tensors form chunks.
     `group`: the processes among which the first dimension of every tensor is cut; state is then of this one's rows.
     """
 
@@ -202,17 +202,12 @@ def _mean(values_N: torch.Tensor, dim: int, across: Across | None) -> torch.Tens
 
 
 def _excess(values_N: torch.Tensor, limit: float, across: Across | None) -> torch.Tensor:
-    """[n]: how many times `limit` the root mean square of each tensor of a chunk is, at least 1.
-
-    Along all dimensions but a tensor's first at first: the sum over a lone one would be divided among threads, and the
-    result depend on whether others are in its chunk.
-    """
-    within = tuple(range(2, values_N.ndim))
-    norm_N = torch.linalg.vector_norm(values_N, dim=within) if within else values_N.view(len(values_N), -1)
-    whole_N, numel = torch.linalg.vector_norm(norm_N, dim=1), values_N[0].numel()
+    """[n]: how many times `limit` the root mean square of each tensor of a chunk is, at least 1."""
+    within, numel = tuple(range(1, values_N.ndim)), values_N[0].numel()
+    norm_N = torch.linalg.vector_norm(values_N, dim=within) if within else values_N.abs()
     if across is not None:
-        whole_N, numel = across.sum(whole_N.square_()).sqrt_(), math.prod(across.shape)
-    return whole_N.div_(limit * math.sqrt(numel)).clamp_(min=1.0)
+        norm_N, numel = across.sum(norm_N.square_()).sqrt_(), math.prod(across.shape)
+    return norm_N.div_(limit * math.sqrt(numel)).clamp_(min=1.0)
 
 
 # --- the step of an update -----------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 Weights and gradients stay whole on every process, and the one all-reduce of gradients stays as it is; after the step
 each process broadcasts the weights it has updated. A parameter belongs to one process as a whole, and AdamW, its
 8-bit form and Adafactor without momentum look at one tensor at a time, so weights and state are those of an unsharded
-run to the last bit, and a checkpoint, to which the state is gathered, is the same file.
+run to the last bit, and a checkpoint, to which the state is gathered, is the same file. (Adafactor's step by shape: on a CPU.
+A card may split a sum by how many tensors are summed at once, and shares cut chunks elsewhere; `strict` takes one by one.)
 
 Why not torch's ZeroRedundancyOptimizer: to gather, it sends state dicts as pickles (`torch.save` into a buffer,
 `torch.load(weights_only=False)` at the other end), all of a process's state at once and by position instead of name.
