@@ -64,7 +64,7 @@ def finish(path: Path, source: LocalModel, trained: dict[str, torch.Tensor], **e
         final = checkpoint.of_step(path, 5)
         record = export.lineage_record(
             stage="ft1", source=source, dataset_fingerprint="f" * 64, config_hash="c" * 64, seed=31, updates=5,
-            images=240, versions={"torch": torch.__version__}, license=export.license_of(settings, source),
+            images=240, versions={"torch": torch.__version__}, license=model_source.license_of(settings, source),
             weights_sha256=final.manifest.files["model.safetensors"].sha256,
             conditioning={"max_tokens": 75, "context": "chunks", "pooled_projection": "sd_scripts",
                           "timestep_embedding": "sd_scripts"},
@@ -402,16 +402,16 @@ def declared(license: str | None, path: str = "m", title: str = "") -> LocalMode
 
 
 def test_licence_is_inherited_stated_or_asked_for(caplog: pytest.LogCaptureFixture) -> None:
-    assert export.license_of(ExportConfig(), declared("MIT")) == "MIT"
-    assert export.license_of(ExportConfig(license="CC0"), declared(None)) == "CC0"
-    assert export.license_of(ExportConfig(), declared(None, "models/animagine-xl-3.0-base.safetensors")) == FAIPL
-    assert export.license_of(ExportConfig(), declared(None, title="Animagine XL 3.1")) == FAIPL
+    assert model_source.license_of(ExportConfig(), declared("MIT")) == "MIT"
+    assert model_source.license_of(ExportConfig(license="CC0"), declared(None)) == "CC0"
+    assert model_source.license_of(ExportConfig(), declared(None, "models/animagine-xl-3.0-base.safetensors")) == FAIPL
+    assert model_source.license_of(ExportConfig(), declared(None, title="Animagine XL 3.1")) == FAIPL
     assert not caplog.records
-    assert export.license_of(ExportConfig(license="MIT"), declared(FAIPL)) == "MIT"
+    assert model_source.license_of(ExportConfig(license="MIT"), declared(FAIPL)) == "MIT"
     assert FAIPL in caplog.text
     for nobody in (declared(None), declared("  ")):
         with pytest.raises(Halt, match=r"export\.license") as caught:
-            export.license_of(ExportConfig(license=" "), nobody)
+            model_source.license_of(ExportConfig(license=" "), nobody)
         assert caught.value.code == ExitCode.USAGE
 
 

@@ -27,14 +27,10 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.asked = False  # whether a stop was asked for
         self.stop_now: Callable[[], object] | None = None  # last words before an immediate stop
         self._interrupted_at: float | None = None
         self._before: dict[int, object] = {}
-
-    @property
-    def asked(self) -> bool:
-        """Whether a stop was asked for."""
-        return self.name is not None
 
     @property
     def status(self) -> str:
@@ -43,7 +39,7 @@ class StopFlag:
 
     def ask(self, name: str) -> None:
         """Ask for a stop as a signal of that name would."""
-        self.name = self.name or name
+        self.name, self.asked = self.name or name, True
 
     def install(self) -> StopFlag:
         """Handle SIGTERM, SIGINT, SIGUSR1, and SIGHUP unless it is ignored (nohup). Main thread only."""

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 import os
-import re
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -29,38 +27,7 @@ from train.observe import card
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
 
-log = logging.getLogger("anix")
 _SPEC = "https://github.com/Stability-AI/generative-models"  # the implementation that the layout belongs to
-
-
-def license_of(settings: ExportConfig, source: LocalModel) -> str:
-    """The licence to declare: the config's, else the parent's, else the family's. Never empty.
-
-    Raises Halt(USAGE) when nobody states one. A config that replaces an inherited licence is warned about.
-    """
-    own, inherited, stated = (settings.license or "").strip(), _inherited(source), stated_license(settings, source)
-    if own and inherited and own != inherited:
-        log.warning("export.license is %r, the parent's is %r: make sure you may", own, inherited)
-    if not stated:
-        raise Halt(
-            ExitCode.USAGE,
-            f"{source.path} declares no licence: set export.license to the one its weights are under",
-        )
-    return stated
-
-
-def stated_license(settings: ExportConfig, source: LocalModel) -> str | None:
-    """The licence that `license_of` takes, None where nobody states one."""
-    return (settings.license or "").strip() or _inherited(source)
-
-
-def _inherited(source: LocalModel) -> str | None:
-    return source.license or (layouts.FAIPL if _is_animagine(source) else None)
-
-
-def _is_animagine(source: LocalModel) -> bool:
-    names = (str(source.path), source.metadata.get("modelspec.title", ""))
-    return any(re.search(r"animagine[ _-]?xl[ _-]?v?3", name.lower()) for name in names)
 
 
 def code_revision() -> str:

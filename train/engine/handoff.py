@@ -35,7 +35,7 @@ def open_source(origin: Origin, watch: Watch | None = None) -> tuple[LocalModel,
     source = _hashed(origin.model, watch or Watch(None, 0, 1))
     refuse_source(origin, source)
     prediction.conversion(origin.trained_as, source, convert=origin.convert)
-    export.license_of(origin.export, source)
+    model_source.license_of(origin.export, source)
     for note in (prediction.unstated(origin.trained_as, source), source.note):
         if note and os.environ.get("RANK", "0") == "0":
             log.info("%s", note)
@@ -82,7 +82,7 @@ def finish(
         updates=progress.updates,
         images=progress.images,
         versions=versions(),
-        license=export.license_of(origin.export, source),
+        license=model_source.license_of(origin.export, source),
         weights_sha256=final.manifest.files["model.safetensors"].sha256,
         conditioning={
             "max_tokens": told.max_tokens,

@@ -17,7 +17,6 @@ from train.config.derived import Origin, Rates, Start
 from train.config.prompts import load_prompts
 from train.data.selection import open_selection, refuse_other_vae
 from train.engine import finished
-from train.engine.export import stated_license
 from train.model import clip_tokens, prediction
 from train.model import source as model_source
 from train.model.folder import TOKENIZERS
@@ -154,7 +153,7 @@ def refuse_source(origin: Origin, source: LocalModel) -> None:
             "names a folder with the model's own tokenizer/ and tokenizer_2/"
         )
     problems += [f"model.tokenizers: {folder} is no folder" for folder in folders if not folder.is_dir()]
-    if not stated_license(origin.export, source):
+    if not model_source.stated_license(origin.export, source):
         problems.append(f"{source.path} declares no licence: set export.license to the one its weights are under")
     if problems:
         raise Halt(ExitCode.USAGE, "; ".join(problems))

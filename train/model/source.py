@@ -6,6 +6,7 @@ Everything becomes a `LocalModel`: configs, weights by canonical name that are n
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,12 +17,13 @@ from typing import Any, Literal
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256, read_json
-from train.config.stage import ModelConfig
+from train.config.stage import ExportConfig, ModelConfig
 from train.model import folder as model_folder
 from train.model import layouts, sdxl, vae_file
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
 
+log = logging.getLogger("anix")
 HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@(.+)$")
 HUB_LIMIT_BYTES = 40 * 10**9  # of one download; SDXL in fp32 is 14 GB
 
@@ -304,6 +306,36 @@ def _vae(settings: ModelConfig, hashed: bool, like: Mapping[str, Any] | None) ->
             ExitCode.MISMATCH, f"model.vae {vae.file} has sha256 {digest}, model.vae_sha256 says {settings.vae_sha256}"
         )
     return vae, digest
+
+
+def license_of(settings: ExportConfig, source: LocalModel) -> str:
+    """The licence to declare: the config's, else the parent's, else the family's. Never empty.
+
+    Raises Halt(USAGE) when nobody states one. A config that replaces an inherited licence is warned about.
+    """
+    own, inherited, stated = (settings.license or "").strip(), _inherited(source), stated_license(settings, source)
+    if own and inherited and own != inherited:
+        log.warning("export.license is %r, the parent's is %r: make sure you may", own, inherited)
+    if not stated:
+        raise Halt(
+            ExitCode.USAGE,
+            f"{source.path} declares no licence: set export.license to the one its weights are under",
+        )
+    return stated
+
+
+def stated_license(settings: ExportConfig, source: LocalModel) -> str | None:
+    """The licence that `license_of` takes, None where nobody states one."""
+    return (settings.license or "").strip() or _inherited(source)
+
+
+def _inherited(source: LocalModel) -> str | None:
+    return source.license or (layouts.FAIPL if _is_animagine(source) else None)
+
+
+def _is_animagine(source: LocalModel) -> bool:
+    names = (str(source.path), source.metadata.get("modelspec.title", ""))
+    return any(re.search(r"animagine[ _-]?xl[ _-]?v?3", name.lower()) for name in names)
 
 
 def vae_identity(model: LocalModel) -> str:
