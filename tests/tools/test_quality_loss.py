@@ -74,6 +74,8 @@ def test_without_a_share_all_images_are_measured_and_that_is_said(base_model: Pa
     assert "seen in training or not" in record["notes"][0]
     with pytest.raises(Halt, match="not a prepared dataset"):
         loss.measure([str(base_model)], base_model)
+    with pytest.raises(Halt, match=r"^nowhere does not exist: give a finished run"):
+        loss.measure([str(base_model), "nowhere"], base_model)  # said before anything is measured, even the set
     with pytest.raises(Halt, match="two models are called a"):
         loss.named([f"a={base_model}", f"a={dataset}"])
 

@@ -34,7 +34,10 @@ def open_any(path: str | Path, *, tokenizers: str | None = None, hashed: bool = 
     """
     folder = checkpoint_at(Path(path))
     if folder is None:
-        return source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers), hashed=hashed)
+        try:
+            return source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers), hashed=hashed)
+        except Halt as halt:  # nobody wrote that key
+            raise Halt(halt.code, halt.message.removeprefix("model.init_from ")) from halt
     config = folder.parents[1] / "config.yaml"
     if not config.is_file():
         raise Halt(ExitCode.MISMATCH, f"{folder} is a checkpoint without its run: {folder.parents[1]} holds no config.yaml, which says what it started from")

@@ -77,6 +77,8 @@ def measure(
     Raises Halt: USAGE (no such model, selection or image), MISMATCH (damaged model or set).
     """
     paths = named(models)
+    for path in paths.values():  # the last one's mistake before the first one's hours
+        anymodel.open_any(path, hashed=False)
     stages = {name: anymodel.stage_of(path) for name, path in paths.items()}
     found = open_images(data, select, share, images, stages)
     notes = _what_was_seen(found, stages)
