@@ -50,7 +50,7 @@ def train_stage(config: StageConfig, attempt: ending.Attempt, yaml: str) -> None
     # Processes: the update's tiles divide among them. One that fails is named by the others.
     with processes.joining(attempt.run, attempt.record):
         machine = setup.open_machine(config.batch, config.launch)
-    with processes.watching(machine.place.rank, machine.place.world, attempt.record) as watch:
+    with processes.watching(machine.place.rank, machine.place.world, attempt.record, attempt.run) as watch:
         # Model: the predecessor's weights, hash checked; its tokenizers and VAE.
         source, components = handoff.open_source(config.origin, watch)
 

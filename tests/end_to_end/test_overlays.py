@@ -51,7 +51,7 @@ def test_several_cards_fit_and_share_the_update(
     assert choice.prediction.total < choice.usable_bytes
     plain, changed = flatten(load_stage(files[:1])), flatten(config)
     touched = {key for key, value in changed.items() if value != plain[key]}
-    assert touched <= {*FREE, "batch.micro", "optimizer.sharding", "checkpoint.every_steps"}
+    assert touched <= {*FREE, "batch.micro", "optimizer.sharding", "checkpoint.every_minutes"}
 
 
 @pytest.mark.parametrize("name", FITS)

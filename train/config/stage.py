@@ -230,7 +230,7 @@ class LaunchConfig:
     """What the launcher and the process group allow."""
 
     grace_s: float = key(30.0, "between SIGTERM and SIGKILL", at_least=0, resume="free")
-    collective_timeout_s: float = key(600.0, "a process that is silent for longer is lost", above=0, resume="free")
+    collective_timeout_s: float = key(600.0, "of one collective; a process without a sign of life is lost after 30 s, whatever this says", above=0, resume="free")
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,7 @@ def run_updates(session: Session) -> Progress:
         # Gradients of the plan's next update, clipped; one read tells every process the same.
         tiles = data.plan.update(step)
         images = sum(len(tile.rows) for tile in tiles)
+        run.watch.updating_at = time.monotonic()
         outcome = compute_update(
             trained.gradients,
             data.loader.next_update(),
@@ -93,6 +94,7 @@ def run_updates(session: Session) -> Progress:
             save_due=partial(save_due, run),
             times=times,
         )
+        run.watch.updating_at = None
         applied = may_apply(outcome.losses_finite, outcome.grad_norm)
         if not applied and not trained.scale.enabled:
             raise refuse_update(session, step, tiles, outcome)
@@ -228,8 +230,9 @@ def rescue(session: Session, *, wait_s: float = 0.0) -> None:
         with torch.cuda.stream(stream):  # None: a no-op
             run.saver.save_now(run.progress, trained.tensors(), state_now(session))
     except Exception as failure:  # the first error is the one to report
-        run.folder.lost = f"update {run.progress.step} cannot be saved after a failure: {failure}"
-        log.warning("%s. The last checkpoint stays valid", run.folder.lost)
+        lost = f"update {run.progress.step} cannot be saved after a failure: {failure}"
+        run.folder.aside["lost"] = lost
+        log.warning("%s. The last checkpoint stays valid", lost)
 
 
 def report_saves(session: Session, saver: Saver) -> None:

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,12 +28,14 @@ from train.base import signals
 from train.base.board import BEAT_S, LEFT, Board
 from train.base.errors import ExitCode, Halt
 from train.base.secrets import mask
+from train.engine import postmortem
 from train.storage.rundir import RunDir
 
 SILENT_S = 3.0  # without a beat after a collective has failed: lost
 STALE_S = 30.0  # without a beat, or without an answer of the store, at any time: lost
 GRACE_S = 5.0  # for the main thread to leave by itself once another process has failed
 STORE_GONE_S = 2.0  # without a store, which goes with the launcher that keeps it; our signal comes at the same moment
+HANGS_AT = 0.9  # of launch.collective_timeout_s, on a card: the rest is for the last save
 RESCUE_S = 600.0  # for the last save, beside a main thread that does not come back; a disk may hang too
 CLOSE_S = 5.0  # for the last words to reach the store
 _COLLECTIVE_SIGNS = (
@@ -56,15 +59,19 @@ class Watch:
     """Owner of the beat of this process. `step` is kept up to date by the loop, for messages.
 
     A process is ended from beside its main thread when that one does not come back: then `rescue` saves what there is to
-    save, and `last_words` is called with code and reason. `met` becomes true when every group of processes exists: until
-    then none can do without the store.
+    save, and `last_words` is called with code and reason; `written` leaves what is known of the collectives. `met` becomes
+    true when every group of processes exists: until then none can do without the store. An update that takes longer than
+    `limit_s` from `updating_at` on hangs.
     """
 
     def __init__(self, store: Any, rank: int, world: int) -> None:
         self.rank, self.world, self.step = rank, world, 0
         self.last_words: LastWords = lambda code, reason: None
         self.rescue: Callable[[], object] = lambda: None
+        self.written: Callable[[], object] = lambda: None
         self.met = False
+        self.updating_at: float | None = None
+        self.limit_s = float("inf")
         self._calls = 0
         self._said = ""  # by the main process, when it was done with work of its own
         self._alone = False  # the main process at work of its own: it ends that first, whoever else is gone
@@ -103,6 +110,7 @@ class Watch:
                 self._leave_note(ExitCode.OUT_OF_MEMORY if out_of_memory else code, f"{kind}{error}")
             return error
         faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        self.written()
         self._board.fresh(SILENT_S)
         if self._board.gone_at is not None and signals.asked():  # others may have left before this one's last update
             return self._stopped()
@@ -204,6 +212,7 @@ class Watch:
         rescue = threading.Thread(target=self.rescue, name="rescue", daemon=True)
         rescue.start()
         rescue.join(RESCUE_S)
+        self.written()
         self.last_words(code, reason)
         sys.stderr.flush()
         os._exit(code)
@@ -253,6 +262,8 @@ class Watch:
         watched = others if self.rank == 0 else others[:1]
         if silent := [rank for rank in watched if heard_at - self._beat_at(rank) > STALE_S]:
             return ExitCode.PEER_LOST, f"rank {', '.join(map(self._named, silent))} has not been heard from for {STALE_S:g} s"
+        if self.updating_at is not None and time.monotonic() - self.updating_at > self.limit_s:
+            return ExitCode.PEER_LOST, f"a collective did not end in {self.limit_s:g} s although every process is alive"
         return None
 
     def _beat_at(self, rank: int) -> float:
@@ -297,10 +308,14 @@ def watch(rank: int, world: int) -> Watch:
 
 
 @contextlib.contextmanager
-def watching(rank: int, world: int, last_words: LastWords = lambda code, reason: None) -> Iterator[Watch]:
+def watching(
+    rank: int, world: int, last_words: LastWords = lambda code, reason: None, run: RunDir | None = None
+) -> Iterator[Watch]:
     """The watch of this process for the length of a stage; an exception that leaves is told to the others."""
     watched = watch(rank, world)
     watched.last_words = last_words
+    if run is not None:
+        watched.written = partial(postmortem.write_collectives, run)
     try:
         yield watched
     except BaseException as error:
@@ -318,6 +333,8 @@ def joining(run: RunDir, last_words: LastWords) -> Iterator[None]:
 
     From then on the run directory is known to be this run's, on every process.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        postmortem.record_collectives(run)
     met, reason = threading.Event(), "the launcher is gone, before the first update: the same command goes on"
     if signals.orphaned():  # all are; a stop that only some have heard of is agreed upon after they met
         raise Halt(ExitCode.STOPPED, reason)

@@ -27,7 +27,7 @@ from train.data.dataset import TileDataset
 from train.data.loader import Loader
 from train.data.selection import short_tiles_note
 from train.data.shards import ShardReader
-from train.engine.processes import Watch
+from train.engine.processes import HANGS_AT, Watch
 from train.engine.refusals import check_schedule
 from train.engine.restore import expectations, restore, state_of
 from train.engine.setup import Data, Machine, Model, make_optimizer, open_shares
@@ -121,6 +121,9 @@ def open_session(
 ) -> Session:
     """Everything the loop owns, at the point where the run stands. `watch`: none for a process by itself."""
     place, plan, networks = machine.place, data.plan, model.networks
+    watch = watch or Watch(None, 0, 1)
+    if place.device.type == "cuda":  # NCCL ends the process by itself at the timeout, saves nothing and says nothing
+        watch.limit_s = HANGS_AT * machine.collective_timeout_s
     learning, feeding, watching, keeping = owners.trained, owners.data, owners.observers, owners.run
     running, settings, identity = learning.running, learning.rates.optimizer, keeping.identity
     # What a setting can still spoil comes before the checkpoint is read and before files are opened.
@@ -168,7 +171,7 @@ def open_session(
             progress=progress,
             last_step=plan.total_updates,
             stop=stop,
-            watch=watch or Watch(None, 0, 1),
+            watch=watch,
             saver=open_saver(run, keeping.checkpoint, plan, stop) if place.is_main else None,
             checkpoint=keeping.checkpoint,
             grace_s=keeping.grace_s,

@@ -10,6 +10,7 @@ import torch
 from train.base.errors import ExitCode, Halt
 from train.data.dataset import synthetic_part
 from train.diffusion.objective import image_losses
+from train.engine import postmortem
 from train.engine.session import Session, Trained
 from train.optim import collectives
 from train.optim.optimizers import shapes_of
@@ -28,7 +29,9 @@ def run(session: Session) -> None:
     """`check`, between two chances to stop that all processes take alike."""
     run, device = session.run, session.run.place.device
     collectives.stop_if_asked(run.stop.asked, device, run.progress.step)
-    check(session)
+    postmortem.record_memory(run.folder, device)
+    with postmortem.who_allocates(device):
+        check(session)
     collectives.stop_if_asked(run.stop.asked, device, run.progress.step)
 
 

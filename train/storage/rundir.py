@@ -59,7 +59,8 @@ class RunDir:
         self.look_up_to: int | None = None  # checkpoints of later steps are overlooked (to replay an update)
         self.met = True  # False on another than rank 0 until they met: the directory may be another run's
         self.damaged: set[str] = set()  # names of checkpoints that were found damaged: retention does not count them
-        self.lost = ""  # why the last completed update could not be saved
+        # What exit.json says beside: why the last update could not be saved, what lies there to look at.
+        self.aside: dict[str, str] = {}
         self.done: dict[str, Any] | None = None  # what DONE says, when the stage is finished
         self._lock_fd: int | None = None
 
@@ -83,7 +84,7 @@ class RunDir:
         name = "exit.json" if self.rank == 0 else f"exit.{self.rank}.json"
         record = {
             "code": int(code), "status": status, "reason": mask(reason), "update": update,
-            "checkpoint": self._newest(), "rank": self.rank, "time": _now(), **({"lost": mask(self.lost)} if self.lost else {}),
+            "checkpoint": self._newest(), "rank": self.rank, "time": _now(), **{key: mask(text) for key, text in self.aside.items()},
         }  # fmt: skip
         try:
             write_json(self.path / name, record)
@@ -272,9 +273,9 @@ def _identify(run: RunDir) -> None:
 
 
 def _remove_exits(path: Path) -> None:
-    """exit.json speaks of the previous start; a SIGKILL would leave it standing."""
-    for old in path.glob("exit*.json"):
-        if re.fullmatch(r"exit(\.\d+)?\.json", old.name):
+    """exit.json and what it names speak of the previous start; a SIGKILL would leave them standing."""
+    for old in path.iterdir():
+        if re.fullmatch(r"exit(\.\d+)?\.json|flight_recorder\.\d+\.json|memory_snapshot\.\d+\.pickle", old.name):
             old.unlink()
 
 
