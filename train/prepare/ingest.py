@@ -35,7 +35,7 @@ from train.prepare.posts.census import Census
 from train.prepare.posts.normalise import RawPost, printable, to_record
 from train.prepare.tables import units
 from train.prepare.tables.progress import bar, reading, say
-from train.prepare.tables.quarantine import Complaint, set_aside, too_many
+from train.prepare.tables.quarantine import Complaint, weigh
 from train.prepare.tables.schemas import (
     RECORDS,
     REST_UNREAD,
@@ -128,7 +128,6 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
     counts = Counter(entry.reason for entry in refused)
     print(f"{step}: {kept} records" + "".join(f", {number} {reason}" for reason, number in sorted(counts.items())))
     errors = [entry for entry in refused if entry.kind == "error"]
-    total = kept + len(errors)
     if kept == 0:
         seen = errors or refused
         places = ", ".join(
@@ -142,15 +141,7 @@ def report_and_judge(settings: DatasetConfig, step: str, kept: int, refused: lis
             ExitCode.MISMATCH,
             f"{step}: {len(cut)} of the files could not be read to the end: mend or remove; the first: {cut[0].message}",
         )
-    if too_many(len(errors), total, settings.max_quarantine_fraction):
-        first = "; ".join(f"{entry.key}: {entry.reason}: {entry.message}" for entry in errors[:3])
-        raise Complaint(
-            ExitCode.MISMATCH,
-            f"{step}: {len(errors)} of {total} records are in quarantine, more than max_quarantine_fraction "
-            f"{settings.max_quarantine_fraction}: see quarantine.parquet; the first: {first}",
-        )
-    if errors:
-        print(f"{step}: {set_aside(errors, dataset_dir(settings))}")
+    weigh(settings, step, errors, kept + len(errors))
 
 
 def _plain_folder(source: SourceConfig) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import pyarrow.parquet as pq
 
@@ -36,11 +35,22 @@ def too_many(count: float, total: float, share: float) -> bool:
     return count > max(share * total, floor)
 
 
-def set_aside(entries: Sequence[Quarantine], dataset: Path) -> str:
-    """One line for errors that break no limit: the first, and where all are listed."""
-    first = entries[0]
-    more = f" and {len(entries) - 1} more" if len(entries) > 1 else ""
-    return f"set aside: {first.key}: {first.reason}: {first.message}{more}: scripts/show.py quarantine {dataset} lists them"
+def weigh(settings: DatasetConfig, step: str, errors: Sequence[Quarantine], total: int) -> None:
+    """Print the first of a step's errors and where all are listed.
+
+    Raises Complaint(MISMATCH) with the first three when they are more of all records than max_quarantine_fraction.
+    """
+    if not errors:
+        return
+    told, where = [f"{entry.key}: {entry.reason}: {entry.message}" for entry in errors[:3]], dataset_dir(settings)
+    if too_many(len(errors), total, settings.max_quarantine_fraction):
+        raise Complaint(
+            ExitCode.MISMATCH,
+            f"{step}: {len(errors)} of {total} records are broken, more than max_quarantine_fraction "
+            f"{settings.max_quarantine_fraction:g}: see {where / 'quarantine.parquet'} for each; the first: {'; '.join(told)}",
+        )
+    more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
+    print(f"{step}: set aside: {told[0]}{more}: scripts/show.py quarantine {where} lists them")
 
 
 def judge(settings: DatasetConfig, step: str) -> None:
@@ -52,15 +62,6 @@ def judge(settings: DatasetConfig, step: str) -> None:
     counts = Counter(row["reason"] for row in rows)
     if counts:
         print(f"{step}: in quarantine: " + ", ".join(f"{number} {reason}" for reason, number in sorted(counts.items())))
-    found = [Quarantine.of(row) for row in rows if row["kind"] == "error"]
-    errors = len(found)
     manifest = read_manifest(dataset, "records")
-    total = manifest["rows"] if manifest else 0
-    if too_many(errors, total, settings.max_quarantine_fraction):
-        raise Complaint(
-            ExitCode.MISMATCH,
-            f"{step}: {errors} of {total} records are broken, more than max_quarantine_fraction "
-            f"{settings.max_quarantine_fraction:g}: see {path} for each file and reason",
-        )
-    if found:
-        print(f"{step}: {set_aside(found, dataset)}")
+    errors = [Quarantine.of(row) for row in rows if row["kind"] == "error"]
+    weigh(settings, step, errors, manifest["rows"] if manifest else 0)
