@@ -119,8 +119,8 @@ def test_a_batch_that_does_not_divide_is_refused_before_the_processes_meet(
 
 
 @pytest.mark.parametrize(("variable", "value", "word"), [
-    ("ACCELERATE_USE_FSDP", "true", "FSDP is not built; optimizer.sharding: zero1"),
-    ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed is not built"),
+    ("ACCELERATE_USE_FSDP", "true", "add optimizer.sharding=fsdp2"),
+    ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed, which is not built"),
     ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "model.compile"),
 ])  # fmt: skip
 def test_a_launch_config_that_wraps_the_model_otherwise_is_refused_by_name(

@@ -224,3 +224,13 @@ def test_odd_bucket_is_refused() -> None:
 def test_memory_needs_no_torch() -> None:
     code = "import sys, train.model.memory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("world", "images", "gib"), [(2, 4, 33.2), (4, 4, 20.6), (8, 4, 14.3), (16, 4, 11.2), (2, 8, 36.9), (8, 8, 18.0)]
+)
+def test_fsdp2_divides_everything(world: int, images: int, gib: float) -> None:
+    """Stage 1, fp32 masters, whole recomputation, as counted by another author beside a working prototype."""
+    pretrain = load_stage(["configs/pretrain.yaml"], ["optimizer.sharding=fsdp2"])
+    found = memory.predict(memory.setup_of(pretrain.running, world), (1024, 1024), images, 0)
+    assert found.total / memory.GIB == pytest.approx(gib, rel=0.03)

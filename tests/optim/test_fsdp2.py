@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,12 @@ from stages import Stage, losses, weights
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
+from train.engine.refusals import refuse_foreign_engines
+from train.model import memory
+from train.observe.cards import GPUS
 from train.optim.collectives import Place, check_replicas
 from train.optim.fsdp2 import FullShards, open_mesh, shard
+from train.recipe.order import share_of
 
 TWENTY = (
     "epochs=8", "max_updates=20", "checkpoint.every_steps=8", "tracking.trace=true",
@@ -145,3 +150,22 @@ def test_keys_that_sharding_alone_reads() -> None:
     for change, words in (("optimizer.gather=bf16", r"optimizer\.gather"), ("optimizer.shard_group=2", r"optimizer\.shard_group")):
         with pytest.raises(Halt, match=words):
             load_stage(["configs/pretrain.yaml"], [change])
+
+
+def test_the_launch_files_first_line_is_a_stage_that_its_processes_can_run() -> None:
+    text = Path("configs/launch/fsdp2.yaml").read_text()
+    words = text.splitlines()[0].removeprefix("# ").split()
+    config = load_stage([words[words.index("--config") + 1]], words[words.index("--config") + 2 :])
+    processes = int(text.split("num_processes: ")[1].split()[0])
+    assert config.optimizer.sharding == "fsdp2"
+    assert share_of(config.batch, processes)[0] >= 1
+    predicted = memory.predict(memory.setup_of(config.running, processes), (1024, 1024), config.batch.micro, 0)
+    assert predicted.total < GPUS["RTX-4090"].free_gib * memory.GIB
+
+
+def test_a_launch_config_that_asks_for_fsdp_needs_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(Halt, match=r"add optimizer\.sharding=fsdp2"):
+        refuse_foreign_engines("none")
+    refuse_foreign_engines("fsdp2")
+    assert "ACCELERATE_USE_FSDP" not in os.environ  # accelerate's plugin would wrap the model too, or silently not

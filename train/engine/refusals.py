@@ -98,7 +98,7 @@ def refusals(start: Start, run: RunDir | None, world: int) -> list[Halt]:
 
     tried(lambda: resume.check_accept(identity.accept, identity.flat))
     tried(lambda: share_of(start.batch, world))
-    tried(refuse_foreign_engines)
+    tried(lambda: refuse_foreign_engines(start.running.sharding))
     # A hub model is fetched once everything else is known to be right.
     local = Path(origin.path).exists() or HUB_NAME.match(origin.path) is None
     if local:
@@ -121,16 +121,22 @@ def refusals(start: Start, run: RunDir | None, world: int) -> list[Halt]:
     return found
 
 
-def refuse_foreign_engines() -> None:
-    """Halt(USAGE) for a launch config that wants the model wrapped by FSDP or DeepSpeed, or compiled as a whole."""
+def refuse_foreign_engines(sharding: str) -> None:
+    """Halt(USAGE) for a launch config that wants the model wrapped by another engine than the stage's, or compiled whole.
+
+    One that asks for FSDP means what it says beside `optimizer.sharding: fsdp2` or hsdp: torch's own, without
+    accelerate's plugin, whose variable is taken away.
+    """
     instead = {
-        "ACCELERATE_USE_FSDP": "FSDP is not built; optimizer.sharding: zero1 shares the optimizer's state",
-        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed is not built; optimizer.sharding: zero1 shares the optimizer's state",
-        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM is not built",
+        "ACCELERATE_USE_FSDP": "for FSDP, which is a key of the stage: add optimizer.sharding=fsdp2",
+        "ACCELERATE_USE_DEEPSPEED": "for DeepSpeed, which is not built: optimizer.sharding=fsdp2 shares weights, gradients and state",
+        "ACCELERATE_USE_MEGATRON_LM": "for Megatron-LM, which is not built",
     }
+    if sharding in ("fsdp2", "hsdp"):
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
     for variable, answer in instead.items():
         if os.environ.get(variable, "false").lower() in ("1", "true", "yes"):
-            raise Halt(ExitCode.USAGE, f"the launch config asks for it, but {answer}. Use one of configs/launch/")
+            raise Halt(ExitCode.USAGE, f"the launch config asks {answer}. Or use one of configs/launch/")
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper() != "NO":
         raise Halt(
             ExitCode.USAGE,

@@ -20,7 +20,6 @@ from train.data.index import Index
 from train.data.selection import open_selection, refuse_other_vae, vae_mark
 from train.diffusion.noise import alphas_cumprod
 from train.diffusion.objective import Diffusion, autocast
-from train.engine.refusals import refuse_foreign_engines
 from train.model import memory, single_file, speed, text
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
 from train.model.recomputation import exempt_steps_of, set_checkpointing, set_text_checkpointing
@@ -90,7 +89,6 @@ def open_machine(batch: BatchConfig, launch: LaunchConfig) -> Machine:
     """Join the process group. Raises Halt(MISMATCH) when the tiles do not divide among the processes."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     accumulation, virtual_per_rank = share_of(batch, world)
-    refuse_foreign_engines()
     if batch.strict:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

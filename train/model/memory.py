@@ -72,6 +72,7 @@ _DECODE_BYTES = 3_225_681_920
 # Not counted but estimated, and said so wherever a prediction is printed:
 RECOMPUTE_BYTES = GIB // 4  # of the block being recomputed, per image
 WORKSPACE_BYTES = 2 * GIB  # CUDA context, cuDNN workspaces, fragmentation
+GATHERED_BYTES = 2_362_232_013  # FSDP2: 2.2 GiB; the units that are whole at once and their gradients under way
 USABLE_SHARE = 0.92  # of the free memory; the rest is for what the estimate misses
 SMALL_MICRO = 8  # images at once below which kernels stop filling the card: `auto` goes lower only if it must
 
@@ -84,7 +85,8 @@ class Setup:
     optimizer: str  # adamw | adamw8bit | adafactor
     precision: str  # fp16 | bf16 | fp32
     weights: str = "fp32"  # fp32 | bf16
-    shards: int = 1  # processes that share the optimizer state (ZeRO-1)
+    shards: int = 1  # processes that share the optimizer state (ZeRO-1, FSDP2)
+    divides: int = 1  # processes that share weights, gradients and average too (FSDP2)
     ema_on_device: bool = False
     ema: bool = False  # an average is kept, wherever it lies
     context: int = CONTEXT
@@ -137,12 +139,14 @@ class Choice:
 def setup_of(running: Running, world: int = 1) -> Setup:
     """The `Setup` of a stage on `world` processes."""
     per_process = virtual_ranks(running.tiles_per_update) // world
+    divides = min(running.shard_group or world, world) if running.sharding in ("fsdp2", "hsdp") else 1
     return Setup(
         trains_text=running.trains_text,
         optimizer=running.optimizer,
         precision=running.precision,
         weights=running.weights,
-        shards=world if running.sharding == "zero1" else 1,
+        shards=world if running.sharding == "zero1" else divides,
+        divides=divides,
         ema_on_device=running.average_on_device,
         ema=running.average,
         context=running.context_vectors,
@@ -225,6 +229,7 @@ def predict(
 ) -> Prediction:
     """Peak bytes of an update that runs `images` of `bucket` (width, height in pixels) at once on one device.
 
+    With FSDP2 the blocks that are whole at a time, gathered and reduced, count as workspace.
     Assumes that gradients lie in DDP's buckets throughout (`engine.step.adopted_by_buckets`), and autocast without a weight cache.
     """
     trained = sum(setup.trained().values())
@@ -238,16 +243,16 @@ def predict(
     recomputes = exempt_steps < ALL_STEPS
     vae = PARAMETERS["vae"] * 4 if setup.previews else 0
     return Prediction(
-        weights=trained * weight_bytes,
-        gradients=trained * weight_bytes,
+        weights=trained * weight_bytes // setup.divides,
+        gradients=trained * weight_bytes // setup.divides,
         optimizer=optimizer_bytes(setup),
-        frozen=frozen_text * (4 if setup.precision == "fp32" else 2) + vae,
-        ema=4 * trained if setup.ema_on_device else 0,
+        frozen=frozen_text * (4 if setup.precision == "fp32" else 2) // setup.divides + vae,
+        ema=4 * trained // setup.divides if setup.ema_on_device else 0,
         partial_sums=4 * trained * setup.partial_sums,
         casts=casts,
         activations=per_image * images,
         recompute=RECOMPUTE_BYTES * images if recomputes else 0,
-        workspace=WORKSPACE_BYTES,
+        workspace=WORKSPACE_BYTES + (GATHERED_BYTES if setup.divides > 1 else 0),
     )
 
 
