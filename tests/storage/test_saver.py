@@ -318,3 +318,16 @@ def test_waiting_for_space_ends_when_a_stop_is_asked(run, monkeypatch):
 
 def test_available_memory_is_a_sane_number():
     assert 1 << 20 < saver_module.available_host_bytes() < 1 << 62
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_card_copies_into_page_locked_arenas_on_one_stream():
+    copy, streams = saver_module.HostCopy(), []
+    for value in (1.0, 2.0):
+        found = copy.take({group: {n: t.cuda() for n, t in named.items()} for group, named in tensors(value).items()})
+        copy.wait()
+        assert (found["model"]["w"] == value).all() and found["model"]["w"].is_pinned()
+        streams.append(copy._stream)
+    assert streams[0] is streams[1] is not None
+    assert copy.bytes == 1 << 20
