@@ -121,9 +121,6 @@ def open_session(
 ) -> Session:
     """Everything the loop owns, at the point where the run stands. `watch`: none for a process by itself."""
     place, plan, networks = machine.place, data.plan, model.networks
-    watch = watch or Watch(None, 0, 1)
-    if place.device.type == "cuda":  # NCCL ends the process by itself at the timeout, saves nothing and says nothing
-        watch.limit_s = HANGS_AT * machine.collective_timeout_s
     learning, feeding, watching, keeping = owners.trained, owners.data, owners.observers, owners.run
     running, settings, identity = learning.running, learning.rates.optimizer, keeping.identity
     # What a setting can still spoil comes before the checkpoint is read and before files are opened.
@@ -171,13 +168,20 @@ def open_session(
             progress=progress,
             last_step=plan.total_updates,
             stop=stop,
-            watch=watch,
+            watch=limited(watch or Watch(None, 0, 1), machine),
             saver=open_saver(run, keeping.checkpoint, plan, stop) if place.is_main else None,
             checkpoint=keeping.checkpoint,
             grace_s=keeping.grace_s,
             state=state_of(identity.hash, expected, loaded, place.world, model.execution, run.done),
         ),
     )
+
+
+def limited(watch: Watch, machine: Machine) -> Watch:
+    """The watch, which ends a hanging update of a card before NCCL does: that saves nothing and leaves no exit.json."""
+    if machine.place.device.type == "cuda":
+        watch.limit_s = HANGS_AT * machine.collective_timeout_s
+    return watch
 
 
 def open_rates(rates: derived.Rates, plan: Plan) -> Rates:
