@@ -31,6 +31,7 @@ from ingests import run as ingest
 from PIL import Image
 
 from train.base.errors import ExitCode, Halt
+from train.base.files import free_bytes
 from train.config import prompts
 from train.config.dataset import dataset_dir, load_settings
 from train.config.stage import ModelConfig, load_stage
@@ -398,7 +399,7 @@ CASES: dict[str, tuple[Case, str]] = {  # input: (case, what must be named)
 
 @pytest.fixture(scope="module")
 def small_model(base_model: Path) -> Path:
-    rundir.leftover_bytes(base_model)
+    free_bytes(base_model)
     networks.build(source.resolve(ModelConfig(init_from=str(base_model))))  # the children find all imports done
     return base_model
 
