@@ -82,19 +82,25 @@ def encoded(model: Path, caption: str) -> Text:
     return Text(caption, ids, found[0][0].numpy(), found[0][1].numpy(), found[1][1].numpy())
 
 
+def without_weights(folder: Path, prediction: str = "epsilon", zero_terminal_snr: bool = False) -> Path:
+    """The folder of a stage that trained this objective, in SDXL's own sizes: configs and tokenizers alone."""
+    folder.mkdir(parents=True)
+    model_folder.write_tokenizers(None, folder)
+    for network in sdxl.NETWORKS:
+        (folder / network).mkdir()
+        write_json(folder / network / "config.json", model_folder.loadable(network, sdxl.STANDARD[network]))
+    v = prediction == "v"
+    model_folder.write_pipeline(folder, sdxl.told_scheduler(sdxl.STANDARD["scheduler"], v=v, zero_terminal_snr=zero_terminal_snr))
+    return folder
+
+
 def hub(folder: Path) -> Path:
-    """A library's cache (HF_HOME) that holds what the hub says of SDXL: configs and tokenizers, no weights.
+    """A library's cache (HF_HOME) that holds what the hub says of SDXL, without weights.
 
     Stock loaders ask it for the parts that a single file has no place for, the scheduler among them.
     """
     repository = folder / "hub/models--stabilityai--stable-diffusion-xl-base-1.0"
-    snapshot = repository / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
+    without_weights(repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("0" * 40)
-    model_folder.write_tokenizers(None, snapshot)
-    for network in sdxl.NETWORKS:
-        (snapshot / network).mkdir()
-        write_json(snapshot / network / "config.json", model_folder.loadable(network, sdxl.STANDARD[network]))
-    model_folder.write_pipeline(snapshot, sdxl.STANDARD["scheduler"])
     return folder

@@ -34,15 +34,17 @@ def drawn(asked: dict[str, Any], pipe: Any, said: list[str], out: str, **facts: 
     pipe.text_encoder.float()
     pipe.text_encoder_2.float()
     context, empty, pooled, empty_pooled = pipe.encode_prompt(asked["text"], device="cpu", do_classifier_free_guidance=True, negative_prompt="")
-    if "file" in asked:
+    big = "file" in asked
+    if big:
         pipe.unet.to(torch.bfloat16)
     names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
     given = {name: one.to(pipe.unet.dtype) for name, one in zip(names, (context, empty, pooled, empty_pooled), strict=True)}
     scheduler = dict(pipe.scheduler.config)
-    sample = pipe(
-        **given, num_inference_steps=2, width=asked["side_px"], height=asked["side_px"], output_type="latent",
-        generator=torch.Generator().manual_seed(0),
-    ).images  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16, enabled=big):  # some schedulers give fp32 back
+        sample = pipe(
+            **given, num_inference_steps=2, width=asked["side_px"], height=asked["side_px"], output_type="latent",
+            generator=torch.Generator().manual_seed(0),
+        ).images  # fmt: skip
     all_facts = {
         "architecture": type(pipe).__name__,
         "prediction": scheduler.get("prediction_type"),

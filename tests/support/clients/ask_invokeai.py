@@ -1,4 +1,7 @@
-"""InvokeAI: probes a file or folder as its model manager does, and opens a single file as its loader does."""
+"""InvokeAI: probes a file or folder as its model manager does, and opens a single file as its loader does.
+
+A folder is opened there as any diffusers folder is, by `from_pretrained` of each part: `ask_diffusers.py` asks that.
+"""
 
 from __future__ import annotations
 
@@ -18,12 +21,13 @@ from invokeai.backend.model_manager.configs.factory import ModelConfigFactory
 
 
 def main() -> None:
-    """Probe; then what its loader calls, StableDiffusionXLPipeline.from_single_file(path) or from_pretrained."""
-    path = ASKED.get("folder", ASKED.get("file"))
-    config = ModelConfigFactory.from_model_on_disk(path, {"hash": "not asked"}).config
-    pipe, said = ask_diffusers.opened(ASKED, torch.float32 if "folder" in ASKED else torch.float16)
+    """Probe; of a single file then what its loader calls, StableDiffusionXLPipeline.from_single_file(path)."""
+    config = ModelConfigFactory.from_model_on_disk(ASKED.get("folder", ASKED.get("file")), {"hash": "not asked"}).config
     facts = {"architecture": f"{config.base.value} {config.type.value} {config.format.value}", "record": config.prediction_type.value}
-    ask_diffusers.drawn(ASKED, pipe, said, OUT, **facts)
+    if "folder" in ASKED:
+        asking.answer(facts, {}, OUT)
+    else:
+        ask_diffusers.drawn(ASKED, *ask_diffusers.opened(ASKED, torch.float16), OUT, **facts)
 
 
 main()
