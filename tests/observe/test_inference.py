@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from train.base.errors import ExitCode, Halt
 from train.config.prompts import NEGATIVE, QUALITY_PREFIX, Prompt, PromptsFile, checked
 from train.diffusion.sampling import RECIPE
+from train.model.sdxl import vae_factor
+from train.observe import inference
 from train.observe.inference import adjusted, draw, open_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,6 +70,24 @@ def test_folder_draws(folder: Path) -> None:
     assert len(model.sha256) == 64
     (image,) = draw(model, adjusted(SETTINGS, texts=["1girl, smile"], size="64x32", steps=2))
     assert image.size == (64, 32)
+
+
+def test_little_memory_draws_in_tiles_and_says_what_that_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(inference, "TILE_PX", 32)
+    wish = adjusted(SETTINGS, texts=["1girl, smile"], size="64x64", steps=2)
+    (whole,) = draw(open_model(folder, device="cpu"), wish)
+    with caplog.at_level(logging.INFO):
+        model = open_model(folder, device="cpu", small=True)
+    assert "in tiles" in caplog.text and "differ" in caplog.text
+    seen: list[tuple[int, ...]] = []
+    model.components.vae.decoder.register_forward_pre_hook(lambda _, given: seen.append(tuple(given[0].shape[-2:])))
+    (tiled,) = draw(model, wish)
+    factor = vae_factor(model.components.vae.config)
+    assert len(seen) > 1 and max(max(shape) for shape in seen) <= 32 // factor  # never the whole at once
+    assert tiled.size == whole.size
+    assert np.abs(np.asarray(tiled, int) - np.asarray(whole, int)).mean() < 40  # of 255: the same picture, blended
 
 
 def test_bad_devices(folder: Path) -> None:

@@ -5,7 +5,8 @@
 step and rank may be `*` (always; rank absent = every rank). A number after the step is the rank, a word the
 action. Without an action a RuntimeError is raised. Examples: `loss@7:1:nan`, `save.write@*:enospc`,
 `forward@8:*:raise=KeyError`, `worker@3:sleep=0.5`. At `loss` the values of nan, inf and scale are the losses, at
-`backward` the gradients behind finite losses; what can never be due at a point is refused.
+`backward` the gradients behind finite losses; what can never be due at a point is refused. At `encode_vae` and `predict` (a
+scorer or tagger of a preparation) the step is the number of pictures in the batch: `encode_vae@8:oom`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ VARIABLE = "ANIX_FAULT"
 POINTS = (
     "read", "worker", "forward", "loss", "backward", "reduce", "control", "clip", "optimizer",
     "save.begin", "save.write", "save.fsync", "save.manifest", "save.rename", "retention", "snapshot",
-    "sample", "encode_vae", "encode_text", "export", "handoff", "track", "upload",
+    "sample", "encode_vae", "predict", "encode_text", "export", "handoff", "track", "upload",
 )  # fmt: skip
 ACTIONS = (
     "raise", "kill", "term", "exit", "sleep", "hang", "nan", "inf", "scale", "skip", "oom", "enospc", "eio",
@@ -36,7 +37,7 @@ ACTIONS = (
 _POINTS_OF = {
     "nan": ("loss", "backward"), "inf": ("loss", "backward"), "scale": ("loss", "backward"), "skip": ("reduce", "control"),
 }  # fmt: skip
-_WITHOUT_STEP = ("encode_vae", "encode_text", "export", "handoff")  # so only `*` can be meant
+_WITHOUT_STEP = ("encode_text", "export", "handoff")  # so only `*` can be meant
 _WITH_NUMBER = {"exit": "1", "sleep": "1", "scale": "100"}  # action: value when none is given
 
 

@@ -166,7 +166,7 @@ class ScoreConfig:
     column: str = key("score", "name of the column with scores")
     model: str | None = key(None, "folder of an image-classification model, or the name that a column's scores carry")
     label: str = key("hq", "class whose probability is the score")
-    batch: int = key(8, "pictures at once", at_least=1)
+    batch: int | Literal["auto"] = key(8, "pictures at once; auto = as many as fit, halved when memory runs out", at_least=1)
     device: str = key("auto", "auto = a GPU where there is one")
 
 
@@ -181,7 +181,7 @@ class TagConfig:
     general_threshold: float = key(0.35, "least probability of a general tag", at_least=0)
     character_threshold: float = key(0.85, "least probability of a character", at_least=0)
     use: Literal["missing", "all"] = key("missing", "missing = only pictures without any tag")
-    batch: int = key(8, "pictures at once", at_least=1)
+    batch: int | Literal["auto"] = key(8, "pictures at once; auto = as many as fit, halved when memory runs out", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class LatentsConfig:
     content: Literal["sample", "mean", "moments"] = key("sample", "one draw of the distribution, its mean, or both moments")
     resize: Literal["lanczos", "area"] = key("lanczos", "filter")
     backend: Literal["pillow", "pyvips"] = key("pillow", "library that decodes and resizes")
-    batch: int = key(8, "pictures at once", at_least=1)
+    batch: int | Literal["auto"] = key(8, "pictures at once; auto = as many as fit, halved when memory runs out", at_least=1)
     device: str = key("auto", "auto = a GPU where there is one")
 
 

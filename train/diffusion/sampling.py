@@ -56,7 +56,7 @@ def sample_images(
     """One picture per prompt, in order; fewer when `stop()` came true, which is asked before every network call.
 
     `components` has unet, text_encoder, text_encoder_2, vae, tokenizer (train.model.networks.Components), on `device`
-    already; they are put back into the mode they were in. `dtype` other than fp32 runs them under autocast.
+    already (text encoders may lie elsewhere and come there while they run); they are put back into the mode they were in. `dtype` other than fp32 runs them under autocast.
     Raises Halt(USAGE) for a size the VAE cannot make.
     """
     device = torch.device(device)
@@ -71,7 +71,8 @@ def sample_images(
                 break
             shown = captions_text(prompt.text, prefix)
             texts = [shown] if guidance == 1 else [negative, shown]
-            condition = _condition(tokens, encoders, texts, prompt, device, trained_as)
+            with lent(encoders, device):
+                condition = _condition(tokens, encoders, texts, prompt, device, trained_as)
             latents_1CHW = denoise(
                 partial(_guided, components.unet, told=condition, guidance=guidance),
                 picture_noise(prompt, components.vae).to(device),
@@ -246,6 +247,19 @@ def decode(vae: Any, latents_BCHW: Tensor) -> list[Image.Image]:
         pixels_B3hw = torch.nan_to_num(pixels_B3hw, nan=-1.0)
     levels_Bhw3 = ((pixels_B3hw.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(np.ascontiguousarray(picture)) for picture in levels_Bhw3]
+
+
+@contextmanager
+def lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
+    """Modules on `device` inside, and afterwards where they lay: what a small card cannot keep beside the U-Net."""
+    homes = [next(module.parameters()).device for module in modules]
+    for module in modules:
+        nn.Module.to(module, device)  # past the library's own .to, which warns at every dtype
+    try:
+        yield
+    finally:
+        for module, home in zip(modules, homes, strict=True):
+            nn.Module.to(module, home)
 
 
 @contextmanager

@@ -18,9 +18,18 @@ from train.config.prompts import Prompt, PromptsFile, checked
 from train.diffusion.sampling import sample_file
 from train.model import networks
 from train.model.networks import Components
+from train.model.sdxl import vae_factor
 from train.observe import anymodel
 
 log = logging.getLogger("anix")
+
+
+ROOMY_BYTES = 10 * 2**30  # 7.1 GiB of weights in half precision, and what a step and a whole decode of 1024x1024 need
+TILE_PX = 512
+SMALL_NOTE = (
+    f"little memory: text encoders are on the card only while they run (same pictures), the VAE decodes in tiles of {TILE_PX} px "
+    "(each normalised by itself and blended at its edges: colours and finest detail differ a little from a whole decode)"
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,13 @@ class Model:
     dtype: torch.dtype
 
 
-def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None = None) -> Model:
+def open_model(
+    path: str | Path, *, device: str = "auto", tokenizers: str | None = None, small: bool | None = None
+) -> Model:
     """The model at `path`, in half precision on a GPU, in fp32 on the CPU; conventions as it was trained.
+
+    small: with as little memory of the card as goes (None: where less than 10 GiB of it are free): the text encoders lie
+    there only while they run, and the VAE decodes in tiles, which is told with what it changes.
 
     Raises Halt: USAGE (no such path, unknown device), MISMATCH (damaged model, tokenizers of another).
     """
@@ -46,12 +60,24 @@ def open_model(path: str | Path, *, device: str = "auto", tokenizers: str | None
     if local.note:
         log.info("%s", local.note)
     components = networks.build(local)
-    for network in (components.unet, components.text_encoder, components.text_encoder_2):
-        nn.Module.to(network, place, dtype)  # past the library's own .to, which warns at every dtype
+    if small is None:
+        small = place.type == "cuda" and torch.cuda.mem_get_info(place)[0] < ROOMY_BYTES
+    if small:
+        in_tiles(components.vae)
+        log.info("%s", SMALL_NOTE)
+    encoders_at = torch.device("cpu") if small else place
+    for network, at in ((components.unet, place), (components.text_encoder, encoders_at), (components.text_encoder_2, encoders_at)):
+        nn.Module.to(network, at, dtype)  # past the library's own .to, which warns at every dtype
     nn.Module.to(components.vae, place, torch.float32 if components.vae.config.get("force_upcast") else dtype)
     told = anymodel.conventions(Path(path), local)
     name = str(local.metadata.get("modelspec.title") or name_of(path))
     return Model(components, name, local.sha256, told, place, dtype)
+
+
+def in_tiles(vae: Any) -> None:
+    """Let the VAE decode in tiles of TILE_PX. The library's own size is the config's, 1024: it would take that in one."""
+    vae.enable_tiling()
+    vae.tile_sample_min_size, vae.tile_latent_min_size = TILE_PX, TILE_PX // vae_factor(vae.config)
 
 
 def draw(model: Model, settings: PromptsFile, *, stop: Callable[[], bool] = lambda: False) -> list[Image.Image]:

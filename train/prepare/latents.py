@@ -7,7 +7,7 @@ an interrupted run loses one shard per process at most. Pictures are read by wor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from train.model import vae_file
 from train.model.networks import fill
 from train.model.vae_file import Vae
 from train.prepare.choosing.facts import Facts, facts_of
-from train.prepare.encoding.encoder import Encoder, find_vae, pick_device
+from train.prepare.encoding.batching import Batches, own_device
+from train.prepare.encoding.encoder import Encoder, find_vae
 from train.prepare.encoding.index_tables import finish
 from train.prepare.encoding.npz import Unusable, imported, tally
 from train.prepare.encoding.shard_plan import Recipe, Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
@@ -34,6 +35,7 @@ from train.prepare.images.looks import Cut, Look, cut_one
 from train.prepare.images.vips import VIPS_VERSION
 from train.prepare.select import selection_mark, selection_path, stored
 from train.prepare.tables.pool import Lost, Pool
+from train.prepare.tables.progress import say
 from train.prepare.tables.quarantine import Complaint, judge
 from train.prepare.tables.schemas import Quarantine
 from train.prepare.tables.units import config_id, merge_quarantine, write_refused
@@ -151,24 +153,27 @@ def _encode(work: Work, vae: Vae, peers: Peers) -> None:
     if not missing:
         return
     settings, recipe = work.settings, work.recipe
-    device = pick_device(settings.latents.device, peers.rank)
+    device = own_device(settings.latents.device, peers.rank)
+    batches = Batches(settings.latents.batch, "latents.batch", device.type)
     if peers.rank == 0 and vae.notes:
         print(f"latents: {vae.file}: {'; '.join(vae.notes)}")
     encoder = Encoder(fill("vae", vae.config, vae.weights, vae.file), recipe.encode, recipe.content, recipe.dtype, recipe.seed, device)
     ours = sum(len(work.shards[number][1]) for number in missing if peers.owns(number))
     tried = set()
-    with Pool.of_pictures(cut_one, settings) as pool, peers.progress(ours, "latents") as bar:
+    with Pool.of_pictures(cut_one, settings) as pool, peers.progress(ours, "latents", "images") as bar:
 
         def make(number: int) -> None:
             # A shard with a file that cannot be read stays unmade, and is not tried twice in one run.
             if number not in tried and not _is_made(work, number):
-                _make_shard(work, number, encoder, pool, bar)
+                _make_shard(work, number, encoder, batches, pool, bar)
             tried.add(number)
 
         for number in missing:
             if peers.owns(number):
                 make(number)
         peers.wait_for([(number, work.dataset / work.shards[number][0]) for number in missing], make)
+    if batches.seen:
+        say(batches.told("latents"))
 
 
 def _is_made(work: Work, number: int) -> bool:
@@ -188,7 +193,7 @@ def _is_made(work: Work, number: int) -> bool:
     return all(slot.slot in tried for slot in slots if slot.entry in work.entries)
 
 
-def _make_shard(work: Work, number: int, encoder: Encoder, pool: Pool[Cut, Any], bar: Any) -> None:
+def _make_shard(work: Work, number: int, encoder: Encoder, batches: Batches, pool: Pool[Cut, Any], bar: Any) -> None:
     name, slots = work.shards[number]
     slots = [slot for slot in slots if slot.entry in work.entries]
     stored, unusable = _taken_over(work, slots)
@@ -198,8 +203,12 @@ def _make_shard(work: Work, number: int, encoder: Encoder, pool: Pool[Cut, Any],
     lost: list[int] = []
     unreadable: list[tuple[str, str]] = []
     pictures = pool.map(_jobs(work.settings, rest, work.facts))
-    for batch in _batches(rest, pictures, work.settings.latents.batch, unreadable):
-        latents = encoder.encode([pixels for _, pixels in batch], [uid_of(slot.key) for slot, _ in batch])
+
+    def encode(part: Sequence[tuple[Slot, np.ndarray]]) -> list[torch.Tensor | None]:
+        return encoder.encode([pixels for _, pixels in part], [uid_of(slot.key) for slot, _ in part])
+
+    for batch in _batches(rest, pictures, batches, unreadable):
+        latents = batches.through(encode, batch)
         for (slot, _), latent in zip(batch, latents, strict=True):
             if latent is None:
                 lost.append(slot.slot)
@@ -246,16 +255,16 @@ def _jobs(settings: DatasetConfig, slots: list[Slot], facts: Facts) -> Iterator[
 
 
 def _batches(
-    slots: list[Slot], pictures: Iterator[Any], size: int, unreadable: list[tuple[str, str]]
+    slots: list[Slot], pictures: Iterator[Any], batches: Batches, unreadable: list[tuple[str, str]]
 ) -> Iterator[list[tuple[Slot, np.ndarray]]]:
-    """Runs of `size` readable pictures in slot order: the same whoever makes the shard."""
+    """Runs of readable pictures in slot order, as many as go at once: with a number in latents.batch, the same whoever makes the shard."""
     batch: list[tuple[Slot, np.ndarray]] = []
     for slot, picture in zip(slots, pictures, strict=True):
         if isinstance(picture, Refused | Lost):
             unreadable.append((slot.key, picture.message))
             continue
         batch.append((slot, picture))
-        if len(batch) == size:
+        if len(batch) >= batches.size:
             yield batch
             batch = []
     if batch:

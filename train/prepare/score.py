@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
+from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256
 from train.config.dataset import DatasetConfig, ScoreConfig, dataset_dir
+from train.prepare.encoding.batching import Batches, own_device
 from train.prepare.folders.files import read_image
 from train.prepare.formats.keyed import numbers, of_records, read_column
 from train.prepare.images.decode import Refused, decode
 from train.prepare.tables import units
+from train.prepare.tables.progress import say
 from train.prepare.tables.quarantine import judge
 from train.prepare.tables.schemas import AESTHETIC, Quarantine
-from train.prepare.tables.workers import Peers
+from train.prepare.tables.workers import Peers, rank_here
 
 SCORE_VERSION = 1
 UNIT_FILES = 2000
@@ -65,6 +68,7 @@ def _from_column(config: ScoreConfig, dataset: Path) -> None:
 
 def _from_model(settings: DatasetConfig, dataset: Path) -> None:
     predict, model, preprocessing = load_classifier(settings.score)
+    batches = Batches(settings.score.batch, "score.batch", own_device(settings.score.device, rank_here()).type)
     config = units.config_id(code=SCORE_VERSION, model=model, preprocessing=preprocessing, label=settings.score.label)
 
     def row(key: str, score: float | None) -> dict[str, Any]:
@@ -72,11 +76,11 @@ def _from_model(settings: DatasetConfig, dataset: Path) -> None:
         return {"key": key, "model": model, "preproc_hash": preprocessing, "score": finite}
 
     step = units.Step(dataset, "aesthetic", AESTHETIC, config, ("records", "probe"))
-    run_model(settings, step, settings.score.batch, lambda images: [(v,) for v in predict(images)], row, "score")
+    run_model(settings, step, batches, lambda images: [(v,) for v in predict(images)], row, "score")
 
 
 def run_model(
-    settings: DatasetConfig, step: units.Step, batch: int, predict: Answer,
+    settings: DatasetConfig, step: units.Step, batches: Batches, predict: Answer,
     row: Callable[..., dict[str, Any]], name: str, keep: pa.Array | None = None,
 ) -> None:  # fmt: skip
     """Fill a table with what a model says of every accepted image (of those in `keep`), batch by batch.
@@ -97,14 +101,17 @@ def run_model(
             message = f"{record['uri']}: accepted by the probe, cannot be read now: {error}"
             return Quarantine(record["key"], name, reason, message, type(error).__name__)  # type: ignore[arg-type]
 
+    def see(seen: Sequence[Image.Image]) -> list[tuple[Any, ...]]:
+        faults.at("predict", len(seen))
+        return predict(list(seen))
+
     def work(part: pa.Table) -> tuple[pa.Table, list[Quarantine]]:
-        rows, entries = [], []
+        rows, entries = list[dict[str, Any]](), list[Quarantine]()
         records = part.to_pylist()
-        for start in range(0, len(records), batch):
-            group = records[start : start + batch]
+        while group := records[len(rows) : len(rows) + batches.size]:
             found = [read(record) for record in group]
             entries += [image for image in found if isinstance(image, Quarantine)]
-            answers = iter(predict([image for image in found if isinstance(image, Image.Image)]))
+            answers = iter(batches.through(see, [image for image in found if isinstance(image, Image.Image)]))
             for record, image in zip(group, found, strict=True):
                 answer = (None,) if isinstance(image, Quarantine) else next(answers)
                 rows.append(row(record["key"], *answer))
@@ -115,6 +122,8 @@ def run_model(
     hashes = [units.row_hash(*values) for values in zip(*(images[c].to_pylist() for c in columns), strict=True)]
     with Peers(step.dataset) as peers:
         units.run_units(step, units.cut(images, hashes, UNIT_FILES), work, peers)
+    if batches.seen:
+        say(batches.told(name))
 
 
 def accepted(dataset: Path, keep: pa.Array | None = None) -> pa.Table:
@@ -144,8 +153,8 @@ def load_classifier(config: ScoreConfig, option: str = "score.model") -> tuple[P
     folder = Path(config.model or "")
     if not (folder / "config.json").is_file():
         raise Halt(ExitCode.USAGE, f"{option} {folder} is not a folder with an image-classification model")
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
+    device = own_device(config.device, rank_here())
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     options = {"local_files_only": True}
     try:
         processor = AutoImageProcessor.from_pretrained(folder, backend="pil", **options)

@@ -19,6 +19,7 @@ from PIL import Image
 from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256
 from train.config.dataset import DatasetConfig, dataset_dir
+from train.prepare.encoding.batching import Batches, own_device
 from train.prepare.formats.cells import collection, tags_with_values, texts_of
 from train.prepare.formats.keyed import of_records, read_column
 from train.prepare.posts.caption_text import bad_in_tag
@@ -27,6 +28,7 @@ from train.prepare.score import run_model
 from train.prepare.tables import units
 from train.prepare.tables.quarantine import judge
 from train.prepare.tables.schemas import TAG_GROUPS, TAGS
+from train.prepare.tables.workers import rank_here
 
 TAG_VERSION = 1
 FLOOR = 0.1  # lowest probability worth keeping; thresholds below it are refused
@@ -141,7 +143,8 @@ def _from_wd(settings: DatasetConfig, dataset: Path, wanted: pa.Array | None) ->
 
     config = units.config_id(code=TAG_VERSION, model=model, floor=FLOOR)
     step = units.Step(dataset, "tags", TAGS, config, ("records", "probe"))
-    run_model(settings, step, settings.tag.batch, predict, row, "tag", wanted)
+    batches = Batches(settings.tag.batch, "tag.batch", own_device("auto", rank_here()).type)
+    run_model(settings, step, batches, predict, row, "tag", wanted)
 
 
 def load_tagger(folder: Path, option: str) -> tuple[Callable[[Sequence[Image.Image]], np.ndarray], list[tuple[str, int]]]:
@@ -174,9 +177,10 @@ def load_session(folder: Path, option: str = "tag.model") -> Any:
             raise Halt(ExitCode.USAGE, f"{option} {folder} has no {name}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    # Others are listed too, such as remote ones and TensorRT, which compiles for minutes.
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    # Others are listed too, such as remote ones and TensorRT, which compiles for minutes. Each process has its own card.
+    wanted = {"CUDAExecutionProvider": {"device_id": own_device("cuda", rank_here()).index}, "CPUExecutionProvider": {}}
+    here = onnxruntime.get_available_providers()
+    providers = [(name, options_of) for name, options_of in wanted.items() if name in here]
     try:
         return onnxruntime.InferenceSession(str(folder / "model.onnx"), options, providers=providers)
     except Exception as error:  # the runtime's own family, without a common base

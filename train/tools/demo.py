@@ -66,9 +66,9 @@ class Wish:
 class Studio:
     """Owner of the loaded model (one at a time) and of the folder the pictures go to."""
 
-    def __init__(self, models: Sequence[str], *, device: str, tokenizers: str | None, out: Path) -> None:
+    def __init__(self, models: Sequence[str], *, device: str, tokenizers: str | None, out: Path, small: bool | None = None) -> None:
         self.paths = _titled(models)
-        self.device, self.tokenizers, self.out = device, tokenizers, out
+        self.device, self.tokenizers, self.out, self.small = device, tokenizers, out, small
         require_folder(out)
         self._open: tuple[str, Model] | None = None
         for path in self.paths.values():  # a bad path is refused before the page opens, whichever it is
@@ -79,7 +79,7 @@ class Studio:
         """The model of that title; loading it lets go of the one before."""
         if self._open is None or self._open[0] != title:
             self._open = None
-            self._open = (title, open_model(self.paths[title], device=self.device, tokenizers=self.tokenizers))
+            self._open = (title, open_model(self.paths[title], device=self.device, tokenizers=self.tokenizers, small=self.small))
         return self._open[1]
 
     def generate(self, wish: Wish) -> tuple[Path, str]:
@@ -184,7 +184,9 @@ def build(studio: Studio) -> Any:
     return page
 
 
-def serve(models: Sequence[str], *, host: str, port: int, device: str, tokenizers: str | None, out: str | None) -> None:
+def serve(
+    models: Sequence[str], *, host: str, port: int, device: str, tokenizers: str | None, out: str | None, small: bool | None = None
+) -> None:
     """Open the page and serve it until interrupted. Raises Halt(USAGE) without gradio or with the port taken."""
     try:
         import gradio as gr
@@ -194,7 +196,7 @@ def serve(models: Sequence[str], *, host: str, port: int, device: str, tokenizer
         raise Halt(ExitCode.USAGE, f'{error.name} is not installed: pip install -e ".[demo]"') from error
     require_port(host, port)
     folder = Path(out) if out else Path(tempfile.mkdtemp(prefix="pictures-"))
-    studio = Studio(models, device=device, tokenizers=tokenizers, out=folder)
+    studio = Studio(models, device=device, tokenizers=tokenizers, out=folder, small=small)
     font = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
     app = gr.mount_gradio_app(

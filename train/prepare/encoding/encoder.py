@@ -30,15 +30,6 @@ def find_vae(vae: str | None, key: str = "latents.vae") -> Vae:
     return open_vae(Path(vae), key)
 
 
-def pick_device(name: str, rank: int) -> torch.device:
-    """`auto` = this process's GPU where there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda", rank % torch.cuda.device_count())
-    return torch.device("cpu")
-
-
 class Encoder:
     """Pictures to what is stored of them. Owns the VAE, and a second one in fp32 once a picture needed it."""
 
@@ -55,7 +46,7 @@ class Encoder:
         A picture that is not finite is tried again alone in fp32. Which pictures share a batch must be fixed by the
         caller: on some processors sums differ with the batch.
         """
-        faults.at("encode_vae")
+        faults.at("encode_vae", len(pixels))
         moments = self._moments(self._fast, self.dtype, pixels)
         return [self._finish(one, picture, uid) for one, picture, uid in zip(moments, pixels, uids, strict=True)]
 

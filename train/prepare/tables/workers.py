@@ -26,7 +26,7 @@ class Peers:
     """This process among `world`; a context manager while the heartbeat runs."""
 
     def __init__(self, dataset: Path, rank: int | None = None, world: int | None = None) -> None:
-        self.rank = _from_environment("RANK", 0) if rank is None else rank
+        self.rank = rank_here() if rank is None else rank
         self.world = _from_environment("WORLD_SIZE", 1) if world is None else world
         if not 0 <= self.rank < self.world:
             raise Halt(ExitCode.USAGE, f"RANK is {self.rank}, must be below WORLD_SIZE {self.world}")
@@ -109,6 +109,11 @@ class Peers:
                 path.touch()
                 os.utime(path)
             self._stop.wait(BEAT_S)
+
+
+def rank_here() -> int:
+    """This process among those of the launcher. Raises Halt(USAGE)."""
+    return _from_environment("RANK", 0)
 
 
 def _from_environment(name: str, default: int) -> int:

@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     parser.add_argument("--tokenizers", help="folder with tokenizer/ and tokenizer_2/ (default: each model's; of single files CLIP's)")
     parser.add_argument("--out", help="folder for the pictures (default: a temporary one)")
+    parser.add_argument("--small", action=argparse.BooleanOptionalAction, help="little memory, as on 8 GB: VAE in tiles (default: below 10 GiB free)")
     arguments = parser.parse_args()
 
     from train.tools.demo import serve

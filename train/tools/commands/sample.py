@@ -24,6 +24,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quality-prefix", help='put before every prompt (default: the card\'s; "" = nothing)')
     parser.add_argument("--tokenizers", help="folder with tokenizer/ and tokenizer_2/ (default: the model's; of a single file CLIP's)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    parser.add_argument("--small", action=argparse.BooleanOptionalAction, help="little memory, as on 8 GB: VAE in tiles (default: below 10 GiB free)")
     return parser.parse_args()
 
 
@@ -37,7 +38,7 @@ def main() -> None:
     changes = {name: getattr(arguments, name) for name in ("size", "seed", "steps", "guidance", "sampler", "negative", "quality_prefix")}
     settings = adjusted(load_prompts(arguments.prompts), texts=arguments.prompt, **changes)
     require_folder(arguments.out)
-    model = open_model(arguments.model, device=arguments.device, tokenizers=arguments.tokenizers)
+    model = open_model(arguments.model, device=arguments.device, tokenizers=arguments.tokenizers, small=arguments.small)
     images = draw(model, settings)
     for file in write_pictures({"": images}, settings, arguments.out, model_name=model.name, model_hash=model.sha256):
         print(file)
