@@ -124,10 +124,7 @@ def open_session(
     learning, feeding, watching, keeping = owners.trained, owners.data, owners.observers, owners.run
     running, settings, identity = learning.running, learning.rates.optimizer, keeping.identity
     # What a setting can still spoil comes before the checkpoint is read and before files are opened.
-    rates_at = open_rates(learning.rates, plan)
-    warning = schedule.long_warmup(learning.rates.schedule, total_updates=plan.total_updates)
-    if warning and place.is_main:
-        log.warning("%s", warning)
+    rates_at = open_rates(learning.rates, plan, warns=place.is_main)
     latent_scale = LatentScale.of(model.source.configs["vae"])
     previews = Previews(watching, model.components, networks, place, model.diffusion, model.source.configs)
     held_out = HeldOut(
@@ -184,9 +181,12 @@ def limited(watch: Watch, machine: Machine) -> Watch:
     return watch
 
 
-def open_rates(rates: derived.Rates, plan: Plan) -> Rates:
+def open_rates(rates: derived.Rates, plan: Plan, *, warns: bool) -> Rates:
     """The stage's schedule over the length of its run, refused if it means something else than it says."""
     check_schedule(rates, plan)
+    warning = schedule.long_warmup(rates.schedule, total_updates=plan.total_updates)
+    if warning and warns:
+        log.warning("%s", warning)
     cycle = schedule.cycle_length(rates.schedule, epoch_updates=plan.cycle_updates)
     return partial(
         schedule.rates_at, peaks=schedule.peaks(rates.optimizer), config=rates.schedule, cycle_updates=cycle,

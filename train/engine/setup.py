@@ -20,10 +20,10 @@ from train.data.index import Index
 from train.data.selection import open_selection, refuse_other_vae, vae_mark
 from train.diffusion.noise import alphas_cumprod
 from train.diffusion.objective import Diffusion, autocast
-from train.model import memory, single_file, speed, text
+from train.model import memory, speed, text
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
 from train.model.recomputation import exempt_steps_of, set_checkpointing, set_text_checkpointing
-from train.model.source import LocalModel
+from train.model.source import LocalModel, is_standard
 from train.optim import optimizers, rounding, stepping
 from train.optim.collectives import Place
 from train.optim.zero1 import Shares
@@ -140,7 +140,7 @@ def settle(running: Running, machine: Machine, plan: Plan, source: LocalModel) -
     mode, split = running.checkpointing, running.split
     if "auto" not in (mode, split):
         return Execution(exempt_steps_of(mode), int(split), mode != "none")
-    if not single_file.is_standard(source.configs):
+    if not is_standard(source.configs):
         log.warning("auto settles for full checkpointing and whole tiles: this is not SDXL's own architecture")
         steps = 0 if mode == "auto" else exempt_steps_of(mode)
         return Execution(steps, 1 if split == "auto" else int(split), True)
@@ -192,7 +192,7 @@ def open_model(
         deterministic=machine.strict,
         channels_last=running.channels_last,
     )
-    costs = memory.setup_of(running, machine.place.world) if single_file.is_standard(source.configs) else None
+    costs = memory.setup_of(running, machine.place.world) if is_standard(source.configs) else None
     return Model(source, components, networks, execution, diffusion, costs, shards)
 
 

@@ -19,6 +19,7 @@ from train.base.files import replacing, write_json
 from train.model import clip_tokens, layouts, sdxl, vae_file
 from train.model import folder as model_folder
 from train.model.folder import Weights, check_weights, refuse_existing
+from train.model.source import is_standard
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
 
@@ -129,21 +130,6 @@ def _with_vae(
     tell(vae.file, vae.notes)
     told = {key: value for key, value in metadata.items() if key != VAE_KEY}
     return {**configs, "vae": vae.config}, weights | vae.weights, told
-
-
-def is_standard(configs: sdxl.Configs) -> bool:
-    """True when SDXL's own configs describe the same tensors and the same arithmetic."""
-    decisive = {
-        network: {key: value for key, value in sdxl.STANDARD[network].items() if key not in _INDIFFERENT}
-        for network in sdxl.NETWORKS
-    }
-    return all(configs[n].get(key, value) == value for n, config in decisive.items() for key, value in config.items())
-
-
-_INDIFFERENT = (
-    "_class_name", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "force_upcast", "sample_size",
-    "initializer_factor", "initializer_range", "dropout", "attention_dropout", "model_type",
-)  # fmt: skip
 
 
 def _to_single(link: sdxl.Link, weights: Mapping[str, Blob]) -> Blob:

@@ -338,6 +338,21 @@ def _is_animagine(source: LocalModel) -> bool:
     return any(re.search(r"animagine[ _-]?xl[ _-]?v?3", name.lower()) for name in names)
 
 
+_INDIFFERENT = (
+    "_class_name", "architectures", "bos_token_id", "eos_token_id", "pad_token_id", "force_upcast", "sample_size",
+    "initializer_factor", "initializer_range", "dropout", "attention_dropout", "model_type",
+)  # fmt: skip
+
+
+def is_standard(configs: sdxl.Configs) -> bool:
+    """True when SDXL's own configs describe the same tensors and the same arithmetic."""
+    decisive = {
+        network: {key: value for key, value in sdxl.STANDARD[network].items() if key not in _INDIFFERENT}
+        for network in sdxl.NETWORKS
+    }
+    return all(configs[n].get(key, value) == value for n, config in decisive.items() for key, value in config.items())
+
+
 def vae_identity(model: LocalModel) -> str:
     """Identity of the model's VAE, as the latents made with it carry it."""
     return vae_file.identity(dict(network_weights(model, "vae")))

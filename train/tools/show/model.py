@@ -10,8 +10,9 @@ from typing import Any
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.model import folder as model_folder
-from train.model import layouts, sdxl, single_file
+from train.model import layouts, sdxl
 from train.model.folder import Weights
+from train.model.source import is_standard
 from train.storage import tensor_files
 
 
@@ -71,7 +72,7 @@ def _model(configs: sdxl.Configs, weights: Weights) -> dict[str, Any]:
             "parameters": sum(math.prod(blob.shape) for blob in own),
             "dtypes": dict(Counter(blob.dtype for blob in own)),
         }
-    standard = single_file.is_standard(configs)
+    standard = is_standard(configs)
     return {
         "architecture": "SDXL" if standard else "of SDXL's family, with other sizes",
         "prediction": configs["scheduler"].get("prediction_type", "epsilon"),
