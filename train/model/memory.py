@@ -91,6 +91,7 @@ class Setup:
     ema: bool = False  # an average is kept, wherever it lies
     context: int = CONTEXT
     previews: bool = False  # pictures are drawn while training: the VAE stays on the device from the first on
+    ddp: bool = False  # gradients lie in its buckets, which it makes once more after the first update
     gradients_stay: bool = False  # in DDP's buckets or the flat buffer of strict, also while pictures are drawn
     partial_sums: int = 0  # whole gradients that `batch.determinism: strict` keeps beside the one being summed
 
@@ -113,6 +114,7 @@ class Prediction:
     frozen: int  # text encoders that are not trained; with previews the VAE
     ema: int
     partial_sums: int  # of strict
+    buckets: int  # gradients held twice while DDP makes its buckets anew, as far as activations do not take that room later
     casts: int  # 16-bit copies of weights kept for backward
     activations: int
     recompute: int
@@ -151,6 +153,7 @@ def setup_of(running: Running, world: int = 1) -> Setup:
         ema=running.average,
         context=running.context_vectors,
         previews=running.previews,
+        ddp=world > 1 and not running.strict and running.sharding not in ("fsdp2", "hsdp"),
         gradients_stay=world > 1 or running.strict,
         partial_sums=partial_sums(max(per_process, 1)) if running.strict else 0,
     )
@@ -242,6 +245,7 @@ def predict(
         casts += _TEXT_CASTS[text_checkpointing]
     recomputes = exempt_steps < ALL_STEPS
     vae = PARAMETERS["vae"] * 4 if setup.previews else 0
+    recompute = RECOMPUTE_BYTES * images if recomputes else 0
     return Prediction(
         weights=trained * weight_bytes // setup.divides,
         gradients=trained * weight_bytes // setup.divides,
@@ -249,9 +253,10 @@ def predict(
         frozen=frozen_text * (4 if setup.precision == "fp32" else 2) // setup.divides + vae,
         ema=4 * trained // setup.divides if setup.ema_on_device else 0,
         partial_sums=4 * trained * setup.partial_sums,
+        buckets=max(0, trained * weight_bytes - casts - per_image * images - recompute) if setup.ddp else 0,
         casts=casts,
         activations=per_image * images,
-        recompute=RECOMPUTE_BYTES * images if recomputes else 0,
+        recompute=recompute,
         workspace=WORKSPACE_BYTES + (GATHERED_BYTES if setup.divides > 1 else 0),
     )
 
