@@ -54,10 +54,12 @@ def _write_collectives(run: RunDir) -> None:
         run.aside["flight_recorder"] = path.name
 
 
-def record_memory(run: RunDir, device: torch.device) -> None:
-    """Have the card's memory written down at the moment it runs out: `memory_snapshot.<rank>.pickle`, for torch's viewer."""
-    if device.type != "cuda":
-        return
+@contextlib.contextmanager
+def recorded_memory(run: RunDir) -> Iterator[None]:
+    """From here on the card's memory is written down at the moment it runs out, for torch's viewer.
+
+    `memory_snapshot.<rank>.pickle`; inside it also tells which line took each block, at the price of every allocation.
+    """
     path = run.path / f"memory_snapshot.{run.rank}.pickle"
 
     def write(*_: int) -> None:  # still inside the allocator: everything lies where it lay
@@ -65,17 +67,9 @@ def record_memory(run: RunDir, device: torch.device) -> None:
             torch.cuda.memory._dump_snapshot(str(path))
             run.aside["memory_snapshot"] = path.name
 
-    torch_c: Any = torch._C
-    torch_c._cuda_attach_out_of_memory_observer(write)
-
-
-@contextlib.contextmanager
-def who_allocates(device: torch.device) -> Iterator[None]:
-    """Inside, a snapshot also tells which line took each block; every allocation costs more."""
-    if device.type != "cuda":
-        yield
-        return
-    torch.cuda.memory._record_memory_history(max_entries=100_000)
+    if attach := getattr(torch._C, "_cuda_attach_out_of_memory_observer", None):  # torch's own, not promised to stay
+        attach(write)
+    torch.cuda.memory._record_memory_history(stacks="python", max_entries=100_000)
     try:
         yield
     finally:

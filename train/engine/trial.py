@@ -5,6 +5,8 @@ Shape legend: B images of a tile (or of the part in which it is executed), C H W
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from train.base.errors import ExitCode, Halt
@@ -29,8 +31,7 @@ def run(session: Session) -> None:
     """`check`, between two chances to stop that all processes take alike."""
     run, device = session.run, session.run.place.device
     collectives.stop_if_asked(run.stop.asked, device, run.progress.step)
-    postmortem.record_memory(run.folder, device)
-    with postmortem.who_allocates(device):
+    with postmortem.recorded_memory(run.folder) if device.type == "cuda" else contextlib.nullcontext():
         check(session)
     collectives.stop_if_asked(run.stop.asked, device, run.progress.step)
 
