@@ -13,7 +13,7 @@ from lab import Lab
 
 import train
 from train.observe import validation
-from train.optim import collectives
+from train.optim import collectives, stepping
 from train.testing.chaos import kills
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -49,6 +49,9 @@ COLLECTIVES: dict[str, tuple[str, tuple[str, ...], Spoil]] = {  # fault, setting
     "replica checksums": ("", (), lambda patch: hang_on_rank_1(patch, collectives, "differing_replicas")),
     "validation": ("", ("validation.share=0.2", "validation.every_steps=2"),
                    lambda patch: hang_on_rank_1(patch, validation, "batches")),
+    "shards, hanging forward": ("forward@5:1:hang", ("batch.determinism=fast", "optimizer.sharding=fsdp2"), None),
+    "sums of shards": ("", ("batch.determinism=fast", "optimizer.sharding=fsdp2", "optimizer.name=adafactor"),
+                       lambda patch: hang_on_rank_1(patch, stepping.Across, "sum")),
     "stop before the first update": ("", (), lambda patch: hang_on_rank_1(patch, collectives, "stop_if_asked")),
 }  # fmt: skip
 
@@ -80,4 +83,4 @@ def test_every_collective_of_ours_is_in_the_list() -> None:
     users = {p.stem for p in root.rglob("*.py") if p.parent.name not in ("tools", "testing") and any(
         call in p.read_text() for call in ("dist.all_reduce(", "dist.broadcast(", "dist.barrier(", "dist.all_gather")
     )}  # fmt: skip
-    assert users <= {"step", "collectives", "validation", "setup", "zero1", "heldout", "processes"}, users
+    assert users <= {"step", "collectives", "validation", "setup", "zero1", "heldout", "processes", "stepping"}, users
