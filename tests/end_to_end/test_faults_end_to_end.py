@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import pytest
 from lab import CANARY, UPDATES, Lab
 
-from train.storage import checkpoint
+from train.storage import space
 from train.testing.chaos import kills, world
 from train.tools.show import run
 
@@ -125,7 +125,7 @@ def test_f9_the_third_failure_in_a_row_is_exit_8(lab):
 
 
 def test_f10_a_disk_too_small_is_known_before_the_first_update(lab, monkeypatch):
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda path: 100_000)  # the children inherit it
+    monkeypatch.setattr(space, "free_bytes", lambda path: 100_000)  # the children inherit it
     assert lab.run("f10") == [7]
     assert re.search(r"checkpoints need .* the disk has 100 kB", lab.exit("f10")["reason"])
     assert kills.metrics(lab.folder / "f10") == []

@@ -71,7 +71,9 @@ def test_twenty_updates_are_those_of_ddp(optimizer: str, model: Path, dataset: P
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("steps: 2\nprompts:\n  - {text: 1girl, width: 64, height: 64, seed: 3}\n")
     looks = ("validation.share=0.2", "validation.every_steps=10", "sampling.every_steps=10", f"sampling.prompts={prompts}")
-    changes = (*TWENTY, *looks, f"optimizer.name={optimizer}", "batch.split=2", "ema.decay=0.9")
+    # Adafactor makes whole steps of gradients that are rounding errors, unless its first eps is above their squares
+    eps = ("optimizer.eps=[1e-10,1e-3]",) if optimizer == "adafactor" else ()
+    changes = (*TWENTY, *looks, *eps, f"optimizer.name={optimizer}", "batch.split=2", "ema.decay=0.9")
     ddp, shared = (Stage(tmp_path / name, dataset, model) for name in ("ddp", "shared"))
     assert launch(ddp, 2, *changes) == [0, 0], ddp.message
     assert launch(shared, 2, *changes, "optimizer.sharding=fsdp2") == [0, 0], shared.message

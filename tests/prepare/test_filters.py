@@ -267,7 +267,7 @@ def test_all_stops_at_the_step_that_fails(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == ExitCode.MISMATCH
     told = done.stderr.strip().splitlines()[-2:]
-    assert told[0].startswith("error: ingest: 1 of 3 records are in quarantine")
+    assert told[0].startswith("error: ingest: 1 of 3 records are broken, more than")
     assert told[1].startswith("all: stopped at ingest; not run: probe, score, tag, dedupe, label, select, latents, report.")
     assert "probe" not in done.stdout
     assert not (tmp_path / "set/probe").exists()

@@ -251,15 +251,24 @@ def decode(vae: Any, latents_BCHW: Tensor) -> list[Image.Image]:
 
 @contextmanager
 def lent(modules: Sequence[nn.Module], device: torch.device) -> Iterator[None]:
-    """Modules on `device` inside, and afterwards where they lay: what a small card cannot keep beside the U-Net."""
+    """Modules on `device` inside, and afterwards where they lay: what a small card cannot keep beside the U-Net.
+
+    One that lies there stays untouched: "cpu" to "cpu:0" is a copy to torch, of gradients too, and those of a training
+    lie in buffers of their own.
+    """
     homes = [next(module.parameters()).device for module in modules]
-    for module in modules:
+    away = [(module, home) for module, home in zip(modules, homes, strict=True) if _place(home) != _place(device)]
+    for module, _ in away:
         nn.Module.to(module, device)  # past the library's own .to, which warns at every dtype
     try:
         yield
     finally:
-        for module, home in zip(modules, homes, strict=True):
+        for module, home in away:
             nn.Module.to(module, home)
+
+
+def _place(device: torch.device) -> tuple[str, int]:
+    return device.type, device.index or 0
 
 
 @contextmanager

@@ -32,7 +32,8 @@ def record_collectives(run: RunDir) -> None:
         (("TORCH_NCCL_DUMP_ON_TIMEOUT",), "1"),
     ):
         if not any(name in os.environ for name in names):
-            os.environ |= dict.fromkeys(names, value)
+            # Of the buffer's two names torch warns of the older one, on a CPU too; for the file each torch asks its own.
+            os.environ |= dict.fromkeys(names[:1] if value == _COLLECTIVES else names, value)
 
 
 def write_collectives(run: RunDir) -> None:

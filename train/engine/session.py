@@ -244,7 +244,7 @@ def check_room(
     weights = "bf16" if any(parameter.element_size() == 2 for parameter in parameters.values()) else "fp32"
     one_bytes = checkpoint_bytes(optimizer, shapes_of(parameters.values()), weights=weights, average=average)
     gathered = shares.gathered_bytes(optimizer, parameters, one_bytes) if shares is not None else 0
-    found = (space.lacking_space(run, one_bytes, settings), _host_lacks(gathered))
+    found = (space.lacking_space(run, one_bytes, settings), _host_lacks(shares.name if shares is not None else "none", gathered))
     if problems := [problem for problem in found if problem]:
         raise Halt(ExitCode.MISMATCH, "\n".join(problems))
     warning = space.permanent_warning(
@@ -254,13 +254,13 @@ def check_room(
         log.warning(warning)
 
 
-def _host_lacks(need: int) -> str | None:
+def _host_lacks(sharding: str, need: int) -> str | None:
     """What is wrong when the main process's host cannot take the `need` bytes that shares are gathered into at a save."""
     have = available_host_bytes()
     if have >= need:
         return None
     return (
-        f"optimizer.sharding gathers {need / 1e9:.1f} GB of state in the main process's host memory at every save, and "
+        f"optimizer.sharding: {sharding} gathers {need / 1e9:.1f} GB of state in the main process's host memory at every save, and "
         f"{have / 1e9:.1f} GB are available; use none, or a host with more memory"
     )
 
