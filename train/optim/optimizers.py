@@ -111,13 +111,18 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)))
     if max_norm > 0:
         factor = (max_norm / (norm + 1e-6)).clamp_(max=1.0)  # as torch's clip_grads_with_norm_
-        if all(gradient.dtype == torch.float32 for gradient in gradients):
+        if all(_scaled_in_fp32(gradient) for gradient in gradients):
             torch._foreach_mul_(gradients, factor)
         else:
             for chunk in stepping.chunks(held):
                 own = [entry.gradient for entry in chunk]
                 torch._foreach_copy_(own, list(stepping.rows(own).mul(factor).unbind()))
     return norm
+
+
+def _scaled_in_fp32(gradient: torch.Tensor) -> bool:
+    """Whether a product with a 0-dim fp32 factor is rounded once. A card would first round the factor to 16 bit."""
+    return gradient.dtype == torch.float32 or gradient.is_cpu
 
 
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
