@@ -46,7 +46,7 @@ def test_sides_take_turns_and_every_turn_is_told(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(step.Bench, "diffusers", side("diffusers"))
     heard: list[dict[str, Any]] = []
     result = step.run((64, 128), 1, 2, tiny=True, told=heard.append)
-    assert order == ["full", "partial", "none", "diffusers", "partial", "none", "diffusers", "full"]
+    assert order == ["full", "full", "partial", "none", "diffusers", "partial", "none", "diffusers", "full"]  # the first is not counted
     assert len(heard) == 8
     assert {len(side["turns"]["cpu_s"]) for side in result["sides"].values()} == {2}
     shown = step.describe(result)

@@ -229,6 +229,7 @@ def run(
         "skipped": {} if peer else {SD_SCRIPTS: why},
     }  # fmt: skip
     names = list(sides)
+    _turn(bench, sides[names[0]], Turns(), before)  # nobody's: the optimizer's state and every kernel are made in it
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:  # no side is always the first
             _turn(bench, sides[name], turns[name], before)
