@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Diffusers folder <-> single file, bit for bit; sd-scripts TOML -> stage YAML, dataset YAML. IN decides which."""
+"""Diffusers folder <-> single file; an adapter in kohya's names <-> its folder; merge, extract, add; sd-scripts TOML -> YAML."""
 
 import sys
 from pathlib import Path

@@ -91,7 +91,7 @@ _BASE = "name the SDXL model it belongs to in model.init_from"
 # The first that fits speaks; so the particular comes before the general.
 _ADDITIONS = (
     Kind(lambda n: n.holds("lora_", ".lora", "hada_w", "lokr_", "dora_scale", "oft_blocks", "oft_diag"),
-         "a LoRA or another adapter (a set of differences, no model)", "merge it into its base model first, or " + _BASE),
+         "a LoRA or another adapter (a set of differences, no model)", "merge it into its base (convert.py merge BASE LORA OUT) and start from that, or " + _BASE),
     Kind(lambda n: n.starts("emb_params", "string_to_param", "<") or n.only("clip_l", "clip_g", "clip_h"),
          "a textual inversion (a few word vectors, no model)", _BASE),
     Kind(lambda n: n.holds("control_model.", "controlnet_", "zero_convs.", "input_hint_block.", "control_net"),

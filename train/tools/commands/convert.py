@@ -1,8 +1,9 @@
-"""Diffusers folder <-> single file, bit for bit; sd-scripts TOML -> stage YAML, dataset YAML. IN decides which."""
+"""Diffusers folder <-> single file; an adapter in kohya's names <-> its folder; merge, extract, add; sd-scripts TOML -> YAML."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from train.base.errors import ExitCode, Halt
@@ -10,6 +11,8 @@ from train.base.errors import ExitCode, Halt
 
 def main() -> int:
     """Parse, convert, say what was written."""
+    if sys.argv[1:2] and sys.argv[1] in OF_SEVERAL:
+        return _of_several(sys.argv[1], sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", metavar="IN", type=Path, help="diffusers folder, .safetensors file, .toml or .json")
     parser.add_argument("out", metavar="OUT", type=Path, help="what to write; nothing is written over")
@@ -30,6 +33,12 @@ def main() -> int:
         refuse_options(arguments, "a config", "processes")
         for line in convert_file(source, out, 1 if arguments.processes is None else arguments.processes):
             print(line)
+    elif _is_adapter(source):
+        from train.tools.convert import adapters
+
+        refuse_options(arguments, "an adapter", "config")
+        for line in adapters.convert(source, out, arguments.config):
+            print(line)
     elif source.is_dir():
         from train.model import single_file
 
@@ -45,6 +54,52 @@ def main() -> int:
         print(f"{out}: diffusers folder")
     else:
         raise Halt(ExitCode.USAGE, f"{source} does not exist")
+    return ExitCode.DONE
+
+
+OF_SEVERAL = ("merge", "extract", "add")
+
+
+def _is_adapter(source: Path) -> bool:
+    from train.tools.convert import adapters  # loads torch
+
+    return adapters.is_adapter(source)
+
+
+def _of_several(what: str, words: list[str]) -> int:
+    """convert.py merge, extract, add: several models or adapters to one file."""
+    parser = argparse.ArgumentParser(prog=f"convert.py {what}")
+    if what == "merge":
+        parser.description = "BASE with adapters added to its weights, each times its weight (1), summed in fp32"
+        parser.add_argument("base", type=Path, metavar="BASE", help="run, checkpoint, diffusers folder or .safetensors file")
+        parser.add_argument("loras", nargs="+", metavar="LORA[:weight]", help="file or folder of an adapter")
+        parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file, or a folder; nothing is written over")
+    elif what == "extract":
+        parser.description = "what a model is away from its base, as an adapter: by the rank, or by the share that each layer keeps"
+        parser.add_argument("model", type=Path, metavar="MODEL", help="run, checkpoint, diffusers folder or .safetensors file")
+        parser.add_argument("out", type=Path, nargs="?", metavar="OUT", help="default: <MODEL>-lora here; nothing is written over")
+        parser.add_argument("--base", type=Path, required=True, help="what MODEL was trained from")
+        parser.add_argument("--rank", type=int, help="of every layer")
+        parser.add_argument("--energy", type=float, help="share of each layer's squared difference that is kept, for example 0.95")
+        parser.add_argument("--format", default="kohya", choices=("kohya", "diffusers"), help="a .safetensors file, or a folder")
+        parser.add_argument("--dtype", default="fp16", choices=("fp16", "fp32"), help="of the adapter's weights")
+    else:
+        parser.description = "A + X (B - C), summed in fp32: what B learnt from C, added to A"
+        for name in "abc":
+            parser.add_argument(name, type=Path, metavar=name.upper(), help="run, checkpoint, diffusers folder or .safetensors file")
+        parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file, or a folder; nothing is written over")
+        parser.add_argument("--times", type=float, default=1.0, metavar="X", help="default: 1")
+    a = parser.parse_args(words)
+    from train.tools.convert import adapters
+
+    if what == "merge":
+        lines = adapters.merge(a.base, a.loras, a.out)
+    elif what == "extract":
+        lines = adapters.extract(a.model, a.base, a.out, rank=a.rank, energy=a.energy, form=a.format, dtype=a.dtype)
+    else:
+        lines = adapters.add(a.a, a.b, a.c, a.times, a.out)
+    for line in lines:
+        print(line)
     return ExitCode.DONE
 
 

@@ -1,4 +1,4 @@
-"""What a model is and where it comes from: architecture, licence, training record, lineage."""
+"""What a model is and where it comes from: architecture, licence, training record, lineage; an adapter by its own room."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.model import folder as model_folder
 from train.model import layouts, sdxl
+from train.model.adapters.reading import is_adapter
 from train.model.folder import Weights
 from train.model.source import is_standard
 from train.storage import tensor_files
+from train.tools.show import adapter
 
 
 def report(path: Path) -> dict[str, Any]:
@@ -23,6 +25,8 @@ def report(path: Path) -> dict[str, Any]:
     """
     if not path.exists():
         raise Halt(ExitCode.USAGE, f"{path} does not exist")
+    if is_adapter(path):
+        return adapter.report(path)
     if path.is_file():
         return _single(path)
     run = (path / "lineage.json").is_file() and (path / "model").is_dir()
