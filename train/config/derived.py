@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from train.config.adapter import AdapterConfig
     from train.config.stage import (
         BatchConfig,
         CheckpointConfig,
@@ -102,6 +103,9 @@ class Running:
     shard_group: int | None
     gather: Literal["fp32", "bf16"]
     trains_text: bool
+    adapter: AdapterConfig | None  # trained in place of the networks' own weights
+    base: Literal["fp16", "bf16", "fp32", "nf4"]  # how the weights lie that an adapter leaves frozen
+    seed: int  # of its first weights
     average: bool  # of the weights
     average_on_device: bool
     previews: bool  # are drawn under way
@@ -127,6 +131,7 @@ class Origin:
     trained_as: TrainedAs
     convert: bool  # another objective than the model's is meant
     with_vae: bool  # pictures are drawn under way
+    adapter: AdapterConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -252,6 +257,9 @@ def running(config: StageConfig) -> Running:
         shard_group=config.optimizer.shard_group,
         gather=config.optimizer.gather,
         trains_text=model.train_text_encoders,
+        adapter=None if config.adapter.type == "none" else config.adapter,
+        base=config.precision if config.adapter.base == "16bit" else "nf4",
+        seed=config.seed,
         average=bool(config.ema.decay),
         average_on_device=bool(config.ema.decay) and config.ema.device == "same",
         previews=config.sampling.every_steps > 0,
@@ -271,7 +279,8 @@ def running(config: StageConfig) -> Running:
 def origin(config: StageConfig) -> Origin:
     """The model to start from."""
     with_vae = config.sampling.every_steps > 0
-    return Origin(config.model.init_from, config.model, config.export, config.trained_as, config.loss.convert, with_vae)
+    adapter = config.running.adapter
+    return Origin(config.model.init_from, config.model, config.export, config.trained_as, config.loss.convert, with_vae, adapter)
 
 
 def start(config: StageConfig) -> Start:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from omegaconf import MISSING, OmegaConf
 
 from train.config import derived
+from train.config.adapter import AdapterConfig
 from train.config.derived import Identity, Images, Objective, Origin, Owners, Rates, Running, Start, TrainedAs
 from train.config.key import Resume, key
 from train.config.schema import flatten, keys_of, load_into, merge_sources
@@ -192,6 +193,7 @@ class ExportConfig:
     author: str | None = key(None, "in the single file's metadata", resume="free")
     description: str | None = key(None, "in the single file's metadata", resume="free")
     tags: str | None = key(None, "in the single file's metadata", resume="free")
+    merged: bool = key(False, "of an adapter's stage: write the whole model with the adapter added too", resume="free")
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ class StageConfig:
     max_updates: int | None = key(None, "ends the stage earlier; null = all epochs", at_least=1, resume="warn")
     precision: Literal["fp16", "bf16", "fp32"] = key("fp16", "of the forward and backward pass")
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
+from train.config import adapter
 from train.config.dataset_rules import MAX_NAME
 from train.config.key import default_of
 from train.config.sound import judged
@@ -139,6 +140,9 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     if c.optimizer.gather == "bf16" and (c.optimizer.sharding not in ("fsdp2", "hsdp") or c.precision != "bf16") else None,
     lambda c: "optimizer.shard_group needs optimizer.sharding: hsdp"
     if c.optimizer.shard_group is not None and c.optimizer.sharding != "hsdp" else None,
+    adapter.problems,
+    lambda c: "export.merged needs adapter.type: a stage without an adapter leaves the whole model anyway"
+    if c.export.merged and c.adapter.type == "none" else None,
     lambda c: _eps(c.optimizer),
     lambda c: _unread(c.optimizer),
     lambda c: _unread_schedule(c.schedule),

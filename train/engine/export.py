@@ -19,9 +19,11 @@ from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256, replace_file, write_json
 from train.base.secrets import mask_settings
+from train.config.adapter import AdapterConfig
 from train.config.stage import ExportConfig
 from train.model import folder as model_folder
 from train.model import layouts, sdxl, single_file
+from train.model.adapters import bases, reading, training, writing
 from train.model.source import LocalModel, model_sha256
 from train.observe import card
 from train.storage import tensor_files
@@ -136,7 +138,7 @@ def lineage_record(
 
 def export_stage(
     run_path: Path,
-    trained: Path,
+    trained: Path | None,
     source: LocalModel,
     record: Mapping[str, Any],
     settings: ExportConfig,
@@ -150,7 +152,7 @@ def export_stage(
 ) -> None:
     """Write `model/`, `<stage>.safetensors`, `lineage.json`, and with EMA `<stage>-ema.safetensors`.
 
-    `trained` is the final checkpoint's model.safetensors, `average` its ema.safetensors; `side_px` is the side of the
+    `trained` is the final checkpoint's model.safetensors (None: `source` holds all), `average` its ema.safetensors; `side_px` is the side of the
     square that was trained (null = as the parent says), which diffusers draws where a call names no size. Repeatable: what an
     interrupted export left is replaced. `poll` is called between pieces of tensors and may raise. Raises Halt(CANNOT_WRITE), or Halt(MISMATCH) when a file reads back wrong.
     """
@@ -159,7 +161,7 @@ def export_stage(
     factor = sdxl.vae_factor(source.configs["vae"])
     side_px = side_px or int(source.configs["unet"].get("sample_size") or 1024 // factor) * factor
     metadata = metadata_of(record, settings, prediction, timesteps, side_px)
-    weights = _polled({**source.weights, **tensor_files.open_file(trained).blobs}, poll)
+    weights = _polled({**source.weights, **(tensor_files.open_file(trained).blobs if trained is not None else {})}, poll)
     configs = {
         **source.configs,
         "unet": sdxl.drawn_at(source.configs["unet"], side_px, factor),
@@ -191,6 +193,44 @@ def export_stage(
         _write_single(run_path / f"{stage}-ema.safetensors", averaged, configs, told, source, dtype)
     poll()
     write_json(run_path / "lineage.json", {**record, "model_sha256": model_sha256(folder)})
+
+
+def export_adapter(
+    run_path: Path,
+    trained: Path,
+    source: LocalModel,
+    record: Mapping[str, Any],
+    settings: ExportConfig,
+    adapter: AdapterConfig,
+    *,
+    metadata: Mapping[str, str],
+    average: Path | None = None,
+    poll: Callable[[], None] = lambda: None,
+) -> None:
+    """Write `<stage>-lora.safetensors` in kohya's names, `lora/` as diffusers', `lineage.json`; with EMA `<stage>-ema-lora.safetensors`.
+
+    `source.weights` are the base's. Repeatable, polled and checked as `export_stage`. LoKr and LoHa have no `lora/`: diffusers
+    knows no names for them.
+    """
+    faults.at("export")
+    dtype, stage, base = tensor_files.NAMES_OF_PRECISIONS[settings.dtype], str(record["stage"]), source.base or source
+    shapes = {name: blob.shape for name, blob in source.weights.items()}
+    told = {**metadata, **bases.fields(base), "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_output_name": stage}
+    layers = training.layers_of(_polled(tensor_files.open_file(trained).blobs, poll), shapes, adapter)
+    file = run_path / f"{stage}-lora.safetensors"
+    _require_hash(file, writing.write_kohya(file, layers, source.configs, told, dtype=dtype, renew=True))
+    if all(layer.kind == "lora" for layer in layers.values()):
+        files = {"lineage.json": json.dumps(record), "training.yaml": _without_home((run_path / "config.yaml").read_text(encoding="utf-8"))}
+        folder = run_path / "lora"
+        digest = writing.write_diffusers(folder, layers, source.configs, told, dtype=dtype, files=files, renew=True)
+        _require_hash(folder / reading.DIFFUSERS_FILE, digest)
+    if average is not None:
+        averaged = training.layers_of(_polled(tensor_files.open_file(average).blobs, poll), shapes, adapter)
+        file = run_path / f"{stage}-ema-lora.safetensors"
+        named = {**told, "ss_output_name": f"{stage}-ema", f"{layouts.RECORD_PREFIX}weights_sha256": file_sha256(average)}
+        _require_hash(file, writing.write_kohya(file, averaged, source.configs, named, dtype=dtype, renew=True))
+    poll()
+    write_json(run_path / "lineage.json", record)
 
 
 def _polled(weights: Mapping[str, Blob], poll: Callable[[], None]) -> dict[str, Blob]:

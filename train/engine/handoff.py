@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.config.derived import Identity, Origin
 from train.config.stage import ModelConfig
+from train.data.index import Index
 from train.engine import export
 from train.engine.processes import Watch
 from train.engine.refusals import refuse_source
@@ -18,12 +22,14 @@ from train.engine.restore import versions
 from train.engine.session import Session
 from train.model import networks, prediction
 from train.model import source as model_source
+from train.model.adapters import bases, runs, training
 from train.model.networks import Components
 from train.model.source import LocalModel
 from train.recipe import buckets
-from train.storage import checkpoint
+from train.storage import checkpoint, tensor_files
 
 log = logging.getLogger("anix")
+COUNTED_IMAGES, SHOWN_TAGS = 100_000, 2_000  # for the tag frequencies of an adapter's file
 
 
 def open_source(origin: Origin, watch: Watch | None = None) -> tuple[LocalModel, Components]:
@@ -33,6 +39,8 @@ def open_source(origin: Origin, watch: Watch | None = None) -> tuple[LocalModel,
     """
     faults.at("handoff")
     source = _hashed(origin.model, watch or Watch(None, 0, 1))
+    if origin.adapter is not None:
+        source = runs.continued(source)
     refuse_source(origin, source)
     prediction.conversion(origin.trained_as, source, convert=origin.convert)
     model_source.license_of(origin.export, source)
@@ -94,18 +102,60 @@ def finish(
         conversion=prediction.conversion(told, source, convert=origin.convert),
         extended=run.state["extended"],
     )
+    if origin.adapter is not None:
+        record["adapter"] = {**training.record(origin.adapter), "base": bases.known_as(source.base or source)}
+    _export(identity, origin, session, source, record, final, poll)
+    done = {"stage": identity.stage, "step": progress.step}
+    run.folder.write_done({**done, "updates": progress.updates, "images": progress.images})
+
+
+def _export(
+    identity: Identity, origin: Origin, session: Session, source: LocalModel, record: Mapping[str, Any],
+    final: checkpoint.Loaded, poll: Callable[[], None],
+) -> None:  # fmt: skip
+    """The files of a stage: the model, or what was trained beside it, or both."""
+    run, told, adapter = session.run, origin.trained_as, origin.adapter
+    trained, average = final.path / "model.safetensors", final.path / "ema.safetensors" if "ema" in final.groups else None
+    side_px, timesteps = buckets.square_of(session.data.plan.buckets), session.data.timesteps
+    if adapter is not None:
+        metadata = export.metadata_of(record, origin.export, told.prediction, timesteps, side_px or 1024)
+        metadata |= _said_of_training(session.data.loader.dataset.index, identity, run.progress.updates)
+        export.export_adapter(
+            run.folder.path, trained, source, record, origin.export, adapter, metadata=metadata, average=average, poll=poll
+        )
+        if not origin.export.merged:
+            return
+        source, average = runs.summed(source, tensor_files.open_file(trained).blobs, adapter, trained), None
     export.export_stage(
         run.folder.path,
-        final.path / "model.safetensors",
+        trained if adapter is None else None,
         source,
         record,
         origin.export,
         prediction=told.prediction,
         zero_terminal_snr=told.zero_terminal_snr,
-        timesteps=session.data.timesteps,
-        side_px=buckets.square_of(session.data.plan.buckets),
-        average=final.path / "ema.safetensors" if "ema" in final.groups else None,
+        timesteps=timesteps,
+        side_px=side_px,
+        average=average,
         poll=poll,
     )
-    done = {"stage": identity.stage, "step": progress.step}
-    run.folder.write_done({**done, "updates": progress.updates, "images": progress.images})
+
+
+def _said_of_training(index: Index, identity: Identity, updates: int) -> dict[str, str]:
+    """The `ss_*` fields of sd-scripts that programs show of a training: how often each tag was trained, under the stage's name.
+
+    Of very many images every n-th is counted. No path and no file's name goes along.
+    """
+    every = -(-len(index) // COUNTED_IMAGES)
+    found: Counter[str] = Counter()
+    for i in range(0, len(index), max(every, 1)):
+        fixed, flex = index.caption(i)[:2]
+        found.update([*fixed, *flex])
+    common = {tag: count * max(every, 1) for tag, count in found.most_common(SHOWN_TAGS)}
+    return {
+        "ss_tag_frequency": json.dumps({identity.stage: common}, ensure_ascii=False),
+        "ss_dataset_dirs": json.dumps({identity.stage: {"n_repeats": 1, "img_count": len(index)}}),
+        "ss_num_train_images": str(len(index)),
+        "ss_steps": str(updates),
+        "ss_seed": str(identity.seed),
+    }

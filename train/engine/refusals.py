@@ -19,6 +19,7 @@ from train.data.selection import open_selection, refuse_other_vae
 from train.engine import finished
 from train.model import clip_tokens, prediction
 from train.model import source as model_source
+from train.model.adapters import names
 from train.model.folder import TOKENIZERS
 from train.model.source import HUB_NAME, LocalModel
 from train.recipe import schedule
@@ -112,6 +113,10 @@ def refusals(start: Start, run: RunDir | None, world: int) -> list[Halt]:
         return found
     # What the networks' shapes tell needs the libraries that build them, which a start that ends here never loads.
     source = tried(lambda: model_source.resolve(origin.model, hashed=False))
+    if source is not None and origin.adapter is not None:
+        from train.model.adapters import runs  # with torch
+
+        source = runs.continued(source)
     if source is not None and selection is not None:
         tried(lambda: refuse_source(origin, source))
         tried(lambda: prediction.conversion(origin.trained_as, source, convert=origin.convert))
@@ -198,5 +203,11 @@ def _lacking(start: Start, run: RunDir, source: LocalModel) -> str | None:
     running = start.running
     trained = ("unet.", "text_encoder.", "text_encoder_2.") if running.trains_text else ("unet.",)
     shapes = [blob.shape for name, blob in source.weights.items() if name.startswith(trained)]
+    if running.adapter is not None:
+        modules = {name.removesuffix(".weight"): blob.shape for name, blob in source.weights.items() if name.startswith(trained)}
+        reached = {n: s for n, s in modules.items() if names.is_usual(n) and len(s) in (2, 4) and not n.endswith(".bias")}
+        from train.model.adapters import training  # with torch
+
+        shapes = training.factors(running.adapter, reached)
     least = checkpoint_bytes(running.optimizer, shapes, weights=running.weights, average=running.average)
     return space.lacking_space(run, least / space.SPACE_FACTOR, start.checkpoint)

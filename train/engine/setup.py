@@ -21,6 +21,8 @@ from train.data.selection import open_selection, refuse_other_vae, vae_mark
 from train.diffusion.noise import alphas_cumprod
 from train.diffusion.objective import Diffusion, autocast
 from train.model import memory, speed, text
+from train.model.adapters import runs
+from train.model.adapters import training as adapter
 from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
 from train.model.recomputation import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.model.source import LocalModel, is_standard
@@ -175,6 +177,8 @@ def open_model(
     """The networks as the stage trains them, recomputing as much as memory asks for."""
     execution, told = settle(running, machine, plan, source), objective.trained_as
     networks = open_networks(running, told, components, execution)
+    if running.adapter is not None and source.adapter is not None:
+        runs.go_on_from(networks, source.adapter, source.path)
     shards = open_shards(running, networks, machine.place)
     if shards is None:
         networks.to(machine.place.device)
@@ -205,6 +209,8 @@ def open_networks(running: Running, told: TrainedAs, components: Components, exe
         pooled_projection=told.pooled_projection,
         timestep_embedding=told.timestep_embedding,
     )
+    if running.adapter is not None:
+        adapter.inject(networks, running.adapter, running.seed, PRECISIONS[running.base])
     set_checkpointing(networks.unet, "partial", execution.exempt_steps)
     if running.trains_text:
         for encoder in (networks.text_encoder, networks.text_encoder_2):

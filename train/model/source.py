@@ -42,6 +42,8 @@ class LocalModel:
     lineage: Mapping[str, Any] | None = None  # our record of the run that made it, where there is one
     logit_scale: Blob | None = None
     notes: tuple[str, ...] = ()  # what was passed over or adapted in its files
+    base: LocalModel | None = None  # of an adapter's run: the model without it (model/adapters/runs.py), and its tensors
+    adapter: Mapping[str, Blob] | None = None
     vae_sha256: str | None = None  # of the file of `model.vae`, else what the lineage says; None = the VAE it came with
 
     @property
@@ -109,7 +111,7 @@ def look(settings: ModelConfig) -> Path:
         digest = model_sha256(path) if settings.init_sha256 else None
     else:
         tensor_files.open_file(path)
-        digest = _sha256_of_source(path) if settings.init_sha256 else None
+        digest = sha256_of(path) if settings.init_sha256 else None
     if settings.init_sha256 and settings.init_sha256 != digest:
         raise Halt(
             ExitCode.MISMATCH,
@@ -239,7 +241,7 @@ def open_single_file(path: Path, hashed: bool = True, networks: Sequence[str] = 
     configs = layouts.configs_in(source, networks)
     reading = layouts.single_weights(source, configs, networks)
     lineage = layouts.record_in(source.metadata) or None
-    digest = _sha256_of_source(path) if hashed else ""
+    digest = sha256_of(path) if hashed else ""
     return LocalModel(
         "single_file", path, digest, configs, reading.weights, None, source.metadata, lineage, reading.scale, reading.notes
     )
@@ -250,6 +252,10 @@ def _open_run(path: Path, hashed: bool, networks: Sequence[str]) -> LocalModel:
     lineage = read_json(path / "lineage.json")
     if lineage is None:
         raise Halt(ExitCode.MISMATCH, f"model.init_from {path}: lineage.json is missing or damaged")
+    if lineage.get("adapter"):
+        from train.model.adapters import runs  # needs this room
+
+        return runs.open_run(path, lineage, _final_of(path), hashed=hashed)
     exported = open_folder(path / "model", hashed, networks)
     if hashed and lineage.get("model_sha256") not in (None, exported.sha256):
         raise Halt(
@@ -258,7 +264,7 @@ def _open_run(path: Path, hashed: bool, networks: Sequence[str]) -> LocalModel:
             f"lineage.json says {lineage['model_sha256']}",
         )
     trained, stated = tensor_files.open_file(_final_of(path)), str(lineage.get("weights_sha256"))
-    if hashed and (digest := _sha256_of_source(trained.path)) != stated:
+    if hashed and (digest := sha256_of(trained.path)) != stated:
         raise Halt(
             ExitCode.MISMATCH,
             f"model.init_from {path} changed since it was finished: {os.path.relpath(trained.path, path)} has sha256 "
@@ -300,7 +306,7 @@ def _final_of(path: Path) -> Path:
 def _vae(settings: ModelConfig, hashed: bool, like: Mapping[str, Any] | None) -> tuple[vae_file.Vae, str]:
     """`model.vae` and the sha256 of its file."""
     vae = vae_file.open_vae(find(str(settings.vae), "model.vae"), "model.vae", like)
-    digest = _sha256_of_source(vae.file) if hashed else ""
+    digest = sha256_of(vae.file) if hashed else ""
     if settings.vae_sha256 and settings.vae_sha256 != digest:
         raise Halt(
             ExitCode.MISMATCH, f"model.vae {vae.file} has sha256 {digest}, model.vae_sha256 says {settings.vae_sha256}"
@@ -358,7 +364,7 @@ def vae_identity(model: LocalModel) -> str:
     return vae_file.identity(dict(network_weights(model, "vae")))
 
 
-def _sha256_of_source(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     """`file_sha256`, read once for as long as the file stays as it is: a start looks at its model twice."""
     status = os.stat(path)
     return _sha256_while(path, status.st_ino, status.st_size, status.st_mtime_ns)
@@ -372,7 +378,7 @@ def _sha256_while(path: Path, inode: int, size_bytes: int, changed_ns: int) -> s
 def model_sha256(folder: Path) -> str:
     """sha256 over the lines "<sha256>  <file>" (as sha256sum prints them) of a folder's U-Net and encoder files."""
     files = [file for network in sdxl.NETWORKS[:3] for file in layouts.weight_files(folder / network)]
-    lines = [f"{_sha256_of_source(file)}  {os.path.relpath(file, folder)}\n" for file in files]
+    lines = [f"{sha256_of(file)}  {os.path.relpath(file, folder)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

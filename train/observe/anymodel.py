@@ -14,6 +14,7 @@ from train.config.derived import Owners, TrainedAs
 from train.config.stage import ModelConfig, load_stage
 from train.diffusion.sampling import RECIPE
 from train.model import source
+from train.model.adapters import runs
 from train.model.source import LocalModel
 from train.storage import manifest, tensor_files
 from train.storage.rundir import read_done
@@ -41,13 +42,17 @@ def open_any(path: str | Path, *, tokenizers: str | None = None, hashed: bool = 
     config = folder.parents[1] / "config.yaml"
     if not config.is_file():
         raise Halt(ExitCode.MISMATCH, f"{folder} is a checkpoint without its run: {folder.parents[1]} holds no config.yaml, which says what it started from")
-    model = load_stage([config]).origin.model
+    stage = load_stage([config])
+    model, adapter = stage.origin.model, stage.running.adapter
     start = source.resolve(replace(model, tokenizers=tokenizers) if tokenizers else model, hashed=False)
     trained = tensor_files.open_file(folder / "model.safetensors")
+    record = manifest.read(folder).files["model.safetensors"]
+    if adapter is not None:
+        found = runs.summed(start, trained.blobs, adapter, trained.path)
+        return replace(found, kind="run", path=folder, sha256=record.sha256, metadata={}, lineage=None)
     foreign = [name for name, blob in sorted(trained.blobs.items()) if name not in start.weights or start.weights[name].shape != blob.shape]
     if foreign:
         raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to model.init_from {start.path}: {foreign[:5]}")
-    record = manifest.read(folder).files["model.safetensors"]
     weights = {**start.weights, **trained.blobs}
     return replace(start, kind="run", path=folder, sha256=record.sha256, weights=weights, metadata={}, lineage=None)
 

@@ -53,6 +53,7 @@ class Stream(IntEnum):
     VALIDATION_NOISE = 16
     VALIDATION_TIMESTEP = 17
     ROUNDING = 18  # of bf16 weights; keyed by update, not by image
+    ADAPTER = 40  # first weights of an adapter; keyed by the tensor's name
 
 
 def uid_of(key: str, repeat: int = 0) -> int:

@@ -224,7 +224,7 @@ def _refuse_foreign(run: RunDir) -> None:
     record = read_json(path / "run.json") or read_done(path) or {}
     if "stage" in record or _stage_of_config(path) is not None:
         return
-    names = (*_FILES, *_MADE, f"{run.stage}.safetensors", f"{run.stage}-ema.safetensors")
+    names = (*_FILES, *_MADE, "lora", *(f"{run.stage}{end}.safetensors" for end in ("", "-ema", "-lora", "-ema-lora")))
     found = [path / name for name in names if os.path.lexists(path / name)]
     taken = [file.name for file in found if not (file.name == "checkpoints" and _is_empty(file))]
     if taken:

@@ -104,11 +104,6 @@ def kohya_key(module: Module, part: str) -> str:
     return f"{module.kohya}.{_LYCORIS.get(part, part)}"
 
 
-def is_text(name: str) -> bool:
-    """Whether a canonical module is one of a text encoder."""
-    return name.startswith("text_encoder")
-
-
 def _flattened(name: str) -> str:
     return name.replace(".", "_")
 
@@ -123,10 +118,12 @@ def _modules(configs: sdxl.Configs) -> Iterator[Module]:
                 continue
             network, _, key = module.partition(".")
             inner = link.single.removeprefix(sdxl.PREFIXES["unet"]).removesuffix(".weight") if network == "unet" else key
-            yield Module(module, tuple(shape), f"{KOHYA[network]}_{_flattened(inner)}", _is_usual(network, key))
+            yield Module(module, tuple(shape), f"{KOHYA[network]}_{_flattened(inner)}", is_usual(module))
 
 
-def _is_usual(network: str, key: str) -> bool:
+def is_usual(name: str) -> bool:
+    """Whether sd-scripts trains a canonical module, so that every program that reads its files knows it."""
+    network, _, key = name.partition(".")
     if network == "unet":
         return any(part in key for part in ("attentions.", "resnets.", "downsamplers.", "upsamplers."))
     return ".self_attn." in key or ".mlp." in key

@@ -26,13 +26,15 @@ _DIFFUSERS_PARTS = {"down": "lora_A.weight", "up": "lora_B.weight", "dora": "lor
 
 
 def write_kohya(
-    out: Path, layers: Mapping[str, Layer], configs: sdxl.Configs, metadata: Mapping[str, str], *, dtype: str | None = None
-) -> str:
+    out: Path, layers: Mapping[str, Layer], configs: sdxl.Configs, metadata: Mapping[str, str], *, dtype: str | None = None,
+    renew: bool = False,
+) -> str:  # fmt: skip
     """Write the file that A1111, Forge and ComfyUI read; its sha256. `dtype` F16 or F32 casts the weights.
 
     Raises Halt: USAGE (something is there), CANNOT_WRITE, MISMATCH (not finite), NON_FINITE (too large for F16).
     """
-    model_folder.refuse_existing(out)
+    if not renew:
+        model_folder.refuse_existing(out)
     known = names.names_of(configs).modules
     blobs: dict[str, Blob] = {}
     for name, layer in layers.items():
@@ -48,13 +50,15 @@ def write_kohya(
 
 def write_diffusers(
     out: Path, layers: Mapping[str, Layer], configs: sdxl.Configs, metadata: Mapping[str, str], *, dtype: str | None = None,
-    readme: str | None = None,
+    files: Mapping[str, str] | None = None, renew: bool = False,
 ) -> str:
     """Write the folder that `load_lora_weights` reads; the sha256 of its file. Ranks and alphas stand in its metadata.
 
+    `files`: texts to lie beside it, by name; `renew`: it takes the place of an earlier one.
     Raises Halt as `write_kohya`; MISMATCH for kinds that this form has no names for.
     """
-    model_folder.refuse_existing(out)
+    if not renew:
+        model_folder.refuse_existing(out)
     kinds = Counter(layer.kind for layer in layers.values() if layer.kind != "lora" or "mid" in layer.parts)
     if kinds:
         told = ", ".join(f"{count} layers of {kind}" for kind, count in sorted(kinds.items()))
@@ -68,10 +72,10 @@ def write_diffusers(
             shaped = tensor_files.reshaped(blob, _magnitude(layer)) if part == "dora" else _shaped(layer, part, blob)
             blobs[key] = _cast(shaped, dtype, key)
     head = {**metadata, "format": "pt", DIFFUSERS_KEY: json.dumps(peft_configs(layers), sort_keys=True)}
-    with model_folder.new_folder(out) as new:
+    with model_folder.new_folder(out, renew=renew) as new:
         digest = tensor_files.write(new / DIFFUSERS_FILE, blobs, _with_configs(head, configs))
-        if readme is not None:
-            replace_file(new / "README.md", readme)
+        for name, text in (files or {}).items():
+            replace_file(new / name, text)
     return digest
 
 

@@ -1,0 +1,184 @@
+"""An adapter put into the networks to be trained: where peft gets its layers, what they start from, how they are saved.
+
+The base is frozen and lies in the dtype of the forward pass; the adapter's weights are fp32 masters like any trained
+weights, so that optimizers, averages, checkpoints and resume see nothing but another list of trained tensors.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from train.base.errors import ExitCode, Halt
+from train.config.adapter import AdapterConfig
+from train.model.adapters import names
+from train.model.adapters.layers import Layer
+from train.model.other_kinds import some
+from train.model.sdxl import canonical_name
+from train.recipe import rng
+from train.storage import state_files
+from train.storage.tensor_files import Blob
+
+if TYPE_CHECKING:
+    from train.model.networks import Networks
+
+NAME = "default"  # peft's name of the only adapter
+# Parts that start at zero, so that the whole starts as nothing; the others start uniform as torch's own layers do.
+_ZEROS = ("lora_B", "hada_w2_b", "lokr_w1", "lokr_w1_a")
+_PARTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "dora"}
+
+
+def ranks(settings: AdapterConfig, modules: Iterable[str]) -> dict[str, int]:
+    """Rank by module, of those of `modules` that the targets name. Raises Halt(USAGE) naming a pattern that fits nothing."""
+    modules = list(modules)
+    for what, patterns in (("targets", settings.targets), ("rank_pattern", settings.rank_pattern)):
+        idle = [pattern for pattern in patterns if not fnmatch.filter(modules, pattern) and not pattern.startswith("text_encoder")]
+        if idle:
+            raise Halt(ExitCode.USAGE, f"adapter.{what}: {some(idle)} fits no module that an adapter reaches, such as {some(modules, 2)}")
+    chosen = [name for name in modules if any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.targets)]
+    if not chosen:
+        raise Halt(ExitCode.USAGE, f"adapter.targets {some(list(settings.targets))} fits no module of a network that trains")
+    found = dict.fromkeys(chosen, settings.rank)
+    for pattern, rank in settings.rank_pattern.items():
+        found |= dict.fromkeys(fnmatch.filter(chosen, pattern), rank)
+    return found
+
+
+def alpha_of(settings: AdapterConfig) -> float:
+    """alpha of every layer: one number, which is what files in kohya's names can say to every reader."""
+    return float(settings.alpha or settings.rank)
+
+
+def record(settings: AdapterConfig) -> dict[str, Any]:
+    """What lineage tells of an adapter."""
+    return {"type": settings.type, "rank": settings.rank, "alpha": alpha_of(settings)}
+
+
+def inject(networks: Networks, settings: AdapterConfig, seed: int, dtype: torch.dtype) -> None:
+    """Freeze the networks in `dtype`, and put the adapter's layers into what of them would have trained.
+
+    First weights follow from (seed, name) alone. Raises Halt(USAGE) where the extra is not installed or nothing fits.
+    """
+    try:
+        from peft import LoHaConfig, LoKrConfig, LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise Halt(ExitCode.USAGE, f"adapter.type: {settings.type} needs peft: pip install -e '.[lora]' ({error})") from error
+    modules = reachable(networks)
+    chosen = ranks(settings, modules)
+    networks.requires_grad_(False)
+    kind: dict[str, Any] = {
+        "lora": (LoraConfig, {"lora_alpha": alpha_of(settings)}), "dora": (LoraConfig, {"lora_alpha": alpha_of(settings), "use_dora": True}),
+        "loha": (LoHaConfig, {"alpha": alpha_of(settings)}), "lokr": (LoKrConfig, {"alpha": alpha_of(settings)}),
+    }  # fmt: skip
+    made, options = kind[settings.type]
+    for network in names.NETWORKS:
+        own = {modules[name].partition(".")[2]: rank for name, rank in chosen.items() if name.startswith(f"{network}.")}
+        if own:
+            others = {name: rank for name, rank in own.items() if rank != settings.rank}
+            config = made(r=settings.rank, target_modules=sorted(own), rank_pattern=others, **options)
+            inject_adapter_in_model(config, getattr(networks, network), adapter_name=NAME)
+    for name, parameter in networks.named_parameters():
+        trains = part_of(name) is not None
+        parameter.requires_grad_(trains)
+        if not trains:
+            parameter.data = parameter.data.to(dtype)
+    _start(networks, seed)
+
+
+def reachable(networks: Networks) -> dict[str, str]:
+    """Canonical module: its name in the networks, of the matrices and convolutions that would have trained and every program knows."""
+    found = {}
+    for name, module in networks.named_modules():
+        kept = getattr(module, "weight", None)
+        if isinstance(module, nn.Linear | nn.Conv2d) and kept is not None and kept.requires_grad:
+            module_name = canonical_name(f"{name}.weight").removesuffix(".weight")
+            if names.is_usual(module_name):
+                found[module_name] = name
+    return found
+
+
+def part_of(name: str) -> tuple[str, str] | None:
+    """(canonical module, part of peft's) of a parameter's name; None for one of the base."""
+    pieces = canonical_name(name).split(".")
+    at = next((i for i, piece in enumerate(pieces) if piece.startswith(("lora_", "hada_", "lokr_"))), None)
+    return None if at is None else (".".join(pieces[:at]), pieces[at])
+
+
+@torch.no_grad()
+def _start(networks: Networks, seed: int) -> None:
+    """First weights: zero, or uniform within 1 / sqrt(inputs) (kaiming_uniform_ with a = sqrt 5), drawn by name; DoRA's scale is its weight's."""
+    modules = dict(networks.named_modules())
+    for name, parameter in networks.named_parameters():
+        part = part_of(name)
+        if part is None:
+            continue
+        if part[1] == "lora_magnitude_vector":
+            base = modules[name.partition(".lora_magnitude_vector")[0]].base_layer.weight.float()
+            parameter.data = torch.linalg.vector_norm(base.flatten(1), dim=1).reshape(parameter.shape)
+        elif part[1] in _ZEROS:
+            parameter.data = torch.zeros(parameter.shape)
+        else:
+            inputs = math.prod(parameter.shape[1:])
+            drawn = rng.words(seed, rng.Stream.ADAPTER, rng.uid_of(f"{part[0]}.{part[1]}"), 0, parameter.numel())
+            uniform = (torch.from_numpy(drawn.astype("float64")) + 0.5) * 2.0**-31 - 1.0
+            parameter.data = (uniform / math.sqrt(inputs)).float().reshape(parameter.shape)
+
+
+def layers_of(tensors: Mapping[str, Blob], shapes: Mapping[str, tuple[int, ...]], settings: AdapterConfig) -> dict[str, Layer]:
+    """The layers that a checkpoint's tensors hold, by module. `shapes`: of the base's weights, by canonical name.
+
+    A part that is not factored (LoKr of a high rank) carries peft's scale in itself, since its file has no place for it.
+    Raises Halt(MISMATCH) for a tensor of another model.
+    """
+    parts: dict[str, dict[str, Blob]] = {}
+    kind = {"dora": "lora"}.get(settings.type, settings.type)
+    for name, blob in tensors.items():
+        part = part_of(name)
+        if part is None or f"{part[0]}.weight" not in shapes:
+            raise Halt(ExitCode.MISMATCH, f"{name} is no tensor of this run's adapter")
+        parts.setdefault(part[0], {})[_PARTS.get(part[1], part[1].removeprefix("hada_").removeprefix("lokr_"))] = blob
+    chosen = ranks(settings, parts)
+    found = {}
+    for module, own in sorted(parts.items()):
+        layer = Layer(kind, own, alpha_of(settings), shapes[f"{module}.weight"])
+        if kind == "lokr" and layer.rank == 0:
+            layer = Layer(kind, {**own, "w1": _times(own["w1"], alpha_of(settings) / chosen[module])}, None, layer.shape)
+        found[module] = layer
+    return found
+
+
+def _times(blob: Blob, factor: float) -> Blob:
+    if factor == 1:
+        return blob
+    data = memoryview((state_files.to_tensor(blob) * factor).reshape(-1).view(torch.uint8).numpy().data)
+    return Blob("F32", blob.shape, lambda: iter([data]))
+
+
+def factors(settings: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Shapes of all tensors that train, from those of the modules that would train without; what a checkpoint weighs."""
+    found: list[tuple[int, ...]] = []
+    for module, rank in ranks(settings, shapes).items():
+        outputs, inputs, *kernel = shapes[module]
+        columns = inputs * math.prod(kernel)
+        if settings.type == "lokr":
+            found += _lokr_factors(rank, outputs, inputs, math.prod(kernel))
+        else:
+            pairs = 2 if settings.type == "loha" else 1
+            found += [(outputs, rank), (rank, columns)] * pairs
+            found += [(outputs,)] if settings.type == "dora" else []
+    return found
+
+
+def _lokr_factors(rank: int, outputs: int, inputs: int, kernel: int) -> list[tuple[int, ...]]:
+    """As peft divides them: each side into two numbers near its root."""
+    from peft.tuners.lokr.layer import factorization
+
+    (small_out, large_out), (small_in, large_in) = factorization(outputs), factorization(inputs)
+    whole = rank >= max(large_out, large_in) / 2
+    two = [(large_out, large_in * kernel)] if whole else [(large_out, rank), (rank, large_in * kernel)]
+    return [(small_out, small_in), *two]
