@@ -5,6 +5,9 @@ A stage starts from finished models alone (`model.source`); whoever looks may al
 
 from __future__ import annotations
 
+import hashlib
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +17,12 @@ from train.config.derived import Owners, TrainedAs
 from train.config.stage import ModelConfig, load_stage
 from train.diffusion.sampling import RECIPE
 from train.model import source
-from train.model.adapters import runs
+from train.model.adapters import bases, merging, reading, runs
 from train.model.source import LocalModel
 from train.storage import manifest, tensor_files
 from train.storage.rundir import read_done
 
+log = logging.getLogger("anix")
 CONDITIONING: dict[str, tuple[Any, ...]] = {
     "max_tokens": (75, 150, 225),
     "context": ("stitched", "chunks"),
@@ -55,6 +59,24 @@ def open_any(path: str | Path, *, tokenizers: str | None = None, hashed: bool = 
         raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to model.init_from {start.path}: {foreign[:5]}")
     weights = {**start.weights, **trained.blobs}
     return replace(start, kind="run", path=folder, sha256=record.sha256, weights=weights, metadata={}, lineage=None)
+
+
+def with_adapters(local: LocalModel, given: Sequence[str]) -> LocalModel:
+    """The model with adapters added, FILE or FILE:weight each; itself where none is given. Another base than theirs is told.
+
+    Its hash is of all of them together. Raises Halt: USAGE (no such path, no weight), MISMATCH (an adapter of another model).
+    """
+    if not given:
+        return local
+    adapters, told = bases.opened(list(given), local)
+    for line in told:
+        log.warning("%s", line)
+    parts = [f"{source.sha256_of(reading.file_of(adapter.path))}:{weight:g}" for adapter, weight in adapters]
+    digest = hashlib.sha256("\n".join([local.sha256, *parts]).encode()).hexdigest()
+    title = local.metadata.get("modelspec.title") or local.path.stem
+    named = " + ".join([title, *(f"{adapter.path.stem}:{weight:g}" for adapter, weight in adapters)])
+    weights = merging.widened(local.weights, adapters)
+    return replace(local, weights=weights, sha256=digest, metadata={**local.metadata, "modelspec.title": named})
 
 
 def checkpoint_at(path: Path) -> Path | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,18 +45,19 @@ class Model:
 
 
 def open_model(
-    path: str | Path, *, device: str = "auto", tokenizers: str | None = None, small: bool | None = None
+    path: str | Path, *, device: str = "auto", tokenizers: str | None = None, small: bool | None = None, loras: Sequence[str] = ()
 ) -> Model:
     """The model at `path`, in half precision on a GPU, in fp32 on the CPU; conventions as it was trained.
 
     small: with as little memory of the card as goes (None: where less than 10 GiB of it are free): the text encoders lie
-    there only while they run, and the VAE decodes in tiles, which is told with what it changes.
+    there only while they run, and the VAE decodes in tiles, which is told with what it changes. loras: adapters to add, FILE
+    or FILE:weight each.
 
     Raises Halt: USAGE (no such path, unknown device), MISMATCH (damaged model, tokenizers of another).
     """
     place = open_device(device)
     dtype = torch.float16 if place.type == "cuda" else torch.float32
-    local = anymodel.open_any(path, tokenizers=tokenizers)
+    local = anymodel.with_adapters(anymodel.open_any(path, tokenizers=tokenizers), loras)
     if local.note:
         log.info("%s", local.note)
     components = networks.build(local)

@@ -66,9 +66,10 @@ class Wish:
 class Studio:
     """Owner of the loaded model (one at a time) and of the folder the pictures go to."""
 
-    def __init__(self, models: Sequence[str], *, device: str, tokenizers: str | None, out: Path, small: bool | None = None) -> None:
+    def __init__(self, models: Sequence[str], *, device: str, tokenizers: str | None, out: Path, small: bool | None = None,
+                 loras: Sequence[str] = ()) -> None:  # fmt: skip
         self.paths = _titled(models)
-        self.device, self.tokenizers, self.out, self.small = device, tokenizers, out, small
+        self.device, self.tokenizers, self.out, self.small, self.loras = device, tokenizers, out, small, loras
         require_folder(out)
         self._open: tuple[str, Model] | None = None
         for path in self.paths.values():  # a bad path is refused before the page opens, whichever it is
@@ -79,7 +80,8 @@ class Studio:
         """The model of that title; loading it lets go of the one before."""
         if self._open is None or self._open[0] != title:
             self._open = None
-            self._open = (title, open_model(self.paths[title], device=self.device, tokenizers=self.tokenizers, small=self.small))
+            found = open_model(self.paths[title], device=self.device, tokenizers=self.tokenizers, small=self.small, loras=self.loras)
+            self._open = (title, found)
         return self._open[1]
 
     def generate(self, wish: Wish) -> tuple[Path, str]:
@@ -185,8 +187,9 @@ def build(studio: Studio) -> Any:
 
 
 def serve(
-    models: Sequence[str], *, host: str, port: int, device: str, tokenizers: str | None, out: str | None, small: bool | None = None
-) -> None:
+    models: Sequence[str], *, host: str, port: int, device: str, tokenizers: str | None, out: str | None, small: bool | None = None,
+    loras: Sequence[str] = (),
+) -> None:  # fmt: skip
     """Open the page and serve it until interrupted. Raises Halt(USAGE) without gradio or with the port taken."""
     try:
         import gradio as gr
@@ -196,7 +199,7 @@ def serve(
         raise Halt(ExitCode.USAGE, f'{error.name} is not installed: pip install -e ".[demo]"') from error
     require_port(host, port)
     folder = Path(out) if out else Path(tempfile.mkdtemp(prefix="pictures-"))
-    studio = Studio(models, device=device, tokenizers=tokenizers, out=folder, small=small)
+    studio = Studio(models, device=device, tokenizers=tokenizers, out=folder, small=small, loras=loras)
     font = ["system-ui", "sans-serif"]
     theme = gr.themes.Default(font=font, font_mono=["ui-monospace", "monospace"])
     app = gr.mount_gradio_app(

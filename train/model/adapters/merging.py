@@ -29,6 +29,13 @@ def merged(weights: Mapping[str, Blob], adapters: Weighted) -> dict[str, Blob]:
     }
 
 
+def widened(weights: Mapping[str, Blob], adapters: Weighted) -> dict[str, Blob]:
+    """`merged`, in fp32 where an adapter reaches: for networks that are built from it, not for a file."""
+    reached = {f"{module}.weight" for adapter, _ in adapters for module in adapter.layers}
+    wide = {name: tensor_files.cast(blob, "F32", name) if name in reached else blob for name, blob in weights.items()}
+    return merged(wide, adapters)
+
+
 def added(name: str, base: torch.Tensor, adapters: Weighted) -> torch.Tensor:
     """A weight in fp32 with what the adapters add to it, in their order. Raises Halt(MISMATCH) naming one that is not finite."""
     module = name.removesuffix(".weight")

@@ -37,9 +37,7 @@ def summed(model: LocalModel, tensors: Mapping[str, Blob], settings: AdapterConf
     base = model.base or model
     shapes = {name: blob.shape for name, blob in base.weights.items()}
     adapter = Adapter(path, training.layers_of(tensors, shapes, settings), {})
-    reached = {f"{module}.weight" for module in adapter.layers}
-    wide = {name: tensor_files.cast(blob, "F32", name) if name in reached else blob for name, blob in base.weights.items()}
-    return replace(model, weights=merging.merged(wide, [(adapter, 1.0)]), base=base, adapter=tensors)
+    return replace(model, weights=merging.widened(base.weights, [(adapter, 1.0)]), base=base, adapter=tensors)
 
 
 def open_run(path: Path, lineage: Mapping[str, Any], file: Path, *, hashed: bool) -> LocalModel:

@@ -9,6 +9,7 @@ def main() -> None:
     """Parse and serve."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", required=True, help="run directories, diffusers folders or .safetensors")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:weight]", help="adapter to add to every model, a file or its folder (repeatable)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
@@ -19,5 +20,5 @@ def main() -> None:
 
     from train.tools.demo import serve
 
-    options = {name: value for name, value in vars(arguments).items() if name != "model"}
-    serve(arguments.model, **options)
+    options = {name: value for name, value in vars(arguments).items() if name not in ("model", "lora")}
+    serve(arguments.model, loras=arguments.lora, **options)

@@ -42,6 +42,7 @@ def parse_loss() -> argparse.Namespace:
         description="Held-out loss of model files by stratum: the same images, noise and timesteps for all; differences from the first.",
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run, checkpoint, diffusers folder or .safetensors file; or NAME=one of them")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:weight]", help="adapter with which the first MODEL is measured once more (repeatable)")
     parser.add_argument("--data", type=Path, required=True, metavar="SET", help="prepared dataset")
     parser.add_argument("--select", metavar="STAGE", help="its selection (default: the one that the last model's stage measured)")
     parser.add_argument("--share", type=float, help="images held out by validation.share (default: the smallest that the models' stages state, else all)")
@@ -66,7 +67,7 @@ def loss() -> None:
     from train.tools.quality import record as quality_record
 
     options = {name: getattr(arguments, name) for name in ("select", "share", "images", "micro", "precision", "device", "tokenizers")}
-    record = held_out_loss.measure(arguments.models, arguments.data, **options)
+    record = held_out_loss.measure(arguments.models, arguments.data, loras=arguments.lora, **options)
     quality_record.write_quality(arguments.out, record)
     print(json.dumps(record) if arguments.json else f"{held_out_loss.as_text(record)}\n{arguments.out}")
 

@@ -12,6 +12,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="run directory, checkpoint, diffusers folder or .safetensors file")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:weight]", help="adapter to add to the model, a file or its folder (repeatable)")
     parser.add_argument("--out", required=True, type=Path, help="folder for NN.png and grid.png")
     parser.add_argument("--prompts", type=Path, default=shipped.folder() / "prompts.yaml", help="prompts file (default: the shipped configs/prompts.yaml)")
     parser.add_argument("--prompt", nargs="+", metavar="TEXT", help="texts in place of the file's prompts")
@@ -38,7 +39,8 @@ def main() -> None:
     changes = {name: getattr(arguments, name) for name in ("size", "seed", "steps", "guidance", "sampler", "negative", "quality_prefix")}
     settings = adjusted(load_prompts(arguments.prompts), texts=arguments.prompt, **changes)
     require_folder(arguments.out)
-    model = open_model(arguments.model, device=arguments.device, tokenizers=arguments.tokenizers, small=arguments.small)
+    options = {name: getattr(arguments, name) for name in ("device", "tokenizers", "small")}
+    model = open_model(arguments.model, loras=arguments.lora, **options)
     images = draw(model, settings)
     for file in write_pictures({"": images}, settings, arguments.out, model_name=model.name, model_hash=model.sha256):
         print(file)

@@ -70,21 +70,28 @@ def measure(
     precision: str | None = None,
     micro: int = 4,
     tokenizers: str | None = None,
+    loras: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The record: each model's mean loss with its standard error, in all and by stratum, every image's loss, and the
-    differences from the first model on the same images.
+    differences from the first model on the same images. loras: adapters (FILE or FILE:weight), with which the first model is
+    measured once more.
 
     Raises Halt: USAGE (no such model, selection or image), MISMATCH (damaged model or set).
     """
     paths = named(models)
     for path in paths.values():  # the last one's mistake before the first one's hours
         anymodel.open_any(path, hashed=False)
+    anymodel.with_adapters(anymodel.open_any(next(iter(paths.values())), hashed=False), loras)
     stages = {name: anymodel.stage_of(path) for name, path in paths.items()}
     found = open_images(data, select, share, images, stages)
     notes = _what_was_seen(found, stages)
     place = open_device(device)
     running = Running(place, precision or ("fp16" if place.type == "cuda" else "fp32"), micro, tokenizers)
     measured = {name: _measured(name, path, stages[name], data, found, running, notes) for name, path in paths.items()}
+    if loras:
+        first = next(iter(paths))
+        name = " + ".join([first, *(Path(given.rpartition("/")[2]).name for given in loras)])
+        measured[name] = _measured(name, paths[first], stages[first], data, found, running, notes, loras)
     first, *others = measured
     changes = [_change(first, other, measured, found, notes) for other in others]
     return {
@@ -167,10 +174,12 @@ def _what_was_seen(found: Images, stages: Mapping[str, Owners | None]) -> list[s
 
 
 def _measured(
-    name: str, path: Path, stage: Owners | None, data: Path, found: Images, running: Running, notes: list[str]
-) -> dict[str, Any]:
+    name: str, path: Path, stage: Owners | None, data: Path, found: Images, running: Running, notes: list[str],
+    loras: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """One model's losses. Its networks are gone afterwards."""
     local = anymodel.open_any(path, tokenizers=running.tokenizers if path.is_file() else None)
+    local = anymodel.with_adapters(local, loras)
     single_file.tell(local.path, local.notes)
     if found.index.vae_id and vae_identity(local) != found.index.vae_id:
         notes.append(f"{name}: its VAE is another than the one that the set's latents were made with")
