@@ -29,7 +29,7 @@ SHARED = {
     "when something is due: the loop asks, its owner and the dry run prepare for it": (
         "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.background",
     ),
-    "the size of the export in the dry run": ("export.dtype",),
+    "the size of the export in the dry run": ("export.dtype", "export.merged"),
 }  # fmt: skip
 MOST_SHARED = 12
 # Who loads a stage's config by itself and may read its keys; everybody else takes sections and records.

@@ -34,8 +34,27 @@ SEVERAL = (  # stage, overlay, card, processes, GiB predicted on each: nothing i
 )
 
 
+# Overlay of an adapter's stage: GiB that such a card has free, images at once, GiB predicted.
+ADAPTERS = {"lora_8gb": (7.6, 2, 6.8), "lora_12gb": (11.6, 1, 9.9), "lora_16gb": (15.0, 4, 12.5)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_overlay_of_an_adapter_fits_its_card(name: str) -> None:
+    free_gib, at_once, gib = ADAPTERS[name]
+    config = load_stage([CONFIGS / "lora.yaml", CONFIGS / "memory" / f"{name}.yaml"])
+    choice = memory.settle(config.running, int(free_gib * memory.GIB), make_buckets())
+    assert config.batch.micro // choice.split == at_once
+    assert choice.prediction.total / memory.GIB == pytest.approx(gib, abs=0.1)
+    adapter = memory.setup_of(config.running).adapter
+    assert adapter is not None
+    # Rank 16 over SDXL's attention and feed-forward: 16 x (inputs + outputs) of 722 matrices.
+    assert adapter.values == 42_557_440 and choice.prediction.optimizer == pytest.approx(8 * adapter.values, rel=1e-3)
+    assert choice.prediction.frozen == adapter.base_bytes < 6_770_368_009
+
+
 def test_every_overlay_is_known() -> None:
-    assert {path.stem for path in CONFIGS.glob("memory/*.yaml")} == {*FITS, "8x80gb"}
+    assert {path.stem for path in CONFIGS.glob("memory/*.yaml")} == {*FITS, *ADAPTERS, "8x80gb"}
 
 
 @pytest.mark.parametrize(("stage", "overlay", "gpu", "world", "gib"), SEVERAL)

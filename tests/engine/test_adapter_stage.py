@@ -130,6 +130,30 @@ def test_two_processes_equal_one(optimizer: str, base_model: Path, dataset: Path
             assert losses(both.output) == pytest.approx(losses(alone.output), rel=1e-6)
 
 
+NF4 = (*LORA, "adapter.base=nf4", "sampling.every_steps=3")
+
+
+@pytest.mark.long
+def test_a_base_in_4_bit_is_near_the_whole_one_and_resumes_bit_by_bit(dataset: Path, tmp_path: Path) -> None:
+    """The matrices are packed (most of the model's bytes), what is learnt on them is added to the whole weights afterwards."""
+    model = tinysdxl.write(tmp_path / "model", "two levels")
+    straight, stopped, whole = (Stage(tmp_path / name, dataset, model) for name in ("straight", "stopped", "whole"))
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("prompts: [{text: smile, width: 64, height: 64}]\nsteps: 2\n")
+    more = (*NF4, f"sampling.prompts={prompts}", "max_updates=6", "ema.decay=0.9")
+    with opened(straight, *more) as session:
+        packed = [p for p in session.trained.gradients.model.parameters() if p.dtype == torch.uint8]
+        assert len(packed) > 50 and all(not p.requires_grad for p in packed)
+    assert straight.run(*more) == ExitCode.DONE, straight.message
+    assert stopped.run(*more, ANIX_FAULT="control@4:term") == ExitCode.STOPPED
+    assert stopped.run(*more) == ExitCode.DONE, stopped.message
+    assert result(stopped.output) == result(straight.output)
+    assert (straight.output / "samples/step-00000006").is_dir() and "no previews" not in (straight.output / "metrics.jsonl").read_text()
+    assert whole.run(*LORA, "max_updates=6") == ExitCode.DONE
+    assert losses(straight.output) == pytest.approx(losses(whole.output), rel=0.05)
+    assert losses(straight.output) != losses(whole.output)
+
+
 @pytest.fixture(scope="module")
 def run(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     """A finished stage of an adapter over U-Net, convolutions and encoders."""
@@ -229,7 +253,6 @@ def test_merged_leaves_the_whole_model_too(base_model: Path, dataset: Path, tmp_
         ((*LORA, "adapter.targets=[]"), "nothing would train"),
         ((*LORA, 'adapter.targets=["unet.nowhere.*"]'), "unet.nowhere"),
         ((*LORA, 'adapter.rank_pattern={"unet.nowhere*": 4}'), "unet.nowhere"),
-        ((*LORA, "adapter.base=nf4"), "adapter.base: nf4"),
         ((*LORA, "model.weights=bf16", "precision=bf16"), "model.weights: bf16"),
         ((*LORA, "model.compile=true"), "model.compile"),
         ((*LORA, "model.float8=true", "precision=bf16"), "model.float8"),

@@ -24,7 +24,7 @@ class AdapterConfig:
     alpha: float | None = key(None, "a layer is scaled by alpha / its rank; null = rank", above=0, at_most=10000)
     targets: tuple[str, ...] = key(TARGETS, "patterns (* and ?) of the modules that get a layer: unet.down_blocks.1.attentions.0.proj_in")
     rank_pattern: dict[str, int] = key(dict, "pattern of modules: another rank for them; the last that fits counts", at_least=1, at_most=4096)
-    base: Literal["16bit", "nf4"] = key("16bit", "how the frozen weights lie: 16bit = as precision says (fp32 with fp32)")
+    base: Literal["16bit", "nf4"] = key("16bit", "how the frozen weights lie: 16bit = as precision says (fp32 with fp32); nf4 = matrices in 4 bit (bitsandbytes), rounded")
 
 
 def problems(config: StageConfig) -> str | None:
@@ -44,7 +44,6 @@ def _not_tried(config: StageConfig) -> Iterator[str]:
     yield from (
         name
         for name, set_so in {
-            "adapter.base: nf4": config.adapter.base == "nf4",
             "model.weights: bf16": config.model.weights == "bf16",
             "model.compile": config.model.compile,
             "model.float8": config.model.float8,

@@ -104,7 +104,7 @@ class Running:
     gather: Literal["fp32", "bf16"]
     trains_text: bool
     adapter: AdapterConfig | None  # trained in place of the networks' own weights
-    base: Literal["fp16", "bf16", "fp32", "nf4"]  # how the weights lie that an adapter leaves frozen
+    base: Literal["16bit", "nf4"]  # how the weights lie that an adapter leaves frozen
     seed: int  # of its first weights
     average: bool  # of the weights
     average_on_device: bool
@@ -258,7 +258,7 @@ def running(config: StageConfig) -> Running:
         gather=config.optimizer.gather,
         trains_text=model.train_text_encoders,
         adapter=None if config.adapter.type == "none" else config.adapter,
-        base=config.precision if config.adapter.base == "16bit" else "nf4",
+        base=config.adapter.base,
         seed=config.seed,
         average=bool(config.ema.decay),
         average_on_device=bool(config.ema.decay) and config.ema.device == "same",

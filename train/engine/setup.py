@@ -210,7 +210,7 @@ def open_networks(running: Running, told: TrainedAs, components: Components, exe
         timestep_embedding=told.timestep_embedding,
     )
     if running.adapter is not None:
-        adapter.inject(networks, running.adapter, running.seed, PRECISIONS[running.base])
+        adapter.inject(networks, running.adapter, running.seed, PRECISIONS[running.precision], base=running.base)
     set_checkpointing(networks.unet, "partial", execution.exempt_steps)
     if running.trains_text:
         for encoder in (networks.text_encoder, networks.text_encoder_2):

@@ -8,12 +8,16 @@ in L and kept bytes linear, so one row of coefficients serves every bucket; orie
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from train.base.errors import ExitCode, Halt
 from train.config.derived import Running
 from train.recipe.optimizer_state import MOMENT_BYTES
 from train.recipe.order import partial_sums, virtual_ranks
+
+if TYPE_CHECKING:
+    from train.model.adapters.training import Footprint
 
 GIB = 2**30
 CONTEXT = 227  # stitched vectors of 225 tokens
@@ -93,10 +97,13 @@ class Setup:
     previews: bool = False  # pictures are drawn while training: the VAE stays on the device from the first on
     ddp: bool = False  # gradients lie in its buckets, which it makes once more after the first update
     gradients_stay: bool = False  # in DDP's buckets or the flat buffer of strict, also while pictures are drawn
+    adapter: Footprint | None = None  # trained in place of the networks, which lie frozen
     partial_sums: int = 0  # whole gradients that `batch.determinism: strict` keeps beside the one being summed
 
     def trained(self) -> dict[str, int]:
         """Trained parameters by network."""
+        if self.adapter is not None:
+            return {"adapter": self.adapter.values}
         trained = {"unet": PARAMETERS["unet"]}
         if self.trains_text:
             trained["text_encoder"] = PARAMETERS["text_encoder"] - UNUSED_TEXT_PARAMETERS
@@ -142,7 +149,15 @@ def setup_of(running: Running, world: int = 1) -> Setup:
     """The `Setup` of a stage on `world` processes."""
     per_process = virtual_ranks(running.tiles_per_update) // world
     divides = min(running.shard_group or world, world) if running.sharding in ("fsdp2", "hsdp") else 1
+    adapter = None
+    if running.adapter is not None:
+        from train.model.adapters.training import footprint  # with torch
+
+        adapter = footprint(
+            running.adapter, base=running.base, precision=running.precision, trains_text=running.trains_text, optimizer=running.optimizer
+        )
     return Setup(
+        adapter=adapter,
         trains_text=running.trains_text,
         optimizer=running.optimizer,
         precision=running.precision,
@@ -197,6 +212,9 @@ def kept_bytes(width_px: int, height_px: int, exempt_steps: int, setup: Setup) -
     `precision: fp32` was not counted: it is bounded by twice the 16-bit figure, without copies.
     """
     pure = setup.weights != "fp32" or setup.precision == "fp32"
+    if setup.adapter is not None:  # no copies of frozen weights; each layer's input stays for the adapter, as it did for the weights
+        per_image = kept_bytes(width_px, height_px, exempt_steps, replace(setup, adapter=None))[0]
+        return per_image, 0 if setup.precision == "fp32" else 2 * setup.adapter.values
     constant, per_token, per_context = (_KEPT_PURE if pure else _KEPT_AUTOCAST)[exempt_steps]
     per_image = constant + per_token * _tokens(width_px, height_px) + per_context * setup.context
     if pure:
@@ -207,7 +225,9 @@ def kept_bytes(width_px: int, height_px: int, exempt_steps: int, setup: Setup) -
 def optimizer_bytes(setup: Setup) -> int:
     """Optimizer state of the trained parameters on one process."""
     trained = setup.trained()
-    if setup.optimizer == "adafactor":
+    if setup.adapter is not None:
+        whole = setup.adapter.state_bytes
+    elif setup.optimizer == "adafactor":
         whole = sum(_ADAFACTOR_STATE[name] for name in trained)
     else:
         whole = sum(trained.values()) * MOMENT_BYTES[setup.optimizer]
@@ -243,6 +263,7 @@ def predict(
     if setup.trains_text:
         per_image += _TEXT_KEPT[text_checkpointing]
         casts += _TEXT_CASTS[text_checkpointing]
+    frozen = frozen_text * (4 if setup.precision == "fp32" else 2) // setup.divides if setup.adapter is None else setup.adapter.base_bytes
     recomputes = exempt_steps < ALL_STEPS
     vae = PARAMETERS["vae"] * 4 if setup.previews else 0
     recompute = RECOMPUTE_BYTES * images if recomputes else 0
@@ -250,7 +271,7 @@ def predict(
         weights=trained * weight_bytes // setup.divides,
         gradients=trained * weight_bytes // setup.divides,
         optimizer=optimizer_bytes(setup),
-        frozen=frozen_text * (4 if setup.precision == "fp32" else 2) // setup.divides + vae,
+        frozen=frozen + vae,
         ema=4 * trained // setup.divides if setup.ema_on_device else 0,
         partial_sums=4 * trained * setup.partial_sums,
         buckets=max(0, trained * weight_bytes - casts - per_image * images - recompute) if setup.ddp else 0,

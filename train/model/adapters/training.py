@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.adapter import AdapterConfig
+from train.model import sdxl
 from train.model.adapters import names
 from train.model.adapters.layers import Layer
 from train.model.other_kinds import some
 from train.model.sdxl import canonical_name
 from train.recipe import rng
+from train.recipe.optimizer_state import state_bytes
 from train.storage import state_files
 from train.storage.tensor_files import Blob
 
@@ -59,8 +62,8 @@ def record(settings: AdapterConfig) -> dict[str, Any]:
     return {"type": settings.type, "rank": settings.rank, "alpha": alpha_of(settings)}
 
 
-def inject(networks: Networks, settings: AdapterConfig, seed: int, dtype: torch.dtype) -> None:
-    """Freeze the networks in `dtype`, and put the adapter's layers into what of them would have trained.
+def inject(networks: Networks, settings: AdapterConfig, seed: int, dtype: torch.dtype, *, base: str = "16bit") -> None:
+    """Freeze the networks in `dtype`, with base nf4 their matrices in 4 bit, and put the adapter's layers into what would have trained.
 
     First weights follow from (seed, name) alone. Raises Halt(USAGE) where the extra is not installed or nothing fits.
     """
@@ -71,6 +74,8 @@ def inject(networks: Networks, settings: AdapterConfig, seed: int, dtype: torch.
     modules = reachable(networks)
     chosen = ranks(settings, modules)
     networks.requires_grad_(False)
+    if base == "nf4":
+        _to_nf4(networks, dtype)
     kind: dict[str, Any] = {
         "lora": (LoraConfig, {"lora_alpha": alpha_of(settings)}), "dora": (LoraConfig, {"lora_alpha": alpha_of(settings), "use_dora": True}),
         "loha": (LoHaConfig, {"alpha": alpha_of(settings)}), "lokr": (LoKrConfig, {"alpha": alpha_of(settings)}),
@@ -85,7 +90,7 @@ def inject(networks: Networks, settings: AdapterConfig, seed: int, dtype: torch.
     for name, parameter in networks.named_parameters():
         trains = part_of(name) is not None
         parameter.requires_grad_(trains)
-        if not trains:
+        if not trains and parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     _start(networks, seed)
 
@@ -109,16 +114,38 @@ def part_of(name: str) -> tuple[str, str] | None:
     return None if at is None else (".".join(pieces[:at]), pieces[at])
 
 
+def _to_nf4(networks: Networks, dtype: torch.dtype) -> None:
+    """The matrices of attention, feed-forward and encoders in 4 bit (QLoRA, arXiv 2305.14314), made whole in `dtype` where they are used.
+
+    What is trained on them belongs to the rounded weights; files and merges add it to the ones that were not.
+    """
+    import bitsandbytes
+
+    for network in names.NETWORKS:
+        for name, module in list(getattr(networks, network).named_modules()):
+            if isinstance(module, nn.Linear) and names.is_usual(canonical_name(f"{network}.{name}.weight").removesuffix(".weight")):
+                packed = bitsandbytes.nn.Linear4bit(
+                    module.in_features, module.out_features, bias=module.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
+                )
+                packed.weight = bitsandbytes.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4").to(module.weight.device)
+                packed.bias = module.bias
+                packed.support_avx512bf16_for_cpu = False  # its layout for pictures alone wants sides of 32, and packs anew in place
+                parent, _, leaf = name.rpartition(".")
+                setattr(getattr(networks, network).get_submodule(parent), leaf, packed)
+
+
 @torch.no_grad()
 def _start(networks: Networks, seed: int) -> None:
     """First weights: zero, or uniform within 1 / sqrt(inputs) (kaiming_uniform_ with a = sqrt 5), drawn by name; DoRA's scale is its weight's."""
+    from peft.utils.integrations import dequantize_module_weight
+
     modules = dict(networks.named_modules())
     for name, parameter in networks.named_parameters():
         part = part_of(name)
         if part is None:
             continue
         if part[1] == "lora_magnitude_vector":
-            base = modules[name.partition(".lora_magnitude_vector")[0]].base_layer.weight.float()
+            base = dequantize_module_weight(modules[name.partition(".lora_magnitude_vector")[0]].base_layer).float()
             parameter.data = torch.linalg.vector_norm(base.flatten(1), dim=1).reshape(parameter.shape)
         elif part[1] in _ZEROS:
             parameter.data = torch.zeros(parameter.shape)
@@ -157,6 +184,33 @@ def _times(blob: Blob, factor: float) -> Blob:
         return blob
     data = memoryview((state_files.to_tensor(blob) * factor).reshape(-1).view(torch.uint8).numpy().data)
     return Blob("F32", blob.shape, lambda: iter([data]))
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What an adapter of SDXL's own size weighs: values that train, bytes of optimizer state, bytes of the frozen networks."""
+
+    values: int
+    state_bytes: int
+    base_bytes: int
+
+
+def footprint(settings: AdapterConfig, *, base: str, precision: str, trains_text: bool, optimizer: str) -> Footprint:
+    """Counted from the names and shapes of SDXL's modules; in 4 bit a matrix has one fp32 scale for 64 of its values."""
+    every = sdxl.folder_shapes(sdxl.STANDARD, networks=names.NETWORKS)
+    matrices = {name for name, shape in every.items() if base == "nf4" and len(shape) == 2 and name.endswith(".weight") and names.is_usual(name.removesuffix(".weight"))}
+    packed = sum(math.prod(every[name]) for name in matrices)
+    others = sum(math.prod(shape) for name, shape in every.items() if name not in matrices)
+    modules = {name: module.shape for name, module in names.names_of(sdxl.STANDARD).modules.items() if module.usual}
+    last = max((int(name.split("layers.")[1].split(".")[0]) for name in modules if name.startswith("text_encoder.")), default=-1)
+    unread = f"text_encoder.text_model.encoder.layers.{last}."  # its output is not used, so it does not train
+    reached = {n: s for n, s in modules.items() if n.startswith("unet.") or (trains_text and not n.startswith(unread))}
+    shapes = factors(settings, reached)
+    return Footprint(
+        values=sum(map(math.prod, shapes)),
+        state_bytes=state_bytes(optimizer, shapes),
+        base_bytes=others * (4 if precision == "fp32" else 2) + packed // 2 + packed // 64 * 4,
+    )
 
 
 def factors(settings: AdapterConfig, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[int, ...]]:

@@ -89,8 +89,8 @@ def parts(source: Path, table: Table) -> tuple[Table | None, Table | None]:
         if key in _OTHER_KINDS and value not in (None, "", [], False, 0):
             raise Halt(
                 ExitCode.USAGE,
-                f"{source} {_OTHER_KINDS[key]} ({key} = {value!r}): a stage here trains the model's own weights, so its "
-                "learning rate and length would mean something else. Start from configs/ft1.yaml",
+                f"{source} {_OTHER_KINDS[key]} ({key} = {value!r}), and convert.py reads configs of full training alone. Start from "
+                + ("configs/lora.yaml: adapter.rank is network_dim, adapter.alpha network_alpha" if "LoRA" in _OTHER_KINDS[key] else "configs/ft1.yaml"),
             )
     datasets = table.get("datasets")
     if "subsets" in table:  # some front ends leave the one dataset out

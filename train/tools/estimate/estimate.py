@@ -193,7 +193,8 @@ def memory_report(start: Start, world: int, images: Images, gpu: Gpu, how: str) 
         "text_encoders_checkpointed": choice.text_checkpointing if setup.trains_text else None,
         "parts_gib": _parts(choice.prediction),
         "total_gib": _gib(choice.prediction.total),
-        "assumed": "0.25 GiB per image recomputed and 2 GiB workspace are estimates; the rest is counted for SDXL's own size",
+        "assumed": "0.25 GiB per image recomputed and 2 GiB workspace are estimates; the rest is counted for SDXL's own size"
+        + ("; an adapter's activations are taken to be those of training the weights" if setup.adapter is not None else ""),
     }
 
 
@@ -224,7 +225,9 @@ def _disk_report(
     one = memory.checkpoint_bytes(setup) if setup is not None else None
     permanent = space.permanent_count(start.checkpoint, total, per_epoch)
     export = EXPORT_BYTES * (2 if start.origin.export.dtype == "fp32" else 1) if one is not None else None
-    if export is not None and start.running.average:
+    if export is not None and setup is not None and setup.adapter is not None:  # both forms of it, and the model where that is asked for
+        export = 2 * setup.adapter.values * (4 if start.origin.export.dtype == "fp32" else 2) + (export if start.origin.export.merged else 0)
+    elif export is not None and start.running.average:
         export += export // 2  # the average as a single file
     most = space.most_at_once(start.checkpoint) + permanent
     need = one * most + (export or 0) if one is not None else None
