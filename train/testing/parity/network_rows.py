@@ -120,9 +120,9 @@ def rows(config: Switches, checkout: Checkout, work: Path, size: str) -> list[Ro
     theirs = ask(checkout, "networks", work / "networks", tensors=told, facts=facts)
     shift = number_rows.shift_of(ask(checkout, "numbers", work / "shift", tensors=number_rows.given(), facts={"noises": {}}).tensors)
     found = [Row("single file of ours, opened there", "equal", "every tensor found, none left over", "none", "its own loader refuses anything else")]
+    found += [_resaved(checkout, work, facts, file, configs), _vae(checkout, work, facts, file)]  # before ours is in memory too
     found += _encoders(config, file, data, theirs)
     found += _steps(file, step, theirs, names, shift)
-    found += [_resaved(checkout, work, facts, file, configs), _vae(checkout, work, facts, file)]
     return found
 
 
