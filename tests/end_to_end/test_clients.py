@@ -174,3 +174,15 @@ def test_invokeai_knows_the_folder(kind: str, tmp_path: Path) -> None:
     folder = fullsize.without_weights(tmp_path / "model", *KINDS[kind])
     facts, _ = ask(client.script, client.python(), place, {"folder": str(folder)}, tmp_path)
     assert facts == {"architecture": "sdxl main diffusers", "record": V[kind]}
+
+
+def test_comfyui_finds_a_weight_for_every_key_of_an_adapter(tmp_path: Path) -> None:
+    """LoRA, DoRA, LoHa and LoKr over all that we name of SDXL, U-Net, convolutions and both encoders."""
+    client = CLIENTS[0]
+    place = client.place()
+    if place is None:
+        pytest.skip("COMFYUI_DIR names no checkout")
+    files, layers = fullsize.adapters(tmp_path)
+    facts, _ = ask(DRIVERS / "ask_comfyui_adapter.py", client.python(), place, {"files": {name: str(file) for name, file in files.items()}}, tmp_path)
+    assert {name: one["left_over"] for name, one in facts.items()} == {name: [] for name in files}
+    assert {one["weights"] for one in facts.values()} == {layers}

@@ -115,19 +115,28 @@ def test_a_stop_and_a_rerun_equal_the_straight_run(base_model: Path, dataset: Pa
     assert stopped.run(*LORA[:1], "adapter.rank=2", *LORA[2:], "ema.decay=0.9") == ExitCode.MISMATCH and "adapter.rank" in stopped.message
 
 
+SHARED = [
+    (("optimizer.name=adamw",), True),
+    pytest.param(("optimizer.name=adafactor", "optimizer.weight_decay=0"), True, marks=pytest.mark.long),
+    pytest.param(("optimizer.name=adamw8bit",), False, marks=pytest.mark.long),
+    pytest.param(("optimizer.name=adamw", "optimizer.sharding=zero1"), False, marks=pytest.mark.long),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.long)])
-def test_two_processes_equal_one(optimizer: str, base_model: Path, dataset: Path, tmp_path: Path) -> None:
-    """In strict mode bit for bit; fast to the last digits."""
-    more = (*LORA, f"optimizer.name={optimizer}", "max_updates=5")
-    for mode in ("strict", "fast"):
-        alone, both = (Stage(tmp_path / mode / name, dataset, base_model) for name in ("alone", "both"))
+@pytest.mark.parametrize(("changes", "strict_too"), SHARED)
+def test_two_processes_equal_one(changes: tuple[str, ...], strict_too: bool, base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    """In strict mode bit for bit; fast to the last digits. Moments of 8 bits need tensors of 4,096 values: a larger model."""
+    model = tinysdxl.write(tmp_path / "model", "like SDXL") if "optimizer.name=adamw8bit" in changes else base_model
+    more = (*LORA, *changes, "max_updates=5", *(("adapter.rank=64",) if model != base_model else ()))
+    for mode in ("strict", "fast") if strict_too else ("fast",):
+        alone, both = (Stage(tmp_path / mode / name, dataset, model) for name in ("alone", "both"))
         assert alone.run(*more, f"batch.determinism={mode}") == ExitCode.DONE, alone.message
         assert launch(both, 2, *more, f"batch.determinism={mode}") == [0, 0], both.message
         if mode == "strict":
             assert result(both.output) == result(alone.output)
         else:
-            assert losses(both.output) == pytest.approx(losses(alone.output), rel=1e-6)
+            assert losses(both.output) == pytest.approx(losses(alone.output), rel=1e-6 if model == base_model else 1e-4)
 
 
 NF4 = (*LORA, "adapter.base=nf4", "sampling.every_steps=3")

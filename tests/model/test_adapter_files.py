@@ -61,6 +61,27 @@ def test_both_forms_and_back_lose_nothing(usual: list[str], known: names.Names, 
     assert open_adapter(second, configs).layers[usual[0]].rank == 2 and open_adapter(second, configs).layers[usual[0]].alpha == 7.0
 
 
+@pytest.mark.parametrize("kind", ["loha", "lokr", "dora"])
+def test_lycoris_files_come_back_as_they_went(kind: str, configs: sdxl.Configs, tmp_path: Path) -> None:
+    """From peft's own layers through LyCORIS' names: the same differences."""
+    unet = adapters.injected(tinysdxl.build("like SDXL").unet, "lora" if kind == "dora" else kind, **({"use_dora": True} if kind == "dora" else {"r": 1}))
+    first = open_adapter(adapters.peft_folder(tmp_path / "unet", unet), configs)
+    writing.write_kohya(tmp_path / "a.safetensors", first.layers, configs, {})
+    keys = load_file(tmp_path / "a.safetensors").keys()
+    ends = {key.partition(".")[2] for key in keys}
+    assert ends <= {
+        "loha": {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"},
+        "lokr": {"lokr_w1", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "alpha"},
+        "dora": {"lora_down.weight", "lora_up.weight", "dora_scale", "alpha"},
+    }[kind]
+    back = open_adapter(tmp_path / "a.safetensors", configs)
+    assert back.metadata["ss_network_module"] == "lycoris.kohya"
+    base = torch.ones(1)
+    for name, layer in first.layers.items():
+        weight = base.expand(layer.shape)
+        torch.testing.assert_close(layers.delta(back.layers[name], weight), layers.delta(layer, weight))
+
+
 SPELLINGS: dict[str, Callable[[names.Module, str, str], str]] = {
     "kohya": lambda m, key, part: f"{m.kohya}.lora_{part}.weight",
     "OneTrainer, older kohya": lambda m, key, part: f"{m.kohya.split('_')[0]}_{_network(m, 'unet', 'te1', 'te2')}_{key.replace('.', '_')}.lora_{part}.weight",

@@ -21,6 +21,9 @@ from train.config.stage import ExportConfig
 from train.engine import export
 from train.model import folder as model_folder
 from train.model import networks, sdxl, single_file, text
+from train.model.adapters import writing
+from train.model.adapters.layers import Layer, problem
+from train.model.adapters.names import names_of
 from train.observe import anymodel
 from train.storage import tensor_files
 
@@ -104,3 +107,29 @@ def hub(folder: Path) -> Path:
     (repository / "refs").mkdir()
     (repository / "refs/main").write_text("0" * 40)
     return folder
+
+
+def adapters(folder: Path) -> tuple[dict[str, Path], int]:
+    """Adapters of rank 1 over all of SDXL's own modules that other programs know, by kind, and how many layers each has."""
+    modules = [module for module in names_of(sdxl.STANDARD).modules.values() if module.usual]
+    made: dict[str, dict[str, Layer]] = {kind: {} for kind in ("lora", "dora", "loha", "lokr")}
+    for module in modules:
+        outputs, inputs, columns = module.shape[0], module.shape[1], prod(module.shape[1:])
+        pair = {"down": _ones((1, columns)), "up": _ones((outputs, 1))}
+        made["lora"][module.name] = Layer("lora", pair, 1.0, module.shape)
+        made["dora"][module.name] = Layer("lora", {**pair, "dora": _ones((outputs,))}, 1.0, module.shape)
+        hada = {"w1_a": _ones((outputs, 1)), "w1_b": _ones((1, columns)), "w2_a": _ones((outputs, 1)), "w2_b": _ones((1, columns))}
+        made["loha"][module.name] = Layer("loha", hada, 1.0, module.shape)
+        kron = {"w1": _ones((2, 2)), "w2_a": _ones((outputs // 2, 1)), "w2_b": _ones((1, columns // 2))}
+        made["lokr"][module.name] = Layer("lokr", kron, 1.0, module.shape) if inputs % 2 == 0 else made["lora"][module.name]
+    files = {}
+    for kind, layers in made.items():
+        assert all(problem(layer) is None for layer in layers.values())
+        files[kind] = folder / f"{kind}.safetensors"
+        writing.write_kohya(files[kind], layers, sdxl.STANDARD, {})
+    return files, len(modules)
+
+
+def _ones(shape: tuple[int, ...]) -> tensor_files.Blob:
+    data = memoryview(np.full(shape, 0.01, dtype=np.float16).tobytes())
+    return tensor_files.Blob("F16", shape, lambda: iter([data]))

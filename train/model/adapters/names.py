@@ -99,9 +99,10 @@ def split(name: str) -> tuple[str, str, str] | None:
     return None
 
 
-def kohya_key(module: Module, part: str) -> str:
-    """What kohya's and LyCORIS' files call a part: lora_unet_....lora_down.weight, ....hada_w1_a, ....alpha."""
-    return f"{module.kohya}.{_LYCORIS.get(part, part)}"
+def kohya_key(module: Module, kind: str, part: str) -> str:
+    """What kohya's and LyCORIS' files call a part: lora_unet_....lora_down.weight, ....hada_w1_a, ....lokr_w2, ....alpha."""
+    prefix = {"loha": "hada_", "lokr": "lokr_"}.get(kind, "")
+    return f"{module.kohya}.{_LYCORIS.get(part, part if part == 'alpha' else prefix + part)}"
 
 
 def _flattened(name: str) -> str:

@@ -39,10 +39,10 @@ def write_kohya(
     blobs: dict[str, Blob] = {}
     for name, layer in layers.items():
         for part, blob in layer.parts.items():
-            key = names.kohya_key(known[name], part)
+            key = names.kohya_key(known[name], layer.kind, part)
             blobs[key] = _cast(_shaped(layer, part, blob), dtype, key)
         if layer.kind != "full":
-            blobs[names.kohya_key(known[name], "alpha")] = number(layer.rank * layer.scale if layer.rank else layer.alpha or 1.0)
+            blobs[names.kohya_key(known[name], layer.kind, "alpha")] = number(layer.rank * layer.scale if layer.rank else layer.alpha or 1.0)
     head = {**kohya_fields(layers), **metadata}
     head["sshs_model_hash"] = _hash_of(blobs)
     return _write(out, blobs, _with_configs(head, configs))
