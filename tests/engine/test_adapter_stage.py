@@ -19,6 +19,7 @@ from train.model.adapters import layers, reading, training
 from train.model.networks import Networks, trained_parameters
 from train.observe import anymodel
 from train.storage.state_files import to_tensor
+from train.tools.show import model as show_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 EVERYTHING = 'adapter.targets=["unet.*.attentions.*","unet.*.resnets.*","unet.*samplers*","text_encoder*.self_attn.*","text_encoder*.mlp.*"]'
@@ -186,6 +187,7 @@ def test_it_leaves_the_adapter_in_both_forms_and_no_model(run: Stage, base_model
     assert one.metadata["ss_network_dim"] == "4" and one.metadata["anix.stage"] == "pretrain"
     whole = json.dumps(dict(one.metadata)) + (run.output / "lora/lineage.json").read_text()
     assert str(run.output.parent) not in whole, "no private path goes along"
+    assert show_model.report(run.output)["kind"] == "adapter"
     lineage = json.loads((run.output / "lineage.json").read_text())
     assert lineage["adapter"]["base"]["sha256"] == lineage["parent"]["sha256"]
 

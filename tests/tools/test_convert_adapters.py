@@ -144,6 +144,27 @@ def test_full_rank_reproduces_a_random_difference_to_fp16_and_the_rest_is_told(
         assert (layers.delta(layer) - difference).norm() < 2e-3 * difference.norm()  # fp16 keeps 11 bits of each factor
 
 
+def test_what_was_only_rounded_did_not_train(
+    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run's export holds in fp16 what the stage left alone."""
+    half = tmp_path / "half"
+    opened, changed = source.open_folder(base), weights(tuned)
+    pipeline = tinysdxl.build("two levels", clip=True)
+    for network in names.NETWORKS:
+        for name, parameter in getattr(pipeline, network).named_parameters():
+            key = networks.canonical(network, name)
+            trained = network == "unet"
+            parameter.data = (changed[key] if trained else to_tensor(opened.weights[key]).half().float())
+    pipeline.save_pretrained(half)
+    for network in names.NETWORKS[1:]:
+        file = half / network / "model.safetensors"
+        save_file({name: value.half() for name, value in load_file(file).items()}, file)
+    told = ask(monkeypatch, capsys, "extract", half, tmp_path / "x.safetensors", "--base", base, "--rank", "2")
+    assert not any(name.startswith("text_encoder") for name in reading.open_adapter(tmp_path / "x.safetensors", layouts.read_configs(base)).layers)
+    assert "left out" not in told
+
+
 def test_less_rank_says_what_it_loses(base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     told = ask(monkeypatch, capsys, "extract", tuned, tmp_path / "x", "--base", base, "--rank", "2", "--format", "diffusers")
     adapter = reading.open_adapter(tmp_path / "x", layouts.read_configs(base))

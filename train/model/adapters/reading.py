@@ -76,7 +76,8 @@ def given(text: str) -> tuple[Path, float]:
 def is_adapter(path: Path) -> bool:
     """Whether a file or folder is one of an adapter rather than of a model, by its names alone."""
     if path.is_dir():
-        return not (path / "model_index.json").exists() and any((path / name).is_file() for name in (DIFFUSERS_FILE, PEFT_FILE))
+        whole = any((path / name).exists() for name in ("model_index.json", "model"))  # the latter of a stage that merged it
+        return not whole and (any((path / name).is_file() for name in (DIFFUSERS_FILE, PEFT_FILE)) or any(path.glob("*-lora.safetensors")))
     if not path.is_file() or path.suffix != ".safetensors":
         return False
     try:
@@ -130,11 +131,10 @@ def file_of(path: Path) -> Path:
     for name in (DIFFUSERS_FILE, PEFT_FILE):
         if (path / name).is_file():
             return path / name
-    if (path / "lora" / DIFFUSERS_FILE).is_file():  # a finished stage that trained one
-        return path / "lora" / DIFFUSERS_FILE
     own = sorted(file.name for file in path.glob("*.safetensors"))
-    if len(own) == 1:
-        return path / own[0]
+    left = [name for name in own if name.endswith("-lora.safetensors") and not name.endswith("-ema-lora.safetensors")]  # by a stage
+    if len(usual := left or own) == 1:
+        return path / usual[0]
     pickles = sorted(p.name for p in path.glob("*") if p.suffix in tensor_files.PICKLE_SUFFIXES)
     hint = f"; {some(pickles, 1)} is a pickle and is not read, because reading one can run any code" if pickles else ""
     raise Halt(ExitCode.MISMATCH, f"{path} holds no {DIFFUSERS_FILE} and no {PEFT_FILE}{hint}{': name one of ' + some(own) if own else ''}")

@@ -61,9 +61,9 @@ OF_SEVERAL = ("merge", "extract", "add")
 
 
 def _is_adapter(source: Path) -> bool:
-    from train.tools.convert import adapters  # loads torch
+    from train.model.adapters.reading import is_adapter  # loads torch
 
-    return adapters.is_adapter(source)
+    return is_adapter(source)
 
 
 def _of_several(what: str, words: list[str]) -> int:

@@ -163,8 +163,3 @@ def _write_model(out: Path, weights: Mapping[str, Blob], model: LocalModel, reco
         single_file.write_sidecar(new, metadata, model.logit_scale)
         write_json(new / "lineage.json", dict(record))
     return hashes["unet/" + layouts.FILES["unet"]]
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether IN is an adapter rather than a model."""
-    return reading.is_adapter(path) or (path.is_dir() and (path / "lora" / reading.DIFFUSERS_FILE).is_file() and not (path / "model").is_dir())
