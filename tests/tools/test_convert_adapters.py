@@ -136,12 +136,18 @@ def test_full_rank_reproduces_a_random_difference_to_fp16_and_the_rest_is_told(
 ) -> None:
     other = tinysdxl.write(tmp_path / "other", "two levels", seed=9, clip=True)
     told = ask(monkeypatch, capsys, "extract", other, tmp_path / "x.safetensors", "--base", base, "--rank", "999")
-    assert "left out" in told and "norms, biases, embeddings" in told
+    assert "left out" in told and "norms, biases, embeddings" in told and "taken along whole" in told
+    ask(monkeypatch, capsys, "merge", base, tmp_path / "x.safetensors", tmp_path / "again")
+    wanted, got = weights(other), weights(tmp_path / "again")
+    far = {name for name in wanted if (got[name] - wanted[name]).norm() > 2e-3 * wanted[name].norm() and not name.startswith("vae.")}
+    assert far == {name for name in wanted if "embeddings." in name or "text_projection" in name}
+    plain = ask(monkeypatch, capsys, "extract", other, tmp_path / "y.safetensors", "--base", base, "--rank", "4", "--matrices-only")
+    assert "taken along" not in plain and not any(".diff" in key or "_norm" in key for key in load_file(tmp_path / "y.safetensors"))
     adapter = reading.open_adapter(tmp_path / "x.safetensors", layouts.read_configs(base))
     one, two = weights(base), weights(other)
     for name, layer in adapter.layers.items():
         difference = two[f"{name}.weight"] - one[f"{name}.weight"]
-        assert (layers.delta(layer) - difference).norm() < 2e-3 * difference.norm()  # fp16 keeps 11 bits of each factor
+        assert layer.rank == 0 or (layers.delta(layer) - difference).norm() < 2e-3 * difference.norm()  # fp16 keeps 11 bits of each factor
 
 
 def test_what_was_only_rounded_did_not_train(

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from train.base.errors import ExitCode, Halt
 from train.model.adapters import names
 from train.model.adapters.layers import Layer
+from train.model.adapters.names import Module
 from train.model.source import LocalModel
 from train.storage import state_files
 from train.storage.tensor_files import Blob
@@ -47,7 +48,8 @@ class Extracted:
 
     layers: dict[str, Layer] = field(default_factory=dict)
     parts: list[Part] = field(default_factory=list)
-    beyond: list[str] = field(default_factory=list)  # norms, biases, embeddings that differ
+    whole: int = 0  # norms and biases that go along as they are
+    beyond: list[str] = field(default_factory=list)  # tensors that differ and go along in no form
     beyond_squares: float = 0.0
 
     @property
@@ -64,11 +66,12 @@ class Extracted:
 
 
 def extract(
-    model: LocalModel, base: LocalModel, *, rank: int | None = None, energy: float | None = None, dtype: torch.dtype = torch.float16
-) -> Extracted:
+    model: LocalModel, base: LocalModel, *, rank: int | None = None, energy: float | None = None, rest: bool = True,
+    dtype: torch.dtype = torch.float16,
+) -> Extracted:  # fmt: skip
     """Layers of `rank`, or of the least rank that holds `energy` of each layer's squared difference.
 
-    Only the factors stay in memory. Modules are those that every program reads under kohya's names.
+    Only the factors stay in memory. `rest`: norms, and biases of modules that get a layer, go along whole.
     Raises Halt: MISMATCH (two architectures, nothing differs, not finite), NON_FINITE (a factor too large for `dtype`).
     """
     shapes = [{n: b.shape for n, b in m.weights.items() if not n.startswith("vae.")} for m in (model, base)]
@@ -76,6 +79,7 @@ def extract(
         raise Halt(ExitCode.MISMATCH, f"{model.path} and {base.path} are of two architectures: {len(unlike)} tensors differ in shape, as {unlike[0]}")
     known = names.names_of(base.configs).modules
     found, alpha = Extracted(), float(rank or ALPHA)
+    beside: dict[str, dict[str, torch.Tensor]] = {}  # vectors
     for name in sorted(shapes[0]):
         one, two = state_files.to_tensor(model.weights[name]), state_files.to_tensor(base.weights[name])
         narrow = model.weights[name].dtype
@@ -87,10 +91,15 @@ def extract(
             raise Halt(ExitCode.MISMATCH, f"{name} of {model.path} or {base.path} is not finite (NaN or infinity)")
         if squares == 0:
             continue
-        module = known.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if module is None or not module.usual:
-            found.beyond.append(name)
-            found.beyond_squares += squares
+        place, _, leaf = name.rpartition(".")
+        module = known.get(place) if not place.endswith("text_projection") else None  # programs disagree about its name
+        if module is None or leaf != "weight" or len(module.shape) == 1:
+            aside = rest and module is not None and (leaf == "bias" or len(module.shape) == 1)
+            if aside:
+                beside.setdefault(place, {})["bias" if leaf == "bias" else "diff"] = difference
+            if not aside:
+                found.beyond.append(name)
+                found.beyond_squares += squares
             continue
         up, down = factors(difference.flatten(1), rank=rank, energy=energy, name=name)
         evened = math.sqrt(up.shape[1] / alpha)  # on both, for the scale alpha / rank that readers apply
@@ -98,9 +107,28 @@ def extract(
         found.layers[module.name] = Layer(
             "lora", {"down": _blob(down * evened, dtype, name), "up": _blob(up * evened, dtype, name)}, alpha, module.shape
         )
+    _take_along(found, beside, known, dtype)
     if not found.layers:
         raise Halt(ExitCode.MISMATCH, f"{model.path} and {base.path} do not differ in any layer that an adapter reaches")
     return found
+
+
+def _take_along(
+    found: Extracted, beside: Mapping[str, Mapping[str, torch.Tensor]], known: Mapping[str, Module], dtype: torch.dtype
+) -> None:
+    """Norms as layers of their own, weight and bias together as programs want them; biases beside the layer of their module."""
+    for place, parts in beside.items():
+        module, layer = known[place], found.layers.get(place)
+        if len(module.shape) == 1:
+            both = {"diff": torch.zeros(module.shape), **({"bias": torch.zeros(module.shape)} if module.bias else {}), **parts}
+            found.layers[place] = Layer("full", {part: _blob(value, dtype, place) for part, value in both.items()}, None, module.shape)
+            found.whole += len(parts)
+        elif layer is not None:
+            found.layers[place] = replace(layer, parts={**layer.parts, "bias": _blob(parts["bias"], dtype, place)})
+            found.whole += 1
+        else:
+            found.beyond.append(f"{place}.bias")
+            found.beyond_squares += float(parts["bias"].double().square().sum())
 
 
 def factors(matrix_OI: torch.Tensor, *, rank: int | None, energy: float | None, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,18 +17,21 @@ from train.storage.state_files import to_tensor
 from train.storage.tensor_files import Blob
 
 # What a kind must have, and what it may have beside; lokr is judged by `_problem_of_lokr`.
-_NEEDS = {"lora": {"down", "up"}, "loha": {"w1_a", "w1_b", "w2_a", "w2_b"}, "lokr": set[str](), "full": {"diff"}}
-_MAY = {"lora": {"mid", "dora"}, "loha": {"t1", "t2", "dora"}, "lokr": {"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "dora"}, "full": set[str]()}
+_NEEDS = {"lora": {"down", "up"}, "loha": {"w1_a", "w1_b", "w2_a", "w2_b"}, "lokr": set[str](), "full": set[str]()}
+_MAY = {
+    "lora": {"mid", "dora", "bias"}, "loha": {"t1", "t2", "dora", "bias"}, "full": {"diff", "bias"},
+    "lokr": {"w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2", "dora", "bias"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Layer:
     """What an adapter holds for one module, not read yet. `alpha`: None where the file says none."""
 
-    kind: str  # lora, loha, lokr, full
+    kind: str  # lora, loha, lokr, full; with any of them a part "bias", the whole difference of the module's bias
     parts: Mapping[str, Blob]
     alpha: float | None
-    shape: tuple[int, ...]  # of the weight it is added to: [O, I] or [O, I, K, K]
+    shape: tuple[int, ...]  # of the weight it is added to: [O, I] or [O, I, K, K], of a norm [O]
 
     @property
     def rank(self) -> int:
@@ -40,6 +43,11 @@ class Layer:
     def scale(self) -> float:
         """What the product is multiplied with: alpha / rank."""
         return 1.0 if self.alpha is None or not self.rank else self.alpha / self.rank
+
+    @property
+    def weighs(self) -> bool:
+        """Whether it changes the weight, and not the bias alone."""
+        return bool(self.parts.keys() - {"bias"})
 
     @property
     def values(self) -> int:
@@ -59,6 +67,10 @@ def problem(layer: Layer) -> str | None:
     if layer.alpha is not None and not (math.isfinite(layer.alpha) and abs(layer.alpha) < 1e6):
         return f"alpha {layer.alpha}"
     shapes = {part: blob.shape for part, blob in layer.parts.items()}
+    if len(layer.shape) == 1 and layer.kind != "full":
+        return f"a {layer.kind} of a norm"
+    if "bias" in shapes and shapes["bias"] != layer.shape[:1]:
+        return f"a difference {list(shapes['bias'])} for a bias of {list(layer.shape[:1])}"
     checks = {"lora": _problem_of_lora, "loha": _problem_of_loha, "lokr": _problem_of_lokr, "full": _problem_of_full}
     return checks[layer.kind](shapes, layer.shape) or _problem_of_dora(shapes, layer.shape)
 
@@ -129,7 +141,7 @@ def _problem_of_lokr(shapes: Shapes, weight: tuple[int, ...]) -> str | None:
 
 
 def _problem_of_full(shapes: Shapes, weight: tuple[int, ...]) -> str | None:
-    return None if shapes["diff"] == weight else f"a difference {list(shapes['diff'])} for {list(weight)}"
+    return None if shapes.get("diff", weight) == weight else f"a difference {list(shapes['diff'])} for {list(weight)}"
 
 
 def _problem_of_dora(shapes: Shapes, weight: tuple[int, ...]) -> str | None:
@@ -158,7 +170,7 @@ def delta(layer: Layer, base: torch.Tensor | None = None) -> torch.Tensor:
 
 def _product(layer: Layer) -> torch.Tensor:
     """The product of the factors, fp32."""
-    parts = {name: to_tensor(blob) for name, blob in layer.parts.items() if name != "dora"}
+    parts = {name: to_tensor(blob) for name, blob in layer.parts.items() if name not in ("dora", "bias")}
     if layer.kind == "lora":
         down, up = parts["down"], parts["up"].flatten(1)
         if "mid" in parts:

@@ -22,29 +22,34 @@ def merged(weights: Mapping[str, Blob], adapters: Weighted) -> dict[str, Blob]:
 
     Reading one raises Halt: MISMATCH (an adapter that is not finite), NON_FINITE (a sum too large for the weight's dtype).
     """
-    touched = {module for adapter, _ in adapters for module in adapter.layers}
+    touched = reached(adapters)
     return {
-        name: _computed(blob, partial(_added, name, blob, adapters)) if name.removesuffix(".weight") in touched and name.endswith(".weight") else blob
-        for name, blob in weights.items()
+        name: _computed(blob, partial(_added, name, blob, adapters)) if name in touched else blob for name, blob in weights.items()
     }
+
+
+def reached(adapters: Weighted) -> set[str]:
+    """Canonical names of the tensors that adapters change."""
+    layers = [(module, layer) for adapter, _ in adapters for module, layer in adapter.layers.items()]
+    return {f"{m}.weight" for m, layer in layers if layer.weighs} | {f"{m}.bias" for m, layer in layers if "bias" in layer.parts}
 
 
 def widened(weights: Mapping[str, Blob], adapters: Weighted) -> dict[str, Blob]:
     """`merged`, in fp32 where an adapter reaches: for networks that are built from it, not for a file."""
-    reached = {f"{module}.weight" for adapter, _ in adapters for module in adapter.layers}
-    wide = {name: tensor_files.cast(blob, "F32", name) if name in reached else blob for name, blob in weights.items()}
+    touched = reached(adapters)
+    wide = {name: tensor_files.cast(blob, "F32", name) if name in touched else blob for name, blob in weights.items()}
     return merged(wide, adapters)
 
 
 def added(name: str, base: torch.Tensor, adapters: Weighted) -> torch.Tensor:
     """A weight in fp32 with what the adapters add to it, in their order. Raises Halt(MISMATCH) naming one that is not finite."""
-    module = name.removesuffix(".weight")
+    module, _, leaf = name.rpartition(".")
     total = base.clone()
     for adapter, strength in adapters:
         layer = adapter.layers.get(module)
-        if layer is None or strength == 0:
+        if layer is None or strength == 0 or not (layer.weighs if leaf == "weight" else "bias" in layer.parts):
             continue
-        difference = layers.delta(layer, base)
+        difference = layers.delta(layer, base) if leaf == "weight" else state_files.to_tensor(layer.parts["bias"])
         if not bool(torch.isfinite(difference).all()):
             raise Halt(ExitCode.MISMATCH, f"{adapter.path}: {module} is not finite (NaN or infinity)")
         total.add_(difference, alpha=strength)

@@ -33,20 +33,22 @@ _ENDS = tuple(
         (rf"\.lora_A{_SLOT}\.weight", "lora", "down"), (rf"\.lora_B{_SLOT}\.weight", "lora", "up"),
         (r"\.lora_mid\.weight", "lora", "mid"), (r"\.dora_scale", "any", "dora"),
         (rf"\.lora_magnitude_vector{_SLOT}(?:\.weight)?", "any", "dora"), (r"\.alpha", "any", "alpha"),
-        (r"\.diff", "full", "diff"),
+        (r"\.diff", "full", "diff"), (r"\.w_norm", "full", "diff"), (r"\.b_norm", "full", "bias"), (r"\.diff_b", "any", "bias"),
         *((rf"\.hada_{part}{_SLOT}", "loha", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
         *((rf"\.lokr_{part}{_SLOT}", "lokr", part) for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
     )
 )  # fmt: skip
-_LYCORIS = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "dora": "dora_scale", "diff": "diff"}
+_LYCORIS = {"down": "lora_down.weight", "up": "lora_up.weight", "mid": "lora_mid.weight", "dora": "dora_scale", "diff": "diff", "bias": "diff_b"}
+_NORM = {"diff": "w_norm", "bias": "b_norm"}
 
 
 @dataclass(frozen=True)
 class Module:
-    """A module that an adapter can reach: its weight's shape, and its names."""
+    """A module that an adapter can reach: its weight's shape (a norm's is a vector), and its names."""
 
     name: str  # canonical, without ".weight": unet.conv_in
     shape: tuple[int, ...]
+    bias: bool  # it has one
     kohya: str  # lora_unet_input_blocks_0_0
     usual: bool  # sd-scripts trains it, so every program that reads its files knows it
 
@@ -101,6 +103,8 @@ def split(name: str) -> tuple[str, str, str] | None:
 
 def kohya_key(module: Module, kind: str, part: str) -> str:
     """What kohya's and LyCORIS' files call a part: lora_unet_....lora_down.weight, ....hada_w1_a, ....lokr_w2, ....alpha."""
+    if len(module.shape) == 1:
+        return f"{module.kohya}.{_NORM[part]}"
     prefix = {"loha": "hada_", "lokr": "lokr_"}.get(kind, "")
     return f"{module.kohya}.{_LYCORIS.get(part, part if part == 'alpha' else prefix + part)}"
 
@@ -110,16 +114,18 @@ def _flattened(name: str) -> str:
 
 
 def _modules(configs: sdxl.Configs) -> Iterator[Module]:
-    """Every matrix and convolution with a weight; embeddings are none."""
+    """Every matrix, convolution and norm; embeddings are none."""
+    every = sdxl.folder_shapes(configs, networks=NETWORKS)
     for link in sdxl.links(configs, NETWORKS):
         for name in link.folder:
-            shape = sdxl.folder_shapes(configs, networks=NETWORKS)[name]
+            shape = every[name]
             module, _, leaf = name.rpartition(".")
-            if leaf != "weight" or len(shape) not in (2, 4) or "embeddings." in name:
+            if leaf != "weight" or len(shape) not in (1, 2, 4) or "embeddings." in name:
                 continue
             network, _, key = module.partition(".")
             inner = link.single.removeprefix(sdxl.PREFIXES["unet"]).removesuffix(".weight") if network == "unet" else key
-            yield Module(module, tuple(shape), f"{KOHYA[network]}_{_flattened(inner)}", is_usual(module))
+            usual = is_usual(module) and len(shape) > 1
+            yield Module(module, tuple(shape), f"{module}.bias" in every, f"{KOHYA[network]}_{_flattened(inner)}", usual)
 
 
 def is_usual(name: str) -> bool:

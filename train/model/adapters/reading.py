@@ -31,7 +31,6 @@ _MOST_WEIGHT = 100
 # Adapters that nobody here can add to a weight, by a part of their tensors' names.
 _OTHER_KINDS = {
     ".oft_": "an OFT adapter (rotations)", ".on_input": "an IA3 adapter", ".ia3_": "an IA3 adapter", ".a1.weight": "a GLoRA",
-    ".w_norm": "differences of norms (w_norm)", ".b_norm": "differences of norms (b_norm)", ".diff_b": "differences of biases (diff_b)",
     ".lora_embedding": "a LoRA of embeddings", "bundle_emb": "an embedding bundled with a LoRA (bundle_emb)",
     ".vera_": "a VeRA adapter", ".boft_": "a BOFT adapter", ".hada_w1.": "a LoHa of an unknown form",
     ".lora_B.bias": "a LoRA with biases", ".modules_to_save": "whole modules (modules_to_save)", ".reference": "a slider's reference",
@@ -115,7 +114,7 @@ def open_adapter(path: Path, configs: sdxl.Configs) -> Adapter:
     if not found:
         raise Halt(ExitCode.MISMATCH, f"{file} holds no tensor of an adapter (first: {some(sorted(source.blobs)[:3]) or 'none'})")
     said = _said_alphas(file, source.metadata, peft, network)
-    made = {module: _layer(file, module, parts, known.modules[module].shape, said) for module, parts in sorted(found.items())}
+    made = {module: _layer(file, known.modules[module], parts, said) for module, parts in sorted(found.items())}
     notes = []
     if unstated := sum(layer.alpha is None and layer.rank > 0 for layer in made.values()):
         notes.append(f"{unstated} layers state no alpha: it is taken for the rank")
@@ -196,9 +195,12 @@ def _refuse_types(file: Path, blobs: Mapping[str, Blob]) -> None:
         raise Halt(ExitCode.MISMATCH, f"{file} holds quantised or integer weights ({len(other)}, as {some([name])} in {other[name].dtype}): save it in fp16 or fp32")
 
 
-def _layer(
-    file: Path, module: str, parts: Mapping[str, tuple[str, Blob]], shape: tuple[int, ...], said: Mapping[str, Any]
-) -> Layer:
+def _layer(file: Path, of: names.Module, parts: Mapping[str, tuple[str, Blob]], said: Mapping[str, Any]) -> Layer:
+    module, shape = of.name, of.shape
+    if "any/bias" in parts or "full/bias" in parts:
+        if not of.bias:
+            raise Halt(ExitCode.MISMATCH, f"{file}: {module} has no bias that {some([n for n, _ in parts.values()], 4)} could change")
+        parts = {"full/bias" if key == "any/bias" and len(parts) == 1 else key: value for key, value in parts.items()}
     kinds = {key.partition("/")[0] for key in parts} - {"any"}
     if len(kinds) != 1:
         mixed = f"two kinds of adapter at once ({', '.join(sorted(kinds))})" if kinds else "no weights beside its alpha or scale"
@@ -210,7 +212,7 @@ def _layer(
     alpha = _stored_alpha(file, module, stored) if stored is not None else None
     if wrong is None:
         try:
-            alpha = _said_alpha(said, module, layer.rank) if alpha is None else alpha
+            alpha = _said_alpha(said, module, layer.rank) if alpha is None and layer.kind != "full" else alpha
             wrong = layers.problem(Layer(layer.kind, blobs, alpha, shape))
         except (IndexError, ZeroDivisionError):
             wrong = "tensors without the sides that its kind has"

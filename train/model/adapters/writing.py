@@ -59,7 +59,7 @@ def write_diffusers(
     """
     if not renew:
         model_folder.refuse_existing(out)
-    kinds = Counter(layer.kind for layer in layers.values() if layer.kind != "lora" or "mid" in layer.parts)
+    kinds = Counter(layer.kind for layer in layers.values() if layer.kind != "lora" or {"mid", "bias"} & layer.parts.keys())
     if kinds:
         told = ", ".join(f"{count} layers of {kind}" for kind, count in sorted(kinds.items()))
         raise Halt(ExitCode.MISMATCH, f"{out}: {told}: diffusers' own names are of LoRA and DoRA alone; write a .safetensors file in kohya's names")
@@ -132,7 +132,7 @@ def _shaped(layer: Layer, part: str, blob: Blob) -> Blob:
     if part == "dora":
         by_output = blob.shape[:1] != (1,) or layer.shape[0] == 1
         return tensor_files.reshaped(blob, (layer.shape[0], 1, *kernel)) if by_output else blob
-    if layer.kind != "lora" or part == "mid":
+    if layer.kind != "lora" or part not in ("down", "up"):
         return blob
     if part == "up":
         return tensor_files.reshaped(blob, (layer.shape[0], layer.rank, *kernel))

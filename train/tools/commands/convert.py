@@ -82,6 +82,7 @@ def _of_several(what: str, words: list[str]) -> int:
         parser.add_argument("--rank", type=int, help="of every layer")
         parser.add_argument("--energy", type=float, help="share of each layer's squared difference that is kept, for example 0.95")
         parser.add_argument("--format", default="kohya", choices=("kohya", "diffusers"), help="a .safetensors file, or a folder")
+        parser.add_argument("--matrices-only", action="store_true", help="kohya: without norms and biases, so that stock diffusers reads it too")
         parser.add_argument("--dtype", default="fp16", choices=("fp16", "fp32"), help="of the adapter's weights")
     else:
         parser.description = "A + X (B - C), summed in fp32: what B learnt from C, added to A"
@@ -95,7 +96,8 @@ def _of_several(what: str, words: list[str]) -> int:
     if what == "merge":
         lines = adapters.merge(a.base, a.loras, a.out)
     elif what == "extract":
-        lines = adapters.extract(a.model, a.base, a.out, rank=a.rank, energy=a.energy, form=a.format, dtype=a.dtype)
+        options = {name: getattr(a, name) for name in ("rank", "energy", "dtype", "matrices_only")}
+        lines = adapters.extract(a.model, a.base, a.out, form=a.format, **options)
     else:
         lines = adapters.add(a.a, a.b, a.c, a.times, a.out)
     for line in lines:

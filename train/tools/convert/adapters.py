@@ -64,8 +64,9 @@ def add(a: Path, b: Path, c: Path, times: float, out: Path) -> Iterator[str]:
 
 
 def extract(
-    model_path: Path, base_path: Path, out: Path | None, *, rank: int | None, energy: float | None, form: str, dtype: str
-) -> Iterator[str]:
+    model_path: Path, base_path: Path, out: Path | None, *, rank: int | None, energy: float | None, form: str, dtype: str,
+    matrices_only: bool = False,
+) -> Iterator[str]:  # fmt: skip
     """The difference of a model and its base as an adapter. Raises Halt."""
     extraction.refuse_options(rank, energy)
     suffix = ".safetensors" if form == "kohya" else ""
@@ -75,14 +76,17 @@ def extract(
     model_folder.refuse_existing(out)
     model, base = anymodel.open_any(model_path), anymodel.open_any(base_path)
     yield _parentage(model, base)
-    found = extraction.extract(model, base, rank=rank, energy=energy, dtype=state_files.PRECISIONS[dtype])
+    rest = form == "kohya" and not matrices_only
+    found = extraction.extract(model, base, rank=rank, energy=energy, rest=rest, dtype=state_files.PRECISIONS[dtype])
     for part in sorted(found.parts, key=lambda part: -part.error)[:SHOWN_LAYERS]:
         yield f"  {part.module}: rank {part.rank}, error {part.error:.3g}"
     if len(found.parts) > SHOWN_LAYERS:
         yield f"  and {len(found.parts) - SHOWN_LAYERS} layers with smaller errors"
+    if found.whole:
+        yield f"taken along whole: {found.whole} norms and biases (stock diffusers refuses a file with them; --matrices-only leaves them out)"
     if found.beyond:
         yield (
-            f"left out: {len(found.beyond)} tensors that no layer of an adapter reaches (norms, biases, embeddings), "
+            f"left out: {len(found.beyond)} tensors that are no matrix with a layer (norms, biases, embeddings), "
             f"{found.beyond_share:.2%} of the squared difference"
         )
     record = _record("extraction", model, {
