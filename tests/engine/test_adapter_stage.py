@@ -213,6 +213,17 @@ def test_the_run_opens_as_its_base_with_the_adapter_added(run: Stage, base_model
     torch.testing.assert_close(trained, by_hand, rtol=1e-6, atol=1e-6)
 
 
+def test_the_report_and_the_plan_know_an_adapters_run(run: Stage, tmp_path: Path) -> None:
+    from train.tools.estimate.estimate import _foreign_size
+    from train.tools.report.page import write_page
+
+    file = run.output / "pretrain-lora.safetensors"
+    page = write_page([run.output], tmp_path / "page.html", loras=[f"{file}:0.5"]).read_text()
+    section = page.partition('id="adapters"')[2].partition("<section")[0]
+    assert "pretrain-lora" in section and "0.5" in section and "2, 4" in section
+    assert _foreign_size(str(run.output)) == [8, 16]
+
+
 def test_a_stage_goes_on_with_its_parents_adapter(run: Stage, dataset: Path, tmp_path: Path) -> None:
     same = (*LORA, 'adapter.rank_pattern={"*.conv1": 2}')
     child = Stage(tmp_path / "child", dataset, run.output, "ft1")

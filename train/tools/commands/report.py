@@ -18,6 +18,7 @@ def main() -> None:
         "--samples", action="append", default=[], metavar="NAME=DIR",
         help="pictures by scripts/sample.py that join the comparison, e.g. base=samples/base (repeatable)",
     )  # fmt: skip
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:weight]", help="adapter to tell of beside those of the runs (repeatable)")
     parser.add_argument("--quality", type=Path, metavar="JSON", help="what scripts/quality.py measured")
     arguments = parser.parse_args()
     extra: dict[str, Path] = {}
@@ -32,4 +33,4 @@ def main() -> None:
     from train.tools.report.page import write_page
 
     runs, out, quality = arguments.runs, arguments.out, arguments.quality
-    print(write_page(runs, out, title=arguments.title, extra_samples=extra, quality=quality))
+    print(write_page(runs, out, title=arguments.title, extra_samples=extra, quality=quality, loras=arguments.lora))

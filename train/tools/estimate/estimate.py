@@ -13,6 +13,7 @@ from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.config.derived import Rates, Start
+from train.config.stage import load_stage
 from train.model import memory
 from train.model.memory import GIB, Prediction, Setup
 from train.recipe import schedule
@@ -205,6 +206,9 @@ def _foreign_size(init_from: str) -> list[int] | None:
         if file.is_file():
             channels = list(json.loads(file.read_text()).get("block_out_channels", []))
             return None if channels == [320, 640, 1280] else channels
+    run = Path(init_from)
+    if (run / "lora").is_dir() and (run / "config.yaml").is_file():  # a stage that left an adapter: what that stands on
+        return _foreign_size(load_stage([run / "config.yaml"]).origin.path)
     return None
 
 

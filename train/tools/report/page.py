@@ -16,6 +16,7 @@ from train.observe.runs import Picture, Run, finite
 from train.prepare.health.pages import html, joined
 from train.prepare.health.pages import page as whole_page
 from train.tools.quality.record import read_quality
+from train.tools.report.adapters import adapters_section
 from train.tools.report.charts import Points, bar_chart, colour_of, extent, line_chart, smooth
 from train.tools.report.charts import number as short
 from train.tools.report.heldout import held_out_section
@@ -39,12 +40,12 @@ EDGE_UPDATES = 50  # first and last updates whose mean the summary shows
 
 def write_page(
     runs: Sequence[str | Path], out: str | Path, *, title: str = "", extra_samples: Mapping[str, Path] | None = None,
-    quality: Path | None = None,
+    quality: Path | None = None, loras: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Write the report of `runs` (in the order of the recipe) to `out` and return its path.
 
     `extra_samples` names folders of pictures by scripts/sample.py that take part in the comparison (such as the base
-    model's); `quality` is a file by scripts/quality.py. Raises Halt: USAGE for a path that is no directory or a file
+    model's); `loras`: adapters to tell of beside those of the runs, FILE or FILE:weight; `quality` is a file by scripts/quality.py. Raises Halt: USAGE for a path that is no directory or a file
     that is no such record, CANNOT_WRITE.
     """
     judged = read_quality(quality) if quality is not None else None
@@ -53,7 +54,7 @@ def write_page(
     read = run_files.told_apart([run_files.read_run(path) for path in runs])
     notes: list[str] = []
     others = {name: run_files.read_pictures(folder, notes) for name, folder in (extra_samples or {}).items()}
-    out, text_of_page = Path(out), page(read, others, notes, title, judged)
+    out, text_of_page = Path(out), page(read, others, notes, title, judged, adapters_section(read, loras, notes))
     if out.is_dir():
         raise Halt(ExitCode.USAGE, f"--out {out} is a directory: name a file in it")
     try:
@@ -65,9 +66,10 @@ def write_page(
 
 
 def page(
-    runs: Sequence[Run], others: Mapping[str, list[Picture]], notes: Sequence[str], title: str, quality: Mapping[str, Any] | None
-) -> str:
-    """The whole HTML text."""
+    runs: Sequence[Run], others: Mapping[str, list[Picture]], notes: Sequence[str], title: str, quality: Mapping[str, Any] | None,
+    adapters: str = "",
+) -> str:  # fmt: skip
+    """The whole HTML text. `adapters`: the section that tells of them."""
     heading = title or "Training report: " + ", ".join(run.name for run in runs)
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     sections = [
@@ -79,6 +81,7 @@ def page(
         ("Quality of the samples", quality_section(quality, [run.name for run in runs])),
         ("Samples over time", joined(strips(run) for run in runs)),
         ("Configuration", configuration(runs)),
+        ("Adapters", adapters),
         ("Lineage", lineage(runs)),
         ("Notes", listed([*notes, *(note for run in runs for note in run.notes)])),
     ]
