@@ -202,6 +202,23 @@ class QuotaConfig:
 
 
 @dataclass(frozen=True)
+class BoostConfig:
+    """Pictures that are visited more often."""
+
+    where: list[str] = key(MISSING, "`column op value`, all must hold")
+    times: int = key(MISSING, "their visits are multiplied by this", at_least=1, at_most=MAX_REPEATS)
+
+
+@dataclass(frozen=True)
+class BalanceConfig:
+    """Rare values of a column are visited more often, frequent ones never less."""
+
+    by: str = key(MISSING, "column whose values are counted: character, artist, ..., or any other")
+    to: int = key(MISSING, "visits an epoch that rarer values are raised to", at_least=1)
+    most: int = key(8, "times as often as before that a picture is visited at most", at_least=1, at_most=MAX_REPEATS)
+
+
+@dataclass(frozen=True)
 class SelectConfig:
     """What one stage trains on."""
 
@@ -211,6 +228,8 @@ class SelectConfig:
     caps: dict[str, int] = key(dict, "most images per artist, character, ...")
     quota: QuotaConfig | None = key(None, "shares of a column's values")
     repeats: int = key(1, "visits of each image an epoch, times the source's", at_least=1, at_most=MAX_REPEATS)
+    boost: list[BoostConfig] = key(list, "pictures visited `times` as often, where all of `where` holds; several multiply")
+    balance: BalanceConfig | None = key(None, "rare values visited more often, after repeats and boost")
     seed: int | None = key(None, "null = the dataset's")
     min_bucket: int = key(16, "smaller buckets are merged into one of like shape, or stay; the stage's micro-batch", at_least=1)
     merge_crop: float = key(0.125, "most of its area that a picture may lose by that; 0 = nothing, 1 = always the nearest shape", at_least=0, at_most=1)

@@ -40,7 +40,7 @@ def named_source_problems(settings: DatasetConfig) -> Iterator[str]:
 def selection_problems(settings: DatasetConfig) -> Iterator[str]:
     """What does not go together in a selection."""
     for stage, select in settings.select.items():
-        yield from judged(select, [partial(_quota, stage=stage)])
+        yield from judged(select, [partial(_quota, stage=stage), partial(_boosts, stage=stage)])
 
 
 def _quota(select: SelectConfig, stage: str) -> str | None:
@@ -48,6 +48,11 @@ def _quota(select: SelectConfig, stage: str) -> str | None:
     if quota is None or (all(share >= 0 for share in quota.shares.values()) and 0 < sum(quota.shares.values()) <= 1 + 1e-9):
         return None
     return f"select.{stage}.quota: shares are parts of 1 and sum up to it at most"
+
+
+def _boosts(select: SelectConfig, stage: str) -> str | None:
+    empty = [number for number, boost in enumerate(select.boost) if not boost.where]
+    return f"select.{stage}.boost[{empty[0]}].where is empty: for every picture, that is repeats" if empty else None
 
 
 def _npz(settings: DatasetConfig, number: int) -> str | None:

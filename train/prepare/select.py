@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
-from train.config.dataset import MAX_REPEATS, DatasetConfig, dataset_dir
+from train.config.dataset import MAX_REPEATS, DatasetConfig, SelectConfig, dataset_dir
+from train.prepare.choosing.balance import Mixed, balanced, boosted, told_of
 from train.prepare.choosing.candidates import Candidates, known_column
 from train.prepare.choosing.filters import by_quota, capped, where
 from train.prepare.choosing.merging import Cost, merge, told
@@ -28,7 +29,7 @@ from train.prepare.choosing.predicates import parse
 from train.prepare.tables import units
 from train.prepare.tables.progress import bar
 from train.prepare.tables.quarantine import Complaint, judge
-from train.prepare.tables.schemas import SELECT, Quarantine
+from train.prepare.tables.schemas import SELECT, TAG_GROUPS, Quarantine
 from train.prepare.tables.workers import Peers
 from train.recipe.buckets import make_buckets
 from train.recipe.exclusions import EXCLUSIONS_VERSION
@@ -53,11 +54,13 @@ def run(settings: DatasetConfig) -> None:
                         candidates = candidates or _candidates(settings)
                         _select(settings, stage, candidates, mark)
                     shown.update()
-    told_of = {stage: stored(dataset, stage) for stage in settings.select}
-    filters = {stage: ", ".join(f"{name} {count}" for name, count in told_of[stage]["counts"]) for stage in told_of}
+    said = {stage: stored(dataset, stage) for stage in settings.select}
+    filters = {stage: ", ".join(f"{name} {count}" for name, count in said[stage]["counts"]) for stage in said}
     for stage, counts in filters.items():
         print(f"select {stage}: {counts}; {selection_visits(dataset, stage)} visits an epoch")
-        config, cost = settings.select[stage], told_of[stage]["merging"]
+        config, cost = settings.select[stage], said[stage]["merging"]
+        if (line := told_of(Mixed(**(said[stage]["mixed"] or {"before": 0, "after": 0})))):
+            print(f"select {stage}: {line}")
         if cost is not None and (line := told(Cost(**cost), config.min_bucket, config.merge_crop)):
             print(f"select {stage}: {line}")
     for note in all_notes(dataset, filters):
@@ -73,11 +76,15 @@ def run(settings: DatasetConfig) -> None:
 def check_filters(settings: DatasetConfig) -> None:
     """Before any work, also of earlier steps: a typing error is found at once. Raises Halt(USAGE)."""
     for stage, config in settings.select.items():
-        for text in config.where:
+        named = {"where": config.where} | {f"boost[{number}].where": boost.where for number, boost in enumerate(config.boost)}
+        columns = [(name, lambda text=text: parse(text).column) for name, texts in named.items() for text in texts]
+        if config.balance is not None and config.balance.by not in TAG_GROUPS:
+            columns.append(("balance.by", lambda by=config.balance.by: by))
+        for name, column in columns:
             try:
-                known_column(parse(text).column)
+                known_column(column())
             except Halt as halt:
-                raise Halt(halt.code, halt.message.replace("select.where", f"select.{stage}.where")) from halt
+                raise Halt(halt.code, halt.message.replace("select.where", f"select.{stage}.{name}")) from halt
         _keys(config.allow, f"select.{stage}.allow")
         _keys(config.deny, f"select.{stage}.deny")
 
@@ -89,7 +96,8 @@ def selection_path(dataset: Path, stage: str) -> Path:
 
 def stored(dataset: Path, stage: str) -> dict[str, Any]:
     """What a stage's table says of itself: rows after each filter (`counts`), which small buckets were merged into which
-    (`merged`), the Cost of that (`merging`, None in older tables), filters that do nothing (`notes`), and its `mark`.
+    (`merged`), the Cost of that (`merging`), what boost and balance made of the visits (`mixed`; both None in older tables),
+    filters that do nothing (`notes`), and its `mark`.
 
     Empty where the table is not there.
     """
@@ -97,7 +105,7 @@ def stored(dataset: Path, stage: str) -> dict[str, Any]:
         found = pq.read_metadata(selection_path(dataset, stage)).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return {}
-    told = {name: json.loads(found.get(name.encode(), b"null")) for name in ("counts", "merged", "merging", "notes")}
+    told = {name: json.loads(found.get(name.encode(), b"null")) for name in ("counts", "merged", "merging", "mixed", "notes")}
     return told | {"mark": found.get(b"mark", b"").decode()}
 
 
@@ -123,8 +131,9 @@ def selection_mark(settings: DatasetConfig, stage: str) -> str:
     lists = [_keys(config.allow, f"select.{stage}.allow"), _keys(config.deny, f"select.{stage}.deny")]
     # Only where a source says so: what was selected before there was such a key stays what it is.
     repeats = {source.name: source.repeats for source in settings.sources if source.repeats != 1}
+    chosen = {name: value for name, value in asdict(config).items() if name not in ("boost", "balance") or value}
     return units.config_id(
-        inputs=[units.table_fingerprint(dataset, table) for table in INPUTS], select=asdict(config), lists=lists,
+        inputs=[units.table_fingerprint(dataset, table) for table in INPUTS], select=chosen, lists=lists,
         buckets=asdict(settings.buckets), seed=settings.seed, code=[SELECT_VERSION, EXCLUSIONS_VERSION],
         assume={source.name: source.assume_rating for source in settings.sources},
         **({"repeats": repeats} if repeats else {}),
@@ -154,7 +163,7 @@ def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: s
     kept &= visits > 0
     if not visits.all():
         counts.append(("folders of 0 repeats", int(kept.sum())))
-    kept, filtered, notes = where(candidates, config, kept, allowed)
+    kept, filtered, notes = where(candidates, config.where, kept, allowed)
     counts += filtered
     seed = settings.seed if config.seed is None else config.seed
     order = np.flatnonzero(kept)
@@ -166,9 +175,26 @@ def _select(settings: DatasetConfig, stage: str, candidates: Candidates, mark: s
     if config.quota is not None:
         order, found = by_quota(candidates, order, config.quota)
         counts, notes = [*counts, ("quota", len(order))], notes + found
-    rows = np.sort(order)
-    _check_visits(stage, candidates, rows, visits[rows])
-    _write(settings, stage, candidates, rows, allowed, counts=counts, mark=mark, repeats=visits[rows], notes=notes)
+    repeats, mixed, found = _mixed(config, candidates, order, visits[order])
+    notes += found
+    _check_visits(stage, candidates, order, repeats)
+    rising = np.argsort(order)
+    _write(
+        settings, stage, candidates, order[rising], allowed, repeats=repeats[rising],
+        counts=counts, mark=mark, notes=notes, mixed=mixed,
+    )  # fmt: skip
+
+
+def _mixed(config: SelectConfig, candidates: Candidates, order: Rows, visits: Rows) -> tuple[Rows, Mixed | None, list[str]]:
+    """(visits of the rows in `order`, what boost and balance did, None without them, what is to be said)."""
+    if not config.boost and config.balance is None:
+        return visits, None, []
+    now, boosts, notes = boosted(candidates, config.boost, order, visits)
+    balance = None
+    if config.balance is not None:
+        now, balance, found = balanced(candidates, config.balance, order, now)
+        notes += found
+    return now, Mixed(int(visits.sum()), int(now.sum()), boosts, balance), notes
 
 
 def _check_visits(stage: str, candidates: Candidates, rows: Rows, visits: Rows) -> None:
@@ -178,14 +204,14 @@ def _check_visits(stage: str, candidates: Candidates, rows: Rows, visits: Rows) 
         key = candidates.keys[int(rows[first])].as_py()
         raise Halt(
             ExitCode.MISMATCH,
-            f"select.{stage}.repeats x the source's repeats make {visits[first]} visits of {key}, {MAX_REPEATS} at most: "
-            "set one of them lower",
+            f"select.{stage}.repeats x the source's repeats x boost and balance make {visits[first]} visits of {key}, "
+            f"{MAX_REPEATS} at most: set one of them lower",
         )
 
 
 def _write(
     settings: DatasetConfig, stage: str, candidates: Candidates, rows: Rows, allowed: Mask, *,
-    counts: list[tuple[str, int]], mark: str, repeats: Rows, notes: list[str],
+    counts: list[tuple[str, int]], mark: str, repeats: Rows, notes: list[str], mixed: Mixed | None,
 ) -> None:  # fmt: skip
     config, sizes = settings.select[stage], settings.buckets
     buckets, into, cost = merge(
@@ -206,6 +232,7 @@ def _write(
     metadata = {
         "mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged),
         "merging": json.dumps(asdict(cost)), "notes": json.dumps(notes),
+        **({"mixed": json.dumps(asdict(mixed))} if mixed is not None else {}),  # else the bytes of earlier sets
     }  # fmt: skip
     units.write_parquet(selection_path(dataset_dir(settings), stage), table, metadata)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from train.config.dataset import QuotaConfig, SelectConfig
+from train.config.dataset import QuotaConfig
 from train.prepare.choosing.candidates import Candidates
 from train.prepare.choosing.predicates import Outcome, Predicate, evaluate, parse, word_of
 from train.prepare.tables.schemas import TAG_GROUPS
@@ -31,11 +31,11 @@ _SOURCE_OF = {  # where a column's values come from: what somebody who misses th
 
 
 def where(
-    candidates: Candidates, config: SelectConfig, kept: Mask, allowed: Mask
+    candidates: Candidates, texts: Iterable[str], kept: Mask, allowed: Mask
 ) -> tuple[Mask, list[tuple[str, int]], list[str]]:
     """(rows left, (predicate, rows after it) in order, what is to be said of predicates that do nothing)."""
     counts, notes = [], []
-    for text in config.where:
+    for text in texts:
         predicate = parse(text)
         outcome = evaluate(predicate, candidates.parts(predicate.column))
         notes += [f"where `{predicate.text}`: {note}" for note in _notes(predicate, outcome)]

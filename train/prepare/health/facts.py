@@ -85,6 +85,7 @@ def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
         "assume_rating": {source.name: source.assume_rating for source in settings.sources if source.assume_rating},
         "select": {stage: stored(dataset, stage)["counts"] for stage in settings.select},
         "visits": {stage: selection_visits(dataset, stage) for stage in settings.select},
+        "mixed": {stage: stored(dataset, stage)["mixed"] for stage in settings.select},
         "notes": all_notes(dataset, settings.select),
         "index_rows": len(index),
         "index_images": len(pc.unique(index.column("key"))),

@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from train.prepare.choosing.balance import Mixed, told_of
 from train.prepare.health.facts import LABEL_ORDER, Facts
 from train.prepare.health.pages import html, joined
 from train.prepare.health.pages import page as whole_page
@@ -106,11 +107,24 @@ def _counts(facts: Facts, _: Pictures) -> Iterator[str]:
         yield html.h3(f"{stage}: images left after each filter")
         yield table(["filter", "left", "change"], [(name, n, n - previous) for (name, n), previous in zip(steps, before, strict=False)])
         yield html.p(f"{counted(counts['visits'][stage], 'visit', 'visits')} an epoch, with repeats.")
+        if (mixed := counts["mixed"][stage]) is not None:
+            yield from _mixing(mixed)
     yield from (html.p(note, "bad") for note in counts["notes"])
     yield html.h3("Hard exclusions")
     yield table(["rule", "word", "records"], [(rule, *one) for rule, words in facts["hard_exclusions"].items() for one in words.items()])
     yield html.h3("Selected in two stages")
     yield table(["stages", "images in both"], facts["overlap"].items())
+
+
+def _mixing(mixed: Facts) -> Iterator[str]:
+    yield html.p(told_of(Mixed(**mixed)) + ".")
+    if mixed["boosts"]:
+        rows = [(" and ".join(one["where"]), one["times"], one["pictures"], one["visits"]) for one in mixed["boosts"]]
+        yield table(["boost", "times", "pictures", "visits of the selection after it"], rows)
+    if (found := mixed["balance"]) is not None:
+        yield table([found["by"], "visits before", "after"], found["shown"])
+        if found["values"] > len(found["shown"]):
+            yield html.p(f"The rarest and the most frequent of {found['values']:,} values.", "note")
 
 
 def _balance(facts: Facts, _: Pictures) -> Iterator[str]:

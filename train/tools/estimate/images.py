@@ -72,7 +72,10 @@ def _prepared(wanted: derived.Images) -> Images:
     index = whole.select(~held_out(whole.uids, wanted.held_out_share, whole.images))
     check_buckets(bucket_counts(index), wanted.min_bucket)
     plan = make_plan(index, wanted.order)
-    return Images(len(index), f"dataset {wanted.folder}", dict(sorted(bucket_counts(index).items())), plan, 2 * values)
+    source = f"dataset {wanted.folder}"
+    if len(index) > (once := len(np.unique(index.images))):
+        source += f", {once:,} pictures, some visited several times an epoch"
+    return Images(len(index), source, dict(sorted(bucket_counts(index).items())), plan, 2 * values)
 
 
 def visits(order: Order, images: Images, per_epoch: int, total: int) -> int:
