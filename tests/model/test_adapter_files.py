@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -284,6 +285,34 @@ def test_other_files_are_refused(name: str, data: bytes, word: str, configs: sdx
     (tmp_path / name).write_bytes(data)
     with pytest.raises(Halt, match=word):
         open_adapter(tmp_path / name, configs)
+
+
+def config_changes() -> dict[str, Callable[[dict[str, Any]], Any]]:
+    return {
+        "no U-Net": lambda c: c.pop("unet"),
+        "a list": lambda c: c.update(unet=[1]),
+        "absurdly deep": lambda c: c["unet"].update(layers_per_block=10**9),
+        "nothing to build": lambda c: c["unet"].update(block_out_channels=["x"]),
+        "negative": lambda c: c["text_encoder"].update(hidden_size=-4),
+        "other blocks": lambda c: c["unet"].update(down_block_types=["AttnDownBlock2D"] * 3),
+        "other attention": lambda c: c["unet"].update(mid_block_type="UNetMidBlock2DSimpleCrossAttn"),
+        "nine channels": lambda c: c["unet"].update(in_channels=9),
+        "no scheduler": lambda c: c.pop("scheduler"),
+    }
+
+
+@pytest.mark.parametrize("what", config_changes())
+def test_configs_in_an_adapters_metadata_are_not_trusted(what: str, known: names.Names, configs: sdxl.Configs, tmp_path: Path) -> None:
+    """Refused with the file's name, or read as what they are where they describe something: never another error."""
+    told = json.loads(json.dumps({name: dict(configs[name]) for name in configs}))
+    config_changes()[what](told)
+    path = tmp_path / "a.safetensors"
+    save_file(some_tensors(known), path, {sdxl.CONFIGS_KEY: json.dumps(told)})
+    if what in ("nine channels", "other attention"):  # of which this adapter touches nothing
+        assert open_adapter(path, reading.stored_configs(path)).layers
+    else:
+        with pytest.raises(Halt, match=re.escape(str(path))):
+            open_adapter(path, reading.stored_configs(path))
 
 
 PEFT_WRONG: dict[str, tuple[Any, str]] = {

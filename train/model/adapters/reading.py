@@ -96,7 +96,13 @@ def _looks_adapted(name: str) -> bool:
 def stored_configs(path: Path) -> sdxl.Configs:
     """The configs of the base that an adapter's file carries, else SDXL's own. Halt(MISMATCH) for damaged ones."""
     source = tensor_files.open_file(file_of(path))
-    return sdxl.configs_of(source.metadata, source.blobs, str(source.path))
+    configs = sdxl.configs_of(source.metadata, source.blobs, str(source.path))
+    sdxl.folder_shapes(configs, str(source.path), names.NETWORKS)
+    try:
+        names.names_of(configs)
+    except (LookupError, ValueError, TypeError) as error:  # configs of networks that can be built and are not of SDXL's family
+        raise Halt(ExitCode.MISMATCH, f"{source.path}: the configs in its metadata ({sdxl.CONFIGS_KEY}) are none of SDXL's family") from error
+    return configs
 
 
 def open_adapter(path: Path, configs: sdxl.Configs) -> Adapter:
