@@ -8,6 +8,7 @@ import weakref
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from train.base.errors import ExitCode, Halt
-from train.config.stage import load_stage
+from train.config.stage import GroupConfig, load_stage
 from train.model import memory
 from train.model.memory import GIB, Setup
+from train.model.networks import saves
 from train.model.sdxl import STANDARD, make
 from train.optim.collectives import BinaryCounter
 from train.recipe.order import partial_sums
@@ -247,3 +249,27 @@ def test_fsdp2_divides_everything(world: int, images: int, gib: float) -> None:
     pretrain = load_stage(["configs/pretrain.yaml"], ["optimizer.sharding=fsdp2"])
     found = memory.predict(memory.setup_of(pretrain.running, world), (1024, 1024), images, 0)
     assert found.total / memory.GIB == pytest.approx(gib, rel=0.03)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+def test_a_frozen_pattern_is_taken_off_gradients_state_and_checkpoint(optimizer: str) -> None:
+    whole = Setup(trains_text=True, optimizer=optimizer, precision="fp16")
+    values, state = 1_000_000, 8_000_000
+    frozen = replace(whole, frozen=(values, 0, 0), frozen_state=state)
+    before, after = (memory.predict(setup, SQUARE, 1, 0) for setup in (whole, frozen))
+    assert before.gradients - after.gradients == 4 * values
+    assert before.optimizer - after.optimizer == state
+    assert before.weights + before.frozen == after.weights + after.frozen
+    assert memory.checkpoint_bytes(whole) - memory.checkpoint_bytes(frozen) == 4 * values + state
+
+
+@pytest.mark.slow
+def test_what_a_pattern_spares_is_counted_on_sdxls_own_tensors() -> None:
+    running = SimpleNamespace(groups=[GroupConfig("unet.*", 0), GroupConfig("unet.conv_in.*", 1e-6)], trains_text=True, optimizer="adamw", weights="fp32")
+    found = saves(running)  # type: ignore[arg-type]
+    conv_in = 4 * 320 * 9 + 320
+    values = memory.PARAMETERS["unet"] - conv_in
+    assert found["unet.*"].values == {"unet": values, "text_encoder": 0, "text_encoder_2": 0}
+    assert found["unet.*"].gradient_bytes == 4 * values
+    assert found["unet.*"].state_bytes == 8 * values + 8 * 1678  # two moments, and a step for each of 1,680 tensors but two
+    assert set(found) == {"unet.*"}

@@ -5,7 +5,7 @@ A room takes the record that it uses, never the whole config; `StageConfig` has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         DataConfig,
         EmaConfig,
         ExportConfig,
+        GroupConfig,
         LossConfig,
         ModelConfig,
         NoiseConfig,
@@ -103,6 +104,7 @@ class Running:
     shard_group: int | None
     gather: Literal["fp32", "bf16"]
     trains_text: bool
+    groups: Sequence[GroupConfig]  # tensors with a learning rate of their own, or none
     adapter: AdapterConfig | None  # trained in place of the networks' own weights
     base: Literal["16bit", "nf4"]  # how the weights lie that an adapter leaves frozen
     seed: int  # of its first weights
@@ -257,6 +259,7 @@ def running(config: StageConfig) -> Running:
         shard_group=config.optimizer.shard_group,
         gather=config.optimizer.gather,
         trains_text=model.train_text_encoders,
+        groups=config.optimizer.groups,
         adapter=None if config.adapter.type == "none" else config.adapter,
         base=config.adapter.base,
         seed=config.seed,

@@ -85,12 +85,23 @@ class BatchConfig:
 
 
 @dataclass(frozen=True)
+class GroupConfig:
+    """Trained tensors with a learning rate of their own."""
+
+    match: str = key(MISSING, "pattern (* and ?) over the tensors' canonical names, such as unet.down_blocks.*.attentions.*; the last that fits a tensor counts")
+    lr: float | None = key(None, "their peak learning rate; 0 = frozen: no gradient, no state, as in the base; null = that of their network", at_least=0)
+    until: float | None = key(None, "share of all updates after which their learning rate is 0; null = to the end", above=0, below=1)
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
-    """Optimizer and its arguments; groups are the U-Net and, where trained, each text encoder."""
+    """Optimizer and its arguments; groups are the U-Net and, where trained, each text encoder, and what `groups` takes out of them."""
 
     name: Literal["adamw", "adamw8bit", "adafactor"] = key(MISSING, "which optimizer")
     unet_lr: float = key(MISSING, "peak learning rate of the U-Net", at_least=0)
     text_encoder_lr: float | None = key(None, "peak of both text encoders; needed when they train", at_least=0)
+    text_encoder_2_lr: float | None = key(None, "peak of the second text encoder; null = text_encoder_lr", at_least=0)
+    groups: list[GroupConfig] = key(list, "tensors with a learning rate of their own, or frozen; part of a checkpoint's identity")
     weight_decay: float = key(0.0, "decoupled, times the learning rate", at_least=0)
     decay: Literal["all", "matrices"] = key("all", "the original decays norms, biases and embeddings too; matrices = not those")
     betas: tuple[float, float] = key((0.9, 0.99), "of AdamW", at_least=0, below=1)

@@ -61,6 +61,16 @@ def _unread(optimizer: OptimizerConfig) -> str | None:
     return "; ".join(told) or None
 
 
+def _groups(optimizer: OptimizerConfig) -> str | None:
+    patterns = [group.match for group in optimizer.groups]
+    told = [f"optimizer.groups has {pattern!r} twice: only the last would count" for pattern in set(patterns) if patterns.count(pattern) > 1]
+    told += [f"optimizer.groups {group.match!r}: lr 0 freezes for the whole run, until says nothing then: remove one"
+             for group in optimizer.groups if group.lr == 0 and group.until is not None]  # fmt: skip
+    told += [f"optimizer.groups {group.match!r} has neither lr nor until: give one"
+             for group in optimizer.groups if group.lr is None and group.until is None]  # fmt: skip
+    return "; ".join(told) or None
+
+
 # What a schedule reads of the keys that only some read; `unit`, `processes` and the keys of the cycle stand at their
 # defaults where they say nothing, and older configs may hold them beside constant and constant_with_warmup.
 _SCHEDULE_READS = {
@@ -105,6 +115,9 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     if c.model.train_text_encoders and c.optimizer.text_encoder_lr is None else None,
     lambda c: "optimizer.text_encoder_lr is set but model.train_text_encoders is false: remove one"
     if not c.model.train_text_encoders and c.optimizer.text_encoder_lr is not None else None,
+    lambda c: "optimizer.text_encoder_2_lr is set but model.train_text_encoders is false: remove one"
+    if not c.model.train_text_encoders and c.optimizer.text_encoder_2_lr is not None else None,
+    lambda c: _groups(c.optimizer),
     lambda c: f"noise.timesteps is {list(c.noise.timesteps)}, must satisfy 0 <= low < high <= 1000"
     if not 0 <= c.noise.timesteps[0] < c.noise.timesteps[1] <= 1000 else None,
     lambda c: "noise.zero_terminal_snr needs loss.prediction: v (epsilon carries no signal at snr 0)"

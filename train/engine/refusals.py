@@ -22,7 +22,7 @@ from train.model import source as model_source
 from train.model.adapters import names
 from train.model.folder import TOKENIZERS
 from train.model.source import HUB_NAME, LocalModel
-from train.recipe import schedule
+from train.recipe import groups, schedule
 from train.recipe.optimizer_state import checkpoint_bytes
 from train.recipe.order import Plan, share_of
 from train.storage import resume, space
@@ -121,7 +121,7 @@ def refusals(start: Start, run: RunDir | None, world: int) -> list[Halt]:
         tried(lambda: refuse_source(origin, source))
         tried(lambda: prediction.conversion(origin.trained_as, source, convert=origin.convert))
         tried(lambda: refuse_other_vae(selection.folder, selection.index, source))
-        if run.rank == 0 and (problem := _lacking(start, run, source)):
+        if run.rank == 0 and (problem := tried(lambda: _lacking(start, run, source))):
             found.append(Halt(ExitCode.MISMATCH, problem))
     return found
 
@@ -202,7 +202,10 @@ def _lacking(start: Start, run: RunDir, source: LocalModel) -> str | None:
     """What is wrong when the checkpoints will not fit, judged by the shapes of the trained weights."""
     running = start.running
     trained = ("unet.", "text_encoder.", "text_encoder_2.") if running.trains_text else ("unet.",)
-    shapes = [blob.shape for name, blob in source.weights.items() if name.startswith(trained)]
+    own = [name for name in source.weights if name.startswith(trained)]
+    if running.adapter is None:
+        groups.decided(own, running.groups)
+    shapes = [source.weights[name].shape for name in own if groups.trains(name, running.groups)]
     if running.adapter is not None:
         modules = {name.removesuffix(".weight"): blob.shape for name, blob in source.weights.items() if name.startswith(trained)}
         reached = {n: s for n, s in modules.items() if names.is_usual(n) and len(s) in (2, 4) and not n.endswith(".bias")}

@@ -190,7 +190,7 @@ def open_rates(rates: derived.Rates, plan: Plan, *, warns: bool) -> Rates:
     cycle = schedule.cycle_length(rates.schedule, epoch_updates=plan.cycle_updates)
     return partial(
         schedule.rates_at, peaks=schedule.peaks(rates.optimizer), config=rates.schedule, cycle_updates=cycle,
-        total_updates=plan.total_updates,
+        total_updates=plan.total_updates, rules=rates.optimizer.groups,
     )  # fmt: skip
 
 

@@ -23,7 +23,15 @@ from train.diffusion.objective import Diffusion, autocast
 from train.model import memory, speed, text
 from train.model.adapters import runs
 from train.model.adapters import training as adapter
-from train.model.networks import Components, Networks, cast_frozen, parameter_groups, set_train_mode, trained_parameters
+from train.model.networks import (
+    Components,
+    Networks,
+    cast_frozen,
+    freeze,
+    parameter_groups,
+    set_train_mode,
+    trained_parameters,
+)
 from train.model.recomputation import exempt_steps_of, set_checkpointing, set_text_checkpointing
 from train.model.source import LocalModel, is_standard
 from train.optim import optimizers, rounding, stepping
@@ -211,13 +219,14 @@ def open_networks(running: Running, told: TrainedAs, components: Components, exe
     )
     if running.adapter is not None:
         adapter.inject(networks, running.adapter, running.seed, PRECISIONS[running.precision], base=running.base)
+    freeze(networks, running.groups)
     set_checkpointing(networks.unet, "partial", execution.exempt_steps)
     if running.trains_text:
         for encoder in (networks.text_encoder, networks.text_encoder_2):
             set_text_checkpointing(encoder, execution.text_checkpointing)
     cast_frozen(networks, PRECISIONS[running.precision])
     if running.weights == "bf16":
-        rounding.to_16_bit(trained_parameters(networks).values())
+        rounding.to_16_bit(networks.parameters())
     return networks
 
 
@@ -248,9 +257,9 @@ def probe(networks: Networks, precision: str, max_tokens: int) -> None:
 def make_optimizer(
     settings: OptimizerConfig, peaks: Mapping[str, float], networks: Networks, shares: Shares | FullShards | None, *, strict: bool
 ) -> torch.optim.Optimizer:
-    """AdamW or Adafactor over one group per trained network, or over this process's share of each."""
+    """The configured optimizer over its groups, or over this process's share of each."""
     groups = []
-    for name, parameters in parameter_groups(networks).items():
+    for name, parameters in parameter_groups(networks, settings.groups).items():
         members = list((parameters if shares is None else shares.mine(parameters)).values())
         if members:
             groups.append((name, members, peaks[name]))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from train.base.errors import ExitCode, Halt
 from train.config.derived import Running
+from train.recipe import groups
 from train.recipe.optimizer_state import MOMENT_BYTES
 from train.recipe.order import partial_sums, virtual_ranks
 
@@ -97,6 +98,8 @@ class Setup:
     previews: bool = False  # pictures are drawn while training: the VAE stays on the device from the first on
     ddp: bool = False  # gradients lie in its buckets, which it makes once more after the first update
     gradients_stay: bool = False  # in DDP's buckets or the flat buffer of strict, also while pictures are drawn
+    frozen: tuple[int, int, int] = (0, 0, 0)  # values of each network that trains which `optimizer.groups` freezes
+    frozen_state: int = 0  # bytes of optimizer state that they would have had
     adapter: Footprint | None = None  # trained in place of the networks, which lie frozen
     partial_sums: int = 0  # whole gradients that `batch.determinism: strict` keeps beside the one being summed
 
@@ -104,6 +107,9 @@ class Setup:
         """Trained parameters by network."""
         if self.adapter is not None:
             return {"adapter": self.adapter.values}
+        return {name: values - kept for (name, values), kept in zip(self._whole().items(), self.frozen, strict=False)}
+
+    def _whole(self) -> dict[str, int]:
         trained = {"unet": PARAMETERS["unet"]}
         if self.trains_text:
             trained["text_encoder"] = PARAMETERS["text_encoder"] - UNUSED_TEXT_PARAMETERS
@@ -156,8 +162,15 @@ def setup_of(running: Running, world: int = 1) -> Setup:
         adapter = footprint(
             running.adapter, base=running.base, precision=running.precision, trains_text=running.trains_text, optimizer=running.optimizer
         )
+    saved = {}
+    if running.groups and adapter is None:
+        from train.model.networks import saves  # with torch
+
+        saved = saves(running)
     return Setup(
         adapter=adapter,
+        frozen=tuple(sum(one.values.get(network, 0) for one in saved.values()) for network in groups.NETWORKS),  # type: ignore[arg-type]
+        frozen_state=sum(one.state_bytes for one in saved.values()),
         trains_text=running.trains_text,
         optimizer=running.optimizer,
         precision=running.precision,
@@ -224,14 +237,14 @@ def kept_bytes(width_px: int, height_px: int, exempt_steps: int, setup: Setup) -
 
 def optimizer_bytes(setup: Setup) -> int:
     """Optimizer state of the trained parameters on one process."""
-    trained = setup.trained()
+    everything = replace(setup, frozen=(0, 0, 0)).trained()
     if setup.adapter is not None:
         whole = setup.adapter.state_bytes
     elif setup.optimizer == "adafactor":
-        whole = sum(_ADAFACTOR_STATE[name] for name in trained)
+        whole = sum(_ADAFACTOR_STATE[name] for name in everything)
     else:
-        whole = sum(trained.values()) * MOMENT_BYTES[setup.optimizer]
-    return -(-whole // setup.shards)
+        whole = sum(everything.values()) * MOMENT_BYTES[setup.optimizer]
+    return -(-max(whole - setup.frozen_state, 0) // setup.shards)
 
 
 def checkpoint_bytes(setup: Setup) -> int:
@@ -264,6 +277,7 @@ def predict(
         per_image += _TEXT_KEPT[text_checkpointing]
         casts += _TEXT_CASTS[text_checkpointing]
     frozen = frozen_text * (4 if setup.precision == "fp32" else 2) // setup.divides if setup.adapter is None else setup.adapter.base_bytes
+    frozen += sum(setup.frozen) * weight_bytes // setup.divides if setup.adapter is None else 0
     recomputes = exempt_steps < ALL_STEPS
     vae = PARAMETERS["vae"] * 4 if setup.previews else 0
     recompute = RECOMPUTE_BYTES * images if recomputes else 0

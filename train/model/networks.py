@@ -5,11 +5,12 @@ Shape legend: B images, C latent channels, H W latent rows and columns, N text c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -17,14 +18,20 @@ from torch import nn
 from train.base.errors import ExitCode, Halt
 from train.model import clip_tokens, text
 from train.model.other_kinds import some
-from train.model.sdxl import NETWORKS, canonical, canonical_name, make
+from train.model.sdxl import NETWORKS, STANDARD, canonical, canonical_name, folder_shapes, make
 from train.model.source import LocalModel
+from train.recipe import groups
+from train.recipe.optimizer_state import state_bytes
 from train.storage import tensor_files
 from train.storage.state_files import to_tensor
 from train.storage.tensor_files import Blob
 
+if TYPE_CHECKING:
+    from train.config.derived import Running
+    from train.config.stage import GroupConfig
+
 TimestepEmbedding = Literal["correct", "sd_scripts"]
-GROUPS = ("unet", "text_encoder", "text_encoder_2")  # parameter groups, in the order of the optimizer
+_UNUSED = ("text_encoder.text_model.encoder.layers.11.", "text_encoder.text_model.final_layer_norm.")  # of SDXL itself: `_freeze_unused`
 TOKENIZERS_KEY = "Name the model's own folder with tokenizer/ and tokenizer_2/ (model.tokenizers, or --tokenizers)"
 
 
@@ -60,7 +67,7 @@ def refuse_vocabulary(model: LocalModel, tokenizers: Sequence[Any]) -> None:
     """Halt(MISMATCH) where a tokenizer gives ids that an encoder's embedding has no row for."""
     if model.tokenizers is None and (why := clip_tokens.unlike(model.configs)):
         raise Halt(ExitCode.MISMATCH, f"{model.path} carries no tokenizers, and the shipped ones do not go with it: {why}. {TOKENIZERS_KEY}")
-    for tokenizer, encoder in zip(tokenizers, GROUPS[1:], strict=True):
+    for tokenizer, encoder in zip(tokenizers, groups.NETWORKS[1:], strict=True):
         rows = model.configs[encoder].get("vocab_size", clip_tokens.ROWS)
         if len(tokenizer) > rows:
             raise Halt(
@@ -186,10 +193,42 @@ def trained_parameters(networks: nn.Module) -> dict[str, nn.Parameter]:
     return {canonical_name(n): p for n, p in networks.named_parameters() if p.requires_grad}
 
 
-def parameter_groups(networks: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
-    """Trained parameters by group; groups without any are left out."""
+def freeze(networks: nn.Module, rules: Sequence[GroupConfig]) -> None:
+    """Take out of what trains the tensors that `rules` give the rate 0. Raises Halt(USAGE) for a pattern that decides nothing."""
     trained = trained_parameters(networks)
-    grouped = {g: {n: p for n, p in trained.items() if n.startswith(f"{g}.")} for g in GROUPS}
+    groups.decided(trained, rules)
+    for name, parameter in trained.items():
+        if not groups.trains(name, rules):
+            parameter.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What freezing the tensors of one pattern spares: values by network, bytes of optimizer state and of gradients."""
+
+    values: dict[str, int]
+    state_bytes: int
+    gradient_bytes: int
+
+
+def saves(running: Running) -> dict[str, Saving]:
+    """Pattern of `optimizer.groups` to what it spares on SDXL's own size; none where nothing is frozen. Halt(USAGE) as `groups.decided`."""
+    networks = groups.NETWORKS if running.trains_text else groups.NETWORKS[:1]
+    shapes = {n: s for n, s in folder_shapes(STANDARD, networks=networks).items() if not n.startswith(_UNUSED)}
+    found = {}
+    for pattern, names in groups.decided(shapes, running.groups).items():
+        if not groups.trains(names[0], running.groups):
+            own = {network: sum(math.prod(shapes[n]) for n in names if n.startswith(f"{network}.")) for network in networks}
+            state = state_bytes(running.optimizer, (shapes[name] for name in names))
+            found[pattern] = Saving(own, state, sum(own.values()) * (2 if running.weights == "bf16" else 4))
+    return found
+
+
+def parameter_groups(networks: nn.Module, rules: Sequence[GroupConfig] = ()) -> dict[str, dict[str, nn.Parameter]]:
+    """Trained parameters by group of the optimizer, those of the networks first; groups without any are left out."""
+    grouped: dict[str, dict[str, nn.Parameter]] = {network: {} for network in groups.NETWORKS}
+    for name, parameter in trained_parameters(networks).items():
+        grouped.setdefault(groups.group_of(name, rules), {})[name] = parameter
     return {group: parameters for group, parameters in grouped.items() if parameters}
 
 

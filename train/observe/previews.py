@@ -18,12 +18,13 @@ from train.base.signals import StopFlag
 from train.config.derived import Watching
 from train.config.prompts import PromptsFile, load_prompts
 from train.diffusion.objective import Diffusion
-from train.model.networks import GROUPS, Components, Networks, holding
+from train.model.networks import Components, Networks, holding
 from train.model.sdxl import Configs, canonical
 from train.observe.pictures import write_previews
 from train.observe.tracker import Tracker
 from train.optim.collectives import Place
 from train.optim.ema import Ema
+from train.recipe.groups import NETWORKS
 from train.storage.state_files import PRECISIONS
 
 log = logging.getLogger("anix")
@@ -87,7 +88,7 @@ class Previews:
         variants = {"": model} if average is None else {"": model, "-ema": {**model, **average}}
         return {
             suffix: replace(self.components, vae=vae, **{
-                name: holding(name, self.configs[name], tensors.__getitem__).to(self.place.device, dtype) for name in GROUPS
+                name: holding(name, self.configs[name], tensors.__getitem__).to(self.place.device, dtype) for name in NETWORKS
             })
             for suffix, tensors in variants.items()
         }  # fmt: skip

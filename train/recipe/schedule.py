@@ -6,14 +6,16 @@ The caller writes it to each parameter group before the optimizer steps. Standar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OVER_THE_RUN
+from train.recipe import groups
 
 if TYPE_CHECKING:
-    from train.config.stage import OptimizerConfig, ScheduleConfig
+    from train.config.stage import GroupConfig, OptimizerConfig, ScheduleConfig
 
 
 def lr_at(updates: int, *, peak: float, config: ScheduleConfig, cycle_updates: int, total_updates: int) -> float:
@@ -83,13 +85,20 @@ def cycle_length(config: ScheduleConfig, *, epoch_updates: int) -> int:
 
 
 def rates_at(
-    updates: int, *, peaks: Mapping[str, float], config: ScheduleConfig, cycle_updates: int, total_updates: int
-) -> dict[str, float]:
-    """Learning rate of every parameter group after `updates` applied updates; `peaks` as from `peaks`."""
-    return {
-        group: lr_at(updates, peak=peak, config=config, cycle_updates=cycle_updates, total_updates=total_updates)
-        for group, peak in peaks.items()
-    }
+    updates: int, *, peaks: Mapping[str, float], config: ScheduleConfig, cycle_updates: int, total_updates: int,
+    rules: Sequence[GroupConfig] = (),
+) -> dict[str, float]:  # fmt: skip
+    """Learning rate of every parameter group after `updates` applied updates; `peaks` as from `peaks`, `rules`: optimizer.groups.
+
+    A group with a rate of its own gets the U-Net's curve times its rate / the U-Net's, the floor too; past its `until` 0.
+    """
+    own, ends, unet = {rule.match for rule in rules if rule.lr is not None}, groups.ends(rules), peaks.get("unet", 0)
+    found = {}
+    for group, peak in peaks.items():
+        told = replace(config, min_lr=config.min_lr * peak / unet) if group in own and unet else config
+        over = group in ends and updates >= ends[group] * total_updates
+        found[group] = 0.0 if over else lr_at(updates, peak=peak, config=told, cycle_updates=cycle_updates, total_updates=total_updates)
+    return found
 
 
 def long_warmup(config: ScheduleConfig, *, total_updates: int) -> str | None:
@@ -136,15 +145,20 @@ def check(
                 )  # fmt: skip
 
 
-_GROUPS = {"optimizer.unet_lr": ("unet",), "optimizer.text_encoder_lr": ("text_encoder", "text_encoder_2")}
-
-
 def peak_keys(config: OptimizerConfig) -> dict[str, float]:
-    """Config key to peak learning rate. The encoders have one if and only if they train; `config/` sees to that."""
-    peaks = {"optimizer.unet_lr": config.unet_lr}
-    return peaks if config.text_encoder_lr is None else peaks | {"optimizer.text_encoder_lr": config.text_encoder_lr}
+    """Config key to peak learning rate of the networks. The encoders have one if and only if they train; `config/` sees to that."""
+    found = {"optimizer.unet_lr": config.unet_lr}
+    if config.text_encoder_lr is not None:
+        found["optimizer.text_encoder_lr"] = config.text_encoder_lr
+    if config.text_encoder_2_lr is not None:
+        found["optimizer.text_encoder_2_lr"] = config.text_encoder_2_lr
+    return found
 
 
 def peaks(config: OptimizerConfig) -> dict[str, float]:
     """Parameter group to peak learning rate."""
-    return {group: peak for key, peak in peak_keys(config).items() for group in _GROUPS[key]}
+    networks = {"unet": config.unet_lr}
+    if config.text_encoder_lr is not None:
+        second = config.text_encoder_lr if config.text_encoder_2_lr is None else config.text_encoder_2_lr
+        networks |= {"text_encoder": config.text_encoder_lr, "text_encoder_2": second}
+    return groups.peaks(config, networks)

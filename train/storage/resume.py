@@ -37,7 +37,11 @@ class Difference:
     why: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key}: checkpoint {_short(self.saved)}, now {_short(self.now)}{self.why and f' ({self.why})'}"
+        saved, now = self.saved, self.now
+        if isinstance(saved, list) and isinstance(now, list) and saved and now and isinstance((saved + now)[0], dict):  # what differs, in whole
+            kept = [entry for entry in saved if entry in now]
+            saved, now = ([entry for entry in entries if entry not in kept] for entries in (saved, now))
+        return f"{self.key}: checkpoint {_short(saved)}, now {_short(now)}{self.why and f' ({self.why})'}"
 
 
 @dataclass(frozen=True)
@@ -135,6 +139,7 @@ def _shares_of_the_run(config: Mapping[str, Any]) -> str:
     """Keys whose values up to any update depend on the length of the run; empty where none does."""
     found = ["schedule.name"] if config.get("schedule.name") in OVER_THE_RUN else []
     steps = ("schedule.warmup_steps", "data.token_warmup_steps")
+    found += [f"until of optimizer.groups {group['match']}" for group in config.get("optimizer.groups", ()) if group["until"] is not None]
     return ", ".join(found + [key for key in steps if 0 < config.get(key, 0) < 1])
 
 
@@ -207,7 +212,8 @@ def _named(title: str, names: list[str]) -> list[str]:
 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 70 else text[:67] + "..."
+    most = 300 if isinstance(value, list) else 70
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def _plain(value: Any) -> Any:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.config.derived import Rates, Start
+from train.config.derived import Rates, Running, Start
 from train.config.stage import load_stage
 from train.model import memory
 from train.model.memory import GIB, Prediction, Setup
 from train.recipe import schedule
 from train.recipe.buckets import make_buckets
+from train.recipe.groups import NETWORKS
 from train.recipe.order import share_of
 from train.storage import space
 from train.tools.estimate import tolerances
@@ -94,10 +95,23 @@ def plan_stage(start: Start, request: Request) -> dict[str, Any]:
         "buckets": _bucket_report(start, images),
         "schedule": told,
         "lr": [lr_row(rates, update, cycle, total) for update in _rows(request.updates, total, told["updates_per_restart"] or total)],
+        "groups": _groups_report(running) if foreign is None and running.adapter is None else {},
         "tolerances": {key: limit._asdict() for key, limit in tolerances.of(running).items()},
         "memory": memory_plan,
         "disk": _disk_report(start, None if foreign else setup, images, per_epoch, total, _free_disk(identity.output_dir, request, how)),
         "time": _time_report(start, setup, images, request, gpu, per_epoch, total, checkpointing) if foreign is None else None,
+    }
+
+
+def _groups_report(running: Running) -> dict[str, Any]:
+    """What each pattern of `optimizer.groups` that freezes spares."""
+    if not running.groups:
+        return {}
+    from train.model.networks import saves  # with torch
+
+    return {
+        pattern: {"parameters": sum(found.values.values()), "state_bytes": found.state_bytes, "gradient_bytes": found.gradient_bytes}
+        for pattern, found in saves(running).items()
     }
 
 
@@ -127,12 +141,12 @@ def _rows(asked: Sequence[int], total: int, cycle: float) -> list[int]:
 
 def lr_row(rates: Rates, update: int, cycle: int, total: int) -> dict[str, Any]:
     """Learning rates of one update (its 0-based number = updates applied before it) and its restart cycle."""
-    found = {
-        key.removeprefix("optimizer."): schedule.lr_at(
-            update, peak=peak, config=rates.schedule, cycle_updates=cycle, total_updates=total
-        )
-        for key, peak in schedule.peak_keys(rates.optimizer).items()
-    }
+    rates_of = schedule.rates_at(
+        update, peaks=schedule.peaks(rates.optimizer), config=rates.schedule, cycle_updates=cycle, total_updates=total,
+        rules=rates.optimizer.groups,
+    )  # fmt: skip
+    keys = {network: f"{network}_lr" for network in NETWORKS if f"optimizer.{network}_lr" in schedule.peak_keys(rates.optimizer)}
+    found = {keys.get(group, f"groups {group}"): rate for group, rate in rates_of.items() if group in keys or group not in NETWORKS}
     row: dict[str, Any] = {"update": update, "lr": found["unet_lr"], **found}
     if (cycles := schedule.facts(rates.schedule, cycle_updates=cycle)["updates_per_restart"]) is not None:
         row["cycle"] = int(update // cycles)

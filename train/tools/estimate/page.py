@@ -9,7 +9,8 @@ from typing import Any
 from train.base.errors import ExitCode, Halt
 from train.config.derived import Rates, Start
 from train.engine.finished import answer
-from train.recipe import schedule
+from train.model.memory import GIB
+from train.tools.estimate.estimate import lr_row
 from train.tools.report.charts import COLOURS, as_file
 
 CURVE_POINTS = 4000
@@ -35,8 +36,14 @@ def describe(plan: dict[str, Any]) -> str:
     lines.append(f"  lr      {plan['schedule']['name']}" + (f", cycle of {every:,.10g} updates" if every else ""))
     for row in plan["lr"]:
         text = f", text encoders {row['text_encoder_lr']:.9g}" if "text_encoder_lr" in row else ""
+        text += "".join(f", {key.removeprefix('groups ')} {rate:.9g}" for key, rate in row.items() if key.startswith(("groups ", "text_encoder_2")))
         cycle = f", cycle {row['cycle']}" if "cycle" in row else ""
         lines.append(f"          update {row['update']:>8,}: {row['lr']:.9g}{text}{cycle}")
+    for pattern, saved in plan["groups"].items():
+        lines.append(
+            f"  frozen  {pattern}: {saved['parameters']:,} parameters, spares {saved['state_bytes'] / GIB:.2f} GiB of optimizer state "
+            f"and {saved['gradient_bytes'] / GIB:.2f} GiB of gradients"
+        )
     return "\n".join(lines)
 
 
@@ -141,14 +148,11 @@ def write_files(folder: Path, rates: Rates, plan: dict[str, Any]) -> None:
 def write_curve(path: Path, rates: Rates, title: str, total_updates: int, cycle_updates: int | None) -> None:
     """The learning rate of every group over the run as an SVG."""
     step = max(1, total_updates // CURVE_POINTS)
-    updates = list(range(0, total_updates, step))
-    names = {"optimizer.unet_lr": "U-Net", "optimizer.text_encoder_lr": "text encoders"}
-    peaks = {names[key]: peak for key, peak in schedule.peak_keys(rates.optimizer).items()}
+    names = {"unet_lr": "U-Net", "text_encoder_lr": "text encoders", "text_encoder_2_lr": "text encoder 2"}
+    rows = [lr_row(rates, update, cycle_updates or 1, total_updates) for update in range(0, total_updates, step)]
     lines = [
-        (name, colour, [(float(u), schedule.lr_at(u, peak=peak, config=rates.schedule, cycle_updates=cycle_updates or 1,
-                                                    total_updates=total_updates))
-                        for u in updates])
-        for (name, peak), colour in zip(peaks.items(), COLOURS, strict=False)
-    ]  # fmt: skip
+        (names.get(key, key.removeprefix("groups ")), COLOURS[number % len(COLOURS)], [(float(row["update"]), row[key]) for row in rows])
+        for number, key in enumerate(key for key in rows[0] if key not in ("update", "lr", "cycle"))
+    ]
     highest = max((rate for _, _, points in lines for _, rate in points), default=0.0) or 1.0
     path.write_text(as_file(title, lines, y_range=(0.0, highest)))
