@@ -16,9 +16,13 @@ from preparedset import prepare, settings_of, write_vae
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, load_settings
+from train.config.derived import Order
+from train.data.index import Index
+from train.data.selection import make_plan
+from train.model.memory import largest
 from train.prepare.choosing.merging import Cost, crop_losses, merge, told
 from train.prepare.tables.quarantine import Complaint
-from train.recipe.buckets import assign, make_buckets, place
+from train.recipe.buckets import assign, make_buckets, place, square_of, tables_of
 
 RECIPE = make_buckets()
 SIDES = st.tuples(st.integers(40, 4000), st.integers(40, 4000)).filter(lambda s: 0.25 <= s[0] / s[1] <= 4)
@@ -29,7 +33,7 @@ MIXED = [(round((2e6 * a) ** 0.5), round((2e6 / a) ** 0.5)) for a in np.exp(1.38
 
 def merged(pictures, least: int, crop: float, repeats: int = 1):
     widths, heights = zip(*pictures, strict=True)
-    return merge(widths, heights, [repeats] * len(pictures), RECIPE, least=least, crop=crop)
+    return merge(widths, heights, [repeats] * len(pictures), [RECIPE], least=least, crop=crop)
 
 
 def lost(pictures, buckets) -> np.ndarray:
@@ -154,3 +158,42 @@ def test_select_and_report_say_what_merging_cost(tmp_path: Path, capsys: pytest.
     with pytest.raises(Complaint, match=r"report\.fail_if\.crop_loss: 0\.[12]\d* > 0\.15 \(largest mean share") as complaint:
         prepare(settings_of(tmp_path, **finer, **{"select.ft1.merge_crop": 1.0}), "select", "latents", "report")
     assert complaint.value.code == ExitCode.MISMATCH
+
+
+def test_small_buckets_stay_within_their_set_of_sizes():
+    tables = tables_of([1_048_576, 589_824])
+    pictures = [(1024, 1024)] * 9 + [(1000, 1000)] + [(1200, 850)] * 2  # too narrow for 1216 x 832
+    widths, heights = zip(*pictures, strict=True)
+    buckets, _, _ = merge(widths, heights, [1] * 12, tables, least=4, crop=1.0)
+    assert set(buckets[:9]) == {(1024, 1024)} and all(size in tables[1] for size in buckets[9:])
+    assert all(place(*picture, bucket).resized_w <= picture[0] for picture, bucket in zip(pictures, buckets, strict=True))
+
+
+def test_two_resolutions_from_pictures_to_the_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_vae(tmp_path / "vae")
+    (tmp_path / "pictures").mkdir()
+    for number in range(8):
+        side = 160 if number < 5 else 90
+        (tmp_path / "pictures" / f"{number}.png").write_bytes(encoded(drawn(side, side, seed=number), "PNG"))
+        (tmp_path / "pictures" / f"{number}.txt").write_text("1girl, solo")
+    source = {"name": "s", "adapter": "sidecar", "path": str(tmp_path / "pictures")}
+    (tmp_path / "dataset.yaml").write_text(json.dumps({"sources": [source], "select": {"pretrain": {"min_bucket": 1}}}))
+    made = settings_of(tmp_path, **{"buckets.area_px": "[16384, 4096]"})
+    prepare(made)
+    assert "5 pictures in sizes of 16384 px, 3 pictures in sizes of 4096 px" in capsys.readouterr().out
+    index = Index.open(tmp_path / "data/set", "pretrain")
+    assert sorted(zip(index.bucket_w.tolist(), index.bucket_h.tolist(), strict=True)) == [(64, 64)] * 3 + [(128, 128)] * 5
+    plan = make_plan(index, Order(seed=1, tile_images=2, tiles_per_update=1, epochs=1, max_updates=None, remainder="keep"))
+    tiles = [tile for step in range(plan.total_updates) for tile in plan.update(step)]
+    assert sorted((tile.width, len(tile.rows)) for tile in tiles) == [(64, 1), (64, 2), (128, 1), (128, 2), (128, 2)]
+    assert largest(list(plan.largest_tiles)) == (128, 128) and square_of(list(plan.largest_tiles)) == 128
+    report = json.loads((tmp_path / "data/set/report.json").read_text())
+    assert report["sizes"]["enlarged"] == 0 and report["buckets"]["pretrain"]["areas"] == {"16384": 5, "4096": 3}
+
+
+@pytest.mark.parametrize("areas", ["[]", "[4096, 4096]", "[4096, 16384.5]", "many"])
+def test_areas_that_are_none_are_refused_by_their_key(tmp_path: Path, areas: str):
+    (tmp_path / "dataset.yaml").write_text(json.dumps({"sources": [{"name": "s", "adapter": "sidecar", "path": "in"}]}))
+    with pytest.raises(Halt, match=r"buckets\.area_px") as told_of:
+        settings_of(tmp_path, **{"buckets.area_px": areas})
+    assert told_of.value.code == ExitCode.USAGE

@@ -5,12 +5,22 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.base.errors import ExitCode, Halt
-from train.recipe.buckets import Placement, assign, assign_many, crop_condition, make_buckets, place
+from train.recipe.buckets import (
+    Placement,
+    assign,
+    assign_among,
+    assign_many,
+    crop_condition,
+    make_buckets,
+    place,
+    tables_of,
+)
 
 RECIPE = make_buckets()
 TABLE = """
@@ -125,7 +135,7 @@ def test_an_exact_tie_goes_to_the_first_bucket_and_an_own_size_to_itself():
 @given(st.lists(st.tuples(sides, sides), max_size=30))
 def test_assigning_many_equals_assigning_each(images):
     widths, heights = [w for w, _ in images], [h for _, h in images]
-    found = assign_many(widths, heights, RECIPE)
+    found = [RECIPE.index(size) for _, size in assign_many(widths, heights, [RECIPE])]
     assert [RECIPE[index] for index in found] == [assign(w, h, RECIPE) for w, h in images]
 
 
@@ -160,3 +170,26 @@ def test_empty_images_are_refused(size):
         assign(*size, RECIPE)
     with pytest.raises(ValueError, match="not positive"):
         place(*size, (64, 64))
+
+
+def test_of_several_areas_a_picture_goes_to_the_largest_that_it_fills():
+    tables = tables_of([589_824, 1_048_576], min_px=512)
+    assert tables == (make_buckets(), make_buckets(589_824))
+    assert tables_of(1_048_576) == (RECIPE,)
+    for size, wanted in {
+        (2000, 2000): (0, (1024, 1024)), (1024, 1024): (0, (1024, 1024)), (1023, 1024): (1, (768, 768)),
+        (832, 1216): (0, (832, 1216)), (800, 1200): (1, (640, 896)), (300, 300): (1, (768, 768)),  # the last is enlarged
+    }.items():  # fmt: skip
+        assert assign_among(*size, tables) == wanted, size
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_only_what_is_smaller_than_every_set_is_enlarged(seed):
+    random = np.random.default_rng(seed)
+    tables = tables_of([1_048_576, 589_824, 262_144], min_px=256)
+    for width, height in random.integers(128, 2200, (300, 2)).tolist():
+        number, bucket = assign_among(width, height, tables)
+        spot = place(width, height, bucket)
+        larger = [assign(width, height, table) for table in tables[:number]]
+        assert all(place(width, height, one).resized_w > width or place(width, height, one).resized_h > height for one in larger)
+        assert number == 2 or (spot.resized_w <= width and spot.resized_h <= height)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from omegaconf import MISSING
 
@@ -26,7 +26,7 @@ STEPS = ("ingest", "probe", "score", "tag", "dedupe", "label", "select", "latent
 class BucketsConfig:
     """The table of training sizes, as in the recipe."""
 
-    area_px: int = key(1048576, "most pixels of a size", at_least=1)
+    area_px: Any = key(1048576, "most pixels of a size; a list = several sets, a picture in the largest it fills without being enlarged", at_least=1)
     min_px: int = key(512, "shortest side", at_least=1)
     max_px: int = key(2048, "longest side", at_least=1)
     step_px: int = key(64, "sides are multiples of this, itself one of 8", at_least=8)

@@ -9,7 +9,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from train.config.sound import judged
 from train.config.source_rules import source_problems
@@ -61,6 +61,13 @@ def _npz(settings: DatasetConfig, number: int) -> str | None:
     return f"sources[{number}].npz_vae: .npz hold one draw, which needs latents.content: sample"
 
 
+def _areas(areas_px: Any) -> str | None:
+    areas = list(areas_px) if isinstance(areas_px, list | tuple) else [areas_px]
+    if areas and len(set(map(str, areas))) == len(areas) and all(type(area) is int for area in areas):
+        return None
+    return f"buckets.area_px is {areas_px!r}, must be a whole number of pixels or a list of different ones, such as [1048576, 589824]"
+
+
 def _doubled(settings: DatasetConfig) -> str | None:
     names = [source.name for source in settings.sources]
     return f"sources: two have the same name in {names}" if len(set(names)) != len(names) else None
@@ -82,6 +89,7 @@ _RULES: tuple[Callable[[DatasetConfig], str | None], ...] = (
     _doubled,
     lambda s: None if all(map(_is_name, s.select)) else
     f"select: {list(s.select)}: letters, digits, . - and _ only, at most {MAX_NAME}, they name files",
+    lambda s: _areas(s.buckets.area_px),
     lambda s: "buckets.min_px must be at most buckets.max_px" if s.buckets.min_px > s.buckets.max_px else None,
     lambda s: f"buckets.step_px is {s.buckets.step_px}, must be a multiple of 8" if s.buckets.step_px % 8 else None,
     lambda s: None if all(map(str.strip, s.exclude.tags)) else "exclude.tags holds an empty tag",

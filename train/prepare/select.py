@@ -8,7 +8,8 @@ reshuffles the rest. Hard-excluded records cannot be brought back: the gate here
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from train.prepare.tables.progress import bar
 from train.prepare.tables.quarantine import Complaint, judge
 from train.prepare.tables.schemas import SELECT, TAG_GROUPS, Quarantine
 from train.prepare.tables.workers import Peers
-from train.recipe.buckets import make_buckets
+from train.recipe.buckets import Size, tables_of
 from train.recipe.exclusions import EXCLUSIONS_VERSION
 
 SELECT_VERSION = 2
@@ -58,6 +59,8 @@ def run(settings: DatasetConfig) -> None:
     filters = {stage: ", ".join(f"{name} {count}" for name, count in said[stage]["counts"]) for stage in said}
     for stage, counts in filters.items():
         print(f"select {stage}: {counts}; {selection_visits(dataset, stage)} visits an epoch")
+        if areas := said[stage]["areas"]:
+            print(f"select {stage}: " + ", ".join(f"{count} pictures in sizes of {area} px" for area, count in areas.items()))
         config, cost = settings.select[stage], said[stage]["merging"]
         if (line := told_of(Mixed(**(said[stage]["mixed"] or {"before": 0, "after": 0})))):
             print(f"select {stage}: {line}")
@@ -96,8 +99,8 @@ def selection_path(dataset: Path, stage: str) -> Path:
 
 def stored(dataset: Path, stage: str) -> dict[str, Any]:
     """What a stage's table says of itself: rows after each filter (`counts`), which small buckets were merged into which
-    (`merged`), the Cost of that (`merging`), what boost and balance made of the visits (`mixed`; both None in older tables),
-    filters that do nothing (`notes`), and its `mark`.
+    (`merged`), the Cost of that (`merging`), what boost and balance made of the visits (`mixed`), the pictures of each set of
+    sizes (`areas`; these three None where there is nothing to say, or in an older table), filters that do nothing (`notes`), and its `mark`.
 
     Empty where the table is not there.
     """
@@ -105,7 +108,7 @@ def stored(dataset: Path, stage: str) -> dict[str, Any]:
         found = pq.read_metadata(selection_path(dataset, stage)).metadata or {}
     except (OSError, pa.ArrowInvalid):
         return {}
-    told = {name: json.loads(found.get(name.encode(), b"null")) for name in ("counts", "merged", "merging", "mixed", "notes")}
+    told = {name: json.loads(found.get(name.encode(), b"null")) for name in ("counts", "merged", "merging", "mixed", "areas", "notes")}
     return told | {"mark": found.get(b"mark", b"").decode()}
 
 
@@ -214,9 +217,10 @@ def _write(
     counts: list[tuple[str, int]], mark: str, repeats: Rows, notes: list[str], mixed: Mixed | None,
 ) -> None:  # fmt: skip
     config, sizes = settings.select[stage], settings.buckets
+    tables = tables_of(sizes.area_px, sizes.min_px, sizes.max_px, sizes.step_px)
     buckets, into, cost = merge(
         candidates.widths[rows].tolist(), candidates.heights[rows].tolist(), repeats.tolist(),
-        make_buckets(sizes.area_px, sizes.min_px, sizes.max_px, sizes.step_px), least=config.min_bucket, crop=config.merge_crop,
+        tables, least=config.min_bucket, crop=config.merge_crop,
     )  # fmt: skip
     table = pa.table(
         {
@@ -232,9 +236,19 @@ def _write(
     metadata = {
         "mark": mark, "counts": json.dumps(counts), "merged": json.dumps(merged),
         "merging": json.dumps(asdict(cost)), "notes": json.dumps(notes),
+        **({"areas": json.dumps(_by_area(buckets, tables))} if len(tables) > 1 else {}),
         **({"mixed": json.dumps(asdict(mixed))} if mixed is not None else {}),  # else the bytes of earlier sets
     }  # fmt: skip
     units.write_parquet(selection_path(dataset_dir(settings), stage), table, metadata)
+
+
+def _by_area(buckets: list[Size], tables: Sequence[Sequence[Size]]) -> dict[str, int]:
+    """Pictures in each set of sizes, by its largest area in px."""
+    counts = Counter(buckets)
+    found: dict[str, int] = {}
+    for table in tables:
+        found[str(max(width * height for width, height in table))] = sum(counts.pop(size, 0) for size in table)
+    return found
 
 
 def _keys(path: str | None, name: str) -> list[str]:

@@ -71,12 +71,32 @@ def assign(width: int, height: int, buckets: Sequence[Size]) -> Size:
     return min(buckets, key=lambda bucket: abs(bucket[0] / bucket[1] - aspect))
 
 
-def assign_many(widths: Sequence[int], heights: Sequence[int], buckets: Sequence[Size]) -> list[int]:
-    """`assign` for many images: list[N] of positions in `buckets`, each distinct size looked up once."""
-    position = {bucket: number for number, bucket in enumerate(buckets)}
+def assign_many(
+    widths: Sequence[int], heights: Sequence[int], tables: Sequence[Sequence[Size]]
+) -> list[tuple[int, Size]]:
+    """`assign_among` for many images, each distinct size looked up once."""
     sizes = [(int(w), int(h)) for w, h in zip(widths, heights, strict=True)]
-    found = {size: position[assign(*size, buckets)] for size in set(sizes)}
+    found = {size: assign_among(*size, tables) for size in set(sizes)}
     return [found[size] for size in sizes]
+
+
+def tables_of(
+    areas_px: int | Sequence[int], min_px: int = 512, max_px: int = 2048, step_px: int = 64
+) -> tuple[tuple[Size, ...], ...]:
+    """`make_buckets` of every area, the largest first: one table for a number. Raises Halt(USAGE) as it does."""
+    areas = [areas_px] if isinstance(areas_px, int) else sorted(set(areas_px), reverse=True)
+    return tuple(make_buckets(area, min_px, max_px, step_px) for area in areas)
+
+
+def assign_among(width: int, height: int, tables: Sequence[Sequence[Size]]) -> tuple[int, Size]:
+    """(number of the table, bucket) of an image: in the first table whose bucket it fills without being enlarged, else
+    in the last. `tables` as `tables_of` gives them, so one place per image, of the largest area that it has pixels for.
+    """
+    for number, table in enumerate(tables):
+        bucket_w, bucket_h = bucket = assign(width, height, table)
+        if number + 1 == len(tables) or (bucket_w <= width and bucket_h <= height):
+            return number, bucket
+    raise ValueError("no table of buckets")
 
 
 def place(width: int, height: int, bucket: Size) -> Placement:

@@ -28,17 +28,20 @@ class Cost:
 
 
 def merge(
-    widths: Sequence[int], heights: Sequence[int], repeats: Sequence[int], sizes: Sequence[Size], *, least: int, crop: float
+    widths: Sequence[int], heights: Sequence[int], repeats: Sequence[int], tables: Sequence[Sequence[Size]], *, least: int, crop: float
 ) -> tuple[list[Size], dict[Size, Size], Cost]:
     """(bucket of each picture, final bucket of every bucket that merged, cost) for pictures of these true sizes.
 
     Buckets with fewer than `least` visits an epoch join another as a whole, where none of their pictures loses more
-    than `crop` of its area to that, beside what its own bucket cuts. Independent of the pictures' order.
+    than `crop` of its area to that, beside what its own bucket cuts, and never one of another of the `tables` (a table
+    per area): there they would be enlarged, or lose pixels. Independent of the pictures' order.
     """
     w, h = np.asarray(widths, np.int64), np.asarray(heights, np.int64)
-    own = np.asarray(assign_many(widths, heights, sizes), np.int64)
-    table = np.asarray(sizes, np.int64).reshape(-1, 2)
+    sizes = sorted({size for table in tables for size in table})
+    of_size = {size: {place for place, table in enumerate(tables) if size in table} for size in sizes}
     number = {size: place for place, size in enumerate(sizes)}
+    own = np.asarray([number[size] for _, size in assign_many(widths, heights, tables)], np.int64)
+    table = np.asarray(sizes, np.int64).reshape(-1, 2)
     own_loss = crop_losses(w, h, table[own, 0], table[own, 1])
     visits = np.bincount(own, np.asarray(repeats), len(sizes)).astype(np.int64)
 
@@ -48,6 +51,8 @@ def merge(
 
     @functools.cache
     def may(bucket: Size, target: Size) -> bool:
+        if not of_size[bucket] & of_size[target]:
+            return False
         rows = rows_of(bucket)
         extra = crop_losses(w[rows], h[rows], *target) - own_loss[rows]
         return bool((extra <= crop + _ROUNDING).all())

@@ -168,7 +168,7 @@ def _buckets(dataset: Path, stage: str, selection: pa.Table, sound: pa.Table) ->
         counts[size] += repeat
     return {
         "images": {f"{w}x{h}": count for (w, h), count in sorted(counts.items(), key=lambda b: b[0][0] / b[0][1])},
-        **{name: stored(dataset, stage)[name] for name in ("merged", "merging")},
+        **{name: stored(dataset, stage)[name] for name in ("merged", "merging", "areas")},
         "crop_loss": _crop_loss(selection, sound),
     }
 

@@ -156,6 +156,8 @@ def _buckets(facts: Facts, pictures: Pictures) -> Iterator[str]:
     for stage, buckets in facts["buckets"].items():
         yield html.h3(stage)
         yield bars(buckets["images"].items(), "bucket")
+        if buckets["areas"]:
+            yield table(["sizes up to this many px", "images"], buckets["areas"].items())
         if buckets["merged"]:
             yield html.p(f"Merged because too small: {', '.join(f'{a} into {b}' for a, b in buckets['merged'].items())}")
         if buckets["merging"]:

@@ -46,7 +46,8 @@ def parse() -> argparse.Namespace:
     buckets = kinds.add_parser("buckets", parents=[common], help="placement of one image; without --size the table")
     buckets.add_argument("--size", help="WxH in px")
     for name, value in (("area", 1024 * 1024), ("min", 512), ("max", 2048), ("step", 64)):
-        buckets.add_argument(f"--{name}-px", type=int, default=value)
+        several = "+" if name == "area" else None  # areas: a picture goes to the largest that it fills
+        buckets.add_argument(f"--{name}-px", type=int, default=value, nargs=several)
     for name, what in (
         ("dataset", "prepared dataset"),
         ("checkpoint", "step-* directory or run"),

@@ -16,7 +16,7 @@ from train.base.files import read_json
 from train.config import source_rules
 from train.data.index import Index
 from train.recipe import captions, rng
-from train.recipe.buckets import CropCondition, assign, crop_condition, make_buckets, place
+from train.recipe.buckets import CropCondition, assign_among, crop_condition, place, tables_of
 
 if TYPE_CHECKING:
     from train.model.text import Overflow, TagTokenizer
@@ -68,16 +68,17 @@ def caption(
     }  # fmt: skip
 
 
-def buckets(size: str | None, area_px: int, min_px: int, max_px: int, step_px: int) -> dict[str, Any]:
-    """Bucket, resize, crop and the six numbers that the U-Net is told in each mode; without a size, the table alone."""
-    table = make_buckets(area_px, min_px, max_px, step_px)
+def buckets(size: str | None, area_px: int | Sequence[int], min_px: int, max_px: int, step_px: int) -> dict[str, Any]:
+    """Bucket, resize, crop and the six numbers that the U-Net is told in each mode; without a size, the tables alone."""
+    tables = tables_of(area_px, min_px, max_px, step_px)
+    table = sorted({bucket for one in tables for bucket in one})
     if size is None:
         return {"buckets": [f"{width}x{height}" for width, height in table], "count": len(table)}
     match = re.fullmatch(r"(\d{1,6})[xX×](\d{1,6})", size.strip())
     if match is None or not (int(match[1]) and int(match[2])):
         raise Halt(ExitCode.USAGE, f"--size {size!r}: give width x height in px, e.g. 1500x2000")
     width, height = int(match[1]), int(match[2])
-    found = place(width, height, assign(width, height, table))
+    found = place(width, height, assign_among(width, height, tables)[1])
     crops = {
         mode: crop_condition(mode, width, height, found.bucket_w, found.bucket_h, found.crop_top, found.crop_left)
         for mode in MODES
