@@ -279,6 +279,7 @@ def test_merged_leaves_the_whole_model_too(base_model: Path, dataset: Path, tmp_
         ((*LORA, "model.compile=true"), "model.compile"),
         ((*LORA, "model.float8=true", "precision=bf16"), "model.float8"),
         ((*LORA, "optimizer.sharding=fsdp2"), "optimizer.sharding: fsdp2"),
+        ((*LORA, "optimizer.groups=[{match: unet.mid_block.*, lr: 0}]"), "optimizer.groups with lr 0"),
         ((*LORA, "adapter.rank=0"), "adapter.rank"),
         ((*LORA, "adapter.alpha=0"), "adapter.alpha"),
     ],
@@ -287,6 +288,15 @@ def test_what_does_not_go_together_is_refused_by_name(changes: tuple[str, ...], 
     stage = Stage(tmp_path, dataset, base_model)
     assert stage.run(*changes) == ExitCode.USAGE
     assert said in stage.message and not (stage.output / "DONE").exists()
+
+
+def test_groups_give_layers_of_an_adapter_a_rate_of_their_own(base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, dataset, base_model)
+    with opened(stage, *LORA, "optimizer.groups=[{match: unet.mid_block.*, lr: 1e-4}]") as session:
+        named = {id(p): n for n, p in session.trained.parameters.items()}
+        groups = [[named[id(p)] for p in group["params"]] for group in session.trained.optimizer.param_groups]
+    own = [names for names in groups if any(name.startswith("unet.mid_block.") for name in names)]
+    assert len(own) == 1 and all(name.startswith("unet.mid_block.") for name in own[0])
 
 
 def test_the_size_of_an_adapter_is_known_before_it_is_built(base_model: Path, dataset: Path, tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def _not_tried(config: StageConfig) -> Iterator[str]:
             "model.compile": config.model.compile,
             "model.float8": config.model.float8,
             "model.channels_last": config.model.channels_last,
+            "optimizer.groups with lr 0 (adapter.targets chooses the layers)": any(group.lr == 0 for group in config.optimizer.groups),
             f"optimizer.sharding: {config.optimizer.sharding}": config.optimizer.sharding in ("fsdp2", "hsdp"),
         }.items()
         if set_so

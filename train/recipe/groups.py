@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from train.base.errors import ExitCode, Halt
 
@@ -36,8 +36,20 @@ def decided(names: Iterable[str], rules: Sequence[GroupConfig]) -> dict[str, lis
     return found
 
 
-def rule_of(name: str, rules: Sequence[GroupConfig]) -> GroupConfig | None:
-    """The rule that decides about a tensor: the last that fits its name."""
+class Rule(Protocol):
+    """What decides about the names that its pattern fits."""
+
+    @property
+    def match(self) -> str:
+        """The pattern."""
+        ...
+
+
+R = TypeVar("R", bound=Rule)
+
+
+def rule_of(name: str, rules: Sequence[R]) -> R | None:
+    """The rule that decides about a tensor, or about a module that an adapter may reach: the last that fits its name."""
     return next((rule for rule in reversed(rules) if fnmatchcase(name, rule.match)), None)
 
 

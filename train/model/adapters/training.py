@@ -6,11 +6,10 @@ weights, so that optimizers, averages, checkpoints and resume see nothing but an
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from train.model.adapters.layers import Layer
 from train.model.other_kinds import some
 from train.model.sdxl import canonical_name
 from train.recipe import rng
+from train.recipe.groups import rule_of
 from train.recipe.optimizer_state import state_bytes
 from train.storage import state_files
 from train.storage.tensor_files import Blob
@@ -39,17 +39,21 @@ _PARTS = {"lora_A": "down", "lora_B": "up", "lora_magnitude_vector": "dora"}
 def ranks(settings: AdapterConfig, modules: Iterable[str]) -> dict[str, int]:
     """Rank by module, of those of `modules` that the targets name. Raises Halt(USAGE) naming a pattern that fits nothing."""
     modules = list(modules)
-    for what, patterns in (("targets", settings.targets), ("rank_pattern", settings.rank_pattern)):
-        idle = [pattern for pattern in patterns if not fnmatch.filter(modules, pattern) and not pattern.startswith("text_encoder")]
+    targets = [_Rule(pattern, settings.rank) for pattern in settings.targets]
+    others = [_Rule(pattern, rank) for pattern, rank in settings.rank_pattern.items()]
+    for what, rules in (("targets", targets), ("rank_pattern", others)):
+        idle = [r.match for r in rules if not r.match.startswith("text_encoder") and all(rule_of(m, [r]) is None for m in modules)]
         if idle:
             raise Halt(ExitCode.USAGE, f"adapter.{what}: {some(idle)} fits no module that an adapter reaches, such as {some(modules, 2)}")
-    chosen = [name for name in modules if any(fnmatch.fnmatchcase(name, pattern) for pattern in settings.targets)]
-    if not chosen:
+    found = {module: rule_of(module, [*targets, *others]) for module in modules if rule_of(module, targets) is not None}
+    if not found:
         raise Halt(ExitCode.USAGE, f"adapter.targets {some(list(settings.targets))} fits no module of a network that trains")
-    found = dict.fromkeys(chosen, settings.rank)
-    for pattern, rank in settings.rank_pattern.items():
-        found |= dict.fromkeys(fnmatch.filter(chosen, pattern), rank)
-    return found
+    return {module: rule.rank for module, rule in found.items() if rule is not None}
+
+
+class _Rule(NamedTuple):
+    match: str
+    rank: int
 
 
 def alpha_of(settings: AdapterConfig) -> float:
