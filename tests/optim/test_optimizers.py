@@ -16,7 +16,7 @@ from train.optim import optimizers
 from train.optim.optimizers import clip_grad_norm, load_state_tensors, make_optimizer, set_lrs, state_tensors
 from train.storage import state_files
 
-NAMES = ["adamw", "adafactor", "adamw8bit"]
+NAMES = ["adamw", "adafactor", "adamw8bit", "lion", "lion8bit", "prodigy", "came"]
 
 
 def settings(name: str, **more: object) -> OptimizerConfig:
@@ -273,3 +273,36 @@ def test_unequal_group_rates() -> None:
     assert [g["lr"] for g in optimizer.param_groups] == [1.0, 2.0]
     with pytest.raises(KeyError):
         set_lrs(optimizer, {"unet": 1.0})
+
+
+def test_lion_against_the_formula() -> None:
+    """Chen et al. 2023, arXiv 2302.06675: the sign of beta1 m + (1 - beta1) g, then m follows with beta2; decay decoupled."""
+    model = network()
+    optimizer = optimizer_of(model, settings("lion", weight_decay=0.1, betas=(0.9, 0.99)))
+    expected = [p.detach().double().clone() for p in model.parameters()]
+    momentum = [torch.zeros_like(p) for p in expected]
+    for step, rate in enumerate((1e-3, 7e-4, 2e-4), 1):
+        set_lrs(optimizer, {"unet": rate})
+        fill(model, step)
+        for w, m, parameter in zip(expected, momentum, model.parameters(), strict=True):
+            assert parameter.grad is not None
+            g = parameter.grad.double()
+            w *= 1 - rate * 0.1
+            w -= rate * (0.9 * m + 0.1 * g).sign()
+            m.mul_(0.99).add_(0.01 * g)
+        optimizer.step()
+    assert all(torch.allclose(p.double(), w, atol=1e-6) for p, w in zip(model.parameters(), expected, strict=True))
+
+
+def test_prodigys_first_step_is_adams_of_size_d0_times_the_rate() -> None:
+    """Mishchenko and Defazio 2023, arXiv 2306.06101: before d has grown, d0 lr m / (sqrt v + d0 eps) with m = d (1 - b1) g."""
+    model = network()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = optimizer_of(model, settings("prodigy", betas=(0.9, 0.99), args={"d0": 1e-3}))
+    set_lrs(optimizer, {"unet": 0.5})
+    fill(model, 1)
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.step()
+    for old, new, g in zip(before, model.parameters(), gradients, strict=True):
+        wanted = 0.5 * 1e-3 * (1e-3 * 0.1 * g) / ((1e-6 * 0.01 * g * g).sqrt() + 1e-3 * 1e-8)
+        assert torch.allclose(old - new, wanted, atol=1e-6)

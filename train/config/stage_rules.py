@@ -36,7 +36,7 @@ def _not_sharded(config: StageConfig) -> list[str]:
         "model.weights: bf16": config.model.weights == "bf16",
         "model.compile": config.model.compile,
         "model.float8": config.model.float8,
-        "optimizer.name: adamw8bit": config.optimizer.name == "adamw8bit",
+        f"optimizer.name: {config.optimizer.name}": config.optimizer.name not in ("adamw", "adafactor"),
         "ema.device: cpu": config.ema.device == "cpu",
     }
     return [name for name, set_so in found.items() if set_so]
@@ -46,6 +46,8 @@ def _eps(optimizer: OptimizerConfig) -> str | None:
     eps = optimizer.eps
     if eps is None:
         return None
+    if optimizer.name in ("lion", "lion8bit", "came"):
+        return f"optimizer.eps is {eps!r}, but optimizer.name {optimizer.name} does not read it: leave it out"
     if optimizer.name == "adafactor":
         good = isinstance(eps, list | tuple) and len(eps) == 2 and all(isinstance(e, float | int) for e in eps)
         return None if good else "optimizer.eps of adafactor is a pair such as [1e-30, 1e-3]"
@@ -69,6 +71,43 @@ def _groups(optimizer: OptimizerConfig) -> str | None:
     told += [f"optimizer.groups {group.match!r} has neither lr nor until: give one"
              for group in optimizer.groups if group.lr is None and group.until is None]  # fmt: skip
     return "; ".join(told) or None
+
+
+# What of each class is an argument here: neither a key of its own, nor what changes which state it keeps.
+ARGS: dict[str, tuple[str, ...]] = {
+    "lion": ("weight_decouple", "fixed_decay"),
+    "prodigy": ("beta3", "d0", "d_coef", "growth_rate", "weight_decouple", "fixed_decay", "bias_correction", "safeguard_warmup"),
+    "came": ("beta3", "clip_threshold", "eps1", "eps2", "weight_decouple", "fixed_decay"),
+}
+
+
+def _args(optimizer: OptimizerConfig) -> str | None:
+    known = ARGS.get(optimizer.name, ())
+    told = f"accepted are {', '.join(known)}" if known else "it accepts none; its arguments are keys of optimizer"
+    flags = ("weight_decouple", "fixed_decay", "bias_correction", "safeguard_warmup")
+    wrong = [f"optimizer.args.{name} is nothing that optimizer.name {optimizer.name} reads: {told}" for name in optimizer.args if name not in known]
+    for name, value in optimizer.args.items():
+        if name in known and (isinstance(value, bool) != (name in flags) or not isinstance(value, int | float)):
+            wrong.append(f"optimizer.args.{name} is {value!r}, must be {'true or false' if name in flags else 'a number'}")
+        elif name in known and name not in flags and value <= 0:
+            wrong.append(f"optimizer.args.{name} is {value!r}, must be above 0")
+        elif name == "beta3" and value >= 1:
+            wrong.append(f"optimizer.args.beta3 is {value!r}, must be below 1")
+    return "; ".join(wrong) or None
+
+
+def _prodigy(config: StageConfig) -> str | None:
+    """Its step size is one number over all that trains, times the first group's rate: what asks for more is refused."""
+    optimizer = config.optimizer
+    own = {optimizer.unet_lr, *(lr for lr in (optimizer.text_encoder_lr, optimizer.text_encoder_2_lr) if lr is not None)}
+    found = {
+        "different learning rates (optimizer.unet_lr, text_encoder_lr)": len(own) > 1,
+        "optimizer.groups other than lr 0": any(group.lr != 0 for group in optimizer.groups),
+        f"optimizer.sharding: {optimizer.sharding}": optimizer.sharding != "none",
+        "model.weights: bf16": config.model.weights == "bf16",
+    }
+    told = [name for name, set_so in found.items() if set_so]
+    return f"optimizer.name prodigy finds one step size for all that trains and refuses {' and '.join(told)}" if told else None
 
 
 # What a schedule reads of the keys that only some read; `unit`, `processes` and the keys of the cycle stand at their
@@ -118,6 +157,8 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     lambda c: "optimizer.text_encoder_2_lr is set but model.train_text_encoders is false: remove one"
     if not c.model.train_text_encoders and c.optimizer.text_encoder_2_lr is not None else None,
     lambda c: _groups(c.optimizer),
+    lambda c: _args(c.optimizer),
+    lambda c: _prodigy(c) if c.optimizer.name == "prodigy" else None,
     lambda c: f"noise.timesteps is {list(c.noise.timesteps)}, must satisfy 0 <= low < high <= 1000"
     if not 0 <= c.noise.timesteps[0] < c.noise.timesteps[1] <= 1000 else None,
     lambda c: "noise.zero_terminal_snr needs loss.prediction: v (epsilon carries no signal at snr 0)"
@@ -133,8 +174,8 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     if _strict(c) and "auto" in (c.model.gradient_checkpointing, c.batch.split) else None,
     lambda c: "model.compile with batch.remainder: keep compiles new graphs for every size of a short tile until the compiler's "
     "limit ends the run: use carry or drop, or leave model.compile off" if c.model.compile and c.batch.remainder == "keep" else None,
-    lambda c: "model.channels_last with optimizer.name: adamw8bit: bitsandbytes puts weights back into the plain layout and "
-    "leaves its moments in the other: remove one" if c.model.channels_last and c.optimizer.name == "adamw8bit" else None,
+    lambda c: "model.channels_last with optimizer.name: adamw8bit or lion8bit: bitsandbytes puts weights back into the plain layout and "
+    "leaves its moments in the other: remove one" if c.model.channels_last and c.optimizer.name.endswith("8bit") else None,
     lambda c: "model.weights: bf16 needs precision: bf16" if c.model.weights == "bf16" and c.precision != "bf16" else None,
     lambda c: "batch.determinism: strict refuses model.attention: cudnn, whose gradients may differ from run to run; use "
     "auto, flash or math" if _strict(c) and c.model.attention == "cudnn" else None,

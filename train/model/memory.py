@@ -87,7 +87,7 @@ class Setup:
     """What decides the memory of a stage, apart from bucket, batch and checkpointing."""
 
     trains_text: bool
-    optimizer: str  # adamw | adamw8bit | adafactor
+    optimizer: str  # optimizer.name
     precision: str  # fp16 | bf16 | fp32
     weights: str = "fp32"  # fp32 | bf16
     shards: int = 1  # processes that share the optimizer state (ZeRO-1, FSDP2)
@@ -244,6 +244,8 @@ def optimizer_bytes(setup: Setup) -> int:
         whole = sum(_ADAFACTOR_STATE[name] for name in everything)
     else:
         whole = sum(everything.values()) * MOMENT_BYTES[setup.optimizer]
+        if setup.optimizer == "came":  # rows and columns twice; of vectors, which it keeps once, a little too much
+            whole += 2 * sum(_ADAFACTOR_STATE[name] for name in everything)
     return -(-max(whole - setup.frozen_state, 0) // setup.shards)
 
 

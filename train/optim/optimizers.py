@@ -1,6 +1,6 @@
 """Optimizers, their groups and their state as named tensors.
 
-The classes are the libraries': torch's AdamW, bitsandbytes' 8-bit AdamW, transformers' Adafactor (its step batched by
+The classes are the libraries': torch's AdamW, bitsandbytes' 8-bit AdamW and Lion, pytorch_optimizer's Lion, Prodigy and CAME, transformers' Adafactor (its step batched by
 shape in `optim.stepping`). Their state is saved under parameter names, not positions, so it can be checked against the
 model and read by anybody.
 """
@@ -17,8 +17,9 @@ from torch import nn
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
 from train.optim import stepping
-from train.recipe.optimizer_state import MIN_8BIT_VALUES, state_shapes
+from train.recipe.optimizer_state import GROUP_SHAPES, MIN_8BIT_VALUES, state_shapes
 
+SHARED = "groups"  # owner, in a checkpoint, of the numbers that an optimizer keeps for all that trains
 Groups = Sequence[tuple[str, Sequence[nn.Parameter], float]]  # (name, parameters, peak learning rate)
 
 
@@ -44,7 +45,12 @@ def make_optimizer(groups: Groups, config: OptimizerConfig, *, strict: bool = Fa
         return torch.optim.AdamW(parts, betas=config.betas, eps=_eps(config, 1e-8), fused=fused, foreach=False)
     if config.name == "adafactor":
         return _adafactor(parts, config, strict=strict)
-    return _adamw8bit(parts, config)
+    if config.name in _CLASSES:
+        return _of_the_package(parts, config)
+    return _in_8_bit(parts, config)
+
+
+_CLASSES = ("lion", "prodigy", "came")  # by the names of pytorch_optimizer's own table
 
 
 def _by_decay(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[tuple[float, list[nn.Parameter]]]:
@@ -76,13 +82,33 @@ def _adafactor(parts: list[dict[str, Any]], config: OptimizerConfig, *, strict: 
     )
 
 
-def _adamw8bit(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+def _of_the_package(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """A class of pytorch_optimizer by its own table of names; one tensor after the other, so that bits do not go with how it batches."""
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from pytorch_optimizer import load_optimizer
+    except ImportError as error:
+        raise Halt(ExitCode.USAGE, f"optimizer.name {config.name} needs pytorch_optimizer: pip install -e '.[optimizers]' ({error})") from error
+    told: dict[str, Any] = {**config.args, "betas": tuple(config.betas)}
+    if config.name == "came":
+        told["betas"] = (*told["betas"], told.pop("beta3", 0.9999))
+    if config.name == "prodigy":
+        told["eps"] = _eps(config, 1e-8)
+    try:
+        made: torch.optim.Optimizer = load_optimizer(config.name)(parts, lr=parts[0]["lr"], weight_decay=config.weight_decay, foreach=False, **told)
+    except (ValueError, TypeError) as error:
+        raise Halt(ExitCode.USAGE, f"optimizer.args: {config.name} refuses {config.args}: {error}") from error
+    return made
+
+
+def _in_8_bit(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    try:
+        from bitsandbytes.optim import AdamW8bit, Lion8bit
     except ImportError as error:
         raise Halt(
-            ExitCode.USAGE, f"optimizer.name adamw8bit needs bitsandbytes, which does not import: {error}"
+            ExitCode.USAGE, f"optimizer.name {config.name} needs bitsandbytes, which does not import: {error}"
         ) from error
+    if config.name == "lion8bit":
+        return Lion8bit(parts, lr=parts[0]["lr"], betas=config.betas, weight_decay=config.weight_decay, min_8bit_size=MIN_8BIT_VALUES)
     return AdamW8bit(
         parts,
         lr=parts[0]["lr"],
@@ -128,8 +154,12 @@ def _scaled_in_fp32(gradient: torch.Tensor) -> bool:
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """`<parameter name>/<state key>` to tensor; host numbers become 0-dim int64 or float64 tensors."""
     tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
+    held = [(name, optimizer.state.get(parameter, {})) for name, parameter in parameters.items()]
+    shared = optimizer.param_groups[0]
+    if "d_numerator" in shared:  # prodigy after a step: the same numbers in every group
+        held.append((SHARED, {key: shared[key] for key in GROUP_SHAPES["prodigy"]}))
+    for name, state in held:
+        for key, value in state.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{name}/{key}"] = value.detach()
             elif isinstance(value, bool) or not isinstance(value, int | float):
@@ -162,7 +192,7 @@ def load_state_tensors(
         f"{owner}/{key}": shape
         for owner, parameter in parameters.items()
         for key, shape in state_shapes(name, tuple(parameter.shape)).items()
-    }
+    } | {f"{SHARED}/{key}": shape for key, shape in GROUP_SHAPES.get(name, {}).items()}
     problems = {
         "foreign": sorted(set(tensors) - set(expected)),
         "missing": sorted(set(expected) - set(tensors)),
@@ -179,7 +209,10 @@ def load_state_tensors(
     states: dict[str, dict[str, Any]] = {owner: {} for owner, p in parameters.items() if id(p) in held}
     for full, tensor in tensors.items():
         owner, _, key = full.rpartition("/")
-        if owner in states:
+        if owner == SHARED:
+            for group in optimizer.param_groups:
+                group[key] = _placed(key, tensor, group["params"][0]) if tensor.ndim else tensor.item()
+        elif owner in states:
             parameter = parameters[owner]
             states[owner][key] = _placed(key, tensor, parameter) if cut is None or not tensor.ndim else cut(key, tensor, parameter)
     for owner, state in states.items():

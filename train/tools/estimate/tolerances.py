@@ -31,7 +31,7 @@ def of(running: Running) -> dict[str, Tolerance]:
         "model.compile": (running.compile, REORDERED),
         "model.attention": (running.attention != "auto", REORDERED),
         "precision": (running.precision == "bf16", ROUNDED),
-        "optimizer.name": (running.optimizer == "adamw8bit", ROUNDED),
+        "optimizer.name": (running.optimizer.endswith("8bit"), ROUNDED),
         "model.weights": (running.weights == "bf16", COARSE),
         "model.float8": (running.float8, COARSE),
     }
