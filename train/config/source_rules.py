@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from train.config.dataset import DatasetConfig, SourceConfig
 
 _METADATA = (".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet")
-_EVERY = ("name", "adapter", "path", "images", "assume_rating", "escaped", "on_bad_tag", "repeats", "follow_links")
+_EVERY = ("name", "adapter", "path", "images", "assume_rating", "escaped", "on_bad_tag", "repeats", "weight", "follow_links")
 _CAPTIONS = ("tag_separator", "on_second_separator", "caption_lines", "keep_tokens")
 _FILES = ("caption_ext", "on_missing_caption")  # a caption of its own, which may be missing
 READS: dict[str, frozenset[str]] = {  # adapter: the keys of a source that it reads

@@ -81,6 +81,8 @@ class TileDataset(Dataset[Batch | Halt]):
         sizes = size_numbers(self.index, tile, self.data.crop_conditioning)
         slots_B = np.arange(first_slot, first_slot + len(tile.rows))
         batch = assembled(tile, latents_BCHW, noises, timesteps_B, ids, sizes, slots_B)
+        if (weights := self.index.weights) is not None:
+            batch = replace(batch, weights_B=torch.from_numpy(weights[tile.rows]))
         return replace(batch, step=step, tags_dropped=dropped, substituted=substituted)
 
     def _latents(self, tile: Tile, step: int) -> tuple[torch.Tensor, tuple[str, ...]]:

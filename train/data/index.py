@@ -30,6 +30,7 @@ INDEX, VERSION = "index.arrow", "1"
 CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
 LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
 NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
+WEIGHT = "weight"  # of an image's loss, float32; no column where all weigh 1
 U64 = npt.NDArray[np.uint64]
 _TEXTS, _DIGESTS = ("key", "shard"), ("image_digest", "caption_digest")
 _CHECKED_ROWS = 1 << 17  # at a time: what is looked at becomes resident until it is given back
@@ -85,6 +86,7 @@ class Index:
         rows, meta = _map(selection)
         _require_fresh(folder, stage, whole, meta)
         refuse_damaged(file.path, file.table, file.give_back, lists=CAPTION_COLUMNS, texts=_TEXTS, numbers=(*NUMBERS, "row", *_DIGESTS))
+        _refuse_strange_weights(file)
         refuse_damaged(rows.path, rows.table, rows.give_back, numbers=("row", "uid"), rows_below=file.table.num_rows)
         return cls(file, column_of(rows.table, "row"), np.array(column_of(rows.table, "uid")), {**whole, **meta})
 
@@ -141,6 +143,13 @@ class Index:
             return sorted(column.dictionary.take(pa.array(used)).to_pylist())
         except (IndexError, TypeError, ValueError) as error:  # a number that names no row or word, a shard that is null
             raise Halt(ExitCode.MISMATCH, f"{self._file.path} is damaged ({error}): run scripts/prepare.py latents") from error
+
+    @cached_property
+    def weights(self) -> npt.NDArray[np.float32] | None:
+        """What each image's loss is multiplied by; None where all weigh 1."""
+        if WEIGHT not in self._file.table.column_names:
+            return None
+        return _gathered(column_of(self._file.table, WEIGHT), self._rows)
 
     @property
     def images(self) -> npt.NDArray[np.int64]:
@@ -266,6 +275,16 @@ def _map(path: Path) -> tuple[CellFile, dict[str, str]]:
     except (OSError, ValueError, pa.ArrowException) as error:  # ValueError: an empty file, metadata that is no text
         raise Halt(ExitCode.MISMATCH, f"{path} is missing or damaged: run scripts/prepare.py latents") from error
     return file, meta
+
+
+def _refuse_strange_weights(file: CellFile) -> None:
+    """Halt(MISMATCH) where a weight is no finite number of at least 0: it would make every loss of its update so."""
+    if WEIGHT not in file.table.column_names:
+        return
+    column = file.table.column(WEIGHT)
+    sound = column.type == pa.float32() and column.null_count == 0
+    if not sound or not (np.isfinite(weights := column_of(file.table, WEIGHT)).all() and (weights >= 0).all()):
+        raise Halt(ExitCode.MISMATCH, f"{file.path}: a weight is not a finite number of at least 0: run scripts/prepare.py latents")
 
 
 def column_of(table: pa.Table, name: str) -> npt.NDArray[Any]:

@@ -21,6 +21,7 @@ from train.data.index import (
     NUMBERS,
     U64,
     VERSION,
+    WEIGHT,
     column_of,
     selection_fingerprint,
     source_hashes,
@@ -41,7 +42,7 @@ def build_index(
     `index` has the index table's columns sorted by (key, bucket), with captions and labels joined to it, the file's
     sha256 as `content_hash` and the rating, or the one its source declares, as `gate_rating`, and as
     `gate_fixed` whether the fixed tags are a caption's, not names (no column: never); `meta` holds vae_id, content and
-    buckets. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and
+    buckets; a column `weight` is kept where there is one. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and
     for a row that the hard exclusions refuse.
     """
     for name in (*CAPTION_COLUMNS, *LABEL_COLUMNS, "shard"):
@@ -132,10 +133,12 @@ def _place_marks(uids: U64, table: pa.Table) -> U64:
 def _digests(index: pa.Table) -> tuple[U64, U64]:
     """Per row: digest of what the picture is, digest of what its caption says."""
     image, at = np.empty(len(index), dtype=np.uint64), 0
+    weights = column_of(index, WEIGHT) if WEIGHT in index.column_names else None
     for batch in index.select([*NUMBERS, "content_hash"]).to_batches(_CHUNK_ROWS):
         numbers = np.stack([batch[name].to_numpy().astype(np.int64) for name in NUMBERS], axis=1)
         for row, content in enumerate(batch["content_hash"].to_pylist()):
-            image[at] = _short_hash(numbers[row].tobytes() + (content or "").encode())
+            weight = b"" if weights is None or weights[at] == 1 else weights[at].tobytes()
+            image[at] = _short_hash(numbers[row].tobytes() + (content or "").encode() + weight)
             at += 1
     caption = np.empty(len(index), dtype=np.uint64)
     parts = [tag_hashes(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]

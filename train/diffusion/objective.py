@@ -36,6 +36,7 @@ class Batch:
     step: int  # plan step
     tile: Tile
     tags_dropped: int  # cut at the token limit
+    weights_B: torch.Tensor | None = None  # fp32, of each image's loss; None where all weigh 1
     substituted: tuple[str, ...] = ()  # keys that could not be read and were replaced
 
     def to(self, device: torch.device) -> Batch:
@@ -88,7 +89,7 @@ class Diffusion:
 
 
 def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.Tensor:
-    """Weighted loss of each image [B], fp32."""
+    """Weighted loss of each image [B], fp32, times the image's own weight where it has one."""
     dtype = PRECISIONS[diffusion.precision]
     half = dtype if diffusion.noise.dtype == "compute" and dtype != torch.float32 else None
     target_noise_BCHW = noise.as_drawn(part.noise_BCHW, diffusion.noise, half)
@@ -104,7 +105,7 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
         prediction_BCHW = model(
             noisy_BCHW, part.timesteps_B, part.ids_1_BN77, part.ids_2_BN77, part.size_B6
         )
-    return per_image(
+    losses_B = per_image(
         prediction_BCHW.float(),
         part.latents_BCHW,
         target_noise_BCHW.float(),
@@ -112,6 +113,7 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
         diffusion.alphas_T,
         diffusion.loss,
     )
+    return losses_B if part.weights_B is None else losses_B * part.weights_B
 
 
 def autocast(device_type: str, precision: str) -> torch.autocast:

@@ -27,7 +27,7 @@ from train.model.vae_file import Vae
 from train.prepare.choosing.facts import Facts, facts_of
 from train.prepare.encoding.batching import Batches, own_device
 from train.prepare.encoding.encoder import Encoder, find_vae
-from train.prepare.encoding.index_tables import finish
+from train.prepare.encoding.index_tables import finish, weights_told
 from train.prepare.encoding.npz import Unusable, imported, tally
 from train.prepare.encoding.shard_plan import Recipe, Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
 from train.prepare.images.decode import DECODE_VERSION, Refused
@@ -81,6 +81,9 @@ def run(settings: DatasetConfig) -> None:
     lost, unreadable = _outcome(work)
     finish(settings, recipe, used, facts, without={*lost, *(key for key, _ in unreadable)})
     merge_quarantine(dataset)
+    if peers.rank == 0:
+        for told in weights_told(settings, facts):
+            print(f"latents: {told}")
     if any(source.npz_vae for source in settings.sources) and peers.rank == 0:
         counts = tally(dataset, [name for name, _ in work.shards])
         print(f"latents: {counts['images']} taken over from .npz of sd-scripts")

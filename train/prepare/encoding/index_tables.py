@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, dataset_dir
-from train.data.index import Index, file_hashes
+from train.data.index import WEIGHT, Index, file_hashes
 from train.data.index_writer import build_index, encoded
 from train.data.shards import read_meta
 from train.prepare.choosing.facts import Facts, among
@@ -103,9 +104,20 @@ def _join(settings: DatasetConfig, index: pa.Table, facts: Facts) -> pa.Table:
     for config in settings.sources:
         if config.assume_rating is not None:
             gate = pc.if_else(pc.and_(pc.is_null(gate), pc.equal(source, config.name)), config.assume_rating, gate)
+    if any(config.weight != 1 for config in settings.sources):  # without the column a set is as before, bit for bit
+        names, weights = zip(*((config.name, config.weight) for config in settings.sources), strict=True)
+        numbers = pc.index_in(source, value_set=pa.array(names, pa.string()))
+        index = index.append_column(WEIGHT, pa.array(weights, pa.float32()).take(numbers))
     index = index.append_column("gate_rating", gate)
     index = index.append_column("gate_fixed", records.column("unnamed").combine_chunks().take(at))
     return index.append_column("content_hash", facts.column("sha256", keys))
+
+
+def weights_told(settings: DatasetConfig, facts: Facts) -> list[str]:
+    """A line for each source whose pictures do not weigh 1."""
+    counts = Counter(facts.table.column("source").to_pylist())
+    return [f"{counts[source.name]} pictures of {source.name} weigh {source.weight:g} in the loss"
+            for source in settings.sources if source.weight != 1]  # fmt: skip
 
 
 def _gate_columns(settings: DatasetConfig) -> Iterator[pa.Table]:

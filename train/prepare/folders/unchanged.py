@@ -26,8 +26,9 @@ def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[i
     sizes = []
     for source in sources:
         size, endings = 0, _READ[source.adapter] if source.adapter != "sidecar" else (caption_ending(source),)
-        read = dataclasses.replace(source, repeats=1)  # which only `select` looks at
-        digest.update(repr(dataclasses.astuple(read)).encode("utf-8", "backslashreplace"))
+        read = dataclasses.asdict(dataclasses.replace(source, repeats=1))  # which only `select` looks at
+        del read["weight"]  # which only `latents` does
+        digest.update(repr(tuple(read.values())).encode("utf-8", "backslashreplace"))
         for place in dict.fromkeys(filter(None, (source.path, source.images, source.dictionary))):
             for line, count in _listing(Path(place), source.follow_links):
                 digest.update(line.encode("utf-8", "surrogateescape"))

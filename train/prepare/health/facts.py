@@ -83,6 +83,7 @@ def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
         "records": len(records),
         "by_source": dict(sorted(found.items())),
         "assume_rating": {source.name: source.assume_rating for source in settings.sources if source.assume_rating},
+        "weights": {source.name: source.weight for source in settings.sources if source.weight != 1},
         "select": {stage: stored(dataset, stage)["counts"] for stage in settings.select},
         "visits": {stage: selection_visits(dataset, stage) for stage in settings.select},
         "mixed": {stage: stored(dataset, stage)["mixed"] for stage in settings.select},

@@ -102,6 +102,8 @@ def _counts(facts: Facts, _: Pictures) -> Iterator[str]:
     yield html.h3("Records by source")
     yield table(["source", "records", "without rating counted as"],
                 [(*row, counts["assume_rating"].get(row[0], "explicit")) for row in counts["by_source"].items()])  # fmt: skip
+    if counts["weights"]:
+        yield table(["source", "weight of its images in the loss"], counts["weights"].items())
     for stage, steps in counts["select"].items():
         before = [steps[0][1], *(count for _, count in steps)]
         yield html.h3(f"{stage}: images left after each filter")
