@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
@@ -28,28 +27,13 @@ class AdapterConfig:
 
 
 def problems(config: StageConfig) -> str | None:
-    """What of a stage does not go with its adapter, or without one; one sentence, None where all goes together."""
+    """What of the adapter's own keys makes no sense; one sentence, None where all is well. What it does not go with: `combinations`."""
     adapter = config.adapter
     if adapter.type == "none":
         given = [field.name for field in fields(adapter) if getattr(adapter, field.name) != default_of(field)]
         return f"adapter.{', adapter.'.join(given)} is set but adapter.type is none: choose lora, dora, lokr or loha" if given else None
     if not adapter.targets:
         return "adapter.targets is empty: nothing would train"
-    told = list(_not_tried(config))
-    return f"adapter.type: {adapter.type} refuses {' and '.join(told)}: not tried together" if told else None
-
-
-def _not_tried(config: StageConfig) -> Iterator[str]:
-    """Settings that nobody has shown beside an adapter."""
-    yield from (
-        name
-        for name, set_so in {
-            "model.weights: bf16": config.model.weights == "bf16",
-            "model.compile": config.model.compile,
-            "model.float8": config.model.float8,
-            "model.channels_last": config.model.channels_last,
-            "optimizer.groups with lr 0 (adapter.targets chooses the layers)": any(group.lr == 0 for group in config.optimizer.groups),
-            f"optimizer.sharding: {config.optimizer.sharding}": config.optimizer.sharding in ("fsdp2", "hsdp"),
-        }.items()
-        if set_so
-    )
+    if any(group.lr == 0 for group in config.optimizer.groups):
+        return f"adapter.type: {adapter.type} refuses optimizer.groups with lr 0 (adapter.targets chooses the layers): not tried together"
+    return None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from train.config import adapter
+from train.config import adapter, combinations
 from train.config.dataset_rules import MAX_NAME
 from train.config.key import default_of
 from train.config.sound import judged
@@ -26,20 +26,6 @@ def stage_problems(config: StageConfig) -> Iterator[str]:
 
 def _strict(config: StageConfig) -> bool:
     return config.batch.determinism == "strict"
-
-
-def _not_sharded(config: StageConfig) -> list[str]:
-    """Settings that nobody has shown beside parameters that lie in shards."""
-    found = {
-        "batch.determinism: strict": _strict(config),
-        "model.channels_last": config.model.channels_last,
-        "model.weights: bf16": config.model.weights == "bf16",
-        "model.compile": config.model.compile,
-        "model.float8": config.model.float8,
-        f"optimizer.name: {config.optimizer.name}": config.optimizer.name not in ("adamw", "adafactor"),
-        "ema.device: cpu": config.ema.device == "cpu",
-    }
-    return [name for name, set_so in found.items() if set_so]
 
 
 def _eps(optimizer: OptimizerConfig) -> str | None:
@@ -174,12 +160,9 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     if _strict(c) and "auto" in (c.model.gradient_checkpointing, c.batch.split) else None,
     lambda c: "model.compile with batch.remainder: keep compiles new graphs for every size of a short tile until the compiler's "
     "limit ends the run: use carry or drop, or leave model.compile off" if c.model.compile and c.batch.remainder == "keep" else None,
-    lambda c: "model.channels_last with optimizer.name: adamw8bit or lion8bit: bitsandbytes puts weights back into the plain layout and "
-    "leaves its moments in the other: remove one" if c.model.channels_last and c.optimizer.name.endswith("8bit") else None,
     lambda c: "model.weights: bf16 needs precision: bf16" if c.model.weights == "bf16" and c.precision != "bf16" else None,
     lambda c: "batch.determinism: strict refuses model.attention: cudnn, whose gradients may differ from run to run; use "
     "auto, flash or math" if _strict(c) and c.model.attention == "cudnn" else None,
-    lambda c: "batch.determinism: strict refuses model.weights: bf16" if _strict(c) and c.model.weights == "bf16" else None,
     lambda c: "schedule.processes needs schedule.unit: process_step"
     if c.schedule.unit == "optimizer_step" and c.schedule.processes != 1 else None,
     lambda c: f"data.separator is {c.data.separator!r}: {why}"
@@ -188,13 +171,12 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     lambda c: "validation.every_steps needs validation.share, such as 0.02: with 0 no image is held out"
     if c.validation.every_steps > 0 and c.validation.share == 0 else None,
     lambda c: "ema.device: cpu without ema.decay keeps no average: set both" if c.ema.device == "cpu" and not c.ema.decay else None,
-    lambda c: f"optimizer.sharding: {c.optimizer.sharding} refuses {' and '.join(others)}: not tried together; use none or zero1"
-    if c.optimizer.sharding in ("fsdp2", "hsdp") and (others := _not_sharded(c)) else None,
     lambda c: "optimizer.gather: bf16 needs optimizer.sharding: fsdp2 or hsdp, and precision: bf16"
     if c.optimizer.gather == "bf16" and (c.optimizer.sharding not in ("fsdp2", "hsdp") or c.precision != "bf16") else None,
     lambda c: "optimizer.shard_group needs optimizer.sharding: hsdp"
     if c.optimizer.shard_group is not None and c.optimizer.sharding != "hsdp" else None,
     adapter.problems,
+    *combinations.RULES,
     lambda c: "export.merged needs adapter.type: a stage without an adapter leaves the whole model anyway"
     if c.export.merged and c.adapter.type == "none" else None,
     lambda c: _eps(c.optimizer),

@@ -11,6 +11,7 @@ from train.base import environment
 
 environment.settle()  # as train/run.py: another number of threads, other last digits
 
+from train.config import combinations
 from train.recipe.captions import SEPARATOR
 from train.tools.show.dispatch import report_of, show
 from train.tools.show.keys import markdown
@@ -21,6 +22,9 @@ def main() -> int:
     arguments = parse()
     if arguments.what == "keys" and arguments.markdown:
         print(markdown(), end="")
+        return 0
+    if arguments.what == "combinations":
+        print(combinations.markdown(), end="")
         return 0
     with contextlib.redirect_stdout(sys.stderr):  # libraries that print must not break the JSON
         report = report_of(arguments)
@@ -69,4 +73,5 @@ def parse() -> argparse.Namespace:
     keys = kinds.add_parser("keys", parents=[common], help="every key: default, values, meaning, what a resume may do")
     keys.add_argument("pattern", nargs="?", help="part of a key, or a pattern such as '*.every_steps'")
     keys.add_argument("--markdown", action="store_true", help="all of them as the page docs/keys.md")
+    kinds.add_parser("combinations", help="which settings go together, and why others do not, as the page docs/combinations.md")
     return parser.parse_args()
