@@ -87,7 +87,7 @@ def test_overlay_fits_its_card(name: str) -> None:
             assert touched <= FREE
 
 
-@pytest.mark.parametrize(("name", "world"), [("one_gpu", 1), ("two_gpus", 2), ("several_machines", 6), ("eight_gpus", 8)])
+@pytest.mark.parametrize(("name", "world"), [("one_gpu", 1), ("two_gpus", 2), ("multi_node", 6), ("eight_gpus", 8)])
 def test_launch_files(name: str, world: int) -> None:
     from accelerate.commands.config.config_args import load_config_from_file
 
