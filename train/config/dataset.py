@@ -65,7 +65,7 @@ class SourceConfig:
 class QualityConfig:
     """Quality tags from the score within the rating."""
 
-    source: Literal["table", "empirical", "none"] = key("table", "table = fixed thresholds; empirical = from the set itself")
+    source: Literal["table", "empirical", "none"] | None = key(None, "table = fixed thresholds; empirical = from the set itself; null = the vocabulary's criterion")
     table: str = key("full", "full, after_5m, or a JSON file {g: [six thresholds], s: ..., q: ..., e: ...}")
     group_by: list[str] = key(lambda: ["rating"], "of empirical: [rating] or [rating, year]")
     min_group: int = key(200, "smaller groups use the pooled thresholds", at_least=1)
@@ -82,21 +82,11 @@ class YearRange:
     last: int = key(MISSING, "last year of its posts")
 
 
-def _card_years() -> list[YearRange]:
-    return [
-        YearRange("oldest", 2005, 2010),
-        YearRange("early", 2011, 2014),
-        YearRange("mid", 2015, 2017),
-        YearRange("recent", 2018, 2020),
-        YearRange("newest", 2021, 2024),
-    ]
-
-
 @dataclass(frozen=True)
 class YearConfig:
     """Year tags."""
 
-    ranges: list[YearRange] = key(_card_years, "tag, first and last year of each; default = the card's")
+    ranges: list[YearRange] = key(list, "tag, first and last year of each; empty = the vocabulary's")
     before: Literal["none", "clamp"] = key("none", "years before the first range; clamp = the first tag")
     after: Literal["none", "clamp"] = key("none", "years after the last range; clamp = the last tag")
 
@@ -105,7 +95,7 @@ class YearConfig:
 class AestheticConfig:
     """Aesthetic tags; thresholds belong to one classifier."""
 
-    thresholds: tuple[float, float, float] = key((0.71, 0.45, 0.27), "score of very aesthetic, aesthetic, displeasing; default = the card's", at_least=0, at_most=1)
+    thresholds: list[float] = key(list, "least score of each aesthetic word but the last, falling; empty = the vocabulary's", at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -120,6 +110,7 @@ class PolicyConfig:
     """From metadata to caption. A switch left null has the preset's value."""
 
     preset: Literal["default", "animagine31"] = key("default", "values of the switches below that are null; animagine31 = as released")
+    vocabulary: str = key("animagine31", "words, criteria and order of the captions: a name in configs/vocabularies, or a YAML file; keys below that are set win over it")
     meta_blacklist: Literal["per_tag", "whole_group"] | None = key(None, "meta tags that no caption shows: tag by tag, or the whole group")
     year_source: Literal["media_or_post", "media"] | None = key(None, "whose date is the year")
     year_fallback: Literal["none", "early"] | None = key(None, "year tag of posts without a date")

@@ -106,13 +106,13 @@ _SOURCE: tuple[Callable[[SourceConfig], str | None], ...] = (
     lambda s: "columns is needed by adapter table: our column: theirs" if s.adapter == "table" and not s.columns else None,
 )
 _POLICY: tuple[Callable[[PolicyConfig], str | None], ...] = (
-    lambda p: None if 1 >= p.aesthetic.thresholds[0] > p.aesthetic.thresholds[1] > p.aesthetic.thresholds[2] >= 0 else
-    "policy.aesthetic.thresholds must fall, within 0..1",
+    lambda p: "policy.aesthetic.thresholds must fall, within 0..1"
+    if any(a <= b for a, b in itertools.pairwise(p.aesthetic.thresholds)) else None,
     lambda p: None if list(p.quality.group_by) in (["rating"], ["rating", "year"]) else
     "policy.quality.group_by must be [rating] or [rating, year]",
     _years,
     lambda p: "policy.year.ranges: `old` is a real general tag, use another word"
-    if any(r.tag == "old" for r in p.year.ranges) else None,
+    if p.vocabulary == "animagine31" and any(r.tag == "old" for r in p.year.ranges) else None,
 )  # fmt: skip
 
 DATASET_RULES = (settings_problems, named_source_problems, source_problems, selection_problems, policy_problems)

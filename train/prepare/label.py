@@ -23,7 +23,7 @@ from train.prepare.tables import units
 from train.prepare.tables.refusals import refused_by
 from train.prepare.tables.schemas import LABELS, Quarantine, quarantine_table
 from train.prepare.tables.workers import Peers
-from train.prepare.tagging.policy import freeze, post_days
+from train.prepare.tagging.policy import freeze, open_words, post_days
 from train.prepare.tagging.vectorised import Inputs, TokenCount, label_table
 from train.recipe.exclusions import EXCLUSIONS_VERSION
 from train.recipe.tag_policy import LabelError, Policy
@@ -44,6 +44,8 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     records = units.require_table(dataset, "records")
     policy, today = freeze(settings.policy, dataset)
+    for note in open_words(settings.policy):
+        print(f"label: vocabulary {settings.policy.vocabulary}: {note}")
     tag = settings.tag
     counter, tokenizer_id = token_counter(settings.tokenizers)
     if counter is None:
@@ -200,6 +202,7 @@ def _write_facts(dataset: Path, policy: Policy, settings: DatasetConfig) -> None
         counts["without_rating"] += pc.sum(pc.equal(pc.list_value_length(unit["rating_tags"]), 0)).as_py() or 0
     update_dataset_json(
         dataset,
-        {"policy_hash": policy.hash(), "policy_preset": settings.policy.preset, "label": dict(sorted(counts.items()))},
+        {"policy_hash": policy.hash(), "policy_preset": settings.policy.preset, "vocabulary": settings.policy.vocabulary,
+         "label": dict(sorted(counts.items()))},
     )
     print("label: " + ", ".join(f"{number} {name}" for name, number in counts.items()))

@@ -95,7 +95,7 @@ def _masterpiece(settings: DatasetConfig, facts: Facts) -> tuple[int, int]:
     crossed = facts["balance"]["all sound files"]["quality_by_rating"]
     sums = {rating: sum(words.values()) for rating, words in crossed.items()}
     least = settings.policy.quality.min_group
-    counts = [(words["masterpiece"], sums[rating]) for rating, words in crossed.items() if sums[rating] >= least]
+    counts = [(words.get("masterpiece", 0), sums[rating]) for rating, words in crossed.items() if sums[rating] >= least]
     return max(counts, key=lambda pair: pair[0] / max(pair[1], 1), default=(0, 1))
 
 

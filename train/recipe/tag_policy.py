@@ -62,6 +62,19 @@ class LabelError(ValueError):
 
 
 @dataclass(frozen=True)
+class Words:
+    """The words and the order of a caption, as a vocabulary says them; the defaults are Animagine XL 3.1's."""
+
+    quality: tuple[str, ...] = QUALITY_TAGS  # best first; "" = posts of that class get no tag
+    percentiles: tuple[float, ...] = PERCENTILES  # rising, one fewer than the words
+    rating: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: RATING_TAGS)
+    year_format: str | None = None  # `year {year}`; None = by ranges
+    aesthetic: tuple[str, ...] = AESTHETIC_TAGS  # best first; "" as above
+    fixed: tuple[str, ...] = ("count", "character", "series", "artist")
+    flexible: tuple[str, ...] = ("rating", "general", "time", "meta", "quality", "aesthetic")
+
+
+@dataclass(frozen=True)
 class Policy:
     """Every switch, resolved. The defaults are the preset `default`; `preset()` gives the others."""
 
@@ -83,12 +96,16 @@ class Policy:
     year_ranges: tuple[tuple[str, int, int], ...] = YEAR_RANGES
     year_before: Literal["none", "clamp"] = "none"
     year_after: Literal["none", "clamp"] = "none"
-    aesthetic_thresholds: tuple[float, float, float] = (0.71, 0.45, 0.27)  # card
+    aesthetic_thresholds: tuple[float, ...] = (0.71, 0.45, 0.27)  # card; falling, empty = no aesthetic tags
     underscore: Literal["len3", "kaomoji"] = "len3"
+    words: Words = field(default_factory=Words)
 
     def hash(self) -> str:
-        """sha256 over version and switches; equal hashes give equal labels."""
-        text = json.dumps([POLICY_VERSION, asdict(self)], sort_keys=True, separators=(",", ":"))
+        """sha256 over version, switches and words; equal hashes give equal labels."""
+        content = asdict(self)
+        if self.words == Words():  # labels of before there were vocabularies are still these
+            del content["words"]
+        text = json.dumps([POLICY_VERSION, content], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -107,13 +124,17 @@ def preset(name: str) -> Policy:
 
 
 def thresholds_of(rating: str, year: int | None, policy: Policy) -> tuple[float, ...] | None:
-    """The six thresholds of a group, else the pooled ones, else None."""
+    """The rising thresholds of a group, else the pooled ones, else None."""
     group = f"{rating}/{year}" if policy.quality_by_year else rating
     return policy.quality_thresholds.get(group) or policy.quality_thresholds.get(POOLED)
 
 
 def year_tag(year: int | None, policy: Policy) -> str | None:
     """The year tag, None outside of the ranges unless the policy clamps or falls back."""
+    if policy.words.year_format is not None:
+        return None if year is None else policy.words.year_format.format(year=year)
+    if not policy.year_ranges:
+        return None
     first, last = policy.year_ranges[0], policy.year_ranges[-1]
     if policy.year_fallback == "early" and (year is None or year < first[1]):
         return "early"
@@ -128,16 +149,13 @@ def year_tag(year: int | None, policy: Policy) -> str | None:
 
 def aesthetic_tag(score: float | None, policy: Policy) -> str | None:
     """The aesthetic tag of a classifier's probability; None for a missing score or NaN."""
-    if score is None or math.isnan(score):
+    words, thresholds = policy.words.aesthetic, policy.aesthetic_thresholds
+    if score is None or math.isnan(score) or not thresholds:
         return None
-    high, middle, low = policy.aesthetic_thresholds
-    if policy.aesthetic_edges == "very_displeasing" and score in (high, middle):
-        return AESTHETIC_TAGS[3]  # the original compares with > and < only, so both edges fall through
-    if score > high:
-        return AESTHETIC_TAGS[0]
-    if score > middle:
-        return AESTHETIC_TAGS[1]
-    return AESTHETIC_TAGS[2] if score > low else AESTHETIC_TAGS[3]
+    # The original compares with > and < only, so the upper edges of its middle words fall through to the last.
+    if policy.aesthetic_edges == "very_displeasing" and score in thresholds[:-1]:
+        return words[-1] or None
+    return next((word for word, least in zip(words, thresholds, strict=False) if score > least), words[-1]) or None
 
 
 def keep_artists(tags: Iterable[str], policy: Policy) -> list[str]:

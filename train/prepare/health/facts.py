@@ -29,13 +29,10 @@ from train.prepare.tables.progress import bar
 from train.prepare.tables.refusals import SEEN_COLUMNS, refused_by
 from train.prepare.tables.schemas import INDEX
 from train.prepare.tables.units import read_table, stream_table
-from train.recipe.tag_policy import AESTHETIC_TAGS, QUALITY_TAGS, RATING_TAGS, YEAR_RANGES
+from train.prepare.tagging.policy import resolve
+from train.recipe.tag_policy import Policy
 
 Facts = dict[str, Any]
-LABEL_ORDER = {
-    "quality": list(QUALITY_TAGS), "rating": [tags[0] for tags in RATING_TAGS.values()],
-    "year": [tag for tag, _, _ in YEAR_RANGES], "aesthetic": list(AESTHETIC_TAGS),
-}  # fmt: skip
 _READ_CHECK_ROWS = 2048  # latents read and checked in full; of the others place and size
 
 
@@ -45,11 +42,13 @@ def gather(settings: DatasetConfig) -> Facts:
     stages = {stage: pq.read_table(selection_path(dataset, stage)) for stage in settings.select}
     index = pq.read_table(path) if (path := dataset / "index.parquet").exists() else INDEX.empty_table()
     sound = ok_files(settings, ["key", "width", "height", "ext_mismatch", "size_mismatch"])
+    words = _label_words(resolve(settings.policy))
     keys = {stage: set(table.column("key").to_pylist()) for stage, table in stages.items()}
     sections: dict[str, Callable[[], Any]] = {
         "counts": lambda: _counts(settings, index),
         "hard_exclusions": lambda: _hard_exclusions(settings),
-        "balance": lambda: _balance(dataset, sound, stages),
+        "words": lambda: words,
+        "balance": lambda: _balance(dataset, sound, stages, words),
         "tags": lambda: {stage: _tags(dataset, table) for stage, table in stages.items()},
         "buckets": lambda: {stage: _buckets(dataset, stage, table, sound) for stage, table in stages.items()},
         "crop": lambda: _crop(index),
@@ -104,7 +103,18 @@ def _hard_exclusions(settings: DatasetConfig) -> Facts:
     return {rule: dict(sorted(words.items())) for rule, words in sorted(found.items())}
 
 
-def _balance(dataset: Path, sound: pa.Table, stages: dict[str, pa.Table]) -> Facts:
+def _label_words(policy: Policy) -> dict[str, list[str]]:
+    """The words of the set's vocabulary by kind, each kind in its order; a class without a word has none."""
+    found = {
+        "quality": policy.words.quality,
+        "rating": [tags[0] for rating in "gsqe" if (tags := policy.words.rating.get(rating))],
+        "year": [tag for tag, _, _ in policy.year_ranges],
+        "aesthetic": policy.words.aesthetic,
+    }
+    return {kind: [word for word in dict.fromkeys(words) if word] for kind, words in found.items()}
+
+
+def _balance(dataset: Path, sound: pa.Table, stages: dict[str, pa.Table], order: dict[str, list[str]]) -> Facts:
     """Per set of rows: counts of each special tag, and quality by rating and by year."""
     tables = {"all sound files": sound} | stages
     sets = {name: table.column("key").combine_chunks() for name, table in tables.items()}
@@ -112,39 +122,38 @@ def _balance(dataset: Path, sound: pa.Table, stages: dict[str, pa.Table]) -> Fac
     for part in stream_table(dataset, "labels", ["key", "quality", "rating_tags", "year", "aesthetic"]):
         for name, keys in sets.items():
             rows = among(part, keys)
-            ratings = ["explicit" if "explicit" in tags else tags[0] if tags else None
-                       for tags in rows.column("rating_tags").to_pylist()]  # fmt: skip
+            ratings = [tags[0] if tags else None for tags in rows.column("rating_tags").to_pylist()]
             words = (rows.column(tag).to_pylist() for tag in ("quality", "year", "aesthetic"))
             counts[name].update(zip(*words, ratings, strict=True))
     result: Facts = {}
     for name, found in counts.items():
-        single: dict[str, Counter[str | None]] = {tag: Counter() for tag in LABEL_ORDER}
+        single: dict[str, Counter[str | None]] = {tag: Counter() for tag in order}
         for key, number in found.items():
             for tag, word in zip(("quality", "year", "aesthetic", "rating"), key, strict=True):
                 single[tag][word] += number
         result[name] = {
             "rows": found.total(),
-            **{tag: _ordered(single[tag], tag) for tag in LABEL_ORDER},
-            "quality_by_rating": _crossed(found, 3, "rating"),
-            "quality_by_year": _crossed(found, 1, "year"),
+            **{tag: _ordered(single[tag], order[tag]) for tag in order},
+            "quality_by_rating": _crossed(found, 3, order["rating"], order["quality"]),
+            "quality_by_year": _crossed(found, 1, order["year"], order["quality"]),
         }
     return result
 
 
-def _ordered(counts: Counter[str | None], tag: str) -> dict[str, int]:
-    known = [*LABEL_ORDER[tag], *sorted(str(k) for k in counts if k is not None and k not in LABEL_ORDER[tag])]
+def _ordered(counts: Counter[str | None], words: list[str]) -> dict[str, int]:
+    known = [*words, *sorted(str(k) for k in counts if k is not None and k not in words)]
     return {name: counts.get(name, 0) for name in known} | {"(none)": counts.get(None, 0)}
 
 
-def _crossed(counts: Counter[tuple[str | None, ...]], at: int, tag: str) -> dict[str, dict[str, int]]:
+def _crossed(
+    counts: Counter[tuple[str | None, ...]], at: int, words: list[str], quality: list[str]
+) -> dict[str, dict[str, int]]:
     pairs: Counter[tuple[str | None, str | None]] = Counter()
     for key, number in counts.items():
         pairs[key[at], key[0]] += number
     others = {word for word, _ in pairs if word is not None}
-    columns = [*LABEL_ORDER[tag], *sorted(others - set(LABEL_ORDER[tag]))]
-    return {
-        column: {word: pairs.get((column, word), 0) for word in LABEL_ORDER["quality"]} for column in columns
-    }  # fmt: skip
+    columns = [*words, *sorted(others - set(words))]
+    return {column: {word: pairs.get((column, word), 0) for word in quality} for column in columns}
 
 
 def _tags(dataset: Path, selection: pa.Table) -> Facts:

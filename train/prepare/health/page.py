@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from train.prepare.choosing.balance import Mixed, told_of
-from train.prepare.health.facts import LABEL_ORDER, Facts
+from train.prepare.health.facts import Facts
 from train.prepare.health.pages import html, joined
 from train.prepare.health.pages import page as whole_page
 
@@ -131,7 +131,7 @@ def _mixing(mixed: Facts) -> Iterator[str]:
 
 def _balance(facts: Facts, _: Pictures) -> Iterator[str]:
     sets = facts["balance"]
-    for tag in LABEL_ORDER:
+    for tag in facts["words"]:
         rows = []
         for name in dict.fromkeys(name for counts in sets.values() for name in counts[tag]):
             shares = ((counts[tag].get(name, 0), max(counts["rows"], 1)) for counts in sets.values())
@@ -144,7 +144,7 @@ def _balance(facts: Facts, _: Pictures) -> Iterator[str]:
             total = sum(words.values())
             rows.append([column, total, *(f"{100 * n / max(total, 1):.1f} %" for n in words.values())])
         yield html.h3(f"Quality by {other}, all sound files")
-        yield table([other, "images", *LABEL_ORDER["quality"]], rows)
+        yield table([other, "images", *facts["words"]["quality"]], rows)
 
 
 def _tags(facts: Facts, _: Pictures) -> Iterator[str]:

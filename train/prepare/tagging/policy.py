@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,30 +15,103 @@ import pyarrow.compute as pc
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import PolicyConfig, QualityConfig
+from train.config.vocabulary import TABLE_WORDS, Vocabulary, load_vocabulary
 from train.prepare.tables.units import config_id, stream_table, write_text
-from train.recipe.tag_policy import PERCENTILES, POOLED, QUALITY_TABLES, Policy, preset
+from train.recipe.tag_policy import PERCENTILES, POOLED, QUALITY_TABLES, Policy, Words, preset
 
 LOCK = "policy.lock.json"
 Counted = tuple[np.ndarray, np.ndarray]  # rising scores, how often each occurs
+# What a vocabulary's criterion is as policy.quality.source.
+_SOURCES: dict[str, Literal["table", "empirical", "none"]] = {
+    "percentile": "empirical", "absolute": "table", "table": "table", "none": "none",
+}  # fmt: skip
 _SCORE_COLUMNS = ["rating", "score", "score_real", "media_year", "created_year", "hard_exclusion"]
 
 
 def resolve(config: PolicyConfig) -> Policy:
     """The policy with every switch resolved; empirical thresholds are still missing (`freeze`)."""
-    quality = config.quality
-    high, middle, low = config.aesthetic.thresholds
+    vocabulary = load_vocabulary(config.vocabulary)
+    quality = _sourced(config, vocabulary)
+    thresholds = tuple(config.aesthetic.thresholds or vocabulary.aesthetic.thresholds)
+    words = _words(vocabulary)
+    if thresholds and len(thresholds) != len(words.aesthetic) - 1:
+        raise Halt(
+            ExitCode.USAGE,
+            f"policy.aesthetic.thresholds: {len(thresholds)} for the {len(words.aesthetic)} aesthetic words of vocabulary "
+            f"{config.vocabulary}, one fewer than words are needed",
+        )
+    by_year = config.year.ranges or vocabulary.time.ranges
+    if config.year.ranges:
+        words = dataclasses.replace(words, year_format=None)
     return dataclasses.replace(
         preset(config.preset),
         **{name: value for name, value in _switches(config).items() if value is not None},
         quality=quality.source != "none",
-        quality_thresholds=_table(quality) if quality.source == "table" else {},
+        quality_thresholds=_thresholds(quality, vocabulary, asked=config.quality.source is not None),
         quality_by_year=quality.source == "empirical" and "year" in quality.group_by,
         quality_min_age_days=quality.min_age_days,
-        year_ranges=tuple((r.tag, r.first, r.last) for r in config.year.ranges),
+        year_ranges=tuple((r.tag, r.first, r.last) for r in by_year),
         year_before=config.year.before,
         year_after=config.year.after,
-        aesthetic_thresholds=(high, middle, low),
+        aesthetic_thresholds=thresholds,
         underscore=config.strings.underscore,
+        words=words,
+    )
+
+
+def open_words(config: PolicyConfig) -> list[str]:
+    """What the vocabulary leaves open, so that no caption shows it, and what training cannot keep of its order."""
+    policy, vocabulary = resolve(config), load_vocabulary(config.vocabulary)
+    missing = {
+        "quality": not policy.quality and config.quality.source is None,
+        "rating": not any(policy.words.rating.values()),
+        "time": not policy.year_ranges and policy.words.year_format is None,
+        "aesthetic": not policy.aesthetic_thresholds,
+    }
+    notes = [f"no {kind} words are written: it has none, or what earns them is not published" for kind, without in missing.items() if without]
+    if tail := vocabulary.order.tail:
+        notes.append(f"the tail ({', '.join(tail)}) is written last in the flexible part, which training shuffles")
+    return notes
+
+
+def _sourced(config: PolicyConfig, vocabulary: Vocabulary) -> QualityConfig:
+    """The set's quality keys, where they leave the source open with the vocabulary's: `absolute` is a table of one row."""
+    quality, words = config.quality, vocabulary.quality
+    source = quality.source
+    if source is None:
+        source = _SOURCES[words.criterion]
+    elif source == "table" and len(words.words) != TABLE_WORDS:
+        raise Halt(
+            ExitCode.USAGE,
+            f"policy.quality.source: the tables tell {TABLE_WORDS} classes apart, vocabulary {config.vocabulary} has "
+            f"{len(words.words)} quality words",
+        )
+    elif source == "empirical" and (words.criterion not in ("table", "percentile") or not words.cuts):
+        raise Halt(
+            ExitCode.USAGE, f"policy.quality.source: empirical needs percentiles, vocabulary {config.vocabulary} has none"
+        )
+    return dataclasses.replace(quality, source=source)
+
+
+def _thresholds(quality: QualityConfig, vocabulary: Vocabulary, asked: bool) -> dict[str, tuple[float, ...]]:
+    if quality.source != "table":
+        return {}
+    if vocabulary.quality.criterion == "absolute" and not asked:
+        return {POOLED: tuple(reversed(vocabulary.quality.cuts))}
+    return _table(quality)
+
+
+def _words(vocabulary: Vocabulary) -> Words:
+    order = vocabulary.order
+    cuts = vocabulary.quality.cuts if vocabulary.quality.criterion in ("table", "percentile") else []
+    return Words(
+        quality=tuple(vocabulary.quality.words),
+        percentiles=tuple(int(cut) if cut == int(cut) else cut for cut in reversed(cuts)),
+        rating={rating: tuple(tags) for rating, tags in vocabulary.rating.items()},
+        year_format=vocabulary.time.format,
+        aesthetic=tuple(vocabulary.aesthetic.words),
+        fixed=tuple(order.fixed),
+        flexible=(*order.flexible, *order.tail),
     )
 
 
@@ -83,11 +156,13 @@ def freeze(config: PolicyConfig, dataset: Path) -> tuple[Policy, date | None]:
     same score; another quality config makes a new lock.
     """
     policy = resolve(config)
-    quality = config.quality
+    vocabulary = load_vocabulary(config.vocabulary)
+    quality = _sourced(config, vocabulary)
     if quality.source != "empirical" and quality.min_age_days == 0:
         return policy, None
+    other = {} if policy.words.percentiles == PERCENTILES else {"percentiles": policy.words.percentiles}
     identity = config_id(
-        quality=dataclasses.asdict(quality), year_source=policy.year_source, missing=policy.missing_rating_or_score
+        quality=dataclasses.asdict(quality), year_source=policy.year_source, missing=policy.missing_rating_or_score, **other
     )
     path = dataset / "labels" / LOCK
     lock = _read_lock(path)
@@ -143,19 +218,21 @@ def empirical(config: QualityConfig, policy: Policy, dataset: Path) -> dict[str,
     if groups:
         groups[POOLED] = _added(list(groups.values()))
     return {
-        name: tuple(float(value) for value in counted_thresholds(values, counts))
+        name: tuple(float(value) for value in counted_thresholds(values, counts, policy.words.percentiles))
         for name, (values, counts) in groups.items()
         if counts.sum() >= config.min_group and len(values) >= config.min_distinct
     }
 
 
-def counted_thresholds(values: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def counted_thresholds(
+    values: np.ndarray, counts: np.ndarray, percentiles: Sequence[float] = PERCENTILES
+) -> np.ndarray:
     """The smallest value v with count(x <= v) / n >= p / 100 for each percentile, of rising values and how often each occurs.
 
     With the strict rule `score > threshold` at most 5 % are masterpiece and equal scores are never parted.
     """
     last = np.cumsum(counts)  # rank of the last of each value, from 1
-    ranks = [-(-p * int(last[-1]) // 100) for p in PERCENTILES]
+    ranks = [int(-(-p * int(last[-1]) // 100)) for p in percentiles]
     found: np.ndarray = values[np.searchsorted(last, ranks, side="left")]
     return found
 

@@ -13,10 +13,8 @@ import pyarrow as pa
 
 from train.recipe.captions import split
 from train.recipe.tag_policy import (
-    AESTHETIC_TAGS,
     COUNT_TAGS,
     META_BLACKLIST,
-    QUALITY_TAGS,
     RATING_TAGS,
     LabelError,
     Policy,
@@ -40,6 +38,10 @@ class Vocabulary:
     def number(self, tag: str) -> int:
         """Number of a raw tag's written form."""
         return self.numbers.setdefault(spaced(tag, self.policy), len(self.numbers))
+
+    def word(self, word: str) -> int:
+        """Number of a word of the policy's, which is written as it stands: `score_9` keeps its underscore."""
+        return self.numbers.setdefault(word, len(self.numbers))
 
     def texts(self) -> list[str]:
         """The written forms in the order of their numbers."""
@@ -82,25 +84,36 @@ def label_table(
     year_number = inputs.media_year
     if policy.year_source != "media":
         year_number = np.where(np.isnan(inputs.media_year), inputs.created_year, inputs.media_year)
-    quality = _quality(inputs, year_number, policy)
-    years, year = _years(year_number, policy)
-    fixed, flex = _lists(records, policy, vocabulary, inputs, quality, _words(years, year))
-    aesthetic = _aesthetic(inputs.aesthetic, policy)
+    words = policy.words
+    quality = _words(words.quality, _quality(inputs, year_number, policy))
+    years = _words(*_years(year_number, policy))
+    parts = _parts(records, policy, vocabulary)
+    ratings = [list(words.rating.get(letter, ())) for letter in _RATINGS] + [[]]
+    places = range(max(map(len, ratings)))
+    parts["rating"] = merged(
+        [
+            _special(_words([dict(enumerate(tags)).get(place) for tags in ratings[:-1]], inputs.rating), vocabulary)
+            for place in places
+        ]
+    )
+    parts["time"], parts["quality"] = _special(years, vocabulary), _special(quality, vocabulary)
+    number = _aesthetic(inputs.aesthetic, policy)
     if policy.aesthetic_skip_substring:
         hit = np.array(["aesthetic" in text for text in vocabulary.texts()], bool)
-        for part in (fixed, flex):
-            aesthetic[part.rows[hit[part.tags]]] = -1
-    flex = merged([flex, _special(_words(AESTHETIC_TAGS, aesthetic), vocabulary)])
+        for part in parts.values():
+            number[part.rows[hit[part.tags]]] = -1
+    aesthetic = _words(words.aesthetic, number)
+    parts["aesthetic"] = _special(aesthetic, vocabulary)
+    fixed, flex = _lists(parts, policy)
     fixed, flex = _clean(fixed, flex, policy, vocabulary)
     size, texts = len(records), vocabulary.texts()
-    rating_tags = [list(RATING_TAGS[letter]) for letter in _RATINGS] + [[]]
     return {
         "fixed_tags": _list_array(fixed, texts, size),
         "flex_tags": _list_array(flex, texts, size),
-        "quality": pa.array(_words(QUALITY_TAGS, quality), pa.string()),
-        "rating_tags": pa.array([rating_tags[code] for code in inputs.rating.tolist()], pa.list_(pa.string())),
-        "year": pa.array(_words(years, year), pa.string()),
-        "aesthetic": pa.array(_words(AESTHETIC_TAGS, aesthetic), pa.string()),
+        "quality": pa.array(quality, pa.string()),
+        "rating_tags": pa.array([ratings[code] for code in inputs.rating.tolist()], pa.list_(pa.string())),
+        "year": pa.array(years, pa.string()),
+        "aesthetic": pa.array(aesthetic, pa.string()),
         "n_tokens": _n_tokens(fixed, flex, texts, size, count_tokens),
     }
 
@@ -115,7 +128,7 @@ def _refuse_missing(records: pa.Table, inputs: Inputs, policy: Policy) -> None:
 
 
 def _quality(inputs: Inputs, year: np.ndarray, policy: Policy) -> np.ndarray:
-    """Number in QUALITY_TAGS, -1 for none."""
+    """Number among the quality words, -1 for none."""
     result = np.full(len(inputs.score), -1)
     usable = (inputs.rating >= 0) & ~np.isnan(inputs.score)
     if policy.quality_min_age_days > 0:
@@ -130,7 +143,7 @@ def _quality(inputs: Inputs, year: np.ndarray, policy: Policy) -> np.ndarray:
             group = mine & (year_codes == number)
             if thresholds is not None:
                 above = np.searchsorted(np.asarray(thresholds, np.float64), inputs.score[group], side="left")
-                result[group] = len(QUALITY_TAGS) - 1 - above
+                result[group] = len(thresholds) - above
     return result
 
 
@@ -143,19 +156,18 @@ def _years(year: np.ndarray, policy: Policy) -> tuple[list[str], np.ndarray]:
 
 
 def _aesthetic(score: np.ndarray, policy: Policy) -> np.ndarray:
-    """Number in AESTHETIC_TAGS, -1 for none."""
-    high, middle, low = policy.aesthetic_thresholds
-    result = np.select([np.isnan(score), score > high, score > middle, score > low], [-1, 0, 1, 2], 3)
+    """Number among the aesthetic words, -1 for none."""
+    if not policy.aesthetic_thresholds:
+        return np.full(len(score), -1)
+    falling = np.asarray(policy.aesthetic_thresholds, np.float64)
+    result = len(falling) - np.searchsorted(falling[::-1], score, side="left")
     if policy.aesthetic_edges == "very_displeasing":
-        result[(score == high) | (score == middle)] = 3
-    return result
+        result[np.isin(score, falling[:-1])] = len(falling)
+    return np.where(np.isnan(score), -1, result)
 
 
-def _lists(
-    records: pa.Table, policy: Policy, vocabulary: Vocabulary, inputs: Inputs, quality: np.ndarray,
-    years: Sequence[str | None],
-) -> tuple[Tags, Tags]:  # fmt: skip
-    """(fixed, flex) in written order, before cleaning and without the aesthetic tag."""
+def _parts(records: pa.Table, policy: Policy, vocabulary: Vocabulary) -> dict[str, Tags]:
+    """Tags of each part of a caption that the record itself has, in written order, before cleaning."""
     fixed_text, flex_text = _captions(records, vocabulary)
     general, is_count = _group(records, "general", vocabulary, set(COUNT_TAGS).__contains__)
     artist, kept = _group(records, "artist", vocabulary, lambda tag: bool(keep_artists([tag], policy)))
@@ -163,18 +175,21 @@ def _lists(
     if policy.meta_blacklist == "whole_group":
         bad = np.isin(meta.rows, meta.rows[bad])
     plain = {name: _group(records, name, vocabulary)[0] for name in ("character", "copyright", "species")}
-    fixed = merged(
-        [fixed_text, general.where(is_count), plain["character"], plain["copyright"], artist.where(kept)]
-    )
-    first, second = ([dict(enumerate(RATING_TAGS[letter])).get(place) for letter in _RATINGS] for place in (0, 1))
-    ratings = [_special(_words(words, inputs.rating), vocabulary) for words in (first, second)]
-    flex = merged(
-        [
-            *ratings, flex_text, general.where(~is_count), plain["species"], _special(years, vocabulary),
-            meta.where(~bad), _special(_words(QUALITY_TAGS, quality), vocabulary),
-        ]
-    )  # fmt: skip
-    return fixed, flex
+    return {
+        "caption_fixed": fixed_text,
+        "count": general.where(is_count),
+        "character": plain["character"],
+        "series": plain["copyright"],
+        "artist": artist.where(kept),
+        "general": merged([flex_text, general.where(~is_count), plain["species"]]),
+        "meta": meta.where(~bad),
+    }
+
+
+def _lists(parts: dict[str, Tags], policy: Policy) -> tuple[Tags, Tags]:
+    """(fixed, flex) in the vocabulary's order; the fixed tags of an imported caption lead."""
+    fixed = merged([parts["caption_fixed"], *(parts[name] for name in policy.words.fixed)])
+    return fixed, merged([parts[name] for name in policy.words.flexible])
 
 
 def _group(
@@ -204,19 +219,21 @@ def _captions(records: pa.Table, vocabulary: Vocabulary) -> tuple[Tags, Tags]:
 
 
 def _words(names: Sequence[str | None], numbers: np.ndarray) -> list[str | None]:
-    table = [*names, None]
+    table = [*(name or None for name in names), None]
     return [table[number] for number in numbers.tolist()]
 
 
 def _special(words: Sequence[str | None], vocabulary: Vocabulary) -> Tags:
     """At most one tag per row."""
-    numbers = np.array([-1 if word is None else vocabulary.number(word) for word in words], np.int64)
+    numbers = np.array([-1 if word is None else vocabulary.word(word) for word in words], np.int64)
     rows = np.flatnonzero(numbers >= 0)
     return Tags(rows, numbers[rows])
 
 
 def merged(parts: Sequence[Tags]) -> Tags:
     """All parts, row by row, inside a row in the order of the parts."""
+    if not parts:
+        return Tags(np.zeros(0, np.int64), np.zeros(0, np.int64))
     rows = np.concatenate([part.rows for part in parts])
     order = np.argsort(rows, kind="stable")
     return Tags(rows[order], np.concatenate([part.tags for part in parts])[order])

@@ -1,0 +1,155 @@
+"""Vocabularies: captions by hand from each base's published words, a vocabulary of one's own, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from train.base.errors import ExitCode, Halt
+from train.config.dataset import AestheticConfig, PolicyConfig, QualityConfig, YearConfig, YearRange
+from train.prepare.tagging.policy import counted_thresholds, open_words, resolve
+from train.prepare.tagging.vectorised import Inputs, label_table
+
+# One post: 2016, score 120, questionable, aesthetic 0.8.
+LISTS = {
+    "general": ["1girl", "solo", "smile"], "character": ["hatsune_miku"], "copyright": ["vocaloid"],
+    "artist": ["someone"], "meta": ["highres"], "species": [],
+}  # fmt: skip
+
+
+def caption(config: PolicyConfig, score: float = 120, rating: int = 2, year: float = 2016, **change: object) -> str:
+    policy = dataclasses.replace(resolve(config), **change)  # type: ignore[arg-type]
+    columns = {f"tags_{name}": pa.array([tags], pa.list_(pa.string())) for name, tags in LISTS.items()}
+    records = pa.table({"key": ["a:1"], "caption": pa.array([None], pa.string()), **columns})
+    floats = [np.array([value], float) for value in (score, year, year, np.nan, 0.8)]
+    found = label_table(records, Inputs(np.array([rating]), *floats), policy)
+    return " ||| ".join(", ".join(found[name][0].as_py()) for name in ("fixed_tags", "flex_tags"))
+
+
+GOLDENS = {
+    "animagine31": "1girl, hatsune miku, vocaloid, someone ||| nsfw, solo, smile, mid, highres, best quality, very aesthetic",
+    "animagine30": "1girl, hatsune miku, vocaloid ||| "
+                   "someone, rating: questionable, nsfw, solo, smile, mid, highres, best quality",
+    "animagine40": "1girl, hatsune miku, vocaloid, nsfw ||| someone, solo, smile, highres, year 2016",
+    "kohaku": "1girl, hatsune miku, vocaloid, someone ||| solo, smile, best quality, highres, nsfw",
+    "noobai": "1girl, hatsune miku, vocaloid, someone ||| nsfw, solo, smile, highres",
+    "illustrious": "1girl, hatsune miku, vocaloid, someone ||| solo, smile, highres",
+    "pony": " ||| 1girl, hatsune miku, vocaloid, someone, solo, smile, highres, rating_questionable",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_post_in_the_words_of_each_base(name: str) -> None:
+    assert caption(PolicyConfig(vocabulary=name)) == GOLDENS[name]
+
+
+def test_labels_of_animagine31_are_those_of_before() -> None:
+    """The hashes that the policies had before vocabularies were data: equal hashes, equal labels, nothing made anew."""
+    before = {
+        "default": "e73989f244b7fd120f34e942fd0f5121474196ed9ce81c55ee0d1c699872fc8d",
+        "animagine31": "c8545591223e40a45990d7a5c68992f0301c0e335ca0e3560bc5bba1658717dc",
+    }
+    for name in ("default", "animagine31"):
+        assert resolve(PolicyConfig(preset=name)).hash() == before[name]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("score", "word"), [
+    (151, "masterpiece"), (150, "best quality"), (101, "best quality"), (100, "high quality"), (75, "medium quality"),
+    (26, "medium quality"), (25, "normal quality"), (1, "normal quality"), (0, "low quality"), (-5, "low quality"),
+    (-6, "worst quality"),
+])  # fmt: skip
+@pytest.mark.parametrize("rating", [0, 3])
+def test_absolute_scores_know_no_rating(score: int, word: str, rating: int) -> None:
+    assert caption(PolicyConfig(vocabulary="animagine30"), score, rating).endswith(word)
+
+
+def test_percentiles_of_noobai() -> None:
+    """Of the scores 1..100: 96 to 100 masterpiece, 86 to 95 best, 61 to 85 good, 31 to 60 normal, else worst quality."""
+    config = PolicyConfig(vocabulary="noobai")
+    numbers = np.arange(1, 101)
+    thresholds = counted_thresholds(numbers, np.ones(100, int), resolve(config).words.percentiles)
+    assert thresholds.tolist() == [30, 60, 85, 95]
+    words = {96: "masterpiece", 95: "best quality", 86: "best quality", 85: "good quality", 61: "good quality",
+             60: "normal quality", 31: "normal quality", 30: "worst quality", 1: "worst quality"}  # fmt: skip
+    for score, word in words.items():
+        assert f" {word}," in caption(config, score, quality_thresholds={"*": tuple(thresholds)})
+
+
+def test_what_a_set_says_wins_over_its_vocabulary() -> None:
+    config = PolicyConfig(
+        vocabulary="noobai", quality=QualityConfig(source="none"), aesthetic=AestheticConfig(thresholds=[0.7, 0.1]),
+        year=YearConfig(ranges=[YearRange("old", 2005, 2017)]),
+    )  # fmt: skip
+    assert caption(config).endswith("||| nsfw, old, very awa, solo, smile, highres")
+    assert "2016" not in caption(dataclasses.replace(config, vocabulary="animagine40", aesthetic=AestheticConfig()))
+    # Between the two words of the scorer there is none.
+    assert "awa" not in caption(dataclasses.replace(config, aesthetic=AestheticConfig(thresholds=[0.9, 0.1])))
+
+
+OWN = """
+quality:
+  words: [top_1, "", flop]
+  criterion: absolute
+  cuts: [99.5, 10]
+rating: {g: [all ages], q: [adult, "rating: q"]}
+time:
+  format: "from {year}"
+order:
+  fixed: [quality, character, count]
+  flexible: [time, general, series, artist, meta, rating]
+"""
+
+
+def test_a_vocabulary_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(OWN)
+    mine = PolicyConfig(vocabulary=str(path))
+    assert caption(mine) == (
+        "top_1, hatsune miku, 1girl ||| from 2016, solo, smile, vocaloid, someone, highres, adult, rating: q"
+    )
+    assert caption(mine, score=99.5).startswith("hatsune miku")
+    first = resolve(mine).hash()
+    path.write_text(OWN.replace("flop", "worst"))
+    assert resolve(mine).hash() != first  # the content, not the name, is the labels' identity
+
+
+@pytest.mark.parametrize(("old", "new", "told"), [
+    ("criterion", "criterium", "unknown key quality.criterium"),
+    ("[99.5, 10]", "[10, 99.5]", "quality.cuts must fall"),
+    ("[99.5, 10]", "[10]", "3 words need 2 cuts"),
+    ("from {year}", "from {yaer}", "time.format"),
+    ("series, artist", "series", "order leaves out artist"),
+    ("series, artist", "series, count, artist", "order: count"),
+    ("{g: [all ages]", "{x: [all ages]", "the ratings are g, s, q, e"),
+    ("all ages", '"all, ages"', "no single tag"),
+])  # fmt: skip
+def test_errors_name_file_and_key(tmp_path: Path, old: str, new: str, told: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(OWN.replace(old, new))
+    with pytest.raises(Halt) as halted:
+        resolve(PolicyConfig(vocabulary=str(path)))
+    assert halted.value.code == ExitCode.USAGE
+    assert told in str(halted.value)
+    assert str(path) in str(halted.value)
+
+
+def test_what_does_not_fit_a_vocabulary_is_refused_by_its_key() -> None:
+    for config, told in (
+        (PolicyConfig(vocabulary="nobai"), "policy.vocabulary"),
+        (PolicyConfig(vocabulary="none.yaml"), "none.yaml does not exist"),
+        (PolicyConfig(vocabulary="noobai", quality=QualityConfig(source="table")), "policy.quality.source"),
+        (PolicyConfig(vocabulary="animagine30", quality=QualityConfig(source="empirical")), "policy.quality.source"),
+        (PolicyConfig(vocabulary="pony", aesthetic=AestheticConfig(thresholds=[0.5])), "policy.aesthetic.thresholds"),
+    ):
+        with pytest.raises(Halt, match=told):
+            resolve(config)
+
+
+def test_what_a_vocabulary_leaves_open_is_said() -> None:
+    assert open_words(PolicyConfig()) == []
+    assert [note.split()[1] for note in open_words(PolicyConfig(vocabulary="noobai"))] == ["time", "aesthetic"]
+    assert "tail (quality)" in open_words(PolicyConfig(vocabulary="animagine40"))[-1]
