@@ -45,7 +45,7 @@ def run(settings: DatasetConfig) -> None:
     records = units.require_table(dataset, "records")
     policy, today = freeze(settings.policy, dataset)
     for note in open_words(settings.policy):
-        print(f"label: vocabulary {settings.policy.vocabulary}: {note}")
+        print(f"label: the vocabulary: {note}")
     tag = settings.tag
     counter, tokenizer_id = token_counter(settings.tokenizers)
     if counter is None:
@@ -202,7 +202,6 @@ def _write_facts(dataset: Path, policy: Policy, settings: DatasetConfig) -> None
         counts["without_rating"] += pc.sum(pc.equal(pc.list_value_length(unit["rating_tags"]), 0)).as_py() or 0
     update_dataset_json(
         dataset,
-        {"policy_hash": policy.hash(), "policy_preset": settings.policy.preset, "vocabulary": settings.policy.vocabulary,
-         "label": dict(sorted(counts.items()))},
+        {"policy_hash": policy.hash(), "policy_preset": settings.policy.preset, "label": dict(sorted(counts.items()))},
     )
     print("label: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
