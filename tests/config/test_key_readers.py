@@ -29,6 +29,9 @@ SHARED = {
     "when something is due: the loop asks, its owner and the dry run prepare for it": (
         "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.background",
     ),
+    "rules by pattern are handed on whole: which group a tensor is in and what its rate is are two questions of one list": (
+        "optimizer.groups", "optimizer.groups[].lr", "optimizer.groups[].match",
+    ),
     "the size of the export in the dry run": ("export.dtype", "export.merged"),
 }  # fmt: skip
 MOST_SHARED = 12
