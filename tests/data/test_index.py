@@ -17,6 +17,7 @@ from synthetic import make_dataset
 from train.base.errors import ExitCode, Halt
 from train.data.index import Index
 from train.data.index_writer import build_index
+from train.recipe.captions import Caption
 from train.recipe.rng import uid_of
 
 
@@ -178,3 +179,48 @@ def test_fingerprint_of_the_header_is_the_computed_one(tmp_path: Path) -> None:
 
 def _rss_mb() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+PARTS = {"tail_tags": ["best"], "prose": ["A girl, who smiles."], "tag_variants": ["x\na, b\nc"]}
+
+
+def with_parts(folder: Path, rows: list[dict[str, Any]]) -> Index:
+    """The set of rows that may hold the columns of version 2."""
+    table = index_of([{name: value for name, value in one.items() if name not in PARTS} for one in rows])
+    for name in PARTS:
+        table = table.append_column(name, pa.array([one.get(name) for one in rows], pa.list_(pa.string())))
+    folder.mkdir(exist_ok=True)
+    (folder / "dataset.json").write_text('{"schema_version": 2}')
+    pq.write_table(table, folder / "index.parquet")
+    selection = selection_of(*((one["key"], 1, 128, 96) for one in rows))
+    pq.write_table(selection, folder / "select_pretrain.parquet")
+    build_index(folder, table, {"pretrain": selection}, META)
+    return Index.open(folder, "pretrain")
+
+
+def test_every_part_of_a_caption_is_read_back_and_changes_the_digest(tmp_path: Path) -> None:
+    index = with_parts(tmp_path / "full", [row("a:1", **PARTS), row("a:2")])
+    assert index.record(0) == Caption(["1girl"], ["smile", "hat"], ["best"], PARTS["prose"], [(["x"], ["a", "b"], ["c"])])
+    assert index.record(1) == Caption(["1girl"], ["smile", "hat"], [], [], [])
+    plain = built(tmp_path / "plain", [row("a:1"), row("a:2")], pretrain=selection_of(("a:1", 1, 128, 96), ("a:2", 1, 128, 96)))
+    old = Index.open(plain, "pretrain")
+    assert index.digests()[1][1] == old.digests()[1][1], "a caption without further parts keeps its digest"
+    for name in PARTS:
+        other = with_parts(tmp_path / name, [row("a:1", **{name: PARTS[name]}), row("a:2")])
+        assert other.digests()[1][0] not in (index.digests()[1][0], old.digests()[1][0])
+
+
+def test_columns_that_say_nothing_are_not_written(tmp_path: Path) -> None:
+    index = with_parts(tmp_path / "one", [row("a:1"), row("a:2")])
+    assert not {*PARTS, "weight"} & set(index._file.table.column_names)
+    assert index.extra("flip_row").tolist() == [-1, -1]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [{"flex_tags": ["nsfw", "kid"]}, {"tail_tags": ["kid"]}, {"prose": ["A kid, who smiles."]}, {"tag_variants": ["\nkid\n"]},
+     {"tag_variants": ["\nhat\nkid"]}],
+)  # fmt: skip
+def test_the_last_gate_sees_every_part(parts: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Halt, match="hard-excluded"):
+        with_parts(tmp_path / "set", [row("a:1", gate_rating="q", **parts)])

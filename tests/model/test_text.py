@@ -317,3 +317,16 @@ def test_size_vector_order_and_the_unets_embedding_of_it() -> None:
     embedded = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)(torch.tensor([1216.0]))[0]
     torch.testing.assert_close(embedded[:4], torch.tensor([-0.9793, 0.8241, -0.8370, 0.9630]), atol=1e-4, rtol=0)
     torch.testing.assert_close(embedded[128:130], torch.tensor([-0.2022, 0.5665]), atol=1e-4, rtol=0)
+
+
+def test_what_follows_the_flexible_part_and_protected_tags_outlast_the_budget(tokenizer) -> None:
+    tagged = TagTokenizer(tokenizer)
+    flex, after = [f"b{n}" for n in range(60)], ["best", "a girl stands, smiling."]
+    ids, dropped = tagged.fit(["aa"], flex, 75, after=after, protect=frozenset(["b59"]))
+    kept = 60 - dropped
+    assert 0 < kept < 60 and len(ids) <= 75
+    assert ids == tagged.content_ids(["aa", *flex[: kept - 1], "b59", *after])
+    assert len(tagged.content_ids(["aa", *flex[:kept], "b59", *after])) > 75, "no tag more would fit"
+    assert tagged.fit(["aa"], flex[:3], 75, after=after) == (tagged.content_ids(["aa", *flex[:3], *after]), 0)
+    ids, dropped = tagged.fit([], ["bb"], 75, after=["z" * 100])
+    assert (len(ids), dropped) == (75, 2)

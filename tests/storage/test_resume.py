@@ -20,7 +20,7 @@ validation.select data.separator""".split())  # noqa: SIM905
 WARN = set("""epochs max_updates batch.split batch.accumulation model.gradient_checkpointing model.compile
 model.channels_last model.attention optimizer.sharding optimizer.shard_group optimizer.gather ema.device""".split())  # noqa: SIM905
 REFUSE = set("""stage seed precision validation.share batch.micro batch.effective batch.min_bucket batch.remainder
-batch.determinism data.path data.select data.shuffle_tags data.tag_dropout data.caption_dropout
+batch.determinism data.path data.select data.shuffle_tags data.tag_dropout data.caption_dropout data.mix data.protect data.trigger
 data.max_tokens model.init_from model.vae model.tokenizers model.train_text_encoders model.pooled_projection
 model.timestep_embedding model.context model.float8 model.weights optimizer.name optimizer.unet_lr optimizer.weight_decay
 optimizer.betas schedule.name schedule.cycle_steps schedule.decay noise.offset noise.timesteps loss.prediction loss.average loss.convert

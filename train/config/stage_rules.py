@@ -5,7 +5,7 @@ Types and ranges stand at the keys (`train/config/stage.py`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -129,6 +129,15 @@ def _whole_steps(config: StageConfig) -> str | None:
     return "; ".join(told) or None
 
 
+_KINDS = ("tags", "tags_prose", "prose")
+
+
+def _mix(mix: Mapping[str, float]) -> str | None:
+    if unknown := sorted(set(mix) - set(_KINDS)):
+        return f"data.mix names {', '.join(unknown)}: it holds shares of {', '.join(_KINDS)}"
+    return "data.mix holds no share above 0" if mix and not sum(mix.values()) > 0 else None
+
+
 _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     lambda c: None if 0 < len(c.stage) <= MAX_NAME and c.stage.replace("_", "").replace("-", "").isalnum() else
     f"stage is {c.stage!r}: letters, digits, - and _ only, at most {MAX_NAME}, it names files",
@@ -167,6 +176,7 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     if c.schedule.unit == "optimizer_step" and c.schedule.processes != 1 else None,
     lambda c: f"data.separator is {c.data.separator!r}: {why}"
     if c.data.separator is not None and (why := separator_problem(c.data.separator)) else None,
+    lambda c: _mix(c.data.mix),
     lambda c: "batch.determinism: strict needs batch.remainder: carry" if c.batch.remainder != "carry" and _strict(c) else None,
     lambda c: "validation.every_steps needs validation.share, such as 0.02: with 0 no image is held out"
     if c.validation.every_steps > 0 and c.validation.share == 0 else None,

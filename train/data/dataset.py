@@ -25,7 +25,8 @@ from train.model.text import TagTokenizer, size_vector
 from train.model.vae_file import LatentScale
 from train.recipe import rng
 from train.recipe.buckets import crop_condition
-from train.recipe.captions import DrawOptions, draw_many
+from train.recipe.captions import SEPARATOR, DrawOptions, draw_captions, tags_of
+from train.recipe.exclusions import excluded_by
 from train.recipe.order import Plan, Tile
 from train.recipe.rng import Stream
 from train.recipe.schedule import steps_of
@@ -138,10 +139,14 @@ class TileDataset(Dataset[Batch | Halt]):
         return True
 
     def _token_ids(self, tile: Tile, step: int) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-        captions = [self.index.caption(row) for row in tile.rows.tolist()]
+        records = [self.index.record(row) for row in tile.rows.tolist()]
         uids, epochs = tile.uids.tolist(), tile.epochs.tolist()
-        drawn = draw_many(captions, self.options, seed=self.seed, uids=uids, epochs=epochs, update=step)
-        fitted = [self.tokenizer.fit(fixed, flex, self.max_tokens, self.data.overflow) for fixed, flex in drawn]
+        drawn = draw_captions(records, self.options, seed=self.seed, uids=uids, epochs=epochs, update=step)
+        protect = self.options.protect
+        fitted = [
+            self.tokenizer.fit(one.fixed, one.flex, self.max_tokens, self.data.overflow, after=one.after, protect=protect)
+            for one in drawn
+        ]
         ids = self.tokenizer.chunk_ids_many([content for content, _ in fitted], self.max_tokens)
         return ids, sum(cut for _, cut in fitted)
 
@@ -206,7 +211,15 @@ def naming_the_picture(halt: Halt, index: Index, reader: ShardReader, rows: Sequ
 
 
 def draw_options(data: DataConfig, total_updates: int) -> DrawOptions:
-    """What is drawn from a caption; a warmup below 1 is a share of all updates."""
+    """What is drawn from a caption; a warmup below 1 is a share of all updates.
+
+    Raises Halt(USAGE) for a trigger that is no tag, or one that the hard exclusions refuse: it would open every caption.
+    """
+    if data.trigger is not None:
+        if excluded_by(rating="e", tags=[data.trigger], caption=data.trigger) is not None:
+            raise Halt(ExitCode.USAGE, "data.trigger is a word that the hard exclusions refuse: choose another")
+        if tags_of(data.trigger) != [data.trigger] or SEPARATOR in data.trigger:
+            raise Halt(ExitCode.USAGE, f"data.trigger is {data.trigger!r}: one tag without commas and {SEPARATOR}")
     return DrawOptions(
         shuffle=data.shuffle_tags,
         tag_dropout=data.tag_dropout,
@@ -214,6 +227,9 @@ def draw_options(data: DataConfig, total_updates: int) -> DrawOptions:
         caption_dropout_every_epochs=data.caption_dropout_every_epochs,
         warmup_min=data.token_warmup_min,
         warmup_updates=steps_of(data.token_warmup_steps, total_updates),
+        protect=frozenset(data.protect),
+        trigger=data.trigger,
+        mix=data.mix,
     )
 
 

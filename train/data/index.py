@@ -25,9 +25,15 @@ import safetensors.numpy
 from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256, read_json, replace_file
 from train.data.cells import CellError, CellFile
+from train.recipe.captions import Caption, read_variant
 
-INDEX, VERSION = "index.arrow", "1"
+INDEX, VERSION = "index.arrow", "2"
+READ_VERSIONS = ("1", "2")  # 1: fixed and flex tags alone
 CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
+MORE_COLUMNS = ("tail_tags", "prose", "tag_variants")  # lists of texts, written where any image has one
+# Numbers that are written where any image has another than this: whether a mask lies beside the
+# latents, and the row of the flipped latents in the same shard.
+EXTRA_NUMBERS: Mapping[str, float | int] = {"masked": 0, "flip_row": -1}
 LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
 NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
 WEIGHT = "weight"  # of an image's loss, float32; no column where all weigh 1
@@ -85,7 +91,7 @@ class Index:
         file, whole = _map(folder / INDEX)
         rows, meta = _map(selection)
         _require_fresh(folder, stage, whole, meta)
-        refuse_damaged(file.path, file.table, file.give_back, lists=CAPTION_COLUMNS, texts=_TEXTS, numbers=(*NUMBERS, "row", *_DIGESTS))
+        refuse_damaged(file.path, file.table, file.give_back, lists=(*CAPTION_COLUMNS, *(name for name in MORE_COLUMNS if name in file.table.column_names)), texts=_TEXTS, numbers=(*NUMBERS, "row", *_DIGESTS))
         _refuse_strange_weights(file)
         refuse_damaged(rows.path, rows.table, rows.give_back, numbers=("row", "uid"), rows_below=file.table.num_rows)
         return cls(file, column_of(rows.table, "row"), np.array(column_of(rows.table, "uid")), {**whole, **meta})
@@ -101,6 +107,26 @@ class Index:
         """(fixed tags, flex tags) of image i."""
         fixed, flex = (self._cell(name, i) or [] for name in CAPTION_COLUMNS)
         return fixed, flex
+
+    def record(self, i: int) -> Caption:
+        """All that is said of image i."""
+        fixed, flex = self.caption(i)
+        if not self._has_more:
+            return Caption(fixed, flex)
+        tail, prose, variants = (
+            (self._cell(name, i) or []) if name in self._has_more else [] for name in MORE_COLUMNS
+        )
+        return Caption(fixed, flex, tail, prose, [read_variant(text) for text in variants])
+
+    @cached_property
+    def _has_more(self) -> frozenset[str]:
+        return frozenset(MORE_COLUMNS) & frozenset(self._file.table.column_names)
+
+    def extra(self, name: str) -> npt.NDArray[Any]:
+        """A column of EXTRA_NUMBERS of the selected rows; its usual value where no image has another."""
+        if name not in self._file.table.column_names:
+            return np.full(len(self), EXTRA_NUMBERS[name])
+        return column_of(self._file.table, name)[self._rows]
 
     def latent(self, i: int) -> tuple[str, int]:
         """(shard relative to the dataset directory, row in it) of image i."""
@@ -244,7 +270,7 @@ def source_hashes(folder: Path, stage: str | None) -> dict[str, str]:
 
 
 def _require_fresh(folder: Path, stage: str, whole: Mapping[str, str], meta: Mapping[str, str]) -> None:
-    if whole.get("version") != VERSION or meta.get("version") != VERSION or not {"vae_id", "content"} <= whole.keys():
+    if not {whole.get("version"), meta.get("version")} <= {*READ_VERSIONS} or not {"vae_id", "content"} <= whole.keys():
         raise Halt(ExitCode.MISMATCH, f"{folder}: its index is of another version: run scripts/prepare.py latents")
     for found, wanted in ((whole, source_hashes(folder, None)), (meta, source_hashes(folder, stage))):
         changed = sorted(name for name, value in _sources(folder, found).items() if wanted.get(name) != value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -16,8 +17,10 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import replacing
 from train.data.index import (
     CAPTION_COLUMNS,
+    EXTRA_NUMBERS,
     INDEX,
     LABEL_COLUMNS,
+    MORE_COLUMNS,
     NUMBERS,
     U64,
     VERSION,
@@ -26,7 +29,7 @@ from train.data.index import (
     selection_fingerprint,
     source_hashes,
 )
-from train.recipe.captions import SEPARATOR
+from train.recipe.captions import SEPARATOR, read_variant
 from train.recipe.exclusions import excluded_by
 from train.recipe.rng import uid_of
 
@@ -42,10 +45,12 @@ def build_index(
     `index` has the index table's columns sorted by (key, bucket), with captions and labels joined to it, the file's
     sha256 as `content_hash` and the rating, or the one its source declares, as `gate_rating`, and as
     `gate_fixed` whether the fixed tags are a caption's, not names (no column: never); `meta` holds vae_id, content and
-    buckets; a column `weight` is kept where there is one. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and
+    buckets. Columns of MORE_COLUMNS and EXTRA_NUMBERS and `weight` may be there; those that say nothing are not written. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and
     for a row that the hard exclusions refuse.
     """
-    for name in (*CAPTION_COLUMNS, *LABEL_COLUMNS, "shard"):
+    index = index.drop_columns([name for name in (*MORE_COLUMNS, *EXTRA_NUMBERS) if _says_nothing(index, name)])
+    more = [name for name in MORE_COLUMNS if name in index.column_names]
+    for name in (*CAPTION_COLUMNS, *more, *LABEL_COLUMNS, "shard"):
         column = encoded(index.column(name).combine_chunks())
         index = index.set_column(index.schema.get_field_index(name), name, column)
     _refuse_excluded(index)
@@ -66,6 +71,16 @@ def build_index(
             "fingerprint": selection_fingerprint(stage_uids, image[rows], caption[rows], meta),
         }
         write_arrow(dataset_dir / f"index_{stage}.arrow", columns, stage_meta)
+
+
+def _says_nothing(index: pa.Table, name: str) -> bool:
+    """Whether a column that may be left out is there and holds its usual value alone."""
+    if name not in index.column_names:
+        return False
+    column = index.column(name)
+    if name in MORE_COLUMNS:
+        return not pc.sum(pc.list_value_length(column)).as_py()
+    return bool(pc.all(pc.equal(column, EXTRA_NUMBERS[name])).as_py() in (True, None))
 
 
 def encoded(column: pa.Array) -> pa.Array:
@@ -142,9 +157,13 @@ def _digests(index: pa.Table) -> tuple[U64, U64]:
             at += 1
     caption = np.empty(len(index), dtype=np.uint64)
     parts = [tag_hashes(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]
+    more = [tag_hashes(index.column(name).combine_chunks()) for name in MORE_COLUMNS if name in index.column_names]
     for row in range(len(index)):
         fixed, flex = (values[starts[row] : starts[row + 1]].tobytes() for starts, values in parts)
-        caption[row] = _short_hash(fixed + SEPARATOR.encode() + flex)
+        others = [values[starts[row] : starts[row + 1]].tobytes() for starts, values in more]
+        # A caption without these parts keeps the digest of version 1.
+        rest = (SEPARATOR.encode() + other for other in others) if any(others) else ()
+        caption[row] = _short_hash(b"".join([fixed, SEPARATOR.encode(), flex, *rest]))
     return image, caption
 
 
@@ -170,23 +189,36 @@ def _refuse_excluded(index: pa.Table) -> None:
     need no second look.
     """
     marked = index.column("gate_fixed").to_numpy() if "gate_fixed" in index.column_names else np.zeros(len(index), bool)
-    suspects = [suspicious_rows(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]
-    rows = pa.array(np.union1d(suspects[0][marked[suspects[0]]], suspects[1]))
-    columns = (index.column(name).take(rows).to_pylist() for name in ("key", *CAPTION_COLUMNS, "gate_rating"))
-    for key, fixed, flex, rating, captioned in zip(*columns, marked[rows.to_numpy()], strict=True):
-        rule = excluded_by(rating=rating, tags=[*fixed, *flex] if captioned else flex)
+    more = [name for name in MORE_COLUMNS if name in index.column_names]
+    fixed_rows, flex_rows = (suspicious_rows(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS)
+    found = [suspicious_rows(index.column(name).combine_chunks(), prose=name != "tail_tags") for name in more]
+    rows = pa.array(functools.reduce(np.union1d, [fixed_rows[marked[fixed_rows]], flex_rows, *found]))
+    names = ("key", "gate_rating", *CAPTION_COLUMNS, *more)
+    for row, captioned in zip(index.select(names).take(rows).to_pylist(), marked[rows.to_numpy()], strict=True):
+        tags, texts = [*(row["flex_tags"] or []), *(row.get("tail_tags") or [])], [*(row.get("prose") or [])]
+        for fixed, flex, tail in map(read_variant, row.get("tag_variants") or []):
+            tags += [*flex, *tail, *(fixed if captioned else [])]
+        if captioned:
+            tags += row["fixed_tags"] or []
+        rule = excluded_by(rating=row["gate_rating"], tags=tags, caption="\n".join(texts) or None)
         if rule is not None:
             raise Halt(
                 ExitCode.MISMATCH,
-                f"{key} is hard-excluded (rule {rule}) and was about to enter the index: run scripts/prepare.py select",
+                f"{row['key']} is hard-excluded (rule {rule}) and was about to enter the index: run scripts/prepare.py select",
             )
 
 
-def suspicious_rows(flex: pa.Array) -> npt.NDArray[np.int64]:
-    """Rows of an `encoded` list column with a tag that the hard exclusions refuse on its own in an explicit record."""
+def suspicious_rows(flex: pa.Array, *, prose: bool = False) -> npt.NDArray[np.int64]:
+    """Rows of an `encoded` list column with a tag that the hard exclusions refuse on its own in an explicit record.
+
+    `prose`: the column's texts are read for every word and phrase in them.
+    """
     flat = pc.list_flatten(flex)
     words = enumerate(flat.dictionary.to_pylist())
-    suspects = [number for number, tag in words if excluded_by(rating="e", tags=[tag]) is not None]
+    suspects = [
+        number for number, text in words
+        if excluded_by(rating="e", tags=[] if prose else [text], caption=text if prose else None) is not None
+    ]  # fmt: skip
     hits = np.isin(flat.indices.to_numpy(), suspects)
     rows: npt.NDArray[np.int64] = np.unique(pc.list_parent_indices(flex).to_numpy()[hits]).astype(np.int64)
     return rows

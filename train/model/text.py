@@ -104,14 +104,18 @@ class TagTokenizer:
         return ids
 
     def fit(
-        self, fixed: Sequence[str], flex: Sequence[str], max_tokens: int = 225, overflow: Overflow = "tag"
-    ) -> tuple[list[int], int]:
+        self, fixed: Sequence[str], flex: Sequence[str], max_tokens: int = 225, overflow: Overflow = "tag",
+        *, after: Sequence[str] = (), protect: frozenset[str] = frozenset(),
+    ) -> tuple[list[int], int]:  # fmt: skip
         """(content ids, at most `max_tokens`; number of tags that lost tokens).
 
         overflow "tag": the last flexible tags go whole; only where the fixed part (or, without one, the first tag)
-        is too long by itself are its ids cut. "token": cut at `max_tokens`, inside a tag if need be.
+        is too long by itself are its ids cut. "token": cut at `max_tokens`, inside a tag if need be. `after` follows
+        the flexible part and `protect` names some of its tags: both stay until all others are gone.
         """
-        tags = [*fixed, *flex]
+        if overflow == "tag" and (after or not protect.isdisjoint(flex)):
+            return self._fit_between(fixed, flex, after, protect, max_tokens)
+        tags = [*fixed, *flex, *after]
         parts = [self._ids(tag + ",") for tag in tags]
         last = self._ids(tags[-1]) if tags else ()
         if sum(map(len, parts[:-1])) + len(last) <= max_tokens:  # nearly always
@@ -124,6 +128,25 @@ class TagTokenizer:
         if dropped and overflow == "tag":
             tags = tags[: max(whole, len(fixed), 1)]
         return self.content_ids(tags)[:max_tokens], dropped
+
+    def _fit_between(
+        self, fixed: Sequence[str], flex: Sequence[str], after: Sequence[str], protect: frozenset[str], max_tokens: int
+    ) -> tuple[list[int], int]:
+        """`fit` where the last flexible tags go although something follows, then ids at the end."""
+        kept = list(flex)
+        ids = self.content_ids([*fixed, *kept, *after])
+        for place in reversed(range(len(flex))):
+            if len(ids) <= max_tokens:
+                break
+            if flex[place] not in protect:
+                del kept[place]
+                ids = self.content_ids([*fixed, *kept, *after])
+        dropped = len(flex) - len(kept)
+        whole = [*fixed, *kept, *after]
+        cut = len(whole)
+        while cut and len(self.content_ids(whole[:cut])) > max_tokens:
+            cut -= 1
+        return ids[:max_tokens], dropped + len(whole) - cut
 
     def chunk_ids(self, content_ids: Sequence[int], max_tokens: int = 225) -> IdPair:
         """`chunk_ids` with this tokenizer's begin, end and padding ids."""

@@ -84,7 +84,8 @@ def make_batch(
     shape = tuple(raw_BCHW.shape[1:])
     uids = index.uids[rows]
     noise_BCHW = np.stack([fixed_noise(uid, shape) for uid in uids.tolist()])
-    contents = [tokens.fit(*index.caption(row), making.max_tokens)[0] for row in rows.tolist()]
+    records = [index.record(row) for row in rows.tolist()]  # as written, with the first text of prose
+    contents = [tokens.fit(r.fixed, r.flex, making.max_tokens, after=[*r.tail, *r.prose[:1]])[0] for r in records]
     ids = tokens.chunk_ids_many(contents, making.max_tokens)
     size = int(index.bucket_w[rows[0]]), int(index.bucket_h[rows[0]])
     tile = Tile(*size, 0, rows, uids, np.zeros(len(rows), dtype=np.int64))

@@ -28,7 +28,7 @@ from train.prepare.tagging.vectorised import Inputs, TokenCount, label_table
 from train.recipe.exclusions import EXCLUSIONS_VERSION
 from train.recipe.tag_policy import LabelError, Policy
 
-LABEL_VERSION = 1
+LABEL_VERSION = 2  # 2: tail, prose, variants
 _COLUMNS = [
     "key", "source", "rating", "score", "score_real", "created_at", "created_year", "media_year", "tags_general",
     "tags_character", "tags_copyright", "tags_artist", "tags_meta", "tags_species", "caption", "hard_exclusion",

@@ -1,20 +1,55 @@
-"""Captions as two lists of tags, fixed and flex, and what one image's caption is in one epoch.
+"""Captions as lists of tags (fixed, flex, tail) and prose, and what one image's caption is in one epoch.
 
 Order of operations as in the original trainer: dropout of the whole caption, token warmup, shuffle of the flex tags,
-dropout of single flex tags. Fixed tags are never moved or dropped, and the separator never reaches the text.
+dropout of single flex tags. Fixed and tail tags and sentences are never moved, dropped or cut at commas, and the
+separator never reaches the text. The tail follows the flex tags, prose follows the tail.
 Imports the standard library and our generator only.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from train.recipe import captions, rng
 from train.recipe.rng import Stream
 
 SEPARATOR = "|||"  # of our own tables and texts; captions that arrive with another one are rewritten at ingest
+
+
+KINDS = ("tags", "tags_prose", "prose")  # what of a picture's caption an epoch may show
+_TAIL, _PROSE = f"\t{SEPARATOR} ", "\t"  # how a line of a stored caption begins that is no line of tags
+Tags = tuple[list[str], list[str], list[str]]  # fixed, flex, tail
+
+
+@dataclass(frozen=True)
+class Caption:
+    """All that is said of one picture: its tags, other ways to tag it, and texts that describe it."""
+
+    fixed: Sequence[str] = ()
+    flex: Sequence[str] = ()
+    tail: Sequence[str] = ()
+    prose: Sequence[str] = ()  # several: one is drawn
+    variants: Sequence[Tags] = ()  # further captions of tags, one of which may be drawn in the place of the first
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What one picture's caption is in one epoch; the text is fixed, flex, tail, prose, joined with commas."""
+
+    fixed: list[str]
+    flex: list[str]
+    tail: list[str]
+    prose: list[str]
+    kind: str = "tags"
+    variant: int = 0  # of the captions of tags
+    text: int = 0  # of the prose
+
+    @property
+    def after(self) -> list[str]:
+        """What follows the flex tags."""
+        return [*self.tail, *self.prose]
 
 
 @dataclass(frozen=True)
@@ -27,6 +62,9 @@ class DrawOptions:
     caption_dropout_every_epochs: int = 0  # every N-th epoch (the N-th, 2N-th, ...) without captions; 0 = off
     warmup_min: int = 1  # flex tags kept at update 0
     warmup_updates: int = 0  # updates until all flex tags are kept; 0 = off
+    protect: frozenset[str] = frozenset()  # flex tags that neither warmup nor dropout leaves out
+    trigger: str | None = None  # opens every caption that is not dropped
+    mix: Mapping[str, float] = field(default_factory=dict)  # shares of KINDS; empty = all that there is
 
 
 def separator_regex(separator: str) -> str:
@@ -65,6 +103,90 @@ def render(fixed: Sequence[str], flex: Sequence[str], separator: str = SEPARATOR
     return f"{join(fixed)}, {separator} {join(flex)}"
 
 
+def stored(tags: Sequence[tuple[str, Sequence[str]]], prose: Sequence[str]) -> str:
+    """One text of a record's captions: (line of fixed and flex tags, tail) of each, then each text of prose.
+
+    A caption of fixed and flex tags alone is its line.
+    """
+    lines = [line + (f"\n{_TAIL}{join(tail)}" if tail else "") for line, tail in tags]
+    return "\n".join([*(lines or [""]), *(_PROSE + text for text in prose)])
+
+
+def read_stored(text: str) -> tuple[list[Tags], list[str]]:
+    """(captions of tags, prose) of a stored text; the first caption of tags may be empty."""
+    tags: list[Tags] = []
+    prose: list[str] = []
+    for line in text.split("\n"):
+        if line.startswith(_TAIL) and tags:
+            tags[-1][2].extend(tags_of(line[len(_TAIL) :]))
+        elif line.startswith(_PROSE):
+            prose.append(line[len(_PROSE) :])
+        else:
+            tags.append((*split(line), []))
+    return tags, prose
+
+
+def written_variant(tags: Tags) -> str:
+    """A further caption of tags as one cell of a table: a line for each part."""
+    return "\n".join(map(join, tags))
+
+
+def read_variant(text: str) -> Tags:
+    """What `written_variant` wrote."""
+    fixed, flex, tail = (tags_of(line) for line in text.split("\n"))
+    return fixed, flex, tail
+
+
+def draw_captions(
+    captions: Sequence[Caption],
+    options: DrawOptions,
+    *,
+    seed: int,
+    uids: Sequence[int],
+    epochs: Sequence[int],
+    update: int,
+) -> list[Drawn]:
+    """What each of many images is called: `draw_many` of the caption that stream CAPTION_KIND chooses.
+
+    A kind that a picture has nothing for gives what there is: its tags, or its prose.
+    """
+    picks = [_picked(one, options, seed, uid, epoch) for one, uid, epoch in zip(captions, uids, epochs, strict=True)]
+    pairs = [(one.fixed, one.flex) for one in picks]
+    drawn = draw_many(pairs, options, seed=seed, uids=uids, epochs=epochs, update=update)
+    result = []
+    for pick, (fixed, flex), uid, epoch in zip(picks, drawn, uids, epochs, strict=True):
+        if _caption_dropped(options, seed, uid, epoch):
+            result.append(Drawn([], [], [], [], pick.kind, pick.variant, pick.text))
+            continue
+        if options.trigger and options.trigger not in (*fixed, *flex, *pick.tail):
+            fixed = [options.trigger, *fixed]
+        result.append(Drawn(fixed, flex, pick.tail, pick.prose, pick.kind, pick.variant, pick.text))
+    return result
+
+
+def _picked(caption: Caption, options: DrawOptions, seed: int, uid: int, epoch: int) -> Drawn:
+    """The kind and the variant of this image in this epoch, nothing shuffled yet."""
+    tagged = bool(caption.fixed or caption.flex or caption.tail)
+    ways: list[Tags] = [(list(caption.fixed), list(caption.flex), list(caption.tail)), *caption.variants]
+    texts, kind, variant, text = list(caption.prose), "tags", 0, 0
+    if texts or len(ways) > 1:  # else nothing is drawn
+        of_kind, of_tags, of_text = (int(word) for word in rng.words(seed, Stream.CAPTION_KIND, uid, epoch, 3))
+        variant, text = of_tags * len(ways) >> 32, of_text * max(len(texts), 1) >> 32
+        if texts:
+            kind = _kind(options.mix, of_kind) if tagged else "prose"
+    fixed, flex, tail = ways[variant] if kind != "prose" else ([], [], [])
+    return Drawn(fixed, flex, tail, texts[text : text + 1] if kind != "tags" else [], kind, variant, text)
+
+
+def _kind(mix: Mapping[str, float], word: int) -> str:
+    total, below = sum(mix.values()), 0.0
+    for kind in KINDS:
+        below += mix.get(kind, 0.0)
+        if word * total < below * 2.0**32:
+            return kind
+    return "tags_prose"  # without a mix: all that is there
+
+
 def draw(
     fixed: Sequence[str], flex: Sequence[str], options: DrawOptions, *, seed: int, uid: int, epoch: int, update: int
 ) -> tuple[list[str], list[str]]:
@@ -85,12 +207,20 @@ def draw_many(
     update: int,
 ) -> list[tuple[list[str], list[str]]]:
     """`draw` of many images at once: what the images of a tile are called."""
-    orders: list[list[int]] = [list(range(_warm_count(len(flex), options, update))) for _, flex in captions]
+    kept_always = [{n for n, tag in enumerate(flex) if tag in options.protect} if options.protect else () for _, flex in captions]
+    orders: list[list[int]] = [
+        sorted({*range(_warm_count(len(flex), options, update)), *always})
+        for (_, flex), always in zip(captions, kept_always, strict=True)
+    ]
     if options.tag_dropout > 0:
         # by the place before the shuffle, so that what is dropped does not depend on whether it is on
         least = rng.threshold(options.tag_dropout)
-        words = rng.words_many(seed, Stream.TAG_DROP, uids, epochs, max(map(len, orders), default=0)).tolist()
-        kept = [{place for place in order if own[place] >= least} for order, own in zip(orders, words, strict=True)]
+        most = max((order[-1] + 1 for order in orders if order), default=0)
+        words = rng.words_many(seed, Stream.TAG_DROP, uids, epochs, most).tolist()
+        kept = [
+            {place for place in order if own[place] >= least or place in always}
+            for order, own, always in zip(orders, words, kept_always, strict=True)
+        ]
     if options.shuffle:
         orders = rng.shuffled_many(orders, seed, uids, epochs)
     if options.tag_dropout > 0:

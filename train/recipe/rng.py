@@ -53,6 +53,7 @@ class Stream(IntEnum):
     VALIDATION_NOISE = 16
     VALIDATION_TIMESTEP = 17
     ROUNDING = 18  # of bf16 weights; keyed by update, not by image
+    CAPTION_KIND = 50  # tags, prose or both, and which of several captions
     ADAPTER = 40  # first weights of an adapter; keyed by the tensor's name
 
 

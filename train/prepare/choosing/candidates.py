@@ -33,7 +33,8 @@ from train.recipe.exclusions import excluded_by
 
 _CHUNK_ROWS = 50_000
 _DERIVED = ("area", "aspect", "tags", "aesthetic_score", "near_duplicate")
-_GATE_TAGS = ("tags_general", "tags_meta", "tags_species", "flex_tags")
+_LABELLED = ("flex_tags", "tail_tags")  # what a policy's words may bring in; what a caption says is in the record's
+_GATE_TAGS = ("tags_general", "tags_meta", "tags_species", *_LABELLED)
 
 
 class Candidates:
@@ -145,14 +146,15 @@ class Candidates:
         # `label` makes one unit of each unit of the records, so both can be read side by side.
         records = stream_table(self.dataset, "records", ["key", *SEEN_COLUMNS])
         shown = bar(len(require_table(self.dataset, "records")), "select: hard exclusions", "units")
-        for part, labels in zip(records, stream_table(self.dataset, "labels", ["key", "flex_tags"]), strict=True):
+        for part, labels in zip(records, stream_table(self.dataset, "labels", ["key", *_LABELLED]), strict=True):
             shown.update()
             part = among(part, keys)
             at = pc.index_in(part.column("key").combine_chunks(), value_set=labels.column("key").combine_chunks())
             assert at.null_count == 0, "candidates have labels"
-            part = part.append_column("flex_tags", labels.column("flex_tags").combine_chunks().take(at))
+            for name in _LABELLED:
+                part = part.append_column(name, labels.column(name).combine_chunks().take(at))
             for row in part.filter(pa.array(_suspicious(part))).to_pylist():
-                if (found := refused_by(row, self.settings, row["flex_tags"])) is not None:
+                if (found := refused_by(row, self.settings, [tag for name in _LABELLED for tag in row[name] or ()])) is not None:
                     refused.append((row["key"], found[0]))
         shown.close()
         return refused

@@ -28,7 +28,8 @@ from train.recipe.buckets import place
 from train.recipe.exclusions import EXCLUSIONS_VERSION
 from train.recipe.rng import uid_of
 
-_LABELS = ["key", "policy_hash", "fixed_tags", "flex_tags", "quality", "rating_tags", "year", "aesthetic"]
+_LABELS = ["key", "policy_hash", "fixed_tags", "flex_tags", "quality", "rating_tags", "year", "aesthetic",
+           "tail_tags", "prose", "tag_variants"]  # fmt: skip
 
 
 def finish(

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: tail, prose and variants of captions, weights, masks and flips
 ROW_GROUP_ROWS = 50_000
 REST_UNREAD = "the rest of the file is not read"  # in the message of a refusal that stands for unknown many rows
 TAG_GROUPS = ("general", "character", "copyright", "artist", "meta", "species")
@@ -113,6 +113,9 @@ LABELS = _table(
     ("year", pa.string(), True),
     ("aesthetic", pa.string(), True),
     ("n_tokens", pa.int16(), True),  # null without tokenizers
+    ("tail_tags", _TEXTS, True),  # from here on of version 2, null in what version 1 wrote
+    ("prose", _TEXTS, True),  # sentences, whole; several: one of them is drawn
+    ("tag_variants", _TEXTS, True),  # further captions of tags: lines of fixed, flexible and tail tags
 )
 
 SELECT = _table(

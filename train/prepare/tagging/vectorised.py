@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from train.recipe.captions import split
+from train.recipe.captions import Tags as Told
+from train.recipe.captions import read_stored, written_variant
 from train.recipe.tag_policy import (
     COUNT_TAGS,
     META_BLACKLIST,
@@ -75,11 +76,34 @@ class Inputs:
 def label_table(
     records: pa.Table, inputs: Inputs, policy: Policy, count_tokens: TokenCount | None = None
 ) -> dict[str, pa.Array]:
-    """Columns fixed_tags, flex_tags, quality, rating_tags, year, aesthetic, n_tokens.
+    """Columns fixed_tags, flex_tags, quality, rating_tags, year, aesthetic, n_tokens, tail_tags, prose, tag_variants.
 
-    Raises LabelError naming the first key that the policy refuses.
+    A further caption of tags is labelled as the first one is. Raises LabelError naming the first key that the policy refuses.
     """
     _refuse_missing(records, inputs, policy)
+    told = [read_stored(text) if text else ([], []) for text in records["caption"].to_pylist()]
+    columns = _tag_columns(records, [tags[0] if tags else ([], [], []) for tags, _ in told], inputs, policy, count_tokens)
+    prose = pa.array([texts for _, texts in told], pa.list_(pa.string()))
+    return columns | {"prose": prose, "tag_variants": _variants(records, [tags for tags, _ in told], inputs, policy)}
+
+
+def _variants(records: pa.Table, told: Sequence[Sequence[Told]], inputs: Inputs, policy: Policy) -> pa.Array:
+    """list<string>: every caption of tags but the first, labelled, in its written form."""
+    found: list[list[str]] = [[] for _ in told]
+    for number in range(1, max(map(len, told), default=0)):
+        rows = np.array([row for row, tags in enumerate(told) if len(tags) > number], np.int64)
+        mine = Inputs(**{name: values[rows] for name, values in vars(inputs).items()})
+        columns = _tag_columns(records.take(pa.array(rows)), [told[row][number] for row in rows.tolist()], mine, policy, None)
+        parts = (columns[name].to_pylist() for name in ("fixed_tags", "flex_tags", "tail_tags"))
+        for row, fixed, flex, tail in zip(rows.tolist(), *parts, strict=True):
+            found[row].append(written_variant((fixed, flex, tail)))
+    return pa.array(found, pa.list_(pa.string()))
+
+
+def _tag_columns(
+    records: pa.Table, told: Sequence[Told], inputs: Inputs, policy: Policy, count_tokens: TokenCount | None
+) -> dict[str, pa.Array]:
+    """What `label_table` says of one caption of tags a row."""
     vocabulary = Vocabulary(policy)
     year_number = inputs.media_year
     if policy.year_source != "media":
@@ -87,7 +111,7 @@ def label_table(
     words = policy.words
     quality = _words(words.quality, _quality(inputs, year_number, policy))
     years = _words(*_years(year_number, policy))
-    parts = _parts(records, policy, vocabulary)
+    parts = _parts(records, told, policy, vocabulary)
     ratings = [list(words.rating.get(letter, ())) for letter in _RATINGS] + [[]]
     places = range(max(map(len, ratings)))
     parts["rating"] = merged(
@@ -104,8 +128,7 @@ def label_table(
             number[part.rows[hit[part.tags]]] = -1
     aesthetic = _words(words.aesthetic, number)
     parts["aesthetic"] = _special(aesthetic, vocabulary)
-    fixed, flex = _lists(parts, policy)
-    fixed, flex = _clean(fixed, flex, policy, vocabulary)
+    fixed, flex, tail = _clean(_lists(parts, policy), policy, vocabulary)
     size, texts = len(records), vocabulary.texts()
     return {
         "fixed_tags": _list_array(fixed, texts, size),
@@ -114,7 +137,8 @@ def label_table(
         "rating_tags": pa.array([ratings[code] for code in inputs.rating.tolist()], pa.list_(pa.string())),
         "year": pa.array(years, pa.string()),
         "aesthetic": pa.array(aesthetic, pa.string()),
-        "n_tokens": _n_tokens(fixed, flex, texts, size, count_tokens),
+        "n_tokens": _n_tokens((fixed, flex, tail), texts, size, count_tokens),
+        "tail_tags": _list_array(tail, texts, size),
     }
 
 
@@ -166,9 +190,9 @@ def _aesthetic(score: np.ndarray, policy: Policy) -> np.ndarray:
     return np.where(np.isnan(score), -1, result)
 
 
-def _parts(records: pa.Table, policy: Policy, vocabulary: Vocabulary) -> dict[str, Tags]:
+def _parts(records: pa.Table, told: Sequence[Told], policy: Policy, vocabulary: Vocabulary) -> dict[str, Tags]:
     """Tags of each part of a caption that the record itself has, in written order, before cleaning."""
-    fixed_text, flex_text = _captions(records, vocabulary)
+    fixed_text, flex_text, tail_text = _captions(told, vocabulary)
     general, is_count = _group(records, "general", vocabulary, set(COUNT_TAGS).__contains__)
     artist, kept = _group(records, "artist", vocabulary, lambda tag: bool(keep_artists([tag], policy)))
     meta, bad = _group(records, "meta", vocabulary, lambda tag: any(word in tag for word in META_BLACKLIST))
@@ -177,6 +201,7 @@ def _parts(records: pa.Table, policy: Policy, vocabulary: Vocabulary) -> dict[st
     plain = {name: _group(records, name, vocabulary)[0] for name in ("character", "copyright", "species")}
     return {
         "caption_fixed": fixed_text,
+        "caption_tail": tail_text,
         "count": general.where(is_count),
         "character": plain["character"],
         "series": plain["copyright"],
@@ -186,10 +211,10 @@ def _parts(records: pa.Table, policy: Policy, vocabulary: Vocabulary) -> dict[st
     }
 
 
-def _lists(parts: dict[str, Tags], policy: Policy) -> tuple[Tags, Tags]:
-    """(fixed, flex) in the vocabulary's order; the fixed tags of an imported caption lead."""
+def _lists(parts: dict[str, Tags], policy: Policy) -> tuple[Tags, Tags, Tags]:
+    """(fixed, flex, tail) in the vocabulary's order; the fixed tags of an imported caption lead, its tail ends."""
     fixed = merged([parts["caption_fixed"], *(parts[name] for name in policy.words.fixed)])
-    return fixed, merged([parts[name] for name in policy.words.flexible])
+    return fixed, merged([parts[name] for name in policy.words.flexible]), parts["caption_tail"]
 
 
 def _group(
@@ -206,16 +231,14 @@ def _group(
     return Tags(rows, numbers[codes]), passed[codes]
 
 
-def _captions(records: pa.Table, vocabulary: Vocabulary) -> tuple[Tags, Tags]:
-    """(fixed, flex) of the imported captions."""
-    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-    column = records["caption"]
-    if column.null_count < len(column):
-        for row, text in enumerate(column.to_pylist()):
-            for pairs, tags in zip(found, split(text) if text else ([], []), strict=True):
-                pairs += [(row, vocabulary.number(tag)) for tag in tags]
-    fixed, flex = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in found)
-    return Tags(fixed[:, 0], fixed[:, 1]), Tags(flex[:, 0], flex[:, 1])
+def _captions(told: Sequence[Told], vocabulary: Vocabulary) -> tuple[Tags, Tags, Tags]:
+    """(fixed, flex, tail) of the imported captions."""
+    found: tuple[list[tuple[int, int]], ...] = ([], [], [])
+    for row, lists in enumerate(told):
+        for pairs, tags in zip(found, lists, strict=True):
+            pairs += [(row, vocabulary.number(tag)) for tag in tags]
+    fixed, flex, tail = (np.array(pairs, np.int64).reshape(-1, 2) for pairs in found)
+    return Tags(fixed[:, 0], fixed[:, 1]), Tags(flex[:, 0], flex[:, 1]), Tags(tail[:, 0], tail[:, 1])
 
 
 def _words(names: Sequence[str | None], numbers: np.ndarray) -> list[str | None]:
@@ -239,17 +262,20 @@ def merged(parts: Sequence[Tags]) -> Tags:
     return Tags(rows[order], np.concatenate([part.tags for part in parts])[order])
 
 
-def _clean(fixed: Tags, flex: Tags, policy: Policy, vocabulary: Vocabulary) -> tuple[Tags, Tags]:
+def _clean(parts: tuple[Tags, ...], policy: Policy, vocabulary: Vocabulary) -> list[Tags]:
+    """The parts without empty tags, each tag where it stands first."""
+    kept = list(parts)
     if policy.empty_tags == "remove":
         written = np.array([bool(text.strip()) for text in vocabulary.texts()], bool)
-        fixed, flex = fixed.where(written[fixed.tags]), flex.where(written[flex.tags])
+        kept = [part.where(written[part.tags]) for part in kept]
     if policy.duplicate_tags == "first":
         width = max(len(vocabulary.numbers), 1)
-        pairs = np.concatenate([fixed.rows * width + fixed.tags, flex.rows * width + flex.tags])
+        pairs = np.concatenate([part.rows * width + part.tags for part in kept])
         first = np.zeros(len(pairs), bool)
         first[np.unique(pairs, return_index=True)[1]] = True
-        fixed, flex = fixed.where(first[: len(fixed.rows)]), flex.where(first[len(fixed.rows) :])
-    return fixed, flex
+        masks = np.split(first, np.cumsum([len(part.rows) for part in kept])[:-1])
+        kept = [part.where(mask) for part, mask in zip(kept, masks, strict=True)]
+    return kept
 
 
 def _list_array(tags: Tags, texts: list[str], size: int) -> pa.Array:
@@ -259,12 +285,12 @@ def _list_array(tags: Tags, texts: list[str], size: int) -> pa.Array:
 
 
 def _n_tokens(
-    fixed: Tags, flex: Tags, texts: list[str], size: int, count_tokens: TokenCount | None
+    parts: Sequence[Tags], texts: list[str], size: int, count_tokens: TokenCount | None
 ) -> pa.Array:
     """Tokens of the written order without the separator; a tag counts together with its comma, the last one bare."""
     if count_tokens is None:
         return pa.nulls(size, pa.int16())
-    every = merged([fixed, flex])
+    every = merged(parts)
     last = np.ones(len(every.rows), bool)
     last[:-1] = every.rows[1:] != every.rows[:-1]
     with_comma = np.array([count_tokens(text + ",") for text in texts], np.int64)
