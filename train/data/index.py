@@ -91,7 +91,8 @@ class Index:
         file, whole = _map(folder / INDEX)
         rows, meta = _map(selection)
         _require_fresh(folder, stage, whole, meta)
-        refuse_damaged(file.path, file.table, file.give_back, lists=(*CAPTION_COLUMNS, *(name for name in MORE_COLUMNS if name in file.table.column_names)), texts=_TEXTS, numbers=(*NUMBERS, "row", *_DIGESTS))
+        more = [name for name in MORE_COLUMNS if file.table.schema.get_field_index(name) >= 0]  # a damaged name is no text
+        refuse_damaged(file.path, file.table, file.give_back, lists=(*CAPTION_COLUMNS, *more), texts=_TEXTS, numbers=(*NUMBERS, "row", *_DIGESTS))
         _refuse_strange_weights(file)
         refuse_damaged(rows.path, rows.table, rows.give_back, numbers=("row", "uid"), rows_below=file.table.num_rows)
         return cls(file, column_of(rows.table, "row"), np.array(column_of(rows.table, "uid")), {**whole, **meta})
@@ -120,11 +121,11 @@ class Index:
 
     @cached_property
     def _has_more(self) -> frozenset[str]:
-        return frozenset(MORE_COLUMNS) & frozenset(self._file.table.column_names)
+        return frozenset(name for name in MORE_COLUMNS if self._file.table.schema.get_field_index(name) >= 0)
 
     def extra(self, name: str) -> npt.NDArray[Any]:
         """A column of EXTRA_NUMBERS of the selected rows; its usual value where no image has another."""
-        if name not in self._file.table.column_names:
+        if self._file.table.schema.get_field_index(name) < 0:
             return np.full(len(self), EXTRA_NUMBERS[name])
         return column_of(self._file.table, name)[self._rows]
 
