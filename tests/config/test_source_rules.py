@@ -17,7 +17,7 @@ from train.config.source_rules import READS
 OTHER: dict[str, Any] = {  # a value of each key that is not its default
     "images": "elsewhere", "columns": "{caption: text}", "tag_separator": "' '", "dictionary": "d.csv", "rating_scheme": "sqe",
     "assume_rating": "g", "escaped": "true", "on_bad_tag": "drop", "on_second_separator": "fork", "caption_ext": ".caption",
-    "caption_lines": "first", "keep_tokens": "2", "repeats": "3", "follow_links": "true", "on_missing_caption": "take",
+    "caption_lines": "first", "prose": "none", "keep_tokens": "2", "repeats": "3", "follow_links": "true", "on_missing_caption": "take",
     "npz_vae": "vae",
 }  # fmt: skip
 ADAPTERS = typing.get_args(typing.get_type_hints(SourceConfig)["adapter"])
@@ -64,7 +64,7 @@ def test_a_key_is_read_or_refused(yaml: Path, adapter: str) -> None:
     [
         ("separator=''", "separator is ''"), ("separator=' '", "separator is ' '"), ("separator='a,b'", "no comma"),
         ('separator="a\\nb"', "no comma, line break"), ("separator='a\\b'", "backslash"), ("separator=' ### '", "without spaces"),
-        ("sources.0.caption_lines=variants", "comes with a later version"), ("sources.0.keep_tokens=-1", "keep_tokens is -1"),
+        ("sources.0.keep_tokens=-1", "keep_tokens is -1"),
         ("sources.0.tag_separator=''", "tag_separator is empty"), ("sources.0.tag_separator='|||'", "as separator"),
         ("sources.0.caption_ext=''", "caption_ext is ''"), ("sources.0.caption_ext='*.txt'", "such as .caption"),
         ("sources.0.caption_ext=.json", "ending of metadata"), ("sources.0.caption_ext='a/b'", "such as .caption"),

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _METADATA = (".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet")
 _EVERY = ("name", "adapter", "path", "images", "assume_rating", "escaped", "on_bad_tag", "repeats", "weight", "follow_links")
-_CAPTIONS = ("tag_separator", "on_second_separator", "caption_lines", "keep_tokens")
+_CAPTIONS = ("tag_separator", "on_second_separator", "caption_lines", "keep_tokens", "prose")
 _FILES = ("caption_ext", "on_missing_caption")  # a caption of its own, which may be missing
 READS: dict[str, frozenset[str]] = {  # adapter: the keys of a source that it reads
     "danbooru": frozenset((*_EVERY, "columns", "rating_scheme", "npz_vae")),
@@ -73,8 +73,6 @@ def _ending(source: SourceConfig) -> str | None:
 
 
 _CAPTION_RULES: tuple[Callable[[SourceConfig], str | None], ...] = (
-    lambda s: "caption_lines: variants (each line a caption of its own) comes with a later version: use join or first"
-    if s.caption_lines == "variants" else None,
     lambda s: "tag_separator is empty: name what stands between tags, such as ' ', or leave it out"
     if s.tag_separator == "" else None,
     _ending,

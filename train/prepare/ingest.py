@@ -46,7 +46,7 @@ from train.prepare.tables.schemas import (
 )
 from train.recipe.exclusions import EXCLUSIONS_VERSION
 
-INGEST_VERSION = 2  # 2: links, spellings, layouts, dates and categories of dumps
+INGEST_VERSION = 3  # 2: links, spellings, layouts, dates and categories of dumps; 3: sentences, tails, variants
 _MARK = "sources.json"
 _SPILL_ROWS = 50_000
 _SPILL_SCHEMA = pa.schema(

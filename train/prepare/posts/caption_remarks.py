@@ -27,7 +27,11 @@ class CaptionTally:
     captions: int = 0  # that are not empty
     several_lines: int = 0
     separated: int = 0
-    sentences: int = 0
+    sentences: int = 0  # with sentences that commas part: prose is none
+    prose: int = 0  # of which sentences are kept whole
+    mixed: int = 0  # of those, with tags and sentences on one line
+    texts: int = 0  # of prose
+    variants: int = 0  # captions of tags beyond the first of a picture
     escapes: int = 0  # captions with backslashes before brackets
     likely: Counter[str] = field(default_factory=Counter)  # of captions that are one tag: what might part more of them
     marks: Counter[str] = field(default_factory=Counter)  # of captions without separator: what might be one
@@ -38,6 +42,14 @@ class CaptionTally:
         """One picture; `beside` is the ending of a text next to it that is not read."""
         if beside is not None:
             (self.without if taken_without else self.beside)[beside] += 1
+
+    def add_prose(self, texts: Sequence[str], *, mixed: bool, ways: int, tagged: bool) -> None:
+        """One picture's texts of prose, and how many captions of tags it has."""
+        self.captions += not tagged
+        self.prose += bool(texts)
+        self.texts += len(texts)
+        self.mixed += mixed
+        self.variants += max(ways - 1, 0)
 
     def add(self, parts: Sequence[str], *, several: bool, single: bool) -> None:
         """One caption, parted at its separators; `single`: none of the parts has more than one tag."""
@@ -83,6 +95,13 @@ def remarks(tally: CaptionTally, source: SourceConfig, separator: str) -> Iterat
     for mark, count in tally.marks.most_common(1):
         if count >= enough and mark != separator:
             yield f"{count} of {tally.captions} captions hold {mark}: if fixed tags end there, set separator: {mark!r}"
+    if tally.prose:
+        yield (
+            f"{tally.prose} of {tally.captions} captions hold sentences ({tally.mixed} of them beside tags on one line), {tally.texts} texts in all, "
+            f"which are kept whole and follow the tags (prose: {source.prose}; none reads them as tags)"
+        )
+    if tally.variants:
+        yield f"{tally.variants} lines are further captions of a picture's tags, of which one is drawn each time (caption_lines: variants)"
     if tally.sentences > _FEW * tally.captions:
         yield (
             f"{tally.sentences} of {tally.captions} captions hold sentences: commas part them as they part tags, and a stage with "

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from train.config.dataset import SourceConfig
 from train.prepare.posts.caption_remarks import CaptionTally
-from train.recipe.captions import SEPARATOR, join, parts, render, separator_regex, tags_of
+from train.recipe.captions import SEPARATOR, join, parts, render, separator_regex, stored, tags_of
+from train.recipe.prose import parted
 
 MAX_CAPTION_BYTES = 1 << 16
 MAX_TAGS = 4096  # of one group or caption; the longest real posts have some hundreds
@@ -46,6 +47,8 @@ class CaptionRules:
     on_bad_tag: str
     on_second_separator: str
     bad_in_tag: re.Pattern[str]
+    prose: str = "none"  # auto: sentences are looked for; all: every line is one; none: nothing is
+    variants: bool = False  # each line is a caption of its own
 
 
 def bad_in_tag(separator: str) -> re.Pattern[str]:
@@ -60,6 +63,7 @@ def caption_rules(source: SourceConfig, separator: str = SEPARATOR) -> CaptionRu
     return CaptionRules(
         separator, None if mapped else source.tag_separator, source.caption_lines == "first", source.keep_tokens,
         source.escaped, source.on_bad_tag, source.on_second_separator, bad_in_tag(separator),
+        source.prose, source.caption_lines == "variants",
     )  # fmt: skip
 
 
@@ -69,11 +73,54 @@ def caption_ending(source: SourceConfig) -> str:
 
 
 def read_caption(text: str | Sequence[str], rules: CaptionRules, tally: CaptionTally) -> tuple[str, str]:
-    """(the caption in our form, all that the hard exclusions must see) of a text, or of several read one after another.
+    """(the captions as a record stores them, all that the hard exclusions must see) of a text, or of several.
 
-    Raises BadCaption.
+    Lines of tags make one caption, or one each (`variants`); each line of sentences is a text of prose, and lines that
+    follow each other are one where they are no variants. Raises BadCaption.
     """
     texts = [text] if isinstance(text, str) else list(text)
+    lines = [_lines(one)[: 1 if rules.first_line else None] for one in texts]
+    found = [[_parted(line, rules) for line in some] for some in lines]
+    prose = [_sound(told, rules) for told in _told(found, rules)]
+    tags = [[line for line, _ in some if line] for some in found]
+    if len("".join(texts).encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES or not (prose or rules.variants):
+        return _read_tags(texts, rules, tally)
+    ways = [[line] for some in tags for line in some] if rules.variants else [["\n".join(some) for some in tags]]
+    read = [_read_tags(way, rules, tally) for way in ways]
+    tally.add_prose(prose, mixed=any(line and told for some in found for line, told in some), ways=len(read), tagged=any(one for one, _ in read))
+    forms = [one for one, _ in read if one] or [""]
+    whole = ", ".join(line for one in texts for line in _lines(one))
+    return stored([(one, ()) for one in forms], prose), f"{whole}, {_BAD_IN_CAPTION.sub('', whole)}, {', '.join([*forms, *prose])}"
+
+
+def _parted(line: str, rules: CaptionRules) -> tuple[str, str]:
+    """(tags, prose) of one line; before a separator there are tags alone."""
+    if rules.prose == "none" or (rules.prose == "auto" and rules.tag_separator not in (None, ",", ", ")):
+        return line, ""
+    marks = list(re.finditer(separator_regex(rules.separator), line))
+    start = marks[-1].end() if marks else 0
+    tags, told = ("", line[start:].strip()) if rules.prose == "all" else parted(line[start:])
+    return (line[:start] + tags, told) if told else (line, "")
+
+
+def _told(found: list[list[tuple[str, str]]], rules: CaptionRules) -> list[str]:
+    """The texts of prose: of each text what follows each other, or each line."""
+    lines = [[told for _, told in some if told] for some in found]
+    return [told for some in lines for told in (some if rules.variants else [" ".join(some)]) if told]
+
+
+def _sound(told: str, rules: CaptionRules) -> str:
+    """Prose without what no text may hold. Raises BadCaption."""
+    if rules.on_bad_tag != "error":
+        told = _BAD_IN_CAPTION.sub("", told)
+    if SURROGATE.search(told) or _BAD_IN_CAPTION.search(told):
+        raise BadCaption("caption holds control characters or broken ones: see on_bad_tag")
+    return " ".join((ESCAPED.sub(r"\1", told) if rules.escaped else told).split())
+
+
+def _read_tags(text: Sequence[str], rules: CaptionRules, tally: CaptionTally) -> tuple[str, str]:
+    """(the caption in our form, all that the hard exclusions must see) of lines of tags."""
+    texts = list(text)
     if len("".join(texts).encode("utf-8", "surrogatepass")) > MAX_CAPTION_BYTES:
         raise BadCaption(f"caption is longer than {MAX_CAPTION_BYTES} bytes")
     lines = [_lines(one) for one in texts]
@@ -87,7 +134,7 @@ def read_caption(text: str | Sequence[str], rules: CaptionRules, tally: CaptionT
     pieces = parts(checked, rules.separator)
     several = max(map(len, lines), default=0) > 1
     plain = plain and not (rules.keep_tokens and len(pieces) == 1) and not _holds_mark(checked, pieces, rules)
-    if plain and len(pieces) <= 2:
+    if plain and len(pieces) <= 2:  # a third piece, a tail, is stored in a line of its own
         count, caption = checked.count(",") + 1, SEPARATOR.join(pieces)
         single = not any("," in piece.strip(" ,") for piece in pieces)
     else:
@@ -162,4 +209,6 @@ def _rendered(tags: list[list[str]], text: str, rules: CaptionRules) -> str:
         return f"{join(tags[0])}, {SEPARATOR} " + f" {SEPARATOR} ".join(map(join, tags[1:]))
     if len(tags) == 3 and rules.on_second_separator == "suffix":
         return render([*tags[0], *tags[2]], tags[1])
+    if len(tags) == 3 and rules.on_second_separator == "tail":
+        return stored([(render(tags[0], tags[1]), tags[2])], ())
     raise BadCaption(f"caption holds {len(tags) - 1} separators {rules.separator}: set on_second_separator or mend it")

@@ -59,8 +59,8 @@ def _closed_at(text: str) -> int | None:
 
 
 def caption_lists(captions: pa.Array) -> pa.Array:
-    """list<string>[N]: the tags of each caption, fixed and flexible ones; null where there is no caption."""
-    return pc.split_pattern(pc.replace_substring(captions, _SEPARATOR, ","), ",")
+    """list<string>[N]: the tags of each caption, and what commas part of its prose; null where there is no caption."""
+    return pc.split_pattern(pc.replace_substring_regex(pc.replace_substring(captions, _SEPARATOR, ","), r"\n\t?", ","), ",")
 
 
 def record_lists(records: pa.Table, name: str) -> pa.Array:
