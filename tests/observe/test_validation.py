@@ -30,6 +30,7 @@ from train.observe.validation import (
     summary,
     t_975,
 )
+from train.recipe.captions import Caption
 from train.recipe.rng import uid_of
 
 LABELS = [
@@ -57,6 +58,9 @@ class Images:
 
     def latent(self, i: int) -> tuple[str, int]:
         return f"{self.bucket_w[i]}", int(self.uids[i] % 1000)
+
+    def record(self, i: int) -> Caption:
+        return Caption(*self.caption(i))
 
     def caption(self, i: int) -> tuple[list[str], list[str]]:
         return ["1girl"], ["girl", self.keys[i]]
