@@ -24,7 +24,6 @@ RECORDS = ("config.derived", "config.stage")  # rooms that make a stage's record
 # Keys of a stage that more than one room reads, by reason. Take one off when its value is handed on; the list may shrink.
 SHARED = {
     "a command loads a stage and looks into its folder": ("output_dir",),
-    "a command that looks at a run's update makes its timesteps anew": ("noise.timesteps",),
     "the arguments that an optimizer takes are a section of their own": ("optimizer.name",),
     "when something is due: the loop asks, its owner and the dry run prepare for it": (
         "checkpoint.every_steps", "checkpoint.every_minutes", "checkpoint.keep", "checkpoint.background",

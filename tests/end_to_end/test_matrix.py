@@ -43,7 +43,8 @@ def first_batches(data: Path) -> list[Batch]:
     config = DataConfig(path=str(data), max_tokens=75, workers=0)
     tiles = TileDataset(index, plan, ShardReader(data), load_tag_tokenizer(MODEL), seed=3, data=config,
                         noise=NoiseConfig(), scale=LatentScale(0.13), total_updates=plan.total_updates)  # fmt: skip
-    return [tiles.make(tile, step, 0) for step in range(plan.total_updates) for tile in plan.update(step)]
+    updates = ((step, plan.update(step)) for step in range(plan.total_updates))
+    return [tiles.make(update, number, step) for step, update in updates for number in range(len(update))]
 
 
 @pytest.mark.parametrize(("adapter", "lacks"), ROWS, ids=[f"{adapter}-no-{lacks}" for adapter, lacks in ROWS])

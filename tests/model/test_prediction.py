@@ -44,6 +44,24 @@ def v_run(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFact
     return stage.output
 
 
+FLOW = ("loss.prediction=flow", "noise.shift=2.5", "noise.law=logit_normal", "noise.stratified=true")
+
+
+@pytest.fixture(scope="module")
+def flow_run(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rectified flow from an epsilon model: killed after two updates and gone on with."""
+    stage = Stage(tmp_path_factory.mktemp("flow"), dataset, base_model)
+    assert stage.run(*FLOW, "max_updates=3") == ExitCode.MISMATCH
+    assert "was trained to predict epsilon, this stage trains flow" in stage.message
+    more = (*FLOW, "max_updates=3", "loss.convert=true", "tracking.trace=true")
+    assert stage.run(*more, ANIX_FAULT="control@2:term") == ExitCode.STOPPED
+    assert stage.run(*more) == 0, stage.message
+    whole = Stage(tmp_path_factory.mktemp("flow_whole"), dataset, base_model)
+    assert whole.run(*more, "batch.split=2") == 0, whole.message
+    assert (whole.output / "trace.txt").read_text() == (stage.output / "trace.txt").read_text()
+    return stage.output
+
+
 def trained_as(*overrides: str) -> TrainedAs:
     return load_stage([ROOT / "configs/ft1.yaml"], overrides).trained_as
 
@@ -82,12 +100,43 @@ def test_every_reader_of_the_export_is_told(v_run: Path, tmp_path: Path) -> None
         assert prediction.stated(model_source.resolve(ModelConfig(init_from=str(path)))) == Objective("v", True), path
 
 
+def test_every_reader_of_a_flow_export_is_told(flow_run: Path, tmp_path: Path) -> None:
+    single = flow_run / "pretrain.safetensors"
+    told = export.read_metadata(single)
+    assert told["modelspec.prediction_type"] == "flow" and not {sdxl.V_MARK, sdxl.ZERO_SNR_MARK} & load_file(single).keys()
+    assert json.loads(told["anix.conversion"])["to"] == {"prediction": "flow", "zero_terminal_snr": False}
+    assert "Single files have no mark for rectified flow" in (flow_run / "model/README.md").read_text()
+    single_file.to_folder(single, tmp_path / "converted")
+    for folder in (flow_run / "model", tmp_path / "converted"):
+        scheduler = json.loads((folder / "scheduler/scheduler_config.json").read_text())
+        assert scheduler["_class_name"] == "DPMSolverMultistepScheduler" and scheduler["prediction_type"] == "flow_prediction"
+        assert (scheduler["use_flow_sigmas"], scheduler["flow_shift"]) == (True, 2.5)
+    for path in (flow_run, flow_run / "model", single, tmp_path / "converted"):
+        assert prediction.stated(model_source.resolve(ModelConfig(init_from=str(path)))) == Objective("flow", False), path
+    lone = tmp_path / "lone.safetensors"
+    lone.write_bytes(single.read_bytes())
+    found = open_model(lone, device="cpu", tokenizers=str(flow_run / "model")).trained_as
+    assert (found.prediction, found.flow_shift) == ("flow", 2.5)
+
+
+def test_flow_in_other_programs_words_and_the_way_back() -> None:
+    matching = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+    assert prediction.sampled_as(matching) == {"prediction": "flow", "flow_shift": 3.0}
+    first = dict(sdxl.STANDARD["scheduler"])
+    there = prediction.told_scheduler(first, v=False, zero_terminal_snr=False, flow_shift=3.0)
+    assert prediction.told_scheduler(there, v=False, zero_terminal_snr=False) == first
+    assert prediction.told_scheduler(there, v=True, zero_terminal_snr=True)["prediction_type"] == "v_prediction"
+    for shift, kept in (("2.5", 2.5), ("x", 1.0), ("-1", 1.0), ("nan", 1.0), ("", 1.0)):
+        metadata = {"modelspec.prediction_type": "flow", prediction.FLOW_SHIFT_KEY: shift}
+        assert prediction.configs_of(metadata, (), "a")["scheduler"]["flow_shift"] == kept
+
+
 def test_the_way_back_to_epsilon_takes_the_spacing_along() -> None:
     first = dict(sdxl.STANDARD["scheduler"])
-    there = sdxl.told_scheduler(first, v=True, zero_terminal_snr=True)
+    there = prediction.told_scheduler(first, v=True, zero_terminal_snr=True)
     assert (there["rescale_betas_zero_snr"], there["timestep_spacing"]) == (True, "trailing")
-    assert sdxl.told_scheduler(there, v=False, zero_terminal_snr=False) == first
-    assert sdxl.told_scheduler(first, v=True, zero_terminal_snr=False) == {**first, "prediction_type": "v_prediction"}
+    assert prediction.told_scheduler(there, v=False, zero_terminal_snr=False) == first
+    assert prediction.told_scheduler(first, v=True, zero_terminal_snr=False) == {**first, "prediction_type": "v_prediction"}
 
 
 @pytest.mark.parametrize(
@@ -153,20 +202,20 @@ def test_min_snr_would_never_teach_the_terminal_step() -> None:
     trained_as(*V_ZERO, "loss.debiased=true")
 
 
-@pytest.mark.parametrize("kind", ["v", "epsilon"])
-def test_stock_diffusers_draws_what_we_draw(
-    kind: str, v_run: Path, straight: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("kind", ["v", "epsilon", "flow"])
+def test_stock_diffusers_draws_what_we_draw(kind: str, v_run: Path, flow_run: Path, straight: Path) -> None:
     """Sampler euler, same starting latents, same embeddings. Epsilon keeps SDXL's "leading" spacing in its files, which
     starts elsewhere: there stock draws under the spacing of A1111 and ours."""
-    run = v_run if kind == "v" else straight
+    run = {"v": v_run, "epsilon": straight, "flow": flow_run}[kind]
     model = open_model(run, device="cpu")
     assert model.trained_as.zero_terminal_snr == (kind == "v")
     parts, prompt, told = model.components, Prompt("1girl, smile", 64, 64, 3), model.trained_as
-    ours = sample_images(parts, [prompt], sampler="euler", steps=28, guidance=5.0, negative="bad", trained_as=told)[0]
+    sampler: Any = "dpmpp_2m" if kind == "flow" else "euler"
+    ours = sample_images(parts, [prompt], sampler=sampler, steps=28, guidance=5.0, negative="bad", trained_as=told)[0]
     pipeline = StableDiffusionXLPipeline.from_pretrained(run / "model", add_watermarker=False)
     spacing = {} if kind == "v" else {"timestep_spacing": "linspace"}
-    pipeline.scheduler = EulerDiscreteScheduler.from_pretrained(run / "model", subfolder="scheduler", **spacing)
+    if kind != "flow":  # whose export names the scheduler to draw with
+        pipeline.scheduler = EulerDiscreteScheduler.from_pretrained(run / "model", subfolder="scheduler", **spacing)
     pipeline.set_progress_bar_config(disable=True)
     tokens = TagTokenizer(parts.tokenizer, parts.tokenizer_2)
     with torch.no_grad():

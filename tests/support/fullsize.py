@@ -24,6 +24,7 @@ from train.model import networks, sdxl, single_file, text
 from train.model.adapters import writing
 from train.model.adapters.layers import Layer, problem
 from train.model.adapters.names import names_of
+from train.model.prediction import told_scheduler
 from train.observe import anymodel
 from train.storage import tensor_files
 
@@ -51,7 +52,7 @@ def _pieces(name: str, shape: tuple[int, ...]) -> Iterator[memoryview]:
 
 def write(out: Path, prediction: str, zero_terminal_snr: bool) -> Path:
     """The export of a stage that trained this objective, in SDXL's own sizes."""
-    scheduler = sdxl.told_scheduler(sdxl.STANDARD["scheduler"], v=prediction == "v", zero_terminal_snr=zero_terminal_snr)
+    scheduler = told_scheduler(sdxl.STANDARD["scheduler"], v=prediction == "v", zero_terminal_snr=zero_terminal_snr)
     configs = {**sdxl.STANDARD, "scheduler": scheduler}
     weights = {
         name: tensor_files.Blob("F16", shape, partial(_pieces, name, shape))
@@ -93,7 +94,7 @@ def without_weights(folder: Path, prediction: str = "epsilon", zero_terminal_snr
         (folder / network).mkdir()
         write_json(folder / network / "config.json", model_folder.loadable(network, sdxl.STANDARD[network]))
     v = prediction == "v"
-    model_folder.write_pipeline(folder, sdxl.told_scheduler(sdxl.STANDARD["scheduler"], v=v, zero_terminal_snr=zero_terminal_snr))
+    model_folder.write_pipeline(folder, told_scheduler(sdxl.STANDARD["scheduler"], v=v, zero_terminal_snr=zero_terminal_snr))
     return folder
 
 

@@ -36,8 +36,9 @@ class TrainedAs:
     context: Literal["stitched", "chunks"] = "stitched"
     pooled_projection: Literal["correct", "sd_scripts"] = "correct"
     timestep_embedding: Literal["correct", "sd_scripts"] = "correct"
-    prediction: Literal["epsilon", "v"] = "epsilon"
+    prediction: Literal["epsilon", "v", "flow"] = "epsilon"
     zero_terminal_snr: bool = False
+    flow_shift: float = 1.0  # of the noise levels that are drawn and sampled at; flow only
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class Images:
     held_out_selection: str  # that gives the images to measure
     min_bucket: int | None
     average: Literal["images", "micro_batches"]  # over what an update's loss is averaged
+    noise: NoiseConfig  # its law may read a file, which is part of the plan then
     order: Order
 
 
@@ -227,6 +229,7 @@ def trained_as(config: StageConfig) -> TrainedAs:
         timestep_embedding=model.timestep_embedding,
         prediction=config.loss.prediction,
         zero_terminal_snr=config.noise.zero_terminal_snr,
+        flow_shift=config.noise.shift if config.loss.prediction == "flow" else 1.0,
     )
 
 
@@ -244,6 +247,7 @@ def images(config: StageConfig) -> Images:
         held_out_selection=config.validation.select or selection,
         min_bucket=batch.min_bucket,
         average=config.loss.average,
+        noise=config.noise,
         order=order,
     )
 
@@ -290,7 +294,8 @@ def start(config: StageConfig) -> Start:
     """What a start is judged by."""
     model = config.model
     reads = {"model.init_from": model.init_from, "model.vae": model.vae, "model.tokenizers": model.tokenizers,
-             "data.path": config.data.path}  # fmt: skip
+             "data.path": config.data.path,
+             "noise.law_args": config.noise.law_args[0] if config.noise.law == "file" else None}  # fmt: skip
     return Start(
         identity=config.identity,
         origin=config.origin,

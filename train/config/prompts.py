@@ -50,6 +50,7 @@ class PromptsFile:
     sampler: Sampler = key("euler_a", "one of the three that the picture's text names; default = the card's")
     steps: int = key(28, "card: fewer than 30", at_least=1, at_most=MAX_STEPS)
     guidance: float = key(7.0, "card: 5 to 7", at_least=0, at_most=100)
+    guidance_rescale: float = key(0.0, "share of the guided prediction that is brought back to the deviation of the unguided one; 0 = off, 0.7 = of its paper, for v with zero terminal SNR", at_least=0, at_most=1)
     negative: str = key(NEGATIVE, "what the picture must not show; default = the card's")
     quality_prefix: str = key(QUALITY_PREFIX, "put before every text; default = the card's")
     prompts: list[Prompt] = key(list, "the pictures to make")

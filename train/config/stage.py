@@ -152,13 +152,17 @@ class NoiseConfig:
     dtype: Literal["fp32", "compute"] = key("fp32", "compute = drawn and added in half, as released")
     timesteps: tuple[int, int] = key((0, 1000), "that are drawn; upper end exclusive")
     zero_terminal_snr: bool = key(False, "only with v: epsilon carries no signal at snr 0")
+    law: Literal["uniform", "logit_normal", "beta", "file"] = key("uniform", "how often each timestep is drawn, over t / 1000")
+    law_args: tuple[Any, ...] = key((), "logit_normal: mean and deviation (none: 0, 1); beta: its two parameters; file: path of 1000 weights as text")
+    shift: float = key(1.0, "moves the law towards noise: s x / (1 + (s - 1) x) of x = t / 1000; with flow in sampling too", above=0)
+    stratified: bool = key(False, "an update's timesteps from equal parts of the law, one each")
 
 
 @dataclass(frozen=True)
 class LossConfig:
     """What the network predicts and how errors are weighted and averaged."""
 
-    prediction: Literal["epsilon", "v"] = key("epsilon", "what the network predicts")
+    prediction: Literal["epsilon", "v", "flow"] = key("epsilon", "what the network predicts; flow = rectified flow")
     average: Literal["images", "micro_batches"] = key("images", "over the images of an update, or first within each micro-batch, as released")
     min_snr_gamma: float | None = key(None, "weight min(snr, gamma) by timestep; null = off", above=0)
     debiased: bool = key(False, "weight 1 / sqrt(snr)")

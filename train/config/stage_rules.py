@@ -16,7 +16,7 @@ from train.config.sound import judged
 from train.config.source_rules import separator_problem
 
 if TYPE_CHECKING:
-    from train.config.stage import OptimizerConfig, ScheduleConfig, StageConfig
+    from train.config.stage import NoiseConfig, OptimizerConfig, ScheduleConfig, StageConfig
 
 
 def stage_problems(config: StageConfig) -> Iterator[str]:
@@ -138,6 +138,43 @@ def _mix(mix: Mapping[str, float]) -> str | None:
     return "data.mix holds no share above 0" if mix and not sum(mix.values()) > 0 else None
 
 
+def _law(noise: NoiseConfig) -> str | None:
+    """What noise.law is told by noise.law_args."""
+    given, numbers = noise.law_args, all(isinstance(one, int | float) and not isinstance(one, bool) for one in noise.law_args)
+    fits, wanted = {
+        "uniform": (not given, "nothing"),
+        "logit_normal": (numbers and len(given) in (0, 2) and (not given or given[1] > 0), "[mean, deviation], the deviation above 0"),
+        "beta": (numbers and len(given) == 2 and min(given) > 0, "[a, b], both above 0"),
+        "file": (len(given) == 1 and isinstance(given[0], str), "[path of the file]"),
+    }[noise.law]
+    return None if fits else f"noise.law_args is {list(given)}: noise.law {noise.law} takes {wanted}"
+
+
+def _not_with_flow(config: StageConfig) -> str | None:
+    """Settings whose equations are those of epsilon and v: each says why.
+
+    min-SNR, debiased and huber's c by snr weigh by a(t) / (1 - a(t)) of SDXL's schedule, which flow does not have.
+    Offset and coarse noise were made because that schedule keeps some of the picture's brightness at its last timestep
+    (crosslabs.org 2023; Lin et al., arXiv 2305.08891). Flow's last timestep is noise alone, and sampling starts from
+    plain noise: trained on anything else, it would start from what the network never saw. Neither Liu et al.
+    (arXiv 2209.03003) nor Esser et al. (arXiv 2403.03206) have them.
+    """
+    noise, loss = config.noise, config.loss
+    found = {
+        "loss.min_snr_gamma (a weight by the snr of SDXL's schedule)": loss.min_snr_gamma is not None,
+        "loss.debiased (a weight by the snr of SDXL's schedule)": loss.debiased,
+        "loss.huber_schedule: snr (use constant or exponential)": loss.type == "huber" and loss.huber_schedule == "snr",
+        "noise.zero_terminal_snr (flow ends in noise alone by itself)": noise.zero_terminal_snr,
+        "noise.offset (sampling starts from noise without it)": noise.offset != 0,
+        "noise.offset_adaptive (sampling starts from noise without it)": noise.offset_adaptive != 0,
+        "noise.multires_iterations (sampling starts from noise without it)": noise.multires_iterations != 0,
+        "noise.input_perturbation (its equations are of epsilon)": noise.input_perturbation != 0,
+        "noise.dtype: compute (rounds a(t) as the released run did)": noise.dtype != "fp32",
+    }
+    told = [name for name, set_so in found.items() if set_so]
+    return f"loss.prediction: flow refuses {', '.join(told)}" if loss.prediction == "flow" and told else None
+
+
 _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     lambda c: None if 0 < len(c.stage) <= MAX_NAME and c.stage.replace("_", "").replace("-", "").isalnum() else
     f"stage is {c.stage!r}: letters, digits, - and _ only, at most {MAX_NAME}, it names files",
@@ -157,7 +194,9 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     lambda c: f"noise.timesteps is {list(c.noise.timesteps)}, must satisfy 0 <= low < high <= 1000"
     if not 0 <= c.noise.timesteps[0] < c.noise.timesteps[1] <= 1000 else None,
     lambda c: "noise.zero_terminal_snr needs loss.prediction: v (epsilon carries no signal at snr 0)"
-    if c.noise.zero_terminal_snr and c.loss.prediction != "v" else None,
+    if c.noise.zero_terminal_snr and c.loss.prediction == "epsilon" else None,
+    _not_with_flow,
+    lambda c: _law(c.noise),
     lambda c: "loss.min_snr_gamma gives the terminal step weight 0 with noise.zero_terminal_snr, so that it is never "
     "learnt: remove one" if c.loss.min_snr_gamma is not None and c.noise.zero_terminal_snr else None,
     lambda c: "loss.min_snr_gamma and loss.debiased are two weightings: choose one"

@@ -30,6 +30,7 @@ from train.recipe.exclusions import excluded_by
 from train.recipe.order import Plan, Tile
 from train.recipe.rng import Stream
 from train.recipe.schedule import steps_of
+from train.recipe.timesteps import Law
 
 
 class TileDataset(Dataset[Batch | Halt]):
@@ -51,7 +52,7 @@ class TileDataset(Dataset[Batch | Halt]):
         self.index, self.plan, self.reader, self.tokenizer = index, plan, reader, tokenizer
         self.seed, self.data, self.noise, self.scale = seed, data, noise, scale
         self.options = draw_options(data, total_updates)
-        self.max_tokens, self.timesteps = data.max_tokens, noise.timesteps
+        self.max_tokens, self.law = data.max_tokens, Law.of(noise)
 
     def __getitem__(self, place: tuple[int, int]) -> Batch | Halt:
         """Tile `place[1]` of plan step `place[0]`, or the reason why it cannot be made.
@@ -63,21 +64,20 @@ class TileDataset(Dataset[Batch | Halt]):
             if torch.utils.data.get_worker_info() is not None:
                 faults.at("worker", step)
             tiles = self.plan.update(step)
-            first_slot = sum(len(tile.rows) for tile in tiles[:number])
-            return self.make(tiles[number], step, first_slot)
+            return self.make(tiles, number, step)
         except Halt as halt:
             return halt
 
-    def make(self, tile: Tile, step: int, first_slot: int) -> Batch:
-        """The tensors of one tile whose images occupy slots first_slot.. of update `step`."""
+    def make(self, tiles: Sequence[Tile], number: int, step: int) -> Batch:
+        """The tensors of tile `number` of those of update `step`."""
+        tile, first_slot = tiles[number], sum(len(before.rows) for before in tiles[:number])
         latents_BCHW, substituted = self._latents(tile, step)
         shape = tuple(latents_BCHW.shape[1:])
-        low, high = self.timesteps
         means_BC = latents_BCHW.mean(dim=(2, 3)).numpy() if needs_means(self.noise) else None
         noises = tile_noise(
             self.noise, self.seed, tile.uids.tolist(), tile.epochs.tolist(), shape, latent_means_BC=means_BC
         )
-        timesteps_B = rng.timesteps(self.seed, tile.uids, tile.epochs, low, high)
+        timesteps_B = self.law.timesteps(self.seed, tiles)[first_slot : first_slot + len(tile.rows)]
         ids, dropped = self._token_ids(tile, step)
         sizes = size_numbers(self.index, tile, self.data.crop_conditioning)
         slots_B = np.arange(first_slot, first_slot + len(tile.rows))

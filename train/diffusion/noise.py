@@ -142,6 +142,16 @@ def add_noise(
     return a_B111**0.5 * latents_BCHW.to(dtype) + (1.0 - a_B111) ** 0.5 * noise_BCHW
 
 
+def add_flow_noise(latents_BCHW: torch.Tensor, noise_BCHW: torch.Tensor, timesteps_B: torch.Tensor) -> torch.Tensor:
+    """x_t = (1 - sigma) x_0 + sigma noise with sigma = t / 1000, in fp32: the straight path of rectified flow.
+
+    Liu et al., arXiv 2209.03003, eq. 1; Esser et al., arXiv 2403.03206, eq. 13. The network is told t = 1000 sigma, which
+    is what diffusers' schedulers with flow sigmas pass it.
+    """
+    sigma_B111 = (timesteps_B.double() / TIMESTEPS).view(-1, 1, 1, 1)
+    return (1.0 - sigma_B111).float() * latents_BCHW.float() + sigma_B111.float() * noise_BCHW.float()
+
+
 def as_drawn(noise_BCHW: torch.Tensor, config: NoiseConfig, dtype: torch.dtype | None) -> torch.Tensor:
     """The noise in the type that the original drew: `dtype`, its half type, unless an offset made the sum fp32.
 

@@ -95,9 +95,12 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
     target_noise_BCHW = noise.as_drawn(part.noise_BCHW, diffusion.noise, half)
     perturbed_BCHW = part.input_noise_BCHW
     input_noise_BCHW = target_noise_BCHW if perturbed_BCHW is None else noise.as_drawn(perturbed_BCHW, diffusion.noise, half)
-    noisy_BCHW = noise.add_noise(
-        part.latents_BCHW, input_noise_BCHW, part.timesteps_B, diffusion.alphas_T, dtype=half
-    )
+    if diffusion.loss.prediction == "flow":
+        noisy_BCHW = noise.add_flow_noise(part.latents_BCHW, input_noise_BCHW, part.timesteps_B)
+    else:
+        noisy_BCHW = noise.add_noise(
+            part.latents_BCHW, input_noise_BCHW, part.timesteps_B, diffusion.alphas_T, dtype=half
+        )
     noisy_BCHW = noisy_BCHW.to(dtype)
     if diffusion.channels_last:
         noisy_BCHW = speed.as_channels_last(noisy_BCHW)
@@ -149,9 +152,16 @@ def target(
     alphas_T: torch.Tensor,
     prediction: str,
 ) -> torch.Tensor:
-    """The noise, or v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho, arXiv 2202.00512)."""
+    """What the network has to say, fp32 [B,C,H,W].
+
+    epsilon: the noise (Ho et al., arXiv 2006.11239). v = sqrt(a) noise - sqrt(1 - a) x_0 (Salimans and Ho, arXiv
+    2202.00512). flow: noise - x_0, the velocity dx/dsigma of the straight path, at every timestep the same (Liu et al.,
+    arXiv 2209.03003, eq. 1, with time running from the picture to the noise as in Esser et al., arXiv 2403.03206).
+    """
     if prediction == "epsilon":
         return noise_BCHW
+    if prediction == "flow":
+        return noise_BCHW - latents_BCHW
     a_B111 = alphas_T[timesteps_B].view(-1, 1, 1, 1)
     return a_B111.sqrt().float() * noise_BCHW - (1.0 - a_B111).sqrt().float() * latents_BCHW
 

@@ -37,6 +37,14 @@ log = logging.getLogger("anix")
 
 
 RECIPE = TrainedAs()
+# Rectified flow: noise levels sigma = t / 1000 from 0.999 down, shifted. diffusers' Euler schedulers do not know them, its
+# DPM-Solver++ does, and of first order that solver is Euler: as an ODE x + (sigma' - sigma) v, as an SDE the ancestral
+# step (Lu et al., arXiv 2211.01095, eq. 9 and appendix A; with sigma / alpha in the place of Karras' sigma it is that of
+# k-diffusion, eta 1).
+FLOW = {"num_train_timesteps": TIMESTEPS, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+FLOW_SAMPLERS: dict[Sampler, dict[str, Any]] = {
+    "euler_a": {"algorithm_type": "sde-dpmsolver++", "solver_order": 1}, "euler": {"solver_order": 1}, "dpmpp_2m": {},
+}  # fmt: skip
 
 
 def sample_images(
@@ -46,6 +54,7 @@ def sample_images(
     sampler: Sampler = "euler_a",
     steps: int = 28,
     guidance: float = 7.0,
+    guidance_rescale: float = 0.0,
     negative: str = "",
     prefix: str = "",
     device: torch.device | str = "cpu",
@@ -74,12 +83,13 @@ def sample_images(
             with lent(encoders, device):
                 condition = _condition(tokens, encoders, texts, prompt, device, trained_as)
             latents_1CHW = denoise(
-                partial(_guided, components.unet, told=condition, guidance=guidance),
+                partial(_guided, components.unet, told=condition, guidance=guidance, rescale=guidance_rescale),
                 picture_noise(prompt, components.vae).to(device),
                 steps=steps,
                 sampler=sampler,
                 prediction=trained_as.prediction,
                 zero_terminal_snr=trained_as.zero_terminal_snr,
+                flow_shift=trained_as.flow_shift,
                 generators=[step_generator(prompt)],
                 stop=stop,
             )
@@ -93,7 +103,7 @@ def sample_file(components: Any, settings: PromptsFile, **how: Any) -> list[Imag
     """`sample_images` of every prompt of a file, with its settings; `how` are the other arguments."""
     return sample_images(
         components, settings.prompts, sampler=settings.sampler, steps=settings.steps, guidance=settings.guidance,
-        negative=settings.negative, prefix=settings.quality_prefix, **how,
+        guidance_rescale=settings.guidance_rescale, negative=settings.negative, prefix=settings.quality_prefix, **how,
     )  # fmt: skip
 
 
@@ -138,7 +148,7 @@ def _condition(
     return Condition(context_BLD, {"text_embeds": pooled_BP, "time_ids": size_B6})
 
 
-def _guided(unet: Any, scaled_1CHW: Tensor, timestep: float, *, told: Condition, guidance: float) -> Tensor:
+def _guided(unet: Any, scaled_1CHW: Tensor, timestep: float, *, told: Condition, guidance: float, rescale: float) -> Tensor:
     """Classifier-free guidance from one call with the negative prompt in front, fp32."""
     dtype = next(unet.parameters()).dtype
     batch = told.context_BLD.shape[0]
@@ -152,7 +162,16 @@ def _guided(unet: Any, scaled_1CHW: Tensor, timestep: float, *, told: Condition,
     if batch == 1:
         return predicted_BCHW
     negative_1CHW, positive_1CHW = predicted_BCHW.chunk(2)
-    return negative_1CHW + guidance * (positive_1CHW - negative_1CHW)
+    return rescaled(negative_1CHW + guidance * (positive_1CHW - negative_1CHW), positive_1CHW, rescale)
+
+
+def rescaled(guided_BCHW: Tensor, positive_BCHW: Tensor, share: float) -> Tensor:
+    """The guided prediction, by `share` with the deviation of the unguided one (Lin et al., arXiv 2305.08891, eq. 15, 16)."""
+    if not share:
+        return guided_BCHW
+    deviations = [one_BCHW.std(dim=(1, 2, 3), keepdim=True) for one_BCHW in (positive_BCHW, guided_BCHW)]
+    alike_BCHW = guided_BCHW * (deviations[0] / deviations[1])
+    return share * alike_BCHW + (1 - share) * guided_BCHW
 
 
 def denoise(
@@ -163,6 +182,7 @@ def denoise(
     sampler: Sampler = "euler_a",
     prediction: str = "epsilon",
     zero_terminal_snr: bool = False,
+    flow_shift: float = 1.0,
     generators: Sequence[torch.Generator] = (),
     stop: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
@@ -171,7 +191,9 @@ def denoise(
     `predict(scaled latents, timestep)` is the network, `noise_BCHW` the start, `generators` one per picture, on the CPU,
     from which Euler ancestral draws the noise of its steps.
     """
-    scheduler = scheduler_of(sampler, steps, prediction=prediction, zero_terminal_snr=zero_terminal_snr)
+    scheduler = scheduler_of(
+        sampler, steps, prediction=prediction, zero_terminal_snr=zero_terminal_snr, flow_shift=flow_shift
+    )
     draws = {"generator": list(generators)} if sampler == "euler_a" else {}
     x_BCHW = noise_BCHW * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
@@ -182,12 +204,14 @@ def denoise(
     return x_BCHW
 
 
-def scheduler_of(sampler: Sampler, steps: int, *, prediction: str = "epsilon", zero_terminal_snr: bool = False) -> Any:
+def scheduler_of(
+    sampler: Sampler, steps: int, *, prediction: str = "epsilon", zero_terminal_snr: bool = False, flow_shift: float = 1.0
+) -> Any:
     """diffusers' scheduler of a sampler, its timesteps and noise levels set.
 
     Timesteps are spread evenly over the trained range from 999 on, as A1111 spreads them. (The "leading" spacing in SDXL's
     folders starts at 946 with 28 steps and never shows the network pure noise.) With zero terminal snr they have the
-    "trailing" spacing that our exports name: 999, then every 1000/steps.
+    "trailing" spacing that our exports name: 999, then every 1000/steps. Flow has noise levels of its own.
     """
     from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
@@ -196,6 +220,11 @@ def scheduler_of(sampler: Sampler, steps: int, *, prediction: str = "epsilon", z
     }  # fmt: skip
     with warnings.catch_warnings():  # diffusers' own use of numpy
         warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+        if prediction == "flow":
+            scheduler = DPMSolverMultistepScheduler(**FLOW, flow_shift=flow_shift, **FLOW_SAMPLERS[sampler])
+            scheduler.set_timesteps(steps)
+            scheduler.set_begin_index(0)
+            return scheduler
         scheduler = kinds[sampler](
             num_train_timesteps=TIMESTEPS, beta_start=BETA_START, beta_end=BETA_END, beta_schedule="scaled_linear",
             prediction_type="v_prediction" if prediction == "v" else "epsilon", rescale_betas_zero_snr=zero_terminal_snr,

@@ -24,6 +24,7 @@ from train.config.stage import ExportConfig
 from train.model import folder as model_folder
 from train.model import layouts, sdxl, single_file
 from train.model.adapters import bases, reading, training, writing
+from train.model.prediction import FLOW_SHIFT_KEY, told_scheduler
 from train.model.source import LocalModel, model_sha256
 from train.observe import card
 from train.storage import tensor_files
@@ -57,6 +58,7 @@ def metadata_of(
     prediction: str,
     timesteps: tuple[int, int],
     side_px: int = 1024,
+    flow_shift: float = 1.0,
 ) -> dict[str, str]:
     """`__metadata__` of the single file: the modelspec fields and our training record."""
     fields = {
@@ -66,7 +68,8 @@ def metadata_of(
         "modelspec.title": mask_settings(settings.title or str(record["stage"])),
         "modelspec.resolution": f"{side_px}x{side_px}",
         "modelspec.date": str(record["date"]),
-        "modelspec.prediction_type": "v" if prediction == "v" else "epsilon",
+        "modelspec.prediction_type": prediction,
+        FLOW_SHIFT_KEY: f"{flow_shift:g}" if prediction == "flow" else "",
         "modelspec.timestep_range": f"{timesteps[0]},{timesteps[1]}",
         "modelspec.license": str(record["license"]),
         "modelspec.author": mask_settings(settings.author),
@@ -145,6 +148,7 @@ def export_stage(
     *,
     prediction: str = "epsilon",
     zero_terminal_snr: bool = False,
+    flow_shift: float = 1.0,
     timesteps: tuple[int, int] = (0, 1000),
     side_px: int | None = None,
     average: Path | None = None,
@@ -160,13 +164,14 @@ def export_stage(
     dtype, stage = tensor_files.NAMES_OF_PRECISIONS[settings.dtype], str(record["stage"])
     factor = sdxl.vae_factor(source.configs["vae"])
     side_px = side_px or int(source.configs["unet"].get("sample_size") or 1024 // factor) * factor
-    metadata = metadata_of(record, settings, prediction, timesteps, side_px)
+    metadata = metadata_of(record, settings, prediction, timesteps, side_px, flow_shift)
     weights = _polled({**source.weights, **(tensor_files.open_file(trained).blobs if trained is not None else {})}, poll)
     configs = {
         **source.configs,
         "unet": sdxl.drawn_at(source.configs["unet"], side_px, factor),
-        "scheduler": sdxl.told_scheduler(
-            source.configs["scheduler"], v=prediction == "v", zero_terminal_snr=zero_terminal_snr
+        "scheduler": told_scheduler(
+            source.configs["scheduler"], v=prediction == "v", zero_terminal_snr=zero_terminal_snr,
+            flow_shift=flow_shift if prediction == "flow" else None,
         ),
     }
     folder = run_path / "model"

@@ -116,9 +116,9 @@ def _export(
     """The files of a stage: the model, or what was trained beside it, or both."""
     run, told, adapter = session.run, origin.trained_as, origin.adapter
     trained, average = final.path / "model.safetensors", final.path / "ema.safetensors" if "ema" in final.groups else None
-    side_px, timesteps = buckets.square_of(session.data.plan.buckets), session.data.timesteps
+    side_px, timesteps = buckets.square_of(session.data.plan.buckets), session.data.law.ends
     if adapter is not None:
-        metadata = export.metadata_of(record, origin.export, told.prediction, timesteps, side_px or 1024)
+        metadata = export.metadata_of(record, origin.export, told.prediction, timesteps, side_px or 1024, told.flow_shift)
         metadata |= _said_of_training(session.data.loader.dataset.index, identity, run.progress.updates)
         export.export_adapter(
             run.folder.path, trained, source, record, origin.export, adapter, metadata=metadata, average=average, poll=poll
@@ -134,6 +134,7 @@ def _export(
         origin.export,
         prediction=told.prediction,
         zero_terminal_snr=told.zero_terminal_snr,
+        flow_shift=told.flow_shift,
         timesteps=timesteps,
         side_px=side_px,
         average=average,

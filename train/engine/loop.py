@@ -22,7 +22,7 @@ from train.base.errors import ExitCode, Halt
 from train.base.signals import grace_warning
 from train.engine.processes import GRACE_S
 from train.engine.session import Run, Session
-from train.engine.step import Outcome, bad_step, bad_step_record, compute_update, may_apply, not_finite, slot_timesteps
+from train.engine.step import Outcome, bad_step, bad_step_record, compute_update, may_apply, not_finite
 from train.observe.times import peak_bytes
 from train.observe.tracker import loss_by_decile
 from train.optim import collectives, optimizers
@@ -254,7 +254,7 @@ def refuse_update(session: Session, step: int, tiles: tuple[Tile, ...], outcome:
         step=step,
         updates=session.run.progress.updates,
         tiles=tiles,
-        timesteps=slot_timesteps(tiles, session.data.seed, *session.data.timesteps),
+        timesteps=session.data.law.timesteps(session.data.seed, tiles),
         losses=outcome.losses_G.tolist(),
         grad_norm=outcome.grad_norm,
         scale=session.trained.scale.scale,
@@ -264,7 +264,7 @@ def refuse_update(session: Session, step: int, tiles: tuple[Tile, ...], outcome:
 def log_update(session: Session, tiles: tuple[Tile, ...], outcome: Outcome, rates: dict[str, float]) -> None:
     """One line of metrics.jsonl; everything but what `OF_THE_MACHINE` lists is the same for any number of processes."""
     data, seen, run, progress = session.data, session.observers, session.run, session.run.progress
-    timesteps = slot_timesteps(tiles, data.seed, *data.timesteps)
+    timesteps = data.law.timesteps(data.seed, tiles)
     if seen.trace is not None:
         seen.trace.write(progress.step - 1, tiles, timesteps)
     seconds = seen.times.seconds()

@@ -48,6 +48,7 @@ from train.optim.zero1 import Shares
 from train.recipe import schedule
 from train.recipe.optimizer_state import checkpoint_bytes
 from train.recipe.order import Plan
+from train.recipe.timesteps import Law
 from train.storage import space
 from train.storage.checkpoint import Progress
 from train.storage.rundir import RunDir
@@ -67,7 +68,7 @@ class TrainingData:
     plan: Plan
     loader: Loader
     seed: int
-    timesteps: tuple[int, int]  # lower end, upper end exclusive
+    law: Law
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def open_session(
         open_trained(
             settings, machine, model, optimizer, shares, ema, scale, rates_at, rounding_seed=learning.rounding_seed
         ),
-        TrainingData(plan, loader, feeding.seed, loader.dataset.timesteps),
+        TrainingData(plan, loader, feeding.seed, loader.dataset.law),
         open_observers(
             watching, run, place, open_tracker(watching, run, place, plan, progress), previews, held_out,
             times=open_times(watching.tracking, run.path, place.device, progress.step, is_main=place.is_main),

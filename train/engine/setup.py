@@ -37,6 +37,7 @@ from train.model.source import LocalModel, is_standard
 from train.optim import optimizers, rounding, stepping
 from train.optim.collectives import Place
 from train.optim.zero1 import Shares
+from train.recipe import timesteps
 from train.recipe.order import Plan, plan_fingerprint, share_of
 from train.storage.saver import available_host_bytes
 from train.storage.state_files import PRECISIONS
@@ -138,6 +139,7 @@ def open_data(images: Images, source: LocalModel) -> Data:
         selection=kept.selection_hash,
         tokenizers=tokenizer.identity(),
         version=selection.plan.version,
+        law_file=timesteps.file_identity(images.noise),
     )
     return Data(selection.folder, kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae_mark(source))
 

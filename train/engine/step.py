@@ -28,7 +28,6 @@ from train.optim.collectives import BinaryCounter, FlatGradients, Place, check_r
 from train.optim.ema import Ema
 from train.optim.loss_scale import LossScale
 from train.optim.zero1 import Shares
-from train.recipe import rng
 from train.recipe.order import Tile, partial_sums
 from train.storage.rundir import RunDir
 
@@ -206,13 +205,6 @@ class Trained:
         """Halt(PEER_LOST) on every process where those that should hold the same weights do not."""
         alike, group = (self.parameters, None) if self.shares is None else self.shares.replicas(self.parameters)
         check_replicas(alike, step, group)
-
-
-def slot_timesteps(tiles: Sequence[Tile], seed: int, low: int, high: int) -> np.ndarray:
-    """Timesteps in [low, high) of an update's slots in plan order, recomputed from the plan."""
-    uids = np.concatenate([tile.uids for tile in tiles])
-    epochs = np.concatenate([tile.epochs for tile in tiles])
-    return rng.timesteps(seed, uids, epochs, low, high)
 
 
 class TileBackward:

@@ -19,7 +19,7 @@ from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
-from train.model import other_kinds, sdxl
+from train.model import other_kinds, prediction, sdxl
 from train.model.other_kinds import LEFTOVERS, PROJECTION_1, some
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
@@ -294,7 +294,7 @@ def read_configs(folder: Path, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.
     if scheduler is None:
         raise Halt(ExitCode.MISMATCH, f"{path} is damaged: it says what the model predicts")
     configs["scheduler"] = scheduler
-    sdxl.refuse_unet(configs["unet"], str(folder))
+    other_kinds.refuse_unet(configs["unet"], str(folder))
     if "vae" in networks:
         configs["vae"] = sdxl.checked_vae(configs["vae"], str(folder))
     sdxl.folder_shapes(configs, str(folder), networks)  # refused here, where the folder's name is known
@@ -326,9 +326,9 @@ def single_weights(
 
 def configs_in(source: tensor_files.Tensors, networks: Sequence[str] = sdxl.NETWORKS) -> sdxl.Configs:
     """The configs that a single file carries in its metadata, else SDXL's own."""
-    configs = sdxl.configs_of(source.metadata, source.blobs, str(source.path))
+    configs = prediction.configs_of(source.metadata, source.blobs, str(source.path))
     sdxl.folder_shapes(configs, str(source.path), networks)  # refused here, where the file's name is known
-    sdxl.refuse_unet(configs["unet"], str(source.path))
+    other_kinds.refuse_unet(configs["unet"], str(source.path))
     if "vae" not in networks:
         return configs
     return {**configs, "vae": sdxl.checked_vae(configs["vae"], str(source.path))}

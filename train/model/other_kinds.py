@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.model import sdxl
@@ -234,3 +235,15 @@ def network_of(name: str) -> str:
     """The network of a tensor by its name in the single file, or canonical."""
     found = (network for network, prefix in sdxl.PREFIXES.items() if name.startswith((prefix, f"{network}.")))
     return next(found, "unet")
+
+
+def refuse_unet(config: Mapping[str, Any], whose: str) -> None:
+    """Halt(MISMATCH) for a U-Net that reads or gives other than SDXL's four channels."""
+    channels = config.get("in_channels", 4), config.get("out_channels", 4)
+    if channels != (4, 4):
+        kind = {9: "an inpainting model: ", 8: "a model that edits pictures: "}.get(channels[0], "")
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"{whose} is {kind}its U-Net reads {channels[0]} channels and gives {channels[1]}, SDXL's base model 4 and "
+            "4: start from the model that it was made from",
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -73,33 +73,6 @@ STANDARD: Configs = {  # stabilityai/stable-diffusion-xl-base-1.0
         "timestep_spacing": "leading",
     },
 }  # fmt: skip
-
-
-def told_scheduler(scheduler: Mapping[str, Any], *, v: bool, zero_terminal_snr: bool) -> dict[str, Any]:
-    """A scheduler config that says what the network predicts, whatever it said before.
-
-    With zero terminal SNR it starts where the training did, at t = 999: under SDXL's own "leading" spacing the network
-    would first be asked at t = 946 (28 steps), and never see the pure noise that it was taught to begin with.
-    """
-    told = {**scheduler, "prediction_type": "v_prediction" if v else "epsilon"}
-    before = told.pop("rescale_betas_zero_snr", False)  # the parent's schedule need not be the one trained with
-    if zero_terminal_snr:
-        told |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    elif before:
-        told |= {key: STANDARD["scheduler"][key] for key in ("timestep_spacing", "steps_offset")}
-    return told
-
-
-def refuse_unet(config: Mapping[str, Any], whose: str) -> None:
-    """Halt(MISMATCH) for a U-Net that reads or gives other than SDXL's four channels."""
-    channels = config.get("in_channels", 4), config.get("out_channels", 4)
-    if channels != (4, 4):
-        kind = {9: "an inpainting model: ", 8: "a model that edits pictures: "}.get(channels[0], "")
-        raise Halt(
-            ExitCode.MISMATCH,
-            f"{whose} is {kind}its U-Net reads {channels[0]} channels and gives {channels[1]}, SDXL's base model 4 and "
-            "4: start from the model that it was made from",
-        )
 
 
 def checked_vae(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
@@ -377,23 +350,3 @@ def _open_clip_name(key: str) -> str:
         if inner.startswith(ours):
             return f"transformer.resblocks.{number}.{theirs}{inner.removeprefix(ours)}"
     raise KeyError(key)
-
-
-def configs_of(metadata: Mapping[str, str], names: Collection[str], whose: str) -> Configs:
-    """The configs that a single file carries in its metadata, else SDXL's own; `names` are those of its tensors."""
-    text = metadata.get(CONFIGS_KEY)
-    if not text:
-        v = V_MARK in names or metadata.get("modelspec.prediction_type", "").startswith("v")
-        scheduler = told_scheduler(STANDARD["scheduler"], v=v, zero_terminal_snr=v and ZERO_SNR_MARK in names)
-        return {**STANDARD, "unet": drawn_at(STANDARD["unet"], _side_px(metadata)), "scheduler": scheduler}
-    try:
-        stored = json.loads(text)
-        return {name: dict(stored[name]) for name in (*NETWORKS, "scheduler")}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise Halt(ExitCode.MISMATCH, f"{whose}: its metadata entry {CONFIGS_KEY} is damaged") from None
-
-
-def _side_px(metadata: Mapping[str, str]) -> int:
-    """Side of the square that a file names as its resolution, SDXL's own where it names none."""
-    named = re.fullmatch(r"(\d{2,4})x(\d{2,4})", metadata.get("modelspec.resolution", ""))
-    return int(named[1]) if named and named[1] == named[2] and int(named[1]) >= 64 else 1024

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.model import folder as model_folder
-from train.model import layouts, other_kinds, sdxl
+from train.model import layouts, other_kinds, prediction, sdxl
 from train.storage import tensor_files
 from train.storage.tensor_files import Blob
 
@@ -92,7 +92,7 @@ def open_vae(path: Path, asked_by: str, like: Mapping[str, Any] | None = None) -
     file = path if path.is_file() else _file_in(path, asked_by)
     source = tensor_files.open_file(file)
     beside = read_json(file.parent / "config.json") or {}
-    stored = sdxl.configs_of(source.metadata, source.blobs, str(file))["vae"]
+    stored = prediction.configs_of(source.metadata, source.blobs, str(file))["vae"]
     if str(beside.get("_class_name", "")).startswith(("Autoencoder", "Asymmetric", "VQ", "Consistency")):
         config: Mapping[str, Any] = beside
     elif like is not None and sdxl.CONFIGS_KEY not in source.metadata and _fits(source, like):

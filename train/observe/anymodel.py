@@ -16,7 +16,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.derived import Owners, TrainedAs
 from train.config.stage import ModelConfig, load_stage
 from train.diffusion.sampling import RECIPE
-from train.model import source
+from train.model import prediction, source
 from train.model.adapters import bases, merging, reading, runs
 from train.model.source import LocalModel
 from train.storage import manifest, tensor_files
@@ -124,6 +124,4 @@ def conventions(path: Path, local: LocalModel) -> TrainedAs:
         for name, choices in CONDITIONING.items()
         if isinstance(stated, dict) and stated.get(name) in choices  # from a file that anybody may have written
     }
-    if not str(scheduler.get("prediction_type", "")).startswith("v"):
-        return replace(RECIPE, **known)
-    return replace(RECIPE, prediction="v", zero_terminal_snr=bool(scheduler.get("rescale_betas_zero_snr")), **known)
+    return replace(RECIPE, **prediction.sampled_as(scheduler), **known)

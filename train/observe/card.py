@@ -22,7 +22,7 @@ def text(
 ) -> str:
     """README.md of the folder. `metadata` is the single file's, `vae` the VAE's config."""
     title, stage = (_plain(value) for value in (metadata.get("modelspec.title", record["stage"]), record["stage"]))
-    objective = {"v": "v"}.get(prediction, "the noise (epsilon)") + (" under zero terminal SNR" if zero_terminal_snr else "")
+    objective = {"v": "v", "flow": "the velocity of rectified flow, noise - picture"}.get(prediction, "the noise (epsilon)") + (" under zero terminal SNR" if zero_terminal_snr else "")
     about = [_plain(metadata[key]) for key in ("modelspec.description", "modelspec.author") if metadata.get(key)]
     parts = [
         _head(record, metadata),
@@ -62,6 +62,10 @@ def _cannot_know(prediction: str, zero_terminal_snr: bool, vae: Mapping[str, Any
         yield f"The single file is marked {marks}, which ComfyUI and Forge read."
         yield "InvokeAI takes every SDXL single file for one that predicts epsilon: give it this folder, or set the prediction type to `v_prediction` by hand."
         yield "diffusers' `from_single_file` takes SDXL's own scheduler (epsilon) unless `config=` names this folder."
+    if prediction == "flow":
+        yield "Single files have no mark for rectified flow: a program takes this one for a model that predicts epsilon and draws noise. Only the metadata say it (`modelspec.prediction_type: flow`)."
+        yield "ComfyUI: behind the checkpoint loader a node ModelSamplingSD3 with the shift named in `scheduler/scheduler_config.json` (`flow_shift`), and multiplier 1000."
+        yield "diffusers: this folder as it is; its scheduler is `DPMSolverMultistepScheduler` with flow sigmas, for `FlowMatchEulerDiscreteScheduler` does not run in SDXL's pipeline."
     if zero_terminal_snr:
         yield "Samplers must start at the last timestep (`timestep_spacing: trailing`), as this folder's scheduler does."
     scaling, shift = vae.get("scaling_factor", STANDARD_SCALING), vae.get("shift_factor")

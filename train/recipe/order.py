@@ -342,12 +342,13 @@ def plan_fingerprint(
     selection: str,
     tokenizers: str,
     version: int = PLAN_VERSION,
+    law_file: str | None = None,
 ) -> str:
     """sha256 hex over everything that decides the plan and the captions; not ranks, workers, paths or `batch.split`.
 
     `version`: the plan's own. `min_bucket` is micro where the config leaves it null, which is what that meant when the
     first checkpoints were written. `dataset`: the dataset fingerprint; `selection`: sha256 of the selection after the held-out split; `tokenizers`:
-    their identity hash.
+    their identity hash; `law_file`: sha256 of what noise.law reads, where it reads a file.
     """
     fields = {
         "plan_version": version,
@@ -359,5 +360,6 @@ def plan_fingerprint(
         "dataset": dataset,
         "selection": selection,
         "tokenizers": tokenizers,
+        **({"law_file": law_file} if law_file else {}),
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

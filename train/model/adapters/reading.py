@@ -15,7 +15,7 @@ from typing import Any
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
-from train.model import sdxl
+from train.model import prediction, sdxl
 from train.model.adapters import layers, names
 from train.model.adapters.layers import Layer
 from train.model.other_kinds import some
@@ -96,7 +96,7 @@ def _looks_adapted(name: str) -> bool:
 def stored_configs(path: Path) -> sdxl.Configs:
     """The configs of the base that an adapter's file carries, else SDXL's own. Halt(MISMATCH) for damaged ones."""
     source = tensor_files.open_file(file_of(path))
-    configs = sdxl.configs_of(source.metadata, source.blobs, str(source.path))
+    configs = prediction.configs_of(source.metadata, source.blobs, str(source.path))
     sdxl.folder_shapes(configs, str(source.path), names.NETWORKS)
     try:
         names.names_of(configs)

@@ -20,6 +20,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, help="for every picture; pictures of one call still differ")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 = without")
+    parser.add_argument("--guidance-rescale", type=float, help="0 to 1: share of the guided prediction brought back to the unguided one's deviation")
     parser.add_argument("--sampler", choices=["euler_a", "euler", "dpmpp_2m"])
     parser.add_argument("--negative", help="negative prompt (default: the card's)")
     parser.add_argument("--quality-prefix", help='put before every prompt (default: the card\'s; "" = nothing)')
@@ -36,7 +37,7 @@ def main() -> None:
     from train.observe.inference import adjusted, draw, open_model
     from train.observe.pictures import require_folder, write_pictures
 
-    changes = {name: getattr(arguments, name) for name in ("size", "seed", "steps", "guidance", "sampler", "negative", "quality_prefix")}
+    changes = {name: getattr(arguments, name) for name in ("size", "seed", "steps", "guidance", "guidance_rescale", "sampler", "negative", "quality_prefix")}
     settings = adjusted(load_prompts(arguments.prompts), texts=arguments.prompt, **changes)
     require_folder(arguments.out)
     options = {name: getattr(arguments, name) for name in ("device", "tokenizers", "small")}

@@ -259,6 +259,12 @@ def _change(
         )
         return None
     kinds = {one["prediction"], two["prediction"]}
+    if len(kinds) > 1 and "flow" in kinds:
+        notes.append(
+            f"{before} -> {after}: no difference is shown, for only one of them predicts flow: the same timestep is another "
+            "amount of noise"
+        )
+        return None
     if len(kinds) > 1:
         notes.append(f"{before} -> {after}: predict {one['prediction']} and {two['prediction']}; compared as epsilon losses, a(t) x the v loss")
     a, b = (_as_epsilon(model, found) if len(kinds) > 1 else model["losses"] for model in (one, two))

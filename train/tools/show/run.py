@@ -76,7 +76,7 @@ def step(path: Path, update: int, *, recompute: bool = False) -> dict[str, Any]:
     """
     from train.config.stage import load_stage
     from train.engine import handoff, setup
-    from train.recipe import rng
+    from train.recipe.timesteps import Law
 
     settings = path / "config.yaml"
     if not settings.is_file():
@@ -101,11 +101,11 @@ def step(path: Path, update: int, *, recompute: bool = False) -> dict[str, Any]:
             report["equal_to_bad_step"] = [a == b for a, b in zip(known, losses, strict=True)].count(True)
     metrics = _logged(path, update)
     slots: list[dict[str, Any]] = []
+    times = Law.of(feeding.noise).timesteps(feeding.seed, tiles)
     for number, tile in enumerate(tiles):
-        times = rng.timesteps(feeding.seed, tile.uids, tile.epochs, *feeding.noise.timesteps)
-        for row, uid, epoch, t in zip(tile.rows.tolist(), tile.uids.tolist(), tile.epochs.tolist(), times, strict=True):
+        for row, uid, epoch in zip(tile.rows.tolist(), tile.uids.tolist(), tile.epochs.tolist(), strict=True):
             slot = {"tile": number, "bucket": f"{tile.width}x{tile.height}", "key": data.index.key(row)}
-            slot |= {"uid": f"{uid:016x}", "epoch": epoch, "t": int(t)}
+            slot |= {"uid": f"{uid:016x}", "epoch": epoch, "t": int(times[len(slots)])}
             slots.append(slot | ({"loss": losses[len(slots)]} if losses is not None else {}))
     return report | {"loss": metrics.get("loss"), "grad_norm": metrics.get("grad_norm"), "slots": slots}
 

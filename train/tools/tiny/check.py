@@ -25,7 +25,7 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256, replace_file
 from train.config.prompts import PromptsFile, load_prompts
 from train.diffusion import sampling
-from train.model import text
+from train.model import prediction, text
 from train.observe.metrics import read_metrics
 from train.observe.pictures import grid
 from train.recipe import captions
@@ -127,7 +127,8 @@ def _denoised(components: Any, prompts: Sequence[CheckPrompt], settings: Prompts
 
     generators = [torch.Generator().manual_seed(prompt.seed) for prompt in prompts]
     start_BCHW = torch.cat([torch.randn(1, 4, height // 8, width // 8, generator=generator) for generator in generators])
-    latents = sampling.denoise(predict, start_BCHW, steps=settings.steps, sampler=settings.sampler, generators=generators)
+    how: dict[str, Any] = {"steps": settings.steps, "sampler": settings.sampler, "generators": generators}
+    latents = sampling.denoise(predict, start_BCHW, **how, **prediction.sampled_as(components.scheduler.config))
     assert latents is not None  # only a stop() makes it None
     return latents
 
