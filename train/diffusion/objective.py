@@ -187,8 +187,9 @@ def min_snr_weights(snr_B: torch.Tensor, gamma: float, prediction: str) -> torch
 
 
 def debiased_weights(snr_B: torch.Tensor, prediction: str) -> torch.Tensor:
-    """1 / sqrt(min(snr, 1000)), for v 1 / (snr + 1) (Yu et al., arXiv 2310.08442)."""
-    return snr_B.clamp(max=1000.0).rsqrt() if prediction == "epsilon" else 1.0 / (snr_B + 1.0)
+    """1 / sqrt(min(snr, 1000)), for v 1 / (min(snr, 1000) + 1) (Yu et al., arXiv 2310.08442; the bound is sd-scripts')."""
+    bounded_B = snr_B.clamp(max=1000.0)
+    return bounded_B.rsqrt() if prediction == "epsilon" else 1.0 / (bounded_B + 1.0)
 
 
 def pseudo_huber(difference: torch.Tensor, c: torch.Tensor) -> torch.Tensor:

@@ -213,7 +213,7 @@ def curves(config: Switches) -> dict[str, Curve]:
         "lr_scheduler_type": CLASS,
         "lr_scheduler_args": [f"min_lr={own.min_lr}", f"gamma={own.decay}", f"first_cycle_steps={own.cycle_steps}"],
     }
-    warm = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": later.warmup_steps}
+    warm = {"lr_scheduler": "constant_with_warmup", "lr_warmup_steps": int(later.warmup_steps)}  # to it every float is a share of the run
     one_process = replace(own, unit="optimizer_step", processes=1)
     return {
         "2 processes": Curve(own, config.optimizer.unet_lr, 2, restarts),
