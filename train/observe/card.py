@@ -64,7 +64,7 @@ def _cannot_know(prediction: str, zero_terminal_snr: bool, vae: Mapping[str, Any
         yield "diffusers' `from_single_file` takes SDXL's own scheduler (epsilon) unless `config=` names this folder."
     if prediction == "flow":
         yield "Single files have no mark for rectified flow: a program takes this one for a model that predicts epsilon and draws noise. Only the metadata say it (`modelspec.prediction_type: flow`)."
-        yield "ComfyUI: behind the checkpoint loader a node ModelSamplingSD3 with the shift named in `scheduler/scheduler_config.json` (`flow_shift`), and multiplier 1000."
+        yield "ComfyUI: behind the checkpoint loader a node ModelSamplingSD3 with the shift named in `scheduler/scheduler_config.json` (`flow_shift`)."
         yield "diffusers: this folder as it is; its scheduler is `DPMSolverMultistepScheduler` with flow sigmas, for `FlowMatchEulerDiscreteScheduler` does not run in SDXL's pipeline."
     if zero_terminal_snr:
         yield "Samplers must start at the last timestep (`timestep_spacing: trailing`), as this folder's scheduler does."
