@@ -264,7 +264,7 @@ def running(config: StageConfig) -> Running:
         gather=config.optimizer.gather,
         trains_text=model.train_text_encoders,
         groups=config.optimizer.groups,
-        adapter=None if config.adapter.type == "none" else config.adapter,
+        adapter=_adapter(config),
         base=config.adapter.base,
         seed=config.seed,
         average=bool(config.ema.decay),
@@ -283,10 +283,14 @@ def running(config: StageConfig) -> Running:
     )
 
 
+def _adapter(config: StageConfig) -> AdapterConfig | None:
+    return None if config.adapter.type == "none" else config.adapter
+
+
 def origin(config: StageConfig) -> Origin:
     """The model to start from."""
     with_vae = config.sampling.every_steps > 0
-    adapter = config.running.adapter
+    adapter = _adapter(config)
     return Origin(config.model.init_from, config.model, config.export, config.trained_as, config.loss.convert, with_vae, adapter)
 
 
