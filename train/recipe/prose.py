@@ -24,7 +24,8 @@ def prose_reason(text: str) -> str | None:
     """Why a text is prose: `eastern`, `ended` or `wordy`; None for tags.
 
     eastern: an ideographic full stop. ended: it begins as a sentence, ends as one, and every second of the pieces that
-    commas part has a word that sentences are made of. wordy: it has no end, but six words and such a word for each piece.
+    commas part has a word that sentences are made of. wordy: it has no end, but six words, two in each
+    piece on average, and such a word for each.
     """
     text = text.strip()
     if _EASTERN.search(text) and len(text) >= 8:
@@ -37,7 +38,7 @@ def prose_reason(text: str) -> str | None:
     if (_END.search(text) or _INNER_END.search(text)) and text.lstrip("\"'(")[:1].isupper() and 2 * glue >= max(len(pieces), 2):
         return "ended"
     verbal = any(word in _VERBAL for word in words)
-    return "wordy" if len(words) >= _WORDS_WITHOUT_END and verbal and glue >= max(len(pieces), 2) else None
+    return "wordy" if len(words) >= _WORDS_WITHOUT_END and verbal and glue >= max(len(pieces), 2) and len(words) >= 2 * len(pieces) else None
 
 
 def parted(line: str) -> tuple[str, str]:
