@@ -15,6 +15,7 @@ from preparedset import prepare, settings_of, write_vae
 from train.base.errors import ExitCode, Halt
 from train.config import derived
 from train.config.dataset import BalanceConfig, DatasetConfig
+from train.config.stage import NoiseConfig
 from train.prepare.choosing.balance import balanced
 from train.prepare.select import selection_path, stored
 from train.tools.estimate.images import find_images
@@ -128,6 +129,7 @@ def test_the_plans_epoch_is_as_long_as_the_visits(tmp_path: Path) -> None:
     prepare(made)
     order = derived.Order(seed=1, tile_images=2, tiles_per_update=1, epochs=2, remainder="carry", max_updates=None)
     images = derived.Images(
+        noise=NoiseConfig(),
         folder=str(Path(made.root) / made.name), selection="pretrain", separator=None, held_out_share=0.0,
         held_out_selection="pretrain", min_bucket=None, average="images", order=order,
     )  # fmt: skip
