@@ -15,7 +15,7 @@ from train.model.adapters import layers, names, reading
 from train.storage.tensor_files import Blob
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
-GOLDEN = Path(__file__).parents[1] / "golden/sd_scripts/lora_names_48d368f.json"
+GOLDEN = Path(__file__).parents[1] / "golden/adapters/sd_scripts_names_48d368f.json"
 
 
 @pytest.fixture(scope="module")

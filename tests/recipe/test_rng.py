@@ -175,5 +175,5 @@ def test_stream_numbers_are_fixed():
     assert {stream.name: int(stream) for stream in Stream} == {
         "ORDER": 1, "TILE": 2, "NOISE": 3, "TIMESTEP": 4, "NOISE_OFFSET": 5, "CAPTION_SHUFFLE": 6, "CAPTION_DROP": 7,
         "TAG_DROP": 8, "CROP": 9, "FLIP": 10, "VAE_SAMPLE": 11, "PREVIEW": 12, "CANARY": 13, "MULTIRES": 14,
-        "INPUT_PERTURBATION": 15, "VALIDATION_NOISE": 16, "VALIDATION_TIMESTEP": 17, "ROUNDING": 18,
+        "INPUT_PERTURBATION": 15, "VALIDATION_NOISE": 16, "VALIDATION_TIMESTEP": 17, "ROUNDING": 18, "ADAPTER": 40, "CAPTION_KIND": 50,
     }  # fmt: skip
