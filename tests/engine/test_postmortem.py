@@ -60,8 +60,30 @@ def test_what_the_user_set_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_a_new_start_removes_what_the_last_one_left(tmp_path: Path) -> None:
     open_run_dir(tmp_path, "pretrain").close()
-    left = ["exit.json", "flight_recorder.1.json", "memory_snapshot.0.pickle"]
+    left = ["exit.json", "flight_recorder.1.json", "memory_snapshot.0.json", "memory_snapshot.1.pickle"]  # the latter of older runs
     for name in (*left, "flight_recorder.of.mine.json"):
         (tmp_path / name).write_text("{}")
     open_run_dir(tmp_path, "pretrain").close()
     assert not any((tmp_path / name).exists() for name in left) and (tmp_path / "flight_recorder.of.mine.json").exists()
+
+
+def test_the_cards_memory_is_written_as_json_that_torchs_viewer_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Nothing in a run directory runs code when it is read. A card's snapshot, as torch documents it, stands in for one."""
+    from torch.cuda import _memory_viz
+
+    block = {"size": 512, "requested_size": 500, "address": 4096, "state": "active_allocated", "frames": []}
+    segment = {"device": 0, "address": 4096, "total_size": 512, "allocated_size": 512, "active_size": 512, "requested_size": 500,
+               "stream": 0, "segment_type": "large", "blocks": [block]}  # fmt: skip
+    event = {"action": "alloc", "addr": 4096, "size": 512, "stream": 0, "time_us": 1, "frames": [{"filename": "a.py", "line": 3, "name": "f"}]}
+    snapshot = {"segments": [segment], "device_traces": [[event]], "allocator_settings": {}, "external_annotations": []}
+    observers: list[Any] = []
+    monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", observers.append, raising=False)
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **_: None)
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: snapshot)
+    run = RunDir(tmp_path, "pretrain", 2)
+    with postmortem.recorded_memory(run):
+        observers[0](0, 1, 2, 3)
+    assert run.aside["memory_snapshot"] == "memory_snapshot.2.json"
+    read = json.loads((tmp_path / "memory_snapshot.2.json").read_text())
+    assert read == snapshot
+    assert "512.0B" in _memory_viz.segsum(read) and _memory_viz.trace_plot(read).startswith("\n<!DOCTYPE html>")

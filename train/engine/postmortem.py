@@ -6,6 +6,7 @@ torch keeps both; here they are switched on, written into the run directory and 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -59,13 +60,14 @@ def _write_collectives(run: RunDir) -> None:
 def recorded_memory(run: RunDir) -> Iterator[None]:
     """From here on the card's memory is written down at the moment it runs out, for torch's viewer.
 
-    `memory_snapshot.<rank>.pickle`; inside it also tells which line took each block, at the price of every allocation.
+    `memory_snapshot.<rank>.json`, for torch's own file of it runs code when it is read; inside it also tells which line took
+    each block, at the price of every allocation.
     """
-    path = run.path / f"memory_snapshot.{run.rank}.pickle"
+    path = run.path / f"memory_snapshot.{run.rank}.json"
 
     def write(*_: int) -> None:  # still inside the allocator: everything lies where it lay
-        with contextlib.suppress(OSError, RuntimeError):
-            torch.cuda.memory._dump_snapshot(str(path))
+        with contextlib.suppress(OSError, RuntimeError, TypeError):
+            path.write_text(json.dumps(torch.cuda.memory._snapshot()), encoding="utf-8")
             run.aside["memory_snapshot"] = path.name
 
     if attach := getattr(torch._C, "_cuda_attach_out_of_memory_observer", None):  # torch's own, not promised to stay

@@ -275,7 +275,7 @@ def _identify(run: RunDir) -> None:
 def _remove_exits(path: Path) -> None:
     """exit.json and what it names speak of the previous start; a SIGKILL would leave them standing."""
     for old in path.iterdir():
-        if re.fullmatch(r"exit(\.\d+)?\.json|flight_recorder\.\d+\.json|memory_snapshot\.\d+\.pickle", old.name):
+        if re.fullmatch(r"exit(\.\d+)?\.json|flight_recorder\.\d+\.json|memory_snapshot\.\d+\.(json|pickle)", old.name):
             old.unlink()
 
 
