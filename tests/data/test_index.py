@@ -213,7 +213,6 @@ def test_every_part_of_a_caption_is_read_back_and_changes_the_digest(tmp_path: P
 def test_columns_that_say_nothing_are_not_written(tmp_path: Path) -> None:
     index = with_parts(tmp_path / "one", [row("a:1"), row("a:2")])
     assert not {*PARTS, "weight"} & set(index._file.table.column_names)
-    assert index.extra("flip_row").tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize(

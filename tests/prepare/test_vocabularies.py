@@ -153,3 +153,13 @@ def test_what_a_vocabulary_leaves_open_is_said() -> None:
     assert open_words(PolicyConfig()) == []
     assert [note.split()[1] for note in open_words(PolicyConfig(vocabulary="noobai"))] == ["time", "aesthetic"]
     assert "tail (quality)" in open_words(PolicyConfig(vocabulary="animagine40"))[-1]
+
+
+def test_thresholds_of_another_scorer_are_said(tmp_path: Path) -> None:
+    file = tmp_path / "own.yaml"
+    text = (Path(__file__).parents[2] / "configs/vocabularies/animagine31.yaml").read_text()
+    file.write_text(text.replace("  scorer: null", "  scorer: one"))
+    own = PolicyConfig(vocabulary=str(file))
+    assert open_words(own, "one") == open_words(own) == []
+    assert "thresholds are of one, and score.model is two" in open_words(own, "two")[0]
+    assert open_words(dataclasses.replace(own, aesthetic=AestheticConfig([0.7, 0.5, 0.3])), "two") == []

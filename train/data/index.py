@@ -31,9 +31,6 @@ INDEX, VERSION = "index.arrow", "2"
 READ_VERSIONS = ("1", "2")  # 1: fixed and flex tags alone
 CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
 MORE_COLUMNS = ("tail_tags", "prose", "tag_variants")  # lists of texts, written where any image has one
-# Numbers that are written where any image has another than this: whether a mask lies beside the
-# latents, and the row of the flipped latents in the same shard.
-EXTRA_NUMBERS: Mapping[str, float | int] = {"masked": 0, "flip_row": -1}
 LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
 NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
 WEIGHT = "weight"  # of an image's loss, float32; no column where all weigh 1
@@ -122,12 +119,6 @@ class Index:
     @cached_property
     def _has_more(self) -> frozenset[str]:
         return frozenset(name for name in MORE_COLUMNS if self._file.table.schema.get_field_index(name) >= 0)
-
-    def extra(self, name: str) -> npt.NDArray[Any]:
-        """A column of EXTRA_NUMBERS of the selected rows; its usual value where no image has another."""
-        if self._file.table.schema.get_field_index(name) < 0:
-            return np.full(len(self), EXTRA_NUMBERS[name])
-        return column_of(self._file.table, name)[self._rows]
 
     def latent(self, i: int) -> tuple[str, int]:
         """(shard relative to the dataset directory, row in it) of image i."""

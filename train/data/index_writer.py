@@ -17,7 +17,6 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import replacing
 from train.data.index import (
     CAPTION_COLUMNS,
-    EXTRA_NUMBERS,
     INDEX,
     LABEL_COLUMNS,
     MORE_COLUMNS,
@@ -45,10 +44,10 @@ def build_index(
     `index` has the index table's columns sorted by (key, bucket), with captions and labels joined to it, the file's
     sha256 as `content_hash` and the rating, or the one its source declares, as `gate_rating`, and as
     `gate_fixed` whether the fixed tags are a caption's, not names (no column: never); `meta` holds vae_id, content and
-    buckets. Columns of MORE_COLUMNS and EXTRA_NUMBERS and `weight` may be there; those that say nothing are not written. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and
-    for a row that the hard exclusions refuse.
+    buckets. Columns of MORE_COLUMNS and `weight` may be there; of MORE_COLUMNS those that say nothing are
+    not written. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and for a row that the hard exclusions refuse.
     """
-    index = index.drop_columns([name for name in (*MORE_COLUMNS, *EXTRA_NUMBERS) if _says_nothing(index, name)])
+    index = index.drop_columns([name for name in MORE_COLUMNS if _says_nothing(index, name)])
     more = [name for name in MORE_COLUMNS if name in index.column_names]
     for name in (*CAPTION_COLUMNS, *more, *LABEL_COLUMNS, "shard"):
         column = encoded(index.column(name).combine_chunks())
@@ -74,13 +73,8 @@ def build_index(
 
 
 def _says_nothing(index: pa.Table, name: str) -> bool:
-    """Whether a column that may be left out is there and holds its usual value alone."""
-    if name not in index.column_names:
-        return False
-    column = index.column(name)
-    if name in MORE_COLUMNS:
-        return not pc.sum(pc.list_value_length(column)).as_py()
-    return bool(pc.all(pc.equal(column, EXTRA_NUMBERS[name])).as_py() in (True, None))
+    """Whether a column of lists that may be left out is there and holds none."""
+    return name in index.column_names and not pc.sum(pc.list_value_length(index.column(name))).as_py()
 
 
 def encoded(column: pa.Array) -> pa.Array:

@@ -44,7 +44,7 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     records = units.require_table(dataset, "records")
     policy, today = freeze(settings.policy, dataset)
-    for note in open_words(settings.policy):
+    for note in open_words(settings.policy, settings.score.model):
         print(f"label: the vocabulary: {note}")
     tag = settings.tag
     counter, tokenizer_id = token_counter(settings.tokenizers)

@@ -59,8 +59,10 @@ def resolve(config: PolicyConfig) -> Policy:
     )
 
 
-def open_words(config: PolicyConfig) -> list[str]:
-    """What the vocabulary leaves open, so that no caption shows it, and what training cannot keep of its order."""
+def open_words(config: PolicyConfig, scored_by: str | None = None) -> list[str]:
+    """What the vocabulary leaves open, so that no caption shows it, what training cannot keep of its order, and thresholds
+    of another scorer than the one that scored.
+    """
     policy, vocabulary = resolve(config), load_vocabulary(config.vocabulary)
     missing = {
         "quality": not policy.quality and config.quality.source is None,
@@ -69,6 +71,12 @@ def open_words(config: PolicyConfig) -> list[str]:
         "aesthetic": not policy.aesthetic_thresholds,
     }
     notes = [f"no {kind} words are written: it has none, or what earns them is not published" for kind, without in missing.items() if without]
+    scorer = vocabulary.aesthetic.scorer
+    if scorer and scored_by and scorer != scored_by and not config.aesthetic.thresholds:
+        notes.append(
+            f"its aesthetic thresholds are of {scorer}, and score.model is {scored_by}: another scorer's numbers want "
+            "policy.aesthetic.thresholds of their own"
+        )
     if tail := vocabulary.order.tail:
         notes.append(f"the tail ({', '.join(tail)}) is written last in the flexible part, which training shuffles")
     return notes
