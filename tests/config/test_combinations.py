@@ -57,6 +57,7 @@ def test_one_of_a_pair_alone_is_not_refused() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore")  # the compiler warns about its own imports and tensors
 @pytest.mark.parametrize("pair", PASSED, ids=" + ".join)
 def test_a_pair_trains(pair: tuple[str, str], base_model: Path, dataset: Path, tmp_path: Path) -> None:
     """Three updates on as many processes as the pair needs, stopped after the second and gone on with."""

@@ -74,6 +74,14 @@ REFUSED: Mapping[tuple[str, str], str] = {
 }  # fmt: skip
 
 
+OPEN = [  # pairs that are allowed and were not seen to train together: take one off when its test has passed
+    *({"model.float8", other} for other in SETTINGS),
+    *({"model.compile", other} for other in (
+        "optimizer.name: adafactor", "optimizer.name: adamw8bit or lion8bit", "optimizer.name: lion or another", "ema.decay", "ema.device: cpu",
+    )),
+]  # fmt: skip
+
+
 def refusal(one: str) -> Callable[[StageConfig], str | None]:
     """A rule of `stage_rules`: what the setting `one` refuses of a stage, in one sentence for each reason; None = nothing."""
 
@@ -117,8 +125,9 @@ def _lines() -> Iterator[str]:
     yield "# What combines"
     yield ""
     yield "Made by `scripts/show.py combinations > docs/combinations.md` from `train/config/combinations.py`; a test holds it."
-    yield "yes = both together train a tiny stage (`tests/config/test_combinations.py -m long`); a number = refused before the start,"
-    yield "by both names, for the reason below."
+    yield "yes = both together train, stop and resume a tiny stage (`tests/config/test_combinations.py -m long`); open = allowed, but"
+    yield "nobody has yet seen that test pass (float8 wants torchao, compiled blocks minutes each); a number = refused before the start, by"
+    yield "both names, for the reason below."
     yield ""
     reasons = list(dict.fromkeys(REFUSED.values()))
     names = list(SETTINGS)
@@ -134,5 +143,6 @@ def _lines() -> Iterator[str]:
 def _cell(one: str, other: str, reasons: list[str]) -> str:
     if alternatives(one, other):
         return "-"
-    why = why_refused(one, other)
-    return "yes" if why is None else str(reasons.index(why) + 1)
+    if (why := why_refused(one, other)) is not None:
+        return str(reasons.index(why) + 1)
+    return "open" if {one, other} in OPEN else "yes"

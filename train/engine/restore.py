@@ -50,7 +50,7 @@ def expectations(
         },
         facts={"dataset": data.index.fingerprint, "plan": data.fingerprint, "parent": source.sha256},
         notes={"canary": rng.canary(identity.seed), "threads": torch.get_num_threads(), "versions": versions()},
-        tensors={"model": model, "optimizer": None} | ({"ema": model} if ema is not None else {}),
+        tensors={"model": model, "optimizer": None} | ({"ema": state_files.specs(ema.average)} if ema is not None else {}),  # fp32 beside 16-bit weights
         accept=identity.accept,
         defaults=identity.defaults,
     )
