@@ -92,13 +92,29 @@ def test_shipped_configs_stand_in_for_files_that_are_not_there(
             load_stage([absent])
 
 
+@pytest.mark.parametrize(("notes", "code"), [({0: 2, 1: 7}, 2), ({1: 7, 2: 2}, 7), ({}, 1)])
+def test_a_stage_ends_with_the_code_of_the_lowest_rank_that_left_one(
+    notes: dict[int, int], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torchrun ends the main process when another one has left, which may be before it has left its own."""
+
+    def run(self: stages.Stops, command: list[str], environment: dict[str, str], done: object) -> int:
+        for rank, said in notes.items():
+            Path(f"{environment['ANIX_EXIT_NOTE']}.{rank}").write_text(str(said))
+        return 1
+
+    monkeypatch.setattr(stages.Stops, "run", run)
+    with stages.Stops() as stops:
+        assert stages.launch_stage([ROOT / "configs/tiny/ft1.yaml"], [], ["launch"], tmp_path / "out", stops) == code
+
+
 def test_train_hands_everything_to_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Configs, overrides and the launcher's own options, each in its place; the trainer's own code comes back."""
     called: list[list[str]] = []
 
     def run(self: stages.Stops, command: list[str], environment: dict[str, str], done: object) -> int:
         called.append(command)
-        Path(environment["ANIX_EXIT_NOTE"]).write_text("7")
+        Path(environment["ANIX_EXIT_NOTE"] + ".0").write_text("7")
         return 1
 
     monkeypatch.setattr(stages.Stops, "run", run)

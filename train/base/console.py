@@ -15,7 +15,7 @@ from train.base import quiet, streams
 from train.base.errors import ExitCode, Halt
 from train.base.secrets import MaskingFilter, mask
 
-EXIT_NOTE = "ANIX_EXIT_NOTE"  # environment: a file for the main process's exit code, which launchers replace by 1
+EXIT_NOTE = "ANIX_EXIT_NOTE"  # environment: files NAME.<rank> for the processes' exit codes, which launchers replace by 1
 
 
 def _printable(text: str) -> str:
@@ -61,6 +61,12 @@ def run_cli(main: Callable[[], int | None], *, answers: bool = True) -> NoReturn
 def _leave_note(code: int) -> None:
     """The code where scripts/recipe.py looks for it: a run that is refused its directory has no exit.json."""
     note = os.environ.get(EXIT_NOTE)
-    if note and os.environ.get("RANK", "0") == "0":
+    if note:
         with contextlib.suppress(OSError):
-            Path(note).write_text(str(code))
+            Path(f"{note}.{int(os.environ.get('RANK', '0'))}").write_text(str(code))
+
+
+def noted_codes(note: Path) -> dict[int, int]:
+    """Exit codes that processes left beside `note`, by rank; a launcher ends the others before they can leave theirs."""
+    texts = {int(path.suffix[1:]): path.read_text() for path in note.parent.glob(f"{note.name}.*")}
+    return {rank: int(text) for rank, text in sorted(texts.items()) if text.isdigit()}

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from train.base.console import EXIT_NOTE
+from train.base.console import EXIT_NOTE, noted_codes
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.config import shipped
@@ -170,18 +170,23 @@ def launch_stage(
         }
 
         def told() -> int | None:
-            if note.is_file() and note.read_text().isdigit():
-                return int(note.read_text())
+            noted = noted_codes(note).get(0)
             record = read_json(output_dir / "exit.json") if _version(output_dir / "exit.json") != before else None
-            return record["code"] if record and isinstance(record.get("code"), int) else None
+            return noted if noted is not None or record is None else _code_in(record)
 
         code = stops.run(command, environment, lambda: told() is not None or not _in_use(output_dir))
         said = told()
+        if said is None:  # a launcher may end the main process while it says what another one has said
+            said = next(iter(noted_codes(note).values()), None)
     if said is not None:
         return said
     if stops.name is not None:  # before the trainer listened, so before there was anything to lose
         return ExitCode.STOPPED
     return code if 0 <= code < 128 else int(ExitCode.UNEXPECTED)
+
+
+def _code_in(record: dict[str, Any]) -> int | None:
+    return record["code"] if isinstance(record.get("code"), int) else None
 
 
 def _version(path: Path) -> tuple[int, int] | None:
