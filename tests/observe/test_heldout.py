@@ -122,11 +122,27 @@ def test_two_processes_that_look_train_the_same_bits_as_one_that_does_not(
     held = json.loads((both.output / FILE).read_text())
     assert set(held) == set(looked_at(both.output)[0]["losses"])
     assert {one["key"].partition(":")[0] for one in held.values()} == {"test"}
-    assert all(one["strata"] == ["quality/masterpiece", "rating/safe", "year/newest"] for one in held.values())
+    assert all(one["strata"][:3] == ["quality/masterpiece", "rating/safe", "year/newest"] for one in held.values())
+    assert {one["strata"][3] for one in held.values()} <= set(looked_at(both.output)[0]["strata"])
     trained = {line.split()[2] for line in (both.output / "trace.txt").read_text().splitlines()}
     assert not trained & set(held)
     deciles = [value for line in synthetic.metrics(both.output) for value in line["loss_by_decile"] if value]
     assert deciles
+
+
+def test_a_conversion_is_measured_where_it_starts_from_and_once(dataset: Path, base_model: Path, tmp_path: Path) -> None:
+    stage = Stage(tmp_path, dataset, base_model)
+    changes = (SHARE, "max_updates=2", "validation.every_steps=2", "loss.prediction=flow", "loss.convert=true")
+    assert stage.run(*changes, ANIX_FAULT="control@0:term") == ExitCode.STOPPED, stage.message
+    first = looked_at(stage.output)
+    assert [record["step"] for record in first] == [0]
+    shutil.rmtree(stage.output / "checkpoints")  # as if it had been killed before the first one
+    assert stage.run(*changes) == ExitCode.DONE, stage.message
+    found = looked_at(stage.output)
+    assert [record["step"] for record in found] == [0, 2]
+    assert found[0] == first[0]
+    assert found[0]["strata"].keys() == found[1]["strata"].keys() >= {"timestep/000-249", "timestep/750-999"}
+    assert found[0]["losses"] != found[1]["losses"]
 
 
 @pytest.mark.parametrize("fault", ["optimizer@3:term", "sample@4:term", "export@*:term"])

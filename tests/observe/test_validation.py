@@ -235,9 +235,9 @@ def test_moments_use_the_mean() -> None:
 
 
 def test_strata() -> None:
-    assert strata_of(LABELS[0]) == ["quality/best quality", "rating/explicit", "year/newest"]
-    assert strata_of(LABELS[1]) == ["quality/low quality", "rating/safe", "aesthetic/aesthetic"]
-    assert strata_of({}) == []
+    assert strata_of(LABELS[0], 0) == ["quality/best quality", "rating/explicit", "year/newest", "timestep/000-249"]
+    assert strata_of(LABELS[1], 250) == ["quality/low quality", "rating/safe", "aesthetic/aesthetic", "timestep/250-499"]
+    assert strata_of({}, 999) == ["timestep/750-999"]
 
 
 def test_summary_literal() -> None:
@@ -248,6 +248,9 @@ def test_summary_literal() -> None:
     assert record["strata"]["quality/best quality"]["loss"] == 1.5
     assert record["strata"]["rating/safe"] == {"images": 1, "loss": 6.0, "interval": None}
     assert record["losses"]["0000000000000003"] == 6.0
+    bands = [one for name, one in record["strata"].items() if name.startswith("timestep/")]
+    assert sum(one["images"] for one in bands) == 3
+    assert sum(one["images"] * one["loss"] for one in bands) == pytest.approx(9.0)
 
 
 def test_quantiles_of_students_t() -> None:

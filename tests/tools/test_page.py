@@ -96,8 +96,10 @@ def make_run(folder: Path, stage: str, level: float, *, updates: int = 120) -> P
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     held = {f"{uid:016x}": level * (1 + uid / 10) for uid in range(8)}
     record = {"step": updates, "update": updates, "images": 8, "loss": level, "interval": 0.01, "losses": held,
-              "strata": {"quality/best quality": {"images": 4, "loss": level * 0.9, "interval": 0.02}}}  # fmt: skip
-    first = {**record, "step": 60, "update": 60, "loss": level * 2}
+              "strata": {"quality/best quality": {"images": 4, "loss": level * 0.9, "interval": 0.02},
+                         "timestep/000-249": {"images": 8, "loss": level / 4, "interval": 0.01}}}  # fmt: skip
+    high = {"timestep/000-249": {"images": 8, "loss": level, "interval": 0.01}}
+    first = {**record, "step": 60, "update": 60, "loss": level * 2, "strata": {**record["strata"], **high}}
     (run / "validation.jsonl").write_text(json.dumps(first) + "\n" + json.dumps(record) + "\n")
     strata = {uid: {"key": uid, "strata": ["quality/best quality"] if uid < f"{4:016x}" else []} for uid in held}
     (run / "held_out.json").write_text(json.dumps(strata))
@@ -138,7 +140,9 @@ def test_three_stages(runs: list[Path], tmp_path: Path) -> None:
     assert "best quality−0.4600 ± 0.0822 (4)" in checker.text  # t of 3 degrees: 3.182 x 0.0516 / 2
     # 3 runs x 2 prompts x 2 updates in strips, ft2 with its average; comparison: base has the first prompt only
     assert checker.tags.count("img") == 12 + 4 + 5 + 4
-    assert checker.tags.count("svg") == 3 * 6 + 3 + 3
+    assert checker.tags.count("svg") == 3 * 6 + 3 + 3 + 3
+    # of every run its held-out loss by timestep, first to last
+    assert "0.9000 (update 60) → 0.2250 (update 120)0.5000 (update 60) → 0.1250 (update 120)" in checker.text
     assert "b" in checker.tags
     assert "<b>smile" not in out.read_text()
 

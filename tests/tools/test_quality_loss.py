@@ -17,6 +17,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.stage import LossConfig
 from train.diffusion.noise import add_noise, alphas_cumprod
 from train.diffusion.objective import per_image
+from train.observe.validation import band_of
 from train.tools.commands import quality as command
 from train.tools.quality import loss
 
@@ -89,7 +90,7 @@ def pair(one: dict[str, Any], two: dict[str, Any]) -> tuple[dict[str, Any] | Non
     common: dict[str, Any] = {"prediction": "epsilon", "zero_terminal_snr": False}
     uids = list(one["losses"])
     times = {uid: 100 + 200 * number for number, uid in enumerate(uids)}
-    found = loss.Images(None, "", 0.0, {uid: [loss.band_of(times[uid])] for uid in uids}, times)  # type: ignore[arg-type]
+    found = loss.Images(None, "", 0.0, {uid: [band_of(times[uid])] for uid in uids}, times)  # type: ignore[arg-type]
     notes: list[str] = []
     return loss._change("a", "b", {"a": common | one, "b": common | two}, found, notes), notes
 
@@ -134,4 +135,4 @@ def test_a_v_file_is_measured_as_v(base_model: Path, dataset: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(("t", "name"), [(0, "timestep/000-249"), (249, "timestep/000-249"), (250, "timestep/250-499"), (999, "timestep/750-999")])
 def test_bands(t: int, name: str) -> None:
-    assert loss.band_of(t) == name
+    assert band_of(t) == name

@@ -182,6 +182,7 @@ class Watching:
     prompts: str | None
     previews_every_steps: int
     held_out_every_steps: int
+    held_out_first: bool  # before the first update too: where a conversion starts from
     held_out_images: int
     held_out_share: float
     origin: str  # path of the model that the stage starts from
@@ -322,6 +323,7 @@ def owners(config: StageConfig) -> Owners:
         prompts=_prompts(config),
         previews_every_steps=config.sampling.every_steps,
         held_out_every_steps=config.validation.every_steps,
+        held_out_first=config.loss.convert and config.validation.every_steps > 0,
         held_out_images=config.validation.images,
         held_out_share=config.validation.share,
         origin=config.model.init_from,

@@ -43,6 +43,7 @@ def train(session: Session) -> None:
     watch.rescue = partial(rescue, session, wait_s=GRACE_S)
     try:
         with seldom_collected():
+            look_first(session)
             run_updates(session)
     except BaseException as error:
         leave(session, error)
@@ -148,6 +149,13 @@ def save_due(run: Run) -> bool:
     """Whether `checkpoint.every_minutes` have passed by the main process's clock, which all follow."""
     minutes = run.checkpoint.every_minutes
     return run.place.is_main and minutes is not None and time.monotonic() - run.saved_at >= 60 * minutes
+
+
+def look_first(session: Session) -> None:
+    """The held-out loss that a conversion starts from, once: what the parent's weights make of the new objective."""
+    seen, run = session.observers, session.run
+    if seen.held_out_first and run.progress.step == 0:
+        seen.held_out.measure(0, 0, seen.tracker, run.stop)
 
 
 def look(session: Session, *, last: bool = False) -> None:

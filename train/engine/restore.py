@@ -119,7 +119,7 @@ def begin(run: RunDir, index: Index, loaded: checkpoint.Loaded | None) -> None:
     remove_leftovers(run.path)
     save_selection(run.path / SELECTION, index)
     metrics.cut(run.metrics, step)
-    metrics.cut(run.path / "validation.jsonl", step)
+    metrics.cut(run.path / "validation.jsonl", step if loaded else -1)  # that of before the first update comes again too
     metrics.cut_trace(run.path / metrics.TRACE, step)
 
 

@@ -84,6 +84,7 @@ class Observers:
     previews_every_steps: int
     held_out: HeldOut
     held_out_every_steps: int
+    held_out_first: bool
 
 
 @dataclass
@@ -281,6 +282,7 @@ def open_observers(
         previews_every_steps=watching.previews_every_steps,
         held_out=held_out,
         held_out_every_steps=watching.held_out_every_steps,
+        held_out_first=watching.held_out_first,
     )
 
 

@@ -23,7 +23,7 @@ from train.model.networks import Networks
 from train.model.text import TagTokenizer
 from train.model.vae_file import LatentScale
 from train.observe.tracker import Tracker
-from train.observe.validation import Making, chosen, evaluate, strata_of
+from train.observe.validation import Making, chosen, evaluate, fixed_timesteps, strata_of
 from train.optim.collectives import Place
 
 log = logging.getLogger("anix")
@@ -126,8 +126,9 @@ def _config_of(model: Path) -> Path | None:
 
 def members(index: Index) -> str:
     """JSON text {uid: {"key", "strata"}}: what a report needs to compare two runs stratum by stratum."""
+    times = fixed_timesteps(index.uids).tolist()
     found = {
-        f"{uid:016x}": {"key": index.key(row), "strata": strata_of(index.labels(row))}
+        f"{uid:016x}": {"key": index.key(row), "strata": strata_of(index.labels(row), times[row])}
         for row, uid in enumerate(index.uids.tolist())
     }
     return json.dumps(found, ensure_ascii=False, indent=0) + "\n"

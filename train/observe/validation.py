@@ -29,6 +29,7 @@ from train.recipe.rng import Stream
 
 SEED = 0  # of the validation's noise and timesteps; the same for every stage, on purpose
 TIMESTEPS = (0, 1000)  # upper end exclusive
+BANDS = 4  # of timesteps, as further strata: most of what makes one image's loss larger than another's
 LABELS = ("quality", "rating", "year", "aesthetic")
 Z_975 = 1.959964  # of the normal distribution
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764)  # of Student's t with 1 to 4 degrees of freedom
@@ -170,8 +171,8 @@ def unreadable(index: Index, reader: ShardReader, rows: npt.NDArray[np.int64]) -
 def summary(uids: U64, losses: npt.NDArray[np.float64], labels: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Mean loss, 95 % half-width and count, overall and per stratum `quality/best quality`; every image's loss."""
     strata: dict[str, list[float]] = {}
-    for value, one in zip(losses.tolist(), labels, strict=True):
-        for name in strata_of(one):
+    for value, one, timestep in zip(losses.tolist(), labels, fixed_timesteps(uids).tolist(), strict=True):
+        for name in strata_of(one, timestep):
             strata.setdefault(name, []).append(value)
     return {
         **mean_and_interval(losses.tolist()),
@@ -180,12 +181,19 @@ def summary(uids: U64, losses: npt.NDArray[np.float64], labels: Sequence[Mapping
     }
 
 
-def strata_of(labels: Mapping[str, Any]) -> list[str]:
-    """The strata one image belongs to; a label it lacks gives none."""
+def strata_of(labels: Mapping[str, Any], timestep: int) -> list[str]:
+    """The strata one image belongs to; a label it lacks gives none, its timestep always one."""
     rating = labels.get("rating_tags")
     first = rating if isinstance(rating, str) or not rating else rating[0]  # explicit images carry nsfw as well
     values = {**labels, "rating": first}
-    return [f"{name}/{values[name]}" for name in LABELS if values.get(name)]
+    return [*(f"{name}/{values[name]}" for name in LABELS if values.get(name)), band_of(timestep)]
+
+
+def band_of(timestep: int) -> str:
+    """`timestep/250-499`."""
+    width = 1000 // BANDS
+    start = timestep // width * width
+    return f"timestep/{start:03d}-{start + width - 1:03d}"
 
 
 def mean_and_interval(values: Sequence[float]) -> dict[str, Any]:

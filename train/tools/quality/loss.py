@@ -33,7 +33,6 @@ from train.storage.state_files import PRECISIONS
 from train.tools.report.heldout import in_order
 
 VERSION = 1
-BANDS = 4  # of timesteps, as further strata: most of what makes one image's loss larger than another's
 
 log = logging.getLogger("anix")
 
@@ -138,7 +137,7 @@ def open_images(
     refuse_missing_shards(str(data), held.shards())
     names = [f"{uid:016x}" for uid in held.uids.tolist()]
     times = dict(zip(names, fixed_timesteps(held.uids).tolist(), strict=True))
-    strata = {name: [*strata_of(held.labels(row)), band_of(times[name])] for row, name in enumerate(names)}
+    strata = {name: strata_of(held.labels(row), times[name]) for row, name in enumerate(names)}
     return Images(held, selection, share, strata, times)
 
 
@@ -149,13 +148,6 @@ def _selection(data: Path, configs: Sequence[Owners]) -> str:
     if known and not fitting:
         raise Halt(ExitCode.USAGE, f"--data {data} has the selections {', '.join(known)}: name one of them with --select")
     return fitting[0] if fitting else ""  # what is wrong with the folder says who opens it
-
-
-def band_of(timestep: int) -> str:
-    """`timestep/250-499`."""
-    width = 1000 // BANDS
-    start = timestep // width * width
-    return f"timestep/{start:03d}-{start + width - 1:03d}"
 
 
 def _what_was_seen(found: Images, stages: Mapping[str, Owners | None]) -> list[str]:

@@ -16,6 +16,7 @@ from train.tools.report.charts import colour_of, extent, line_chart
 from train.tools.report.parts import charts, name_of, with_interval
 
 KIND_OF_LOSS = ("loss.prediction", "noise.zero_terminal_snr")  # all that train/observe/heldout.py takes from the stage's own
+BAND = "timestep/"  # how the strata of bands of timesteps begin
 _ORDER = (  # of the strata's names, best first
     *QUALITY_TAGS, *(tags[0] for tags in RATING_TAGS.values()), *(name for name, _, _ in reversed(YEAR_RANGES)),
     *AESTHETIC_TAGS,
@@ -53,12 +54,57 @@ def held_out_section(runs: Sequence[Run]) -> str:
     parts = [
         html.p(joined([told, html.code("validation.select"), " names another."])),
         charts(shown),
+        _by_timestep(measured),
         html.h3("At the end of each run"),
         html.table(["stratum", *(name_of(run, number) for number, run in measured)], rows),
         html.p("Mean ± half-width of the 95 % interval over images (number of images)."),
         _changes([run for _, run in measured]),
     ]
     return joined(parts)
+
+
+def _by_timestep(measured: Sequence[tuple[int, Run]]) -> str:
+    """Each run's loss over its updates by band of timesteps, and each band from its first measurement to its last.
+
+    What a stage learns, and above all one that teaches another objective, differs most by the amount of noise.
+    """
+    names = sorted({name for _, run in measured for r in run.validation for name in r["strata"] if name.startswith(BAND)})
+    if not names:
+        return ""
+    drawn = [(number, run, [(name, _over_updates(run, name)) for name in names]) for number, run in measured]
+    every = [y for _, _, lines in drawn for _, points in lines for _, y in points]
+    shown = [
+        (
+            name_of(run, number),
+            line_chart(
+                [(name.removeprefix(BAND), colour_of(place), points) for place, (name, points) in enumerate(lines)],
+                label=f"held-out loss by timestep, {run.name}",
+                x_range=(0.0, max((x for _, points in lines for x, _ in points), default=1.0)),
+                y_range=extent(every) if every else None,
+            ),
+        )
+        for number, run, lines in drawn
+    ]
+    rows = [[html.coloured(name.removeprefix(BAND), colour_of(place)), *(_first_to_last(lines[place][1]) for _, _, lines in drawn)]
+            for place, name in enumerate(names)]  # fmt: skip
+    return joined([
+        html.h3("By timestep, 999 = noise alone"),
+        charts(shown),
+        html.table(["timesteps", *(name_of(run, number) for number, run in measured)], rows),
+        html.p("The first measurement → the last. A stage with another objective than its parent's (loss.convert) is measured before its "
+               "first update too: at update 0 stands what the parent's weights make of the new objective."),
+    ])  # fmt: skip
+
+
+def _over_updates(run: Run, name: str) -> list[tuple[float, float]]:
+    """(update, loss) of one stratum where it is a finite number."""
+    return [(float(r["update"]), float(loss)) for r in run.validation if finite(loss := r["strata"].get(name, {}).get("loss"))]
+
+
+def _first_to_last(points: Sequence[tuple[float, float]]) -> str:
+    """`0.9000 (update 0) → 0.3000 (update 60)`."""
+    ends = [points[0], points[-1]] if len(points) > 1 else points
+    return " → ".join(f"{loss:.4f} (update {update:,.0f})" for update, loss in ends) or "–"
 
 
 def _changes(runs: Sequence[Run]) -> str:
