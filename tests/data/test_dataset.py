@@ -243,3 +243,21 @@ def test_long_captions_are_cut_and_counted(tmp_path: Path) -> None:
     wide = batch_of(make(data, 2, 1, max_tokens=225), 0, 0)
     assert tuple(wide.ids_1_BN77.shape) == (2, 3, 77)
     assert torch.equal(wide.ids_1_BN77[:, :1], batch.ids_1_BN77)
+
+
+def test_stratified_timesteps_are_dealt_over_the_update_whoever_makes_its_tiles(dataset: Path) -> None:
+    """The oracle: the slots of an update, ordered by their second word, get a part of [0, 1000) each; the first is the place in it."""
+    tiles = make(dataset, noise=NoiseConfig(stratified=True))
+    other = make(dataset, noise=NoiseConfig(stratified=True))  # of a process that makes the last tiles alone
+    for step in range(tiles.plan.total_updates):
+        plan = tiles.plan.update(step)
+        found = torch.cat([batch_of(tiles, step, number).timesteps_B for number in range(len(plan))]).tolist()
+        slots = [(int(uid), int(epoch)) for tile in plan for uid, epoch in zip(tile.uids, tile.epochs, strict=True)]
+        words = [rng.words(SEED, Stream.TIMESTEP, uid, epoch, 2).tolist() for uid, epoch in slots]
+        order = sorted(range(len(slots)), key=lambda slot: (words[slot][1], slots[slot][0]))
+        wanted = [0] * len(slots)
+        for part, slot in enumerate(order):
+            wanted[slot] = ((part * 2**32 + words[slot][0]) // len(slots)) * 1000 >> 32
+        assert found == wanted
+        last = len(plan) - 1
+        assert batch_of(other, step, last).timesteps_B.tolist() == wanted[-len(plan[last].rows) :]
