@@ -276,6 +276,7 @@ class DatasetConfig:
     buckets: BucketsConfig = field(default_factory=BucketsConfig)
     sources: list[SourceConfig] = key(list, "where images and metadata come from")
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    corrections: str | None = key(None, "CSV with key, tag and add or drop: what changes in single captions; the dataset's page exports it")
     exclude: ExcludeConfig = field(default_factory=ExcludeConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
@@ -308,7 +309,7 @@ def check_paths(settings: DatasetConfig) -> None:
     """
     score, tag = settings.score, settings.tag
     named = {
-        "tokenizers": settings.tokenizers, "latents.vae": settings.latents.vae,
+        "tokenizers": settings.tokenizers, "latents.vae": settings.latents.vae, "corrections": settings.corrections,
         "score.path": score.path if score.source == "column" else None,
         "score.model": score.model if score.source == "hf_image_classification" else None,
         "tag.path": tag.path if tag.source == "column" else None, "tag.model": tag.model if tag.source == "wd" else None,

@@ -20,9 +20,10 @@ from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, dataset_dir
 from train.prepare.ingest import update_dataset_json
 from train.prepare.tables import units
-from train.prepare.tables.refusals import refused_by
+from train.prepare.tables.refusals import SEEN_COLUMNS, refused_by
 from train.prepare.tables.schemas import LABELS, Quarantine, quarantine_table
 from train.prepare.tables.workers import Peers
+from train.prepare.tagging.corrections import Corrections, Row, read_corrections
 from train.prepare.tagging.policy import freeze, open_words, post_days
 from train.prepare.tagging.vectorised import Inputs, TokenCount, label_table
 from train.recipe.exclusions import EXCLUSIONS_VERSION
@@ -33,6 +34,7 @@ _COLUMNS = [
     "key", "source", "rating", "score", "score_real", "created_at", "created_year", "media_year", "tags_general",
     "tags_character", "tags_copyright", "tags_artist", "tags_meta", "tags_species", "caption", "hard_exclusion",
 ]  # fmt: skip
+SHOWN = 10  # corrections that are named when they change nothing
 _GENERAL, _CHARACTER = 0, 4  # categories of the WD tagger
 
 
@@ -44,6 +46,7 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     records = units.require_table(dataset, "records")
     policy, today = freeze(settings.policy, dataset)
+    corrections = read_corrections(settings.corrections, settings.separator)
     for note in open_words(settings.policy, settings.score.model):
         print(f"label: the vocabulary: {note}")
     tag = settings.tag
@@ -59,10 +62,15 @@ def run(settings: DatasetConfig) -> None:
     step = units.Step(dataset, "labels", LABELS, config, ("records", *used))
     ranges = {table: [(file, _key_range(file)) for file in units.require_table(dataset, table)] for table in used}
     inputs = [_unit_inputs(path, ranges) for path in records]
-    names = [f"{n:05d}-{units.config_id(config=config, of=inputs[n][0])}.parquet" for n in range(len(records))]
+    mine = [corrections.within(*_key_range(path)) for path in records]
+    names = [
+        # A unit without corrections keeps its name, and so its labels.
+        f"{n:05d}-{units.config_id(config=config, of=of, **({'corrections': rows} if (rows := mine[n].rows()) else {}))}.parquet"
+        for n, (of, _) in enumerate(inputs)
+    ]
 
     def make(number: int) -> None:
-        table, entries = _label_unit(settings, records[number], inputs[number][1], policy, today, counter)
+        table, entries = _label_unit(settings, records[number], inputs[number][1], mine[number], policy, today, counter)
         units.write_parquet(dataset / "quarantine" / "labels" / names[number], quarantine_table(entries))
         units.write_parquet(step.folder / names[number], table)
 
@@ -70,7 +78,8 @@ def run(settings: DatasetConfig) -> None:
         units.fill(step, names, make, peers)
     units.finalize(step, names)
     units.merge_quarantine(dataset)
-    _write_facts(dataset, policy, settings)
+    units_of = [(path, joined, one) for path, (_, joined), one in zip(records, inputs, mine, strict=True)]
+    _write_facts(dataset, policy, settings, _corrected_facts(settings, corrections, units_of) if settings.corrections else {})
 
 
 def token_counter(folder: str | None) -> tuple[TokenCount | None, str | None]:
@@ -110,13 +119,15 @@ def _key_range(path: Path) -> tuple[str, str]:
 
 
 def _label_unit(
-    settings: DatasetConfig, path: Path, joined: dict[str, list[Path]], policy: Policy, today: date | None,
-    counter: TokenCount | None,
+    settings: DatasetConfig, path: Path, joined: dict[str, list[Path]], corrections: Corrections, policy: Policy,
+    today: date | None, counter: TokenCount | None,
 ) -> tuple[pa.Table, list[Quarantine]]:  # fmt: skip
     records = pq.read_table(path, columns=_COLUMNS)
     # A hard-excluded record gets no labels: nothing after this step can meet it.
     records = records.filter(pc.is_null(records["hard_exclusion"]))
     records, entries = _with_tagger(records, joined.get("tags", []), settings)
+    records, excluded = _corrected(records, corrections, settings)
+    entries += excluded
     inputs = _inputs(records, _scores(records["key"], joined.get("aesthetic", [])), today)
     try:
         columns = label_table(records, inputs, policy, counter)
@@ -186,6 +197,53 @@ def _with_tagger(
     return records.filter(pa.array(keep)), entries
 
 
+def _corrected(
+    records: pa.Table, corrections: Corrections, settings: DatasetConfig
+) -> tuple[pa.Table, list[Quarantine]]:
+    """Records as the corrections have them, without those that an added tag excludes: beside what a drop takes away."""
+    keep, entries = np.ones(len(records), bool), []
+    for row, change in corrections.touched(records["key"]):
+        record = {name: records[name][row].as_py() for name in SEEN_COLUMNS}
+        if change.add and (found_rule := refused_by(record, settings, change.add)):
+            keep[row] = False
+            entries.append(Quarantine(records["key"][row].as_py(), "label", "excluded_tag", found_rule[0]))
+    return corrections.applied(records.filter(pa.array(keep))), entries
+
+
+def _corrected_facts(
+    settings: DatasetConfig, corrections: Corrections, parts: Sequence[tuple[Path, dict[str, list[Path]], Corrections]]
+) -> dict[str, Any]:
+    """What the corrections did, for dataset.json, and printed; which of them did nothing."""
+    idle, known = list[Row](), set[str]()
+    for path, joined, mine in parts:
+        if mine.changes:
+            records = pq.read_table(path, columns=_COLUMNS)
+            records = records.take(pa.array([row for row, _ in mine.touched(records["key"])], pa.int64()))
+            known |= set(records["key"].to_pylist())
+            records = records.filter(pc.is_null(records["hard_exclusion"]))
+            idle += mine.idle(_with_tagger(records, joined.get("tags", []), settings)[0])
+    wanted = pa.array(sorted(known), pa.string())
+    labels = units.stream_table(dataset_dir(settings), "labels", ["key"])
+    labelled = {key for unit in labels for key in unit["key"].filter(pc.is_in(unit["key"], value_set=wanted)).to_pylist()}
+    rows = corrections.rows()
+    done = [row for row in rows if row[0] in labelled and row not in set(idle)]
+    excluded = [row for row in rows if row[0] in known - labelled]
+    strange = [row for row in rows if row[0] not in known]
+    counts, captions = Counter(operation for _, _, operation in done), len({key for key, _, _ in done})
+    print(f"label: corrections: {counts['drop']} tags dropped and {counts['add']} added, in {captions} captions")
+    if excluded:
+        print(f"label: corrections: {len(excluded)} are of excluded records, which stay out")
+    if idle or strange:
+        named = [f"{key} {'has' if operation == 'add' else 'has no'} {tag!r}" for key, tag, operation in idle]
+        named += [f"there is no record {key}" for key in dict.fromkeys(key for key, _, _ in strange)]
+        more = f" and {len(named) - SHOWN} more, all in dataset.json" if len(named) > SHOWN else ""
+        print(f"label: corrections: {len(idle) + len(strange)} change nothing: {'; '.join(named[:SHOWN])}{more}")
+    return {"corrections": {
+        "dropped": counts["drop"], "added": counts["add"], "captions": captions, "of_excluded": len(excluded),
+        "idle": [list(row) for row in [*idle, *strange]],
+    }}  # fmt: skip
+
+
 def wanted_tags(tags: Sequence[dict[str, Any]], category: int, threshold: float, present: Sequence[str]) -> list[str]:
     """Tags of one category above its threshold, most probable first: a character tag never turns general."""
     chosen = [tag for tag in tags if tag["category"] == category and tag["prob"] > threshold]
@@ -193,7 +251,7 @@ def wanted_tags(tags: Sequence[dict[str, Any]], category: int, threshold: float,
     return [tag["tag"] for tag in chosen if tag["tag"] not in present]
 
 
-def _write_facts(dataset: Path, policy: Policy, settings: DatasetConfig) -> None:
+def _write_facts(dataset: Path, policy: Policy, settings: DatasetConfig, corrected: Mapping[str, Any]) -> None:
     counts = Counter[str]()
     for unit in units.stream_table(dataset, "labels", ["quality", "year", "aesthetic", "rating_tags"]):
         counts["rows"] += len(unit)
@@ -202,6 +260,6 @@ def _write_facts(dataset: Path, policy: Policy, settings: DatasetConfig) -> None
         counts["without_rating"] += pc.sum(pc.equal(pc.list_value_length(unit["rating_tags"]), 0)).as_py() or 0
     update_dataset_json(
         dataset,
-        {"policy_hash": policy.hash(), "policy_preset": settings.policy.preset, "label": dict(sorted(counts.items()))},
+        {"policy_hash": policy.hash(), "policy_preset": settings.policy.preset, "label": dict(sorted(counts.items())) | dict(corrected)},
     )
     print("label: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
