@@ -244,7 +244,6 @@ GUI = {"LoRA_type": "", "pretrained_model_name_or_path": "a", "max_resolution": 
     [
         ("a.toml", TRAINING + 'network_module = "networks.lora"\nnetwork_dim = 32', "trains a LoRA (network_module = 'networks.lora')"),
         ("a.toml", "[network_arguments]\nnetwork_dim = 8\n" + "[x]\n" + TRAINING, "trains a LoRA (network_dim = 8)"),
-        ("a.toml", FOLDERS.replace("num_repeats = 10", "is_reg = true"), "datasets[0].subsets[0].is_reg: regularisation images"),
         ("a.toml", METADATA + '[[datasets]]\nresolution = 512\n[[datasets.subsets]]\nimage_dir = "x"', "resolution is (768, 1024) in"),
         ("a.toml", METADATA + '[[datasets.subsets]]\nimage_dir = "x"\nshuffle_caption = true\nkeep_tokens_separator = "|||"',
          "keep_tokens_separator is '###' in datasets[0].subsets[0] and '|||' in datasets[0].subsets[1]"),
@@ -292,3 +291,19 @@ def test_the_same_as_json(tmp_path: Path) -> None:
 def test_sizes_that_make_no_table_are_told(tmp_path: Path) -> None:
     lines = "\n".join(convert(tmp_path, FOLDERS.replace("min_bucket_reso = 512", "min_bucket_reso = 500")))
     assert "(ours) buckets: to be set before the step latents: buckets.min_px is 500, must be a multiple of step_px 64" in lines
+
+
+def test_regularisation_pictures_are_a_source_with_their_weight(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(
+        'pretrained_model_name_or_path = "m"\ntrain_data_dir = "mine"\nreg_data_dir = "plain"\nprior_loss_weight = 0.4\n'
+    )
+    told = convert_file(tmp_path / "a.toml", tmp_path / "out.yaml")
+    mine, plain = load_settings([tmp_path / "out_dataset.yaml"]).sources
+    assert (mine.path, mine.weight, plain.path, plain.weight, plain.repeats) == ("mine", 1.0, "plain", 0.4, "kohya")
+    assert any("is_reg: became weight: 0.4" in line for line in told)
+    (tmp_path / "b.toml").write_text(FOLDERS.replace("num_repeats = 10", "is_reg = true"))
+    convert_file(tmp_path / "b.toml", tmp_path / "b.yaml")
+    assert [source.weight for source in load_settings([tmp_path / "b.yaml"]).sources] == [1.0, 1.0], "theirs is 1 where it is not given"
+    (tmp_path / "c.toml").write_text((tmp_path / "a.toml").read_text().replace("0.4", '"much"'))
+    with pytest.raises(Halt, match="prior_loss_weight is 'much', must be a number"):
+        convert_file(tmp_path / "c.toml", tmp_path / "c.yaml")

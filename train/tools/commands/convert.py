@@ -1,4 +1,4 @@
-"""Diffusers folder <-> single file; an adapter in kohya's names <-> its folder; merge, extract, add; sd-scripts TOML -> YAML."""
+"""Diffusers folder <-> single file; an adapter in kohya's names <-> its folder; merge, extract, add; sd-scripts TOML -> YAML, and its options."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from train.base.errors import ExitCode, Halt
 
 def main() -> int:
     """Parse, convert, say what was written."""
+    if sys.argv[1:] == ["options"]:
+        from train.tools.convert import options
+
+        print(options.markdown(), end="")
+        return ExitCode.DONE
     if sys.argv[1:2] and sys.argv[1] in OF_SEVERAL:
         return _of_several(sys.argv[1], sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)

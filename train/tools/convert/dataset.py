@@ -97,7 +97,7 @@ def convert(dataset: Mapping[str, Any], arguments: Mapping[str, Any], name: str)
         made.notes["resize_interpolation"] = f"{resize!r} is none of lanczos and area: see latents.resize"
     if latents:
         made.config["latents"] = latents
-    made.read |= {"dataset_config", "train_data_dir", "in_json"} & arguments.keys()
+    made.read |= {"dataset_config", "train_data_dir", "in_json", "reg_data_dir"} & arguments.keys()
     made.notes["(ours) the stage"] = f"set there: {' '.join(made.for_stage())}"
     made.notes["(ours) score, tag, exclude"] = "not in such a file; configs/dataset.yaml documents every key"
     return made
@@ -116,8 +116,6 @@ def _subsets(dataset: Mapping[str, Any], arguments: Mapping[str, Any], made: Mad
             here = f"{place}.subsets[{inner}]"
             _name_uncarried(table, here, made)
             subset = Subset(here, ((here, table), (place, own), ("general", general)), arguments, made.read)
-            if subset.get("is_reg"):
-                raise Halt(ExitCode.USAGE, f"{here}.is_reg: regularisation images are not trained with here; remove that subset")
             if subset.get("num_repeats") != "kohya" and not subset.whole("num_repeats", 0, 1):
                 made.notes[f"{here}.num_repeats"] = "0: the original passes such a subset over, and so does this"
                 continue
@@ -223,9 +221,24 @@ def _sources(subsets: list[Subset], made: Made) -> list[dict[str, Any]]:
         if repeats != 1:
             source["repeats"] = repeats if repeats == "kohya" else subset.whole("num_repeats", 1, 1)
             made.notes[f"{subset.place}.num_repeats"] = f"became repeats: {source['repeats']} of the source {source['name']}"
+        if subset.get("is_reg"):
+            source["weight"] = _weight(subset)
+            made.notes[f"{subset.place}.is_reg"] = (
+                f"became weight: {source['weight']} (prior_loss_weight); there its pictures are repeated until they are as many as "
+                "the others, here repeats says how often"
+            )
         sources.append(source)
     _tell_of_folders(subsets, made)
     return sources
+
+
+def _weight(subset: Subset) -> float:
+    """prior_loss_weight, which the original multiplies a regularisation picture's loss by. Raises Halt(USAGE)."""
+    value = subset.get("prior_loss_weight", 1.0)
+    found = number(value)
+    if found is None or found < 0:
+        raise Halt(ExitCode.USAGE, f"prior_loss_weight is {value!r}, must be a number of at least 0")
+    return float(found)
 
 
 def _tell_of_folders(subsets: list[Subset], made: Made) -> None:

@@ -18,8 +18,8 @@ _STAGE = {*DIRECT, *CHOICES, *DATASET, *NO_COUNTERPART, *SPECIAL} - DATASET_PART
 _MAX_BYTES = 1 << 22
 _TRUTH = {"true": True, "false": False}
 _OTHER_KINDS = {  # key that tells it: what it is, what to do
-    "network_module": "trains a LoRA", "network_dim": "trains a LoRA", "network_args": "trains a LoRA",
-    "network_weights": "trains a LoRA", "network_alpha": "trains a LoRA", "network_train_unet_only": "trains a LoRA",
+    **dict.fromkeys(("network_module", "network_dim", "network_args", "network_weights", "network_alpha",
+                     "network_train_unet_only", "network_train_text_encoder_only"), "trains a LoRA"),
     "token_string": "trains an embedding (textual inversion)", "init_word": "trains an embedding (textual inversion)",
     "controlnet_model_name_or_path": "trains a ControlNet", "conditioning_data_dir": "trains a ControlNet",
     "t5xxl": "trains a diffusion transformer (SD3 or Flux)", "clip_l": "trains a diffusion transformer (SD3 or Flux)",
@@ -134,7 +134,8 @@ def _named_pictures(source: Path, flat: Mapping[str, Any]) -> Table | None:
         subset["metadata_file"] = flat["in_json"]
     else:
         subset["num_repeats"] = "kohya"  # folders inside it, called <repeats>_<name>
-    return {"general": {}, "datasets": [{"subsets": [subset]}]}
+    regularisation = {"image_dir": flat["reg_data_dir"], "num_repeats": "kohya", "is_reg": True} if flat.get("reg_data_dir") else None
+    return {"general": {}, "datasets": [{"subsets": [subset, *([regularisation] if regularisation else [])]}]}
 
 
 def number(value: Any) -> int | float | None:

@@ -5,7 +5,6 @@ The original flattens the sections of its file and passes keys it does not know 
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from train.config.stage import StageConfig, load_stage
 from train.model.folder import refuse_existing
 from train.model.source import HUB_NAME
 from train.tools.convert import dataset as convert_dataset
-from train.tools.convert import keys, kinds
+from train.tools.convert import keys, kinds, optimizers
 from train.tools.convert.keys import CHOICES, DATASET, DEFAULT_LR, DIRECT
 from train.tools.convert.kinds import number, switch, whole
 from train.tools.show.dispatch import plain
@@ -97,8 +96,9 @@ def convert(table: Mapping[str, Any], processes: int = 1) -> Result:
     """Our keys ("batch.micro") and the notes, from a parsed TOML, its sections flattened as the original does."""
     result = Result()
     theirs = _plain_values(_flat(table, result))
-    for rule in (_batch, _optimizer, _schedule):
-        rule(theirs, result, processes)
+    _batch(theirs, result, processes)
+    optimizers.optimizer(theirs, result.config, result.notes)
+    _schedule(theirs, result, processes)
     used = {"train_batch_size", *keys.SPECIAL, *_rest(theirs, result)}
     for key, value in theirs.items():
         if key in used or value is None:
@@ -180,22 +180,6 @@ def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
     return top | {key: value for key, value in nested.items() if isinstance(value, dict)}
 
 
-def _arguments(theirs: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """["weight_decay=0.1", "betas=0.9,0.99"] as values."""
-    found = {}
-    items = theirs.get(key) or []
-    if not isinstance(items, list):
-        raise Halt(ExitCode.USAGE, f'{key} is {items!r}, must be a list of texts such as ["weight_decay=0.1"]')
-    for item in items:
-        name, _, text = str(item).partition("=")
-        try:
-            value = ast.literal_eval(text.strip())
-        except (ValueError, SyntaxError):
-            value = text.strip()
-        found[name.strip()] = list(value) if isinstance(value, tuple) else value
-    return found
-
-
 def _batch(theirs: dict[str, Any], result: Result, processes: int) -> None:
     micro = whole(theirs, "train_batch_size", 1, 1)
     accumulation = whole(theirs, "gradient_accumulation_steps", 1, 1)
@@ -206,40 +190,11 @@ def _batch(theirs: dict[str, Any], result: Result, processes: int) -> None:
     )
 
 
-def _optimizer(theirs: dict[str, Any], result: Result, processes: int) -> None:
-    kind = str(theirs.get("optimizer_type") or "AdamW")
-    for key, meant in (("use_lion_optimizer", "Lion"), ("use_8bit_adam", "AdamW8bit")):  # older words for the same
-        kind = meant if theirs.get(key) else kind
-    if kind.lower() in keys.OPTIMIZERS:
-        result.config["optimizer.name"] = keys.OPTIMIZERS[kind.lower()]
-    else:
-        result.notes["optimizer_type"] = f"{kind} has no counterpart: choose optimizer.name"
-    given = {**keys.DEFAULT_ARGUMENTS.get(kind.lower(), {}), **_arguments(theirs, "optimizer_args")}
-    for name, value in given.items():
-        if name in ("relative_step", "warmup_init") and value is True:
-            result.notes[f"optimizer_args {name}"] = (
-                "True (the original's default) discards the learning rate: no counterpart, optimizer.unet_lr is used"
-            )
-        elif name in keys.ARGUMENTS:
-            result.config[f"optimizer.{name}"] = value
-        else:
-            result.notes[f"optimizer_args {name}"] = "no counterpart"
-    rates = [theirs.get(key) for key in ("learning_rate_te1", "learning_rate_te2")]
-    if theirs.get("train_text_encoder"):
-        one, two = (theirs.get("learning_rate", DEFAULT_LR) if rate is None else rate for rate in rates)
-        result.config["optimizer.text_encoder_lr"] = one
-        if one != two:
-            origin = "" if rates[1] is not None else " (learning_rate, as it was not given)"
-            result.notes["learning_rate_te2"] = f"{two}{origin}: one rate for both encoders here, te1's {one} was taken"
-    elif any(rates):
-        result.notes["learning_rate_te1"] = "ignored by the original: the text encoders are not trained"
-
-
 def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> None:
     config, notes = result.config, result.notes
     custom = str(theirs.get("lr_scheduler_type") or "")
     if custom:
-        _custom_schedule(custom, _arguments(theirs, "lr_scheduler_args"), result, processes)
+        _custom_schedule(custom, optimizers.arguments(theirs, "lr_scheduler_args"), result, processes)
         for key in ("lr_scheduler", "lr_scheduler_num_cycles", "lr_warmup_steps"):
             if theirs.get(key):
                 notes[key] = "ignored by the original: lr_scheduler_type takes its place"
@@ -259,8 +214,8 @@ def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> None:
                 )
         elif warmup:
             notes["lr_warmup_steps"] = "ignored by the original: lr_scheduler is constant"
-    elif name in ("cosine", "linear"):
-        config["schedule.name"] = name
+    elif name in ("cosine", "linear", "cosine_with_min_lr", "warmup_stable_decay"):
+        _over_the_run(name, theirs, result)
         if warmup:
             config["schedule.warmup_steps"] = warmup
     elif name == "cosine_with_restarts":
@@ -277,6 +232,19 @@ def _schedule(theirs: dict[str, Any], result: Result, processes: int) -> None:
             notes["lr_warmup_steps"] = "no counterpart: cosine restarts have no warmup here"
     else:
         notes["lr_scheduler"] = f"{name} has no counterpart: choose schedule.name"
+
+
+def _over_the_run(name: str, theirs: Mapping[str, Any], result: Result) -> None:
+    """Schedules that fall to the run's end."""
+    result.config["schedule.name"] = {"cosine_with_min_lr": "cosine", "warmup_stable_decay": "wsd"}.get(name, name)
+    share = number(theirs.get("lr_scheduler_min_lr_ratio"))
+    if share and name in ("cosine_with_min_lr", "warmup_stable_decay"):
+        result.config["schedule.min_lr"] = share * float(theirs.get("learning_rate") or DEFAULT_LR)
+    if name == "warmup_stable_decay":
+        decay = number(theirs.get("lr_decay_steps"))
+        if decay:
+            result.config["schedule.cooldown_steps"] = decay
+        result.notes["lr_scheduler"] = "its fall is a half cosine there and a line here"
 
 
 def _warmup(theirs: Mapping[str, Any], steps: int, result: Result) -> int:
