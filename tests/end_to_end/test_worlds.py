@@ -73,3 +73,22 @@ def test_torchrun_with_two_processes_equals_one_process_with_twice_the_accumulat
     assert worst < 1e-5, worst
     assert result(both.output)["trace"] == result(alone.output)["trace"]
     assert "Warning" not in done.stderr, "a launch should say nothing that is not ours"
+
+
+@pytest.mark.long
+def test_stratified_timesteps_are_the_same_on_1_2_and_4_processes_and_after_a_kill(
+    dataset: Path, base_model: Path, tmp_path: Path
+) -> None:
+    alone, two, four, killed = (Stage(tmp_path / name, dataset, base_model) for name in ("alone", "two", "four", "killed"))
+    changes = ("batch.determinism=strict", "noise.stratified=true", "noise.law=logit_normal")
+    assert alone.run(*changes) == ExitCode.DONE, alone.message
+    assert launch(two, 2, *changes) == [0, 0], two.message
+    assert launch(four, 4, *changes) == [0] * 4, four.message
+    assert launch(killed, 2, *changes, fault="control@6:1:kill") != [0, 0]
+    assert not (killed.output / "DONE").exists()
+    assert launch(killed, 4, *changes) == [0] * 4, killed.message
+    assert state(killed.output)["history"][1][0] > 0  # it went on from a checkpoint
+    assert result(two.output) == result(four.output) == result(killed.output) == result(alone.output)
+    plain = Stage(tmp_path / "plain", dataset, base_model)
+    assert plain.run(changes[0], changes[2]) == ExitCode.DONE, plain.message
+    assert result(plain.output)["trace"] != result(alone.output)["trace"]
