@@ -12,11 +12,11 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
-from train.optim import optimizers
+from train.optim import optimizers, schedule_free
 from train.optim.optimizers import clip_grad_norm, load_state_tensors, make_optimizer, set_lrs, state_tensors
 from train.storage import state_files
 
-NAMES = ["adamw", "adafactor", "adamw8bit", "lion", "lion8bit", "prodigy", "came"]
+NAMES = ["adamw", "adafactor", "adamw8bit", "lion", "lion8bit", "prodigy", "came", "schedulefree"]
 
 
 def settings(name: str, **more: object) -> OptimizerConfig:
@@ -91,6 +91,70 @@ def test_adafactor_against_the_paper() -> None:
         optimizer.step()
     for w, parameter in zip(expected, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.detach().double(), w, rtol=1e-5, atol=1e-6)
+
+
+def test_schedule_free_against_the_paper() -> None:
+    """Defazio et al., arXiv 2405.15682, algorithm 1 with AdamW's second moments, in double precision; the rates are its weights."""
+    model = network()
+    optimizer = optimizer_of(model, settings("schedulefree", weight_decay=0.01, betas=(0.9, 0.99)))
+    parameters = dict(model.named_parameters())
+    y = [p.detach().double().clone() for p in model.parameters()]
+    x, z, v = [p.clone() for p in y], [p.clone() for p in y], [torch.zeros_like(p) for p in y]
+    weights = 0.0
+    for step, rate in enumerate((5e-4, 1e-3, 7e-4), 1):
+        set_lrs(optimizer, {"unet": rate})
+        fill(model, step)
+        largest = max(rate, 1e-3 if step > 1 else rate)
+        weights += largest**2
+        share = largest**2 / weights
+        for n, parameter in enumerate(model.parameters()):
+            assert parameter.grad is not None
+            g = parameter.grad.double()
+            v[n] = 0.99 * v[n] + 0.01 * g * g
+            direction = g / ((v[n] / (1 - 0.99**step)).sqrt() + 1e-8) + 0.01 * y[n]
+            z[n] = z[n] - rate * direction
+            x[n] = (1 - share) * x[n] + share * z[n]
+            y[n] = 0.1 * z[n] + 0.9 * x[n]
+        optimizer.step()
+    found = schedule_free.averages(optimizer, parameters)
+    for n, (name, parameter) in enumerate(parameters.items()):
+        torch.testing.assert_close(parameter.detach().double(), y[n], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found[name].double(), x[n], rtol=1e-5, atol=1e-6)
+    trained = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    with schedule_free.averaged(optimizer):
+        assert all(torch.equal(parameter, found[name]) for name, parameter in parameters.items())
+    assert all(torch.equal(parameter, trained[name]) for name, parameter in parameters.items())
+    fill(model, 4)
+    optimizer.step()  # in training mode again: it would refuse nothing, and move from the wrong weights
+    assert all(group["train_mode"] for group in optimizer.param_groups)
+
+
+def test_the_numbers_of_each_group_are_kept_by_its_name() -> None:
+    parts = [("unet", [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))], 1e-3), ("text_encoder", [nn.Parameter(torch.ones(2))], 1e-4)]
+    config = settings("schedulefree", weight_decay=0.1, decay="matrices")
+    parameters = {"unet.m": parts[0][1][0], "unet.v": parts[0][1][1], "text_encoder.v": parts[1][1][0]}
+    optimizer = make_optimizer(parts, config)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved = state_tensors(optimizer, parameters)
+    assert {key: value.item() for key, value in saved.items() if key.startswith("groups/")} == {
+        "groups/unet/step": 1, "groups/unet/weight_sum": 1e-3**2, "groups/unet/lr_max": 1e-3,
+        "groups/text_encoder/step": 1, "groups/text_encoder/weight_sum": 1e-4**2, "groups/text_encoder/lr_max": 1e-4,
+    }  # fmt: skip
+    fresh = make_optimizer(parts, config)
+    load_state_tensors(fresh, parameters, saved, name="schedulefree")
+    assert [group["lr_max"] for group in fresh.param_groups] == [1e-3, 1e-3, 1e-4]
+    del saved["groups/text_encoder/lr_max"]
+    with pytest.raises(Halt, match="1 missing: groups/text_encoder/lr_max"):
+        load_state_tensors(make_optimizer(parts, config), parameters, saved, name="schedulefree")
+
+
+def test_pages_need_a_card() -> None:
+    for name in ("adamw8bit", "lion8bit"):
+        with pytest.raises(Halt, match=r"optimizer\.paged is true, and there is no card here") as caught:
+            optimizer_of(network(), settings(name, paged=True))
+        assert caught.value.code == ExitCode.USAGE
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -101,7 +101,7 @@ class Running:
 
     precision: Literal["fp16", "bf16", "fp32"]
     weights: Literal["fp32", "bf16"]
-    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "lion8bit", "prodigy", "came"]
+    optimizer: Literal["adamw", "adamw8bit", "adafactor", "lion", "lion8bit", "prodigy", "came", "schedulefree"]
     sharding: Literal["none", "zero1", "fsdp2", "hsdp"]
     shard_group: int | None
     gather: Literal["fp32", "bf16"]

@@ -100,7 +100,7 @@ class GroupConfig:
 class OptimizerConfig:
     """Optimizer and its arguments; groups are the U-Net and, where trained, each text encoder, and what `groups` takes out of them."""
 
-    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "lion8bit", "prodigy", "came"] = key(MISSING, "which optimizer; lion, prodigy and came are those of pytorch_optimizer (extra: optimizers)")
+    name: Literal["adamw", "adamw8bit", "adafactor", "lion", "lion8bit", "prodigy", "came", "schedulefree"] = key(MISSING, "which optimizer; lion, prodigy, came and schedulefree (AdamW, whose average is held out, drawn and exported) are those of pytorch_optimizer (extra: optimizers)")
     unet_lr: float = key(MISSING, "peak learning rate of the U-Net", at_least=0)
     text_encoder_lr: float | None = key(None, "peak of both text encoders; needed when they train", at_least=0)
     text_encoder_2_lr: float | None = key(None, "peak of the second text encoder; null = text_encoder_lr", at_least=0)
@@ -114,7 +114,8 @@ class OptimizerConfig:
     warmup_init: bool = key(False, "Adafactor: warmup of relative_step; must stay false")
     clip_threshold: float = key(1.0, "Adafactor: of the update's root mean square", above=0)
     decay_rate: float = key(-0.8, "Adafactor: exponent of the running averages")
-    args: dict[str, Any] = key(dict, "more arguments of lion, prodigy or came by the names of their class, such as {d_coef: 0.5}")
+    paged: bool = key(False, "adamw8bit, lion8bit: state that CUDA moves to the host where the card's memory gets short; needs a card", resume="warn")
+    args: dict[str, Any] = key(dict, "more arguments of lion, prodigy, came or schedulefree by the names of their class, such as {d_coef: 0.5}")
     max_grad_norm: float = key(1.0, "one global norm over all trained parameters; 0 = off", at_least=0)
     sharding: Literal["none", "zero1", "fsdp2", "hsdp"] = key("none", "what the processes share: zero1 the optimizer's state, fsdp2 weights and gradients too, hsdp as fsdp2 within a group", resume="warn")
     shard_group: int | None = key(None, "hsdp: processes that share; null = those of a machine", at_least=2, resume="warn")

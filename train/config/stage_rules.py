@@ -64,6 +64,7 @@ ARGS: dict[str, tuple[str, ...]] = {
     "lion": ("weight_decouple", "fixed_decay"),
     "prodigy": ("beta3", "d0", "d_coef", "growth_rate", "weight_decouple", "fixed_decay", "bias_correction", "safeguard_warmup"),
     "came": ("beta3", "clip_threshold", "eps1", "eps2", "weight_decouple", "fixed_decay"),
+    "schedulefree": ("r", "weight_lr_power"),
 }
 
 
@@ -94,6 +95,20 @@ def _prodigy(config: StageConfig) -> str | None:
     }
     told = [name for name, set_so in found.items() if set_so]
     return f"optimizer.name prodigy finds one step size for all that trains and refuses {' and '.join(told)}" if told else None
+
+
+def _schedule_free(config: StageConfig) -> str | None:
+    """It keeps an average, which goes on moving where a rate is 0, and numbers of each group."""
+    optimizer = config.optimizer
+    found = {
+        "ema.decay (it keeps an average of its own, which is exported)": config.ema.decay is not None,
+        "optimizer.groups with until (the average goes on moving)": any(group.until is not None for group in optimizer.groups),
+        f"optimizer.sharding: {optimizer.sharding}": optimizer.sharding != "none",
+        "model.weights: bf16": config.model.weights == "bf16",
+        "optimizer.betas whose first is 0": optimizer.betas[0] == 0,
+    }
+    told = [name for name, set_so in found.items() if set_so]
+    return f"optimizer.name schedulefree refuses {' and '.join(told)}" if told else None
 
 
 # What a schedule reads of the keys that only some read; `unit`, `processes` and the keys of the cycle stand at their
@@ -191,6 +206,9 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     lambda c: _groups(c.optimizer),
     lambda c: _args(c.optimizer),
     lambda c: _prodigy(c) if c.optimizer.name == "prodigy" else None,
+    lambda c: _schedule_free(c) if c.optimizer.name == "schedulefree" else None,
+    lambda c: f"optimizer.paged is true, but optimizer.name {c.optimizer.name} has no 8-bit state: leave it out"
+    if c.optimizer.paged and not c.optimizer.name.endswith("8bit") else None,
     lambda c: f"noise.timesteps is {list(c.noise.timesteps)}, must satisfy 0 <= low < high <= 1000"
     if not 0 <= c.noise.timesteps[0] < c.noise.timesteps[1] <= 1000 else None,
     lambda c: "noise.zero_terminal_snr needs loss.prediction: v (epsilon carries no signal at snr 0)"

@@ -25,6 +25,7 @@ from train.model import source as model_source
 from train.model.adapters import bases, runs, training
 from train.model.networks import Components
 from train.model.source import LocalModel
+from train.optim import schedule_free
 from train.recipe import buckets
 from train.storage import checkpoint, tensor_files
 
@@ -102,6 +103,8 @@ def finish(
         conversion=prediction.conversion(told, source, convert=origin.convert),
         extended=run.state["extended"],
     )
+    if schedule_free.is_one(session.trained.optimizer):
+        record["weights"] = "the average of schedule-free AdamW"
     if origin.adapter is not None:
         record["adapter"] = {**training.record(origin.adapter), "base": bases.known_as(source.base or source)}
     _export(identity, origin, session, source, record, final, poll)

@@ -25,7 +25,7 @@ from train.engine.session import Run, Session
 from train.engine.step import Outcome, bad_step, bad_step_record, compute_update, may_apply, not_finite
 from train.observe.times import peak_bytes
 from train.observe.tracker import loss_by_decile
-from train.optim import collectives, optimizers
+from train.optim import collectives, optimizers, schedule_free
 from train.recipe.order import Tile
 from train.storage.checkpoint import Progress
 from train.storage.saver import Saver
@@ -166,13 +166,14 @@ def look(session: Session, *, last: bool = False) -> None:
     )
     if previews or held_out:
         session.trained.gradients.clear()  # 10 to 13 GB that nobody needs any more, and a VAE does
-    if previews:
-        gathered = session.trained.networks_whole()  # with shards a collective, so before anybody is waited for
-        with run.watch.main_only("previews"):
-            seen.previews.write(done, session.trained.ema, seen.tracker, run.stop, gathered)
-        gc.collect()  # a pipeline refers to itself, and may hold a second U-Net
-    if held_out:
-        seen.held_out.measure(done, run.progress.updates, seen.tracker, run.stop)
+    with schedule_free.averaged(session.trained.optimizer) if previews or held_out else contextlib.nullcontext():
+        if previews:
+            gathered = session.trained.networks_whole()  # with shards a collective, so before anybody is waited for
+            with run.watch.main_only("previews"):
+                seen.previews.write(done, session.trained.ema, seen.tracker, run.stop, gathered)
+            gc.collect()  # a pipeline refers to itself, and may hold a second U-Net
+        if held_out:
+            seen.held_out.measure(done, run.progress.updates, seen.tracker, run.stop)
 
 
 def conclude(session: Session) -> None:

@@ -23,7 +23,7 @@ from train.base.files import json_number, write_json
 from train.diffusion.objective import Batch, Diffusion, image_losses
 from train.model.sdxl import canonical_name
 from train.observe.times import OFF, Times
-from train.optim import optimizers, stepping
+from train.optim import optimizers, schedule_free, stepping
 from train.optim.collectives import BinaryCounter, FlatGradients, Place, check_replicas, reduce_pairwise
 from train.optim.ema import Ema
 from train.optim.loss_scale import LossScale
@@ -183,6 +183,8 @@ class Trained:
     def tensors_here(self) -> dict[str, dict[str, torch.Tensor]]:
         """The part of `tensors` that this process has."""
         found = {"model": {name: parameter.detach() for name, parameter in self.parameters.items()}}
+        if schedule_free.is_one(self.optimizer):
+            found["model"] = schedule_free.averages(self.optimizer, self.parameters)
         found["optimizer"] = optimizers.state_tensors(self.optimizer, self.parameters)
         if self.ema is not None:
             found["ema"] = dict(self.ema.average)

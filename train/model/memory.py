@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from train.base.errors import ExitCode, Halt
 from train.config.derived import Running
 from train.recipe import groups
-from train.recipe.optimizer_state import MOMENT_BYTES
+from train.recipe.optimizer_state import GROUP_NUMBERS, MOMENT_BYTES
 from train.recipe.order import partial_sums, virtual_ranks
 
 if TYPE_CHECKING:
@@ -253,7 +253,7 @@ def checkpoint_bytes(setup: Setup) -> int:
     """Bytes on disk of one resume checkpoint: weights as they train, the whole optimizer state, the average."""
     trained = sum(setup.trained().values())
     state = optimizer_bytes(setup) * setup.shards
-    ema = 4 * trained if setup.ema or setup.ema_on_device else 0
+    ema = 4 * trained if setup.ema or setup.ema_on_device or setup.optimizer in GROUP_NUMBERS else 0
     return trained * (2 if setup.weights == "bf16" else 4) + state + ema
 
 

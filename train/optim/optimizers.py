@@ -1,7 +1,7 @@
 """Optimizers, their groups and their state as named tensors.
 
-The classes are the libraries': torch's AdamW, bitsandbytes' 8-bit AdamW and Lion, pytorch_optimizer's Lion, Prodigy and CAME, transformers' Adafactor (its step batched by
-shape in `optim.stepping`). Their state is saved under parameter names, not positions, so it can be checked against the
+The classes are the libraries': torch's AdamW, bitsandbytes' 8-bit AdamW and Lion, pytorch_optimizer's Lion, Prodigy, CAME and
+schedule-free AdamW (`optim.schedule_free`), transformers' Adafactor (its step batched by shape in `optim.stepping`). Their state is saved under parameter names, not positions, so it can be checked against the
 model and read by anybody.
 """
 
@@ -16,10 +16,11 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
-from train.optim import stepping
-from train.recipe.optimizer_state import GROUP_SHAPES, MIN_8BIT_VALUES, state_shapes
+from train.optim import schedule_free, stepping
+from train.optim.schedule_free import TRAINED
+from train.recipe.optimizer_state import GROUP_NUMBERS, GROUP_SHAPES, MIN_8BIT_VALUES, state_shapes
 
-SHARED = "groups"  # owner, in a checkpoint, of the numbers that an optimizer keeps for all that trains
+SHARED = "groups"  # owner, in a checkpoint, of the numbers that an optimizer keeps for all that trains, or SHARED/<group> of one
 Groups = Sequence[tuple[str, Sequence[nn.Parameter], float]]  # (name, parameters, peak learning rate)
 
 
@@ -50,7 +51,7 @@ def make_optimizer(groups: Groups, config: OptimizerConfig, *, strict: bool = Fa
     return _in_8_bit(parts, config)
 
 
-_CLASSES = ("lion", "prodigy", "came")  # by the names of pytorch_optimizer's own table
+_CLASSES = {"lion": "lion", "prodigy": "prodigy", "came": "came", "schedulefree": "schedulefreeadamw"}  # to pytorch_optimizer's own table
 
 
 def _by_decay(parameters: Sequence[nn.Parameter], config: OptimizerConfig) -> list[tuple[float, list[nn.Parameter]]]:
@@ -91,16 +92,18 @@ def _of_the_package(parts: list[dict[str, Any]], config: OptimizerConfig) -> tor
     told: dict[str, Any] = {**config.args, "betas": tuple(config.betas)}
     if config.name == "came":
         told["betas"] = (*told["betas"], told.pop("beta3", 0.9999))
-    if config.name == "prodigy":
+    if config.name in ("prodigy", "schedulefree"):
         told["eps"] = _eps(config, 1e-8)
     try:
-        made: torch.optim.Optimizer = load_optimizer(config.name)(parts, lr=parts[0]["lr"], weight_decay=config.weight_decay, foreach=False, **told)
+        made: torch.optim.Optimizer = load_optimizer(_CLASSES[config.name])(parts, lr=parts[0]["lr"], weight_decay=config.weight_decay, foreach=False, **told)
     except (ValueError, TypeError) as error:
         raise Halt(ExitCode.USAGE, f"optimizer.args: {config.name} refuses {config.args}: {error}") from error
     return made
 
 
 def _in_8_bit(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    if config.paged and parts[0]["params"][0].device.type == "cpu":
+        raise Halt(ExitCode.USAGE, "optimizer.paged is true, and there is no card here: CUDA moves the pages of a card's memory; leave it out on a CPU")
     try:
         from bitsandbytes.optim import AdamW8bit, Lion8bit
     except ImportError as error:
@@ -108,7 +111,9 @@ def _in_8_bit(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.opt
             ExitCode.USAGE, f"optimizer.name {config.name} needs bitsandbytes, which does not import: {error}"
         ) from error
     if config.name == "lion8bit":
-        return Lion8bit(parts, lr=parts[0]["lr"], betas=config.betas, weight_decay=config.weight_decay, min_8bit_size=MIN_8BIT_VALUES)
+        return Lion8bit(
+            parts, lr=parts[0]["lr"], betas=config.betas, weight_decay=config.weight_decay, min_8bit_size=MIN_8BIT_VALUES, is_paged=config.paged
+        )
     return AdamW8bit(
         parts,
         lr=parts[0]["lr"],
@@ -116,6 +121,7 @@ def _in_8_bit(parts: list[dict[str, Any]], config: OptimizerConfig) -> torch.opt
         eps=_eps(config, 1e-8),
         weight_decay=config.weight_decay,
         min_8bit_size=MIN_8BIT_VALUES,
+        is_paged=config.paged,
     )
 
 
@@ -158,6 +164,9 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
     shared = optimizer.param_groups[0]
     if "d_numerator" in shared:  # prodigy after a step: the same numbers in every group
         held.append((SHARED, {key: shared[key] for key in GROUP_SHAPES["prodigy"]}))
+    if schedule_free.is_one(optimizer) and "step" in shared:
+        held += [(f"{SHARED}/{g['name']}", {key: g[key] for key in GROUP_NUMBERS["schedulefree"]}) for g in optimizer.param_groups]
+        held += [(name, {TRAINED: parameter}) for name, parameter in parameters.items()]
     for name, state in held:
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
@@ -183,16 +192,13 @@ def load_state_tensors(
     """Put saved state back, exactly; `name` is the config's optimizer. No tensors at all: no step was taken yet.
 
     `parameters` and `tensors` are whole; of parameters that this optimizer does not hold (ZeRO-1: another process's
-    does) the state is checked and left; `cut` (state key, tensor, its parameter) takes this process's part. Raises Halt(MISMATCH) naming foreign, missing or misshapen entries: a moment that is silently zero ruins a run
-    slowly.
+    does) the state is checked and left; `cut` (state key, tensor, its parameter) takes this process's part. With schedule-free
+    AdamW the weights become those that train. Raises Halt(MISMATCH) naming foreign, missing or misshapen entries: a moment
+    that is silently zero ruins a run slowly.
     """
     if not tensors:
         return
-    expected = {
-        f"{owner}/{key}": shape
-        for owner, parameter in parameters.items()
-        for key, shape in state_shapes(name, tuple(parameter.shape)).items()
-    } | {f"{SHARED}/{key}": shape for key, shape in GROUP_SHAPES.get(name, {}).items()}
+    expected = _expected(optimizer, parameters, name)
     problems = {
         "foreign": sorted(set(tensors) - set(expected)),
         "missing": sorted(set(expected) - set(tensors)),
@@ -209,14 +215,42 @@ def load_state_tensors(
     states: dict[str, dict[str, Any]] = {owner: {} for owner, p in parameters.items() if id(p) in held}
     for full, tensor in tensors.items():
         owner, _, key = full.rpartition("/")
-        if owner == SHARED:
+        if owner.partition("/")[0] == SHARED:
             for group in optimizer.param_groups:
-                group[key] = _placed(key, tensor, group["params"][0]) if tensor.ndim else tensor.item()
+                if owner in (SHARED, f"{SHARED}/{group['name']}"):
+                    group[key] = _placed(key, tensor, group["params"][0]) if tensor.ndim else tensor.item()
+        elif owner in states and key == TRAINED:
+            parameters[owner].data.copy_(tensor)
         elif owner in states:
             parameter = parameters[owner]
             states[owner][key] = _placed(key, tensor, parameter) if cut is None or not tensor.ndim else cut(key, tensor, parameter)
     for owner, state in states.items():
-        optimizer.state[parameters[owner]] = state
+        optimizer.state[parameters[owner]] = _paged(optimizer, parameters[owner], state)
+
+
+def _expected(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter], name: str) -> dict[str, tuple[int, ...]]:
+    """Shape of every entry that a checkpoint of optimizer `name` holds."""
+    found = {
+        f"{owner}/{key}": shape
+        for owner, parameter in parameters.items()
+        for key, shape in state_shapes(name, tuple(parameter.shape)).items()
+    }
+    found |= {f"{SHARED}/{key}": shape for key, shape in GROUP_SHAPES.get(name, {}).items()}
+    if (numbers := GROUP_NUMBERS.get(name)) is not None:
+        found |= {f"{owner}/{TRAINED}": tuple(parameter.shape) for owner, parameter in parameters.items()}
+        found |= {f"{SHARED}/{group['name']}/{key}": () for group in optimizer.param_groups for key in numbers}
+    return found
+
+
+def _paged(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Any]) -> dict[str, Any]:
+    """State of an optimizer with pages in them, where its first step would have put it: else a resumed run takes the card's own memory."""
+    if not getattr(optimizer, "is_paged", False):
+        return state
+    for key in ("state1", "state2"):
+        if key in state:
+            page = optimizer.get_state_buffer(parameter, dtype=state[key].dtype)  # type: ignore[attr-defined]
+            state[key] = page.copy_(state[key])
+    return state
 
 
 def _placed(key: str, value: torch.Tensor, parameter: nn.Parameter) -> Any:

@@ -11,8 +11,9 @@ Shape = tuple[int, ...]
 # below the limit keep fp32 moments, the others one scale per block.
 MIN_8BIT_VALUES, BLOCK_8BIT = 4096, 256
 # Per value of a large parameter; adafactor's go by rows and columns, and so do came's second moments beside this.
-MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "lion": 4, "lion8bit": 1, "prodigy": 16, "came": 4}
+MOMENT_BYTES = {"adamw": 8, "adamw8bit": 2, "lion": 4, "lion8bit": 1, "prodigy": 16, "came": 4, "schedulefree": 8}
 GROUP_SHAPES: dict[str, dict[str, Shape]] = {"prodigy": {"d": (), "d_max": (), "step": (), "d_numerator": (1,)}}  # numbers for all that trains
+GROUP_NUMBERS = {"schedulefree": ("step", "weight_sum", "lr_max")}  # numbers of each group
 
 
 def state_shapes(name: str, shape: Shape) -> dict[str, Shape]:
@@ -25,6 +26,8 @@ def state_shapes(name: str, shape: Shape) -> dict[str, Shape]:
         return {"step": (), "RMS": (), "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}
     if name == "lion":
         return {"exp_avg": shape}
+    if name == "schedulefree":
+        return {"z": shape, "exp_avg_sq": shape}
     if name == "prodigy":
         return {"s": shape, "p0": shape, "exp_avg": shape, "exp_avg_sq": shape}
     if name == "came":
@@ -53,6 +56,9 @@ def state_bytes(name: str, shapes: Iterable[Shape]) -> int:
 
 
 def checkpoint_bytes(name: str, shapes: Collection[Shape], *, weights: str, average: bool) -> int:
-    """Bytes of tensors in a checkpoint of parameters of these shapes: `weights` fp32 or bf16, state, fp32 average."""
+    """Bytes of tensors in a checkpoint of parameters of these shapes: `weights` fp32 or bf16, state, fp32 average.
+
+    Schedule-free there is an average too, with the weights that train beside it.
+    """
     values = sum(map(math.prod, shapes))
-    return values * (2 if weights == "bf16" else 4) + state_bytes(name, shapes) + (4 * values if average else 0)
+    return values * (2 if weights == "bf16" else 4) + state_bytes(name, shapes) + (4 * values if average or name in GROUP_NUMBERS else 0)
