@@ -7,6 +7,7 @@ picture. `long` launches every row.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import anysource
 import numpy as np
 import pytest
 import synthetic
+from omegaconf import OmegaConf
 from onesource import MODEL, prepared_from
 
 from train.config.stage import DataConfig, NoiseConfig
@@ -27,6 +29,7 @@ from train.model.vae_file import LatentScale
 from train.recipe.order import Plan
 from train.testing.chaos import ranks
 
+PAGE = (Path(__file__).parents[2] / "docs/data.md").read_text()
 ROWS = [(adapter, lacks) for adapter in anysource.ADAPTERS for lacks in anysource.LACKS]
 CAPTIONED = ("sidecar", "sd_scripts", "imagefolder", "simpletuner", "huggingface")
 
@@ -47,12 +50,33 @@ def first_batches(data: Path) -> list[Batch]:
     return [tiles.make(update, number, step) for step, update in updates for number in range(len(update))]
 
 
+def section(adapter: str) -> str:
+    return PAGE.split(f"## `{adapter}`\n")[1].split("\n## ")[0]
+
+
+def source_on_the_page(adapter: str) -> Any:
+    """The source as docs/data.md has a user write it."""
+    (yaml,) = re.findall(r"```yaml\n(.*?)```", section(adapter), re.DOTALL)
+    return OmegaConf.to_container(OmegaConf.create(yaml))["sources"][0]  # type: ignore[index,call-overload]
+
+
+def caption_on_the_page(adapter: str) -> tuple[str, str]:
+    """(fixed part, flexible part) that docs/data.md promises of the second picture."""
+    (line,) = re.findall(r"^> (.*)$", section(adapter), re.MULTILINE)
+    fixed, _, flex = line.partition("|||")
+    return fixed.strip(), flex.strip()
+
+
 @pytest.mark.parametrize(("adapter", "lacks"), ROWS, ids=[f"{adapter}-no-{lacks}" for adapter, lacks in ROWS])
 def test_is_prepared_and_read(adapter: str, lacks: str, tmp_path: Path) -> None:
     data = prepared(tmp_path, adapter, lacks)
     index = Index.open(data, "pretrain")
     posts = anysource.posts(lacks)
     assert len(index) == len(posts)
+    if lacks == "nothing":
+        source = {"name": "s", **anysource.write(adapter, tmp_path / "pictures", lacks)}
+        assert source_on_the_page(adapter) == json.loads(json.dumps(source).replace(f"{tmp_path}/", "")) | {"name": "mine"}
+        assert caption_on_the_page(adapter) == tuple(map(", ".join, index.caption(1)))
     assert [index.key(i).startswith("s:") for i in range(len(index))] == [True] * len(posts)
     captions = [index.caption(i) for i in range(len(index))]
     assert all("smile" in flex for _, flex in captions), captions
