@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +11,11 @@ from typing import Any
 
 import pytest
 import tinysdxl
-from cliptokens import TABLE, small_tokenizer
 from safetensors.torch import load_file, save_file
 
 from train.base.errors import ExitCode, Halt
 from train.model import single_file
-from train.model.text import TagTokenizer, size_vector
+from train.model.text import size_vector
 from train.tools.show import dispatch, inputs, model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,70 +49,6 @@ def test_bad_sizes_are_refused(size: str) -> None:
     with pytest.raises(Halt, match="--size") as caught:
         inputs.buckets(size, *DEFAULTS)
     assert caught.value.code == ExitCode.USAGE
-
-
-@pytest.fixture(scope="module")
-def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizers")
-    small_tokenizer().save_pretrained(folder / "tokenizer")
-    small_tokenizer("!").save_pretrained(folder / "tokenizer_2")
-    return folder
-
-
-def test_caption_report(tokenizers: Path) -> None:
-    tokenizer = inputs.tokenizers_in(tokenizers)
-    report = inputs.caption("1girl, miku, vocaloid ||| smile, outdoors", tokenizers, draws=12)
-    assert (report["fixed"], report["flex"]) == (["1girl", "miku", "vocaloid"], ["smile", "outdoors"])
-    texts = {draw["text"] for draw in report["draws"]}
-    assert texts == {"1girl, miku, vocaloid, smile, outdoors", "1girl, miku, vocaloid, outdoors, smile"}
-    ids = tokenizer.tokenizer(report["text"], add_special_tokens=False)["input_ids"]
-    assert report["encoder_1"][0][1 : 1 + len(ids)] == ids
-    assert report["tokens"] == report["tokens_kept"] == len(ids)
-    assert report["tags_cut"] == []
-    assert "|" not in report["text"]
-
-
-@pytest.mark.parametrize("count", [0, 1, 75, 76, 150])
-def test_caption_ids_have_the_tables_pattern(count: int, tokenizers: Path) -> None:
-    report = inputs.caption("z" * count, tokenizers)  # one id per letter here
-    tokenizer = TagTokenizer(small_tokenizer())
-    for encoder, wanted in zip(("encoder_1", "encoder_2"), TABLE[count], strict=True):
-        names = {49406: "B", 49407: "E", 0: "0"}
-        ours = {tokenizer.bos: "B", tokenizer.eos: "E", 0: "0"}
-        assert [[ours.get(i, "t") for i in row] for row in report[encoder]] == [
-            [names.get(i, "t") for i in row] for row in wanted
-        ]
-
-
-def test_caption_names_what_is_cut(tokenizers: Path) -> None:
-    flex = [f"tag{i:03}" for i in range(60)]
-    report = inputs.caption("1girl ||| " + ", ".join(flex), tokenizers, max_tokens=75)
-    assert report["tokens_kept"] <= 75 < report["tokens"]
-    assert report["tags_cut"] == flex[-len(report["tags_cut"]) :]
-
-
-@pytest.mark.parametrize(
-    ("caption", "options", "words"),
-    [
-        ("a ||| b ||| c", {}, "2 separators"),
-        ("a", {"separator": " "}, "--separator"),
-        ("a, b", {"separator": ","}, "--separator"),
-        ("a", {"draws": -1}, "--draws"),
-    ],
-)
-def test_bad_captions_are_refused(caption: str, options: dict[str, Any], words: str, tokenizers: Path) -> None:
-    with pytest.raises(Halt, match=words) as caught:
-        inputs.caption(caption, tokenizers, **options)
-    assert caught.value.code == ExitCode.USAGE
-
-
-def test_a_damaged_tokenizer_is_named(tokenizers: Path, tmp_path: Path) -> None:
-    shutil.copytree(tokenizers / "tokenizer", tmp_path / "tokenizer")
-    for file in (tmp_path / "tokenizer").iterdir():
-        file.write_text("{")
-    with pytest.raises(Halt, match="tokenizer is damaged") as caught:
-        inputs.tokenizers_in(tmp_path / "tokenizer")
-    assert caught.value.code == ExitCode.MISMATCH
 
 
 def test_model_report_of_every_kind(tmp_path: Path) -> None:

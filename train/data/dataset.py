@@ -25,7 +25,7 @@ from train.model.text import TagTokenizer, size_vector
 from train.model.vae_file import LatentScale
 from train.recipe import rng
 from train.recipe.buckets import crop_condition
-from train.recipe.captions import SEPARATOR, DrawOptions, draw_captions, tags_of
+from train.recipe.captions import SEPARATOR, Drawn, DrawOptions, draw_captions, tags_of
 from train.recipe.exclusions import excluded_by
 from train.recipe.order import Plan, Tile
 from train.recipe.rng import Stream
@@ -52,7 +52,7 @@ class TileDataset(Dataset[Batch | Halt]):
         self.index, self.plan, self.reader, self.tokenizer = index, plan, reader, tokenizer
         self.seed, self.data, self.noise, self.scale = seed, data, noise, scale
         self.options = draw_options(data, total_updates)
-        self.max_tokens, self.law = data.max_tokens, Law.of(noise)
+        self.max_tokens, self.overflow, self.law = data.max_tokens, data.overflow, Law.of(noise)
 
     def __getitem__(self, place: tuple[int, int]) -> Batch | Halt:
         """Tile `place[1]` of plan step `place[0]`, or the reason why it cannot be made.
@@ -139,16 +139,19 @@ class TileDataset(Dataset[Batch | Halt]):
         return True
 
     def _token_ids(self, tile: Tile, step: int) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-        records = [self.index.record(row) for row in tile.rows.tolist()]
-        uids, epochs = tile.uids.tolist(), tile.epochs.tolist()
-        drawn = draw_captions(records, self.options, seed=self.seed, uids=uids, epochs=epochs, update=step)
         protect = self.options.protect
         fitted = [
-            self.tokenizer.fit(one.fixed, one.flex, self.max_tokens, self.data.overflow, after=one.after, protect=protect)
-            for one in drawn
+            self.tokenizer.fit(one.fixed, one.flex, self.max_tokens, self.overflow, after=one.after, protect=protect)
+            for one in self.drawn(tile, step)
         ]
         ids = self.tokenizer.chunk_ids_many([content for content, _ in fitted], self.max_tokens)
         return ids, sum(cut for _, cut in fitted)
+
+    def drawn(self, tile: Tile, step: int) -> list[Drawn]:
+        """What each image of the tile is called in plan step `step`."""
+        records = [self.index.record(row) for row in tile.rows.tolist()]
+        uids, epochs = tile.uids.tolist(), tile.epochs.tolist()
+        return draw_captions(records, self.options, seed=self.seed, uids=uids, epochs=epochs, update=step)
 
 
 def assembled(

@@ -148,6 +148,18 @@ class TagTokenizer:
             cut -= 1
         return ids[:max_tokens], dropped + len(whole) - cut
 
+    def lost(
+        self, fixed: Sequence[str], flex: Sequence[str], max_tokens: int = 225, overflow: Overflow = "tag",
+        *, after: Sequence[str] = (), protect: frozenset[str] = frozenset(),
+    ) -> list[str]:  # fmt: skip
+        """The tags that lost tokens in `fit`, as many as it counts, in written order."""
+        _, count = self.fit(fixed, flex, max_tokens, overflow, after=after, protect=protect)
+        between = overflow == "tag" and (after or not protect.isdisjoint(flex))
+        going = [place for place in reversed(range(len(flex))) if flex[place] not in protect] if between else []
+        gone = set(going[:count])  # whole flexible ones first, then what stands last of the rest
+        rest = [*fixed, *(tag for place, tag in enumerate(flex) if place not in gone), *after]
+        return [*(flex[place] for place in sorted(gone)), *rest[len(rest) - (count - len(gone)) :]]
+
     def chunk_ids(self, content_ids: Sequence[int], max_tokens: int = 225) -> IdPair:
         """`chunk_ids` with this tokenizer's begin, end and padding ids."""
         return chunk_ids(content_ids, max_tokens, bos=self.bos, eos=self.eos, pad_2=self.pad_2)

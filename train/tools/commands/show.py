@@ -39,14 +39,7 @@ def parse() -> argparse.Namespace:
     common.add_argument("--json", action="store_true", help="one JSON object on stdout")
     kinds = parser.add_subparsers(dest="what", required=True)
 
-    caption = kinds.add_parser("caption", parents=[common], help="tags, draws, ids per chunk, what is cut")
-    caption.add_argument("--tokenizers", type=Path, help="folder with tokenizer/ and tokenizer_2/ (default: CLIP's)")
-    caption.add_argument("--text", required=True)
-    caption.add_argument("--draws", type=int, default=0)
-    caption.add_argument("--separator", default=SEPARATOR)
-    caption.add_argument("--max-tokens", type=int, default=225, choices=(75, 150, 225))
-    caption.add_argument("--overflow", default="tag", choices=("tag", "token"))
-    caption.add_argument("--seed", type=int, default=0)
+    add_caption(kinds.add_parser("caption", parents=[common], help="parts, draws, ids per chunk, what is cut: of a text, a set's picture, an update"))
     buckets = kinds.add_parser("buckets", parents=[common], help="placement of one image; without --size the table")
     buckets.add_argument("--size", help="WxH in px")
     for name, value in (("area", 1024 * 1024), ("min", 512), ("max", 2048), ("step", 64)):
@@ -75,3 +68,17 @@ def parse() -> argparse.Namespace:
     keys.add_argument("--markdown", action="store_true", help="all of them as the page docs/keys.md")
     kinds.add_parser("combinations", help="which settings go together, and why others do not, as the page docs/combinations.md")
     return parser.parse_args()
+
+
+def add_caption(caption: argparse.ArgumentParser) -> None:
+    """The arguments of `caption`; those of texts and sets have no default here: a run has its own."""
+    caption.add_argument("path", type=Path, nargs="?", metavar="RUN_OR_SET", help="a run (with --update), or a prepared set (with --key)")
+    caption.add_argument("--text", help="a caption, read as a caption file is")
+    caption.add_argument("--key", help="one picture, <source>:<id>; of a run with its ids")
+    caption.add_argument("--update", type=int, help="of a run: what its pictures got in this update, counted from 0")
+    caption.add_argument("--tokenizers", type=Path, help="folder with tokenizer/ and tokenizer_2/ (default: CLIP's)")
+    caption.add_argument("--draws", type=int, default=0, help="also as shuffled in the epochs 0 .. DRAWS-1")
+    caption.add_argument("--separator", help=f"default: {SEPARATOR}")
+    caption.add_argument("--max-tokens", type=int, choices=(75, 150, 225), help="default: 225")
+    caption.add_argument("--overflow", choices=("tag", "token"), help="default: tag")
+    caption.add_argument("--seed", type=int, help="default: 0")

@@ -12,7 +12,7 @@ INLINE_CHARACTERS = 100  # a list or object that fits is shown on one line
 
 
 ROOMS = {  # subcommand: who answers, with its arguments by their names
-    **{name: f"inputs.{name}" for name in ("caption", "buckets", "dataset", "quarantine")}, "model": "model.report",
+    **{name: f"inputs.{name}" for name in ("buckets", "dataset", "quarantine")}, "model": "model.report", "caption": "caption.report",
     "compare": "compare.report", "keys": "keys.report", "checkpoint": "run.checkpoint", "step": "run.step",
 }  # fmt: skip
 

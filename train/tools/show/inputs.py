@@ -1,4 +1,4 @@
-"""What training is given: a caption as the networks get it, where an image lands, what a set is and what it set aside."""
+"""What training is given: where an image lands, what a set is and what it set aside."""
 
 from __future__ import annotations
 
@@ -6,66 +6,20 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
-from train.config import source_rules
 from train.data.index import Index
-from train.recipe import captions, rng
 from train.recipe.buckets import CropCondition, assign_among, crop_condition, place, tables_of
-
-if TYPE_CHECKING:
-    from train.model.text import Overflow, TagTokenizer
 
 MODES: tuple[CropCondition, ...] = ("actual", "kohya", "zero")
 HARD_RULES = ("R1", "R2")  # messages of the hard exclusions: counted, never listed
 _SHOWN = ("name", "schema_version", "fingerprint", "policy_hash", "hard_exclusion_version", "latents", "tables", "separator",
           "sources", "remarks")  # fmt: skip
-
-
-def tokenizers_in(folder: Path | None) -> TagTokenizer:
-    """Tokenizers of a folder with tokenizer/ and tokenizer_2/, or of one tokenizer folder; None = the shipped ones."""
-    from train.model import text  # with torch, which the other reports do without
-
-    if folder is None or (folder / "tokenizer").is_dir():
-        return text.load_tag_tokenizer(folder)
-    return text.TagTokenizer(text.load_tokenizer(folder))
-
-
-def caption(
-    text: str, tokenizers: Path | None, *, draws: int = 0, separator: str = captions.SEPARATOR, max_tokens: int = 225,
-    overflow: Overflow = "tag", seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
-    """Tags, ids per chunk and what does not fit: as written, and as shuffled in the epochs 0 .. draws-1 of an image of that name."""
-    if (problem := source_rules.separator_problem(separator)) is not None:
-        raise Halt(ExitCode.USAGE, f"--separator is {separator!r}: {problem}")
-    if draws < 0:
-        raise Halt(ExitCode.USAGE, f"--draws is {draws}, must be at least 0")
-    if (found := len(captions.parts(text, separator)) - 1) > 1:  # as at ingest: the rest would leak into a tag
-        raise Halt(ExitCode.USAGE, f"the caption holds {found} separators {separator}: one at most")
-    fixed, flex = captions.split(text, separator)
-    tokenizer = tokenizers_in(tokenizers)
-
-    def encoded(fixed: Sequence[str], flex: Sequence[str]) -> dict[str, Any]:
-        tags = [*fixed, *flex]
-        ids, lost = tokenizer.fit(fixed, flex, max_tokens, overflow)
-        ids_1, ids_2 = tokenizer.chunk_ids(ids, max_tokens)
-        return {
-            "text": captions.join(tags), "tokens": len(tokenizer.content_ids(tags)), "tokens_kept": len(ids),
-            "tags_cut": tags[len(tags) - lost :], "encoder_1": ids_1.tolist(), "encoder_2": ids_2.tolist(),
-        }  # fmt: skip
-
-    def drawn(epoch: int) -> tuple[Sequence[str], Sequence[str]]:
-        return captions.draw(fixed, flex, captions.DrawOptions(), seed=seed, uid=rng.uid_of(text), epoch=epoch, update=0)
-
-    return {
-        "caption": text, "fixed": fixed, "flex": flex, **encoded(fixed, flex),
-        "draws": [{"epoch": epoch, **encoded(*drawn(epoch))} for epoch in range(draws)],
-    }  # fmt: skip
 
 
 def buckets(size: str | None, area_px: int | Sequence[int], min_px: int, max_px: int, step_px: int) -> dict[str, Any]:
