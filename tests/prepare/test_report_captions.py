@@ -52,17 +52,23 @@ def test_captions_are_counted(tmp_path: Path, per_unit: int, monkeypatch: pytest
         {"key": "s:7", "fixed_tags": ["hat", "smile"], "flex_tags": [], "n_tokens": 9},
         {"key": "s:8", "fixed_tags": [], "flex_tags": ["loli"], "n_tokens": 4},  # a gate that failed
         {"key": "s:9", "fixed_tags": [], "flex_tags": ["not selected"], "n_tokens": 300},
+        # parts of version 2: a caption of prose alone is none without words, and gates that failed for a tail and a text
+        {"key": "s:a", "fixed_tags": [], "flex_tags": [], "prose": ["A hat."], "n_tokens": 0},
+        {"key": "s:b", "fixed_tags": ["hat"], "flex_tags": [], "tail_tags": ["loli"], "n_tokens": 0},
+        {"key": "s:c", "fixed_tags": ["hat"], "flex_tags": [], "prose": ["A hat.", "A loli."], "n_tokens": 0},
+        {"key": "s:d", "fixed_tags": ["hat"], "flex_tags": [], "tag_variants": ["a\nloli\n"], "n_tokens": 0},
+        {"key": "s:e", "fixed_tags": ["hat"], "flex_tags": ["smile"], "tail_tags": ["grainy"], "n_tokens": 9},  # no repeat
     ]
     _labels(tmp_path / "d", rows, per_unit)
     _records(tmp_path / "d", {row["key"]: "g" for row in rows})
     settings = DatasetConfig(name="d", root=str(tmp_path), sources=[SourceConfig("s", "danbooru", ".")])
     stages = {
         "one": pa.table({"key": ["s:1", "s:2", "s:3", "s:4", "s:5"]}),
-        "two": pa.table({"key": ["s:5", "s:6", "s:7", "s:8"]}),
+        "two": pa.table({"key": ["s:5", "s:6", "s:7", "s:8", "s:a", "s:b", "s:c", "s:d", "s:e"]}),
     }
     found = caption_facts(settings, stages)
     tokens = found.pop("tokens")
-    assert found == {"rows": 8, "empty": 1, "no_fixed_part": 3, "texts_that_repeat": 2, "hard_excluded": 1}
+    assert found == {"rows": 13, "empty": 1, "no_fixed_part": 4, "texts_that_repeat": 2, "hard_excluded": 4}
     assert (tokens["over_75"], tokens["over_150"], tokens["over_225"], tokens["fixed_over_225"]) == (3, 2, 2, 1)
     assert tokens["max"] == 235
     assert [row["key"] for row in tokens["examples"]["225"]] == ["s:2", "s:1"]

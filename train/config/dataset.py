@@ -251,7 +251,7 @@ class FailIfConfig:
     missing_rating: float = key(0.05, "share of rows whose source carries ratings")
     over_225_tokens: float = key(0.05, "share of captions that are cut")
     empty_captions: float = key(0.01, "share of captions without a tag")
-    masterpiece: float = key(0.25, "share within a rating of at least quality.min_group rows")
+    masterpiece: float = key(0.25, "share of the vocabulary's best quality word within a rating of at least quality.min_group rows")
     unreadable_latents: float = key(0.0, "share of stored latents")
     crop_loss: float = key(0.15, "mean share of a selection's area that the crop takes: 0.028 in the recipe's buckets + merge_crop")
 

@@ -23,7 +23,7 @@ from train.prepare.tables.quarantine import Complaint, too_many
 from train.prepare.tables.schemas import RECORDS
 from train.prepare.tables.units import merge_quarantine, read_table, row_hash, stream_table, sweep, write_text
 from train.prepare.tables.workers import Peers
-from train.recipe.captions import DrawOptions, draw, render
+from train.recipe.captions import Caption, DrawOptions, draw_captions, render
 from train.recipe.rng import uid_of
 
 SAMPLES = 24  # pictures in the grid of random ones
@@ -59,6 +59,7 @@ def checks(settings: DatasetConfig, facts: Facts) -> list[Facts]:
     limits = settings.report.fail_if
     captions, records = facts["captions"], max(facts["counts"]["records"], 1)
     tokens = captions["tokens"] or {"over_225": 0, "rows": 0}
+    best = next(iter(facts["words"]["quality"]), "the best quality word")  # of the set's vocabulary
     crop = max((stage["crop_loss"]["mean"] for stage in facts["buckets"].values()), default=0.0)
     found: list[tuple[str, float, float, int | None, str]] = [  # key, limit, count, of how many (None: no share), what it is
         ("hard_excluded", limits.hard_excluded, captions["hard_excluded"], None, "hard-excluded rows in a selection"),
@@ -66,7 +67,7 @@ def checks(settings: DatasetConfig, facts: Facts) -> list[Facts]:
         ("missing_rating", limits.missing_rating, *_missing_rating(settings), "share without rating, in sources that carry ratings"),
         ("over_225_tokens", limits.over_225_tokens, tokens["over_225"], tokens["rows"], "share of captions over 225 tokens"),
         ("empty_captions", limits.empty_captions, captions["empty"], captions["rows"], "share of empty captions"),
-        ("masterpiece", limits.masterpiece, *_masterpiece(settings, facts), "largest share of masterpiece within a rating"),
+        ("masterpiece", limits.masterpiece, *_of_the_best(settings, facts, best), f"largest share of {best} within a rating"),
         ("crop_loss", limits.crop_loss, crop, None, "largest mean share of a selection's area that the crop cuts away"),
         ("unreadable_latents", limits.unreadable_latents, facts["latents"]["unreadable"], None, "index rows without readable latent"),
     ]
@@ -90,12 +91,12 @@ def _missing_rating(settings: DatasetConfig) -> tuple[int, int]:
     return rows - (pc.sum(rated).as_py() or 0), rows
 
 
-def _masterpiece(settings: DatasetConfig, facts: Facts) -> tuple[int, int]:
-    """(masterpieces, all) of the rating with the largest share of them."""
+def _of_the_best(settings: DatasetConfig, facts: Facts, best: str) -> tuple[int, int]:
+    """(rows with the best quality word, all) of the rating with the largest share of them."""
     crossed = facts["balance"]["all sound files"]["quality_by_rating"]
     sums = {rating: sum(words.values()) for rating, words in crossed.items()}
     least = settings.policy.quality.min_group
-    counts = [(words.get("masterpiece", 0), sums[rating]) for rating, words in crossed.items() if sums[rating] >= least]
+    counts = [(words.get(best, 0), sums[rating]) for rating, words in crossed.items() if sums[rating] >= least]
     return max(counts, key=lambda pair: pair[0] / max(pair[1], 1), default=(0, 1))
 
 
@@ -103,7 +104,7 @@ def _samples(settings: DatasetConfig) -> list[Facts]:
     """Random pictures of the largest selection with their captions: the same ones for the same data."""
     shown, dataset = _showable(settings).column("key").combine_chunks(), dataset_dir(settings)
     found: list[tuple[int, str, Facts]] = []
-    for part in stream_table(dataset, "labels", ["key", "fixed_tags", "flex_tags"]):
+    for part in stream_table(dataset, "labels", ["key", "fixed_tags", "flex_tags", "tail_tags", "prose"]):
         part = among(part, shown)
         marks = [(row_hash(settings.seed, "sample", key), row) for row, key in enumerate(part.column("key").to_pylist())]
         best = heapq.nsmallest(SAMPLES, marks)
@@ -114,19 +115,17 @@ def _samples(settings: DatasetConfig) -> list[Facts]:
     samples = []
     for place, key in enumerate(picked):
         fixed, flex = by_key[key]["fixed_tags"], by_key[key]["flex_tags"]
-        sample: Facts = {"key": key, "text": render(fixed, flex)}
+        tail, prose = (by_key[key][name] or [] for name in ("tail_tags", "prose"))
+        sample: Facts = {"key": key, "text": render(fixed, flex, tail, prose)}
         if place < SHUFFLES:
-            sample["shuffles"] = [_shuffled(fixed, flex, key, epoch) for epoch in range(3)]
+            sample["shuffles"] = [_shuffled(Caption(fixed, flex, tail, prose), key, epoch) for epoch in range(3)]
         samples.append(sample)
     return samples
 
 
-def _shuffled(fixed: list[str], flex: list[str], key: str, epoch: int) -> str:
-    options = DrawOptions(
-        shuffle=True, tag_dropout=0, caption_dropout=0, caption_dropout_every_epochs=0, warmup_min=1, warmup_updates=0
-    )
-    drawn = draw(fixed, flex, options, seed=0, uid=uid_of(key), epoch=epoch, update=0)
-    return ", ".join([*drawn[0], *drawn[1]])
+def _shuffled(caption: Caption, key: str, epoch: int) -> str:
+    drawn = draw_captions([caption], DrawOptions(), seed=0, uids=[uid_of(key)], epochs=[epoch], update=0)[0]
+    return ", ".join([*drawn.fixed, *drawn.flex, *drawn.after])
 
 
 def _showable(settings: DatasetConfig) -> pa.Table:

@@ -98,9 +98,13 @@ def join(tags: Sequence[str]) -> str:
     return ", ".join(tags)
 
 
-def render(fixed: Sequence[str], flex: Sequence[str], separator: str = SEPARATOR) -> str:
-    """The written form `1girl, miku, ||| smile`; it starts `, ||| ` without fixed tags and `split` reads it back."""
-    return f"{join(fixed)}, {separator} {join(flex)}"
+def render(fixed: Sequence[str], flex: Sequence[str], tail: Sequence[str] = (), prose: Sequence[str] = ()) -> str:
+    """The written form `1girl, miku, ||| smile`, with a tail `1girl, miku, ||| smile ||| masterpiece`, each text of prose below.
+
+    It starts `, ||| ` without fixed tags; without tail and prose `split` reads it back.
+    """
+    after = f" {SEPARATOR} {join(tail)}" if tail else ""
+    return "\n".join([f"{join(fixed)}, {SEPARATOR} {join(flex)}{after}", *prose])
 
 
 def stored(tags: Sequence[tuple[str, Sequence[str]]], prose: Sequence[str]) -> str:

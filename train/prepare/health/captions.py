@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,15 @@ from train.data.index_writer import encoded, suspicious_rows, tag_hashes
 from train.prepare.choosing.facts import among
 from train.prepare.label import token_counter
 from train.prepare.tables.units import stream_table
-from train.recipe.captions import render
+from train.recipe.captions import read_variant, render
 from train.recipe.exclusions import excluded_by
 
 Facts = dict[str, Any]
 TOKEN_EDGES = (0, 25, 50, 75, 100, 125, 150, 175, 200, 225, 300, 1 << 15)
 LIMITS = (75, 150, 225)
 EXAMPLES = 5  # of captions over each limit
-_COLUMNS = ["key", "fixed_tags", "flex_tags", "n_tokens"]
+_PARTS = ("fixed_tags", "flex_tags", "tail_tags", "prose")
+_COLUMNS = ["key", *_PARTS, "tag_variants", "n_tokens"]
 
 
 def caption_facts(settings: DatasetConfig, stages: dict[str, pa.Table]) -> Facts:
@@ -34,12 +36,12 @@ def caption_facts(settings: DatasetConfig, stages: dict[str, pa.Table]) -> Facts
     count_tokens, _ = token_counter(settings.tokenizers)
     for part in stream_table(dataset_dir(settings), "labels", _COLUMNS):
         part = among(part, keys)
-        fixed, flex = (encoded(part.column(name).combine_chunks()) for name in ("fixed_tags", "flex_tags"))
-        sizes = [pc.fill_null(pc.list_value_length(column), 0).to_numpy() for column in (fixed, flex)]
+        columns = {name: encoded(part.column(name).combine_chunks()) for name in (*_PARTS, "tag_variants")}
+        sizes = [pc.fill_null(pc.list_value_length(columns[name]), 0).to_numpy() for name in _PARTS]
         no_fixed += int((sizes[0] == 0).sum())
-        empty += int((sizes[0] + sizes[1] == 0).sum())
-        marks.append(_text_marks(fixed, flex))
-        excluded += _excluded(settings, part, flex)
+        empty += int((sum(sizes) == 0).sum())
+        marks.append(_text_marks([columns[name] for name in _PARTS]))
+        excluded += _excluded(settings, part, columns)
         tokens = part.column("n_tokens").drop_null().to_numpy().astype(np.int64)
         lengths.append(tokens)
         if len(tokens):
@@ -85,23 +87,25 @@ def _add_longest(longest: dict[int, list[tuple[int, str, str]]], part: pa.Table)
         mine = np.flatnonzero((numbers > low) & (numbers <= high))
         best = mine[np.argsort(-numbers[mine], kind="stable")[:EXAMPLES]]
         rows = part.take(pa.array(best)).to_pylist()
-        new = [(-row["n_tokens"], row["key"], render(row["fixed_tags"], row["flex_tags"])) for row in rows]
+        new = [(-row["n_tokens"], row["key"], render(row["fixed_tags"], row["flex_tags"], row["tail_tags"] or ())) for row in rows]
         longest[low] = heapq.nsmallest(EXAMPLES, [*longest[low], *new])
 
 
-def _text_marks(fixed: pa.Array, flex: pa.Array) -> np.ndarray:
+def _text_marks(columns: Sequence[pa.Array]) -> np.ndarray:
     """uint64 per caption, equal for equal texts."""
-    parts = [tag_hashes(column) for column in (fixed, flex)]
-    marks = np.empty(len(fixed), np.uint64)
-    for row in range(len(fixed)):
+    parts = [tag_hashes(column) for column in columns]
+    marks = np.empty(len(columns[0]), np.uint64)
+    for row in range(len(marks)):
         pair = tuple(values[starts[row] : starts[row + 1]].tobytes() for starts, values in parts)
         marks[row] = hash(pair) & 0xFFFFFFFFFFFFFFFF
     return marks
 
 
-def _excluded(settings: DatasetConfig, part: pa.Table, flex: pa.Array) -> int:
-    """Captions that the hard exclusions refuse: none, unless a gate failed."""
-    rows = part.take(pa.array(suspicious_rows(flex))).select(["key", "flex_tags"]).to_pylist()
+def _excluded(settings: DatasetConfig, part: pa.Table, columns: dict[str, pa.Array]) -> int:
+    """Captions that the hard exclusions refuse: none, unless a gate failed. Fixed tags may be names."""
+    read = {"flex_tags": False, "tail_tags": False, "prose": True, "tag_variants": True}  # whether as text
+    hits = np.unique(np.concatenate([suspicious_rows(columns[name], prose=text) for name, text in read.items()]))
+    rows = part.take(pa.array(hits, pa.int64())).select(["key", *read]).to_pylist()
     if not rows:
         return 0
     wanted = pa.array([row["key"] for row in rows], pa.string())
@@ -110,4 +114,10 @@ def _excluded(settings: DatasetConfig, part: pa.Table, flex: pa.Array) -> int:
     for records in stream_table(dataset_dir(settings), "records", ["key", "source", "rating"]):
         for row in records.filter(pc.is_in(records.column("key"), value_set=wanted)).to_pylist():
             ratings[row["key"]] = row["rating"] or assumed.get(row["source"])
-    return sum(excluded_by(rating=ratings.get(row["key"]), tags=row["flex_tags"]) is not None for row in rows)
+    found = 0
+    for row in rows:
+        tags = [*row["flex_tags"], *(row["tail_tags"] or ())]
+        tags += [tag for variant in map(read_variant, row["tag_variants"] or ()) for some in variant[1:] for tag in some]
+        caption = "\n".join(row["prose"] or ()) or None
+        found += excluded_by(rating=ratings.get(row["key"]), tags=tags, caption=caption) is not None
+    return found

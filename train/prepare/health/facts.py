@@ -159,9 +159,10 @@ def _crossed(
 def _tags(dataset: Path, selection: pa.Table) -> Facts:
     keys = selection.column("key").combine_chunks()
     found: Counter[str] = Counter()
-    for part in stream_table(dataset, "labels", ["key", "fixed_tags", "flex_tags"]):
+    parts = ("fixed_tags", "flex_tags", "tail_tags")
+    for part in stream_table(dataset, "labels", ["key", *parts]):
         part = among(part, keys)
-        for name in ("fixed_tags", "flex_tags"):
+        for name in parts:
             for entry in pc.value_counts(pc.list_flatten(part.column(name))).to_pylist():
                 found[entry["values"]] += entry["counts"]
     ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
