@@ -1,8 +1,9 @@
 """The tagging policy: words, thresholds, switches, and what each tag is made of. Standard library only.
 
 `fixed_tags` (count, characters, copyrights, artists) open the caption in this order; `flex_tags` (rating, the
-remaining general tags, year, meta, quality, aesthetic) follow the separator and are shuffled in training. Preparation
-puts them together over whole tables (`prepare/tagging/vectorised.py`); the tests do it post by post.
+remaining general tags, year, meta, quality, aesthetic) follow the separator and are shuffled in training; what a
+vocabulary puts into the tail follows them and is never shuffled. Preparation puts them together over whole tables
+(`prepare/tagging/vectorised.py`); the tests do it post by post.
 
 Sources: words and ranges of the special tags: model card of Animagine XL 3.1. Score table: KohakuBlueleaf/HakuBooru,
 credited there. Preset `animagine31`: behaviour of the original labelling functions, bugs included.
@@ -72,6 +73,7 @@ class Words:
     aesthetic: tuple[str, ...] = AESTHETIC_TAGS  # best first; "" as above
     fixed: tuple[str, ...] = ("count", "character", "series", "artist")
     flexible: tuple[str, ...] = ("rating", "general", "time", "meta", "quality", "aesthetic")
+    tail: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ class Policy:
         content = asdict(self)
         if self.words == Words():  # labels of before there were vocabularies are still these
             del content["words"]
+        elif not self.words.tail:  # nor did a vocabulary have a tail
+            del content["words"]["tail"]
         text = json.dumps([POLICY_VERSION, content], sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 

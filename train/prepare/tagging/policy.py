@@ -17,6 +17,7 @@ from train.base.errors import ExitCode, Halt
 from train.config.dataset import PolicyConfig, QualityConfig
 from train.config.vocabulary import TABLE_WORDS, Vocabulary, load_vocabulary
 from train.prepare.tables.units import config_id, stream_table, write_text
+from train.recipe.exclusions import excluded_by
 from train.recipe.tag_policy import PERCENTILES, POOLED, QUALITY_TABLES, Policy, Words, preset
 
 LOCK = "policy.lock.json"
@@ -33,7 +34,7 @@ def resolve(config: PolicyConfig) -> Policy:
     vocabulary = load_vocabulary(config.vocabulary)
     quality = _sourced(config, vocabulary)
     thresholds = tuple(config.aesthetic.thresholds or vocabulary.aesthetic.thresholds)
-    words = _words(vocabulary)
+    words = _words(vocabulary, config.vocabulary)
     if thresholds and len(thresholds) != len(words.aesthetic) - 1:
         raise Halt(
             ExitCode.USAGE,
@@ -41,6 +42,8 @@ def resolve(config: PolicyConfig) -> Policy:
             f"{config.vocabulary}, one fewer than words are needed",
         )
     by_year = config.year.ranges or vocabulary.time.ranges
+    if any(excluded_by(rating="e", tags=[r.tag]) is not None for r in config.year.ranges):
+        raise Halt(ExitCode.USAGE, "policy.year.ranges: one of its tags is one that the hard exclusions refuse: choose another")
     if config.year.ranges:
         words = dataclasses.replace(words, year_format=None)
     return dataclasses.replace(
@@ -60,9 +63,7 @@ def resolve(config: PolicyConfig) -> Policy:
 
 
 def open_words(config: PolicyConfig, scored_by: str | None = None) -> list[str]:
-    """What the vocabulary leaves open, so that no caption shows it, what training cannot keep of its order, and thresholds
-    of another scorer than the one that scored.
-    """
+    """What the vocabulary leaves open, so that no caption shows it, and thresholds of another scorer than the one that scored."""
     policy, vocabulary = resolve(config), load_vocabulary(config.vocabulary)
     missing = {
         "quality": not policy.quality and config.quality.source is None,
@@ -77,8 +78,6 @@ def open_words(config: PolicyConfig, scored_by: str | None = None) -> list[str]:
             f"its aesthetic thresholds are of {scorer}, and score.model is {scored_by}: another scorer's numbers want "
             "policy.aesthetic.thresholds of their own"
         )
-    if tail := vocabulary.order.tail:
-        notes.append(f"the tail ({', '.join(tail)}) is written last in the flexible part, which training shuffles")
     return notes
 
 
@@ -109,8 +108,14 @@ def _thresholds(quality: QualityConfig, vocabulary: Vocabulary, asked: bool) -> 
     return _table(quality)
 
 
-def _words(vocabulary: Vocabulary) -> Words:
+def _words(vocabulary: Vocabulary, name: str) -> Words:
+    """The policy's words. Raises Halt(USAGE) for one that the hard exclusions refuse: no gate reads the words of a fixed part."""
     order = vocabulary.order
+    ratings = [tag for tags in vocabulary.rating.values() for tag in tags]
+    written = [*vocabulary.quality.words, *ratings, *(r.tag for r in vocabulary.time.ranges), *vocabulary.aesthetic.words,
+               (vocabulary.time.format or "").replace("{year}", "2000")]  # fmt: skip
+    if any(excluded_by(rating="e", tags=[word], caption=word) is not None for word in written):
+        raise Halt(ExitCode.USAGE, f"policy.vocabulary {name}: one of its words is one that the hard exclusions refuse: choose another")
     cuts = vocabulary.quality.cuts if vocabulary.quality.criterion in ("table", "percentile") else []
     return Words(
         quality=tuple(vocabulary.quality.words),
@@ -119,7 +124,8 @@ def _words(vocabulary: Vocabulary) -> Words:
         year_format=vocabulary.time.format,
         aesthetic=tuple(vocabulary.aesthetic.words),
         fixed=tuple(order.fixed),
-        flexible=(*order.flexible, *order.tail),
+        flexible=tuple(order.flexible),
+        tail=tuple(order.tail),
     )
 
 

@@ -212,9 +212,10 @@ def _parts(records: pa.Table, told: Sequence[Told], policy: Policy, vocabulary: 
 
 
 def _lists(parts: dict[str, Tags], policy: Policy) -> tuple[Tags, Tags, Tags]:
-    """(fixed, flex, tail) in the vocabulary's order; the fixed tags of an imported caption lead, its tail ends."""
+    """(fixed, flex, tail) in the vocabulary's order; the fixed tags of an imported caption lead, so do those of its tail."""
     fixed = merged([parts["caption_fixed"], *(parts[name] for name in policy.words.fixed)])
-    return fixed, merged([parts[name] for name in policy.words.flexible]), parts["caption_tail"]
+    tail = merged([parts["caption_tail"], *(parts[name] for name in policy.words.tail)])
+    return fixed, merged([parts[name] for name in policy.words.flexible]), tail
 
 
 def _group(
