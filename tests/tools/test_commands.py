@@ -59,7 +59,7 @@ def test_no_command_and_unknown_ones(monkeypatch: pytest.MonkeyPatch, capsys: py
     monkeypatch.setattr(sys, "argv", ["anix"])
     assert anix.main() == ExitCode.USAGE
     assert "usage: anix COMMAND" in capsys.readouterr().err
-    for word, told in (("plann", "did you mean plan?"), ("Train", "did you mean train?"), ("xyz", "There are prepare, plan")):
+    for word, told in (("plann", "did you mean plan?"), ("Train", "did you mean train?"), ("xyz", "There are new, prepare, plan")):
         monkeypatch.setattr(sys, "argv", ["anix", word])
         with pytest.raises(Halt) as caught:
             anix.main()

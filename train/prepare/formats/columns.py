@@ -125,6 +125,14 @@ def wants_caption(source: SourceConfig) -> bool:
     return source.on_missing_caption == "error" and not any(ours in source.columns for ours in TAG_COLUMNS)
 
 
+def likely_captions(columns: Columns | None = None, rows: Iterable[Mapping[str, Any]] = ()) -> list[str]:
+    """Columns that may hold captions, the likeliest first, of a header or of rows without one."""
+    columns = columns or Columns()
+    for row in rows:
+        columns.add(row)
+    return _offered(columns, "text")
+
+
 def _offered(columns: Columns, usual: str) -> list[str]:
     """Columns that may hold captions, the likeliest first."""
     def rank(name: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageCms, ImageFile
@@ -93,6 +93,25 @@ def decode(data: bytes, rules: ProbeConfig) -> Decoded:
             raise Refused("too_many_pixels", f"out of memory while decoding {image.size}", repr(error)) from None
         except Exception as error:  # decoders raise whatever they like: OSError, SyntaxError, struct.error, ...
             raise Refused("truncated", f"decoding stopped: {error}", _name(error)) from None
+
+
+def peek(file: IO[bytes], rules: ProbeConfig) -> tuple[int, int]:
+    """(width, height) of the upright picture, from its header alone. Raises Refused for what `decode` refuses by that."""
+    found = sniff(file.read(64))
+    file.seek(0)
+    if found is None or found in NO_PICTURES or found not in rules.formats:
+        raise Refused("unsupported_format" if found else "unidentified", f"content is {found}")
+    with _pillow_limits(rules):
+        try:
+            image = Image.open(file, formats=[found.upper()])
+            frames = 1 if image.format == "MPO" else int(getattr(image, "n_frames", 1))
+            turned = _orientation(image) >= 5  # a quarter turn
+        except Exception as error:  # decoders raise whatever they like
+            raise Refused("unidentified", f"{found} that cannot be opened", _name(error)) from None
+    _check_size(*image.size, rules)
+    if frames > 1 and rules.animated == "refuse":
+        raise Refused("animated", f"{frames} frames")
+    return (image.height, image.width) if turned else image.size
 
 
 @contextmanager

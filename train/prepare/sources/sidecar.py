@@ -11,7 +11,7 @@ import codecs
 import os
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from train.config.dataset import SourceConfig
@@ -30,15 +30,21 @@ Texts = Mapping[str, list[tuple[str, str]]]
 def read(source: SourceConfig) -> Iterator[Found]:
     """Every image below the source's folder, with its caption."""
     path = require_source(source)
-    root, texts_root = source_root(source), path if path.is_dir() else path.parent
+    # A path that is one picture means that one.
+    yield from captioned(source, pictures(source, source_root(source)) if path.is_dir() else [path.name])
+
+
+def captioned(source: SourceConfig, found_pictures: Iterable[str | Quarantine]) -> Iterator[Found]:
+    """These images, each with its caption; those of one folder come one after another."""
+    path = require_source(source)
+    texts_root = path if path.is_dir() else path.parent
     folder: str | None = None
     texts: Texts = {}
-    # A path that is one picture means that one.
-    for found in pictures(source, root) if path.is_dir() else [path.name]:
+    for found in found_pictures:
         if isinstance(found, Quarantine):
             yield found
             continue
-        if (parent := os.path.dirname(found)) != folder:  # files of one folder come one after another
+        if (parent := os.path.dirname(found)) != folder:
             folder, texts = parent, _texts(texts_root, parent)
         yield _image(source, texts_root, found, texts)
 
