@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import synthetic
 import torch
 from indexes import META, index_of, row, selection_of
+from launches import launch
 from oddimages import drawn, encoded
 from preparedset import prepare, settings_of, write_vae
+from stages import Stage, opened, result
 from tilesets import make
+from updates import gradients, one_update, relative
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig
@@ -23,6 +28,7 @@ from train.data.index import Index
 from train.data.index_writer import build_index
 from train.diffusion.noise import alphas_cumprod
 from train.diffusion.objective import Batch, Diffusion, image_losses
+from train.prepare.tables.schemas import SELECT
 from train.recipe.order import Tile
 
 
@@ -121,6 +127,69 @@ def test_from_the_source_to_the_batch_and_nothing_is_encoded_anew(tmp_path: Path
         assert isinstance(found, Batch) and found.weights_B is not None
         keys = [tiles.index.key(row) for row in found.tile.rows.tolist()]
         assert found.weights_B.tolist() == [0.25 if key.startswith("b:") else 1.0 for key in keys]
+
+
+def test_a_column_of_weights_multiplies_the_sources(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_vae(tmp_path / "vae")
+    (tmp_path / "a").mkdir()
+    cells = ["0.5", "", "2", "-1", "many"]
+    for number in range(len(cells)):
+        (tmp_path / "a" / f"{number}.png").write_bytes(encoded(drawn(128, 128, seed=number), "PNG"))
+    (tmp_path / "a.csv").write_text("file,text,how much\n" + "".join(f'{n}.png,"1girl, solo",{cell}\n' for n, cell in enumerate(cells)))
+    source = {"name": "a", "adapter": "table", "path": str(tmp_path / "a.csv"), "images": str(tmp_path / "a"),
+              "columns": {"uri": "file", "caption": "text", "id": "file"}}  # fmt: skip
+    shown = {}
+    for name, more in (("plain", {}), ("own", {"columns": {**source["columns"], "weight": "how much"}, "weight": 3.0})):
+        text = {"sources": [source | more], "select": {"pretrain": {"min_bucket": 1}}, "max_quarantine_fraction": 0.9}
+        (tmp_path / "dataset.yaml").write_text(json.dumps(text))
+        capsys.readouterr()
+        prepare(settings_of(tmp_path))
+        index = Index.open(tmp_path / "data/set", "pretrain")
+        shown[name] = None if index.weights is None else dict(zip(map(index.key, range(len(index))), index.weights.tolist(), strict=True))
+    assert shown == {"plain": None, "own": {"a:0.png": 1.5, "a:1.png": 3.0, "a:2.png": 6.0}}
+    assert "3 pictures of a weigh 1.5 to 6 in the loss" in capsys.readouterr().out
+    refused = pq.read_table(tmp_path / "data/set/quarantine.parquet").to_pylist()
+    assert {row["key"] for row in refused if "weight is" in row["message"]} == {f"a:{n}.png" for n in (3, 4)}
+    assert json.loads((tmp_path / "data/set/report.json").read_text())["counts"]["weights"] == {"a": "1.5 to 6"}
+
+
+def weighted(dataset: Path, folder: Path) -> Path:
+    """The tests' set with a weight for every picture, some of them 0."""
+    shutil.copytree(dataset, folder)
+    index = pq.read_table(folder / "index.parquet")
+    chosen = pq.read_table(folder / "select_pretrain.parquet").cast(SELECT)
+    index = index.append_column("weight", pa.array([(n % 5) / 2 for n in range(len(index))], pa.float32()))
+    synthetic.build_index(folder, index, {"pretrain": chosen}, {"vae_id": "", "content": "sample", "buckets": "t"})
+    return folder
+
+
+def test_an_updates_loss_is_the_sum_of_weighted_losses_over_all_its_images(dataset: Path, base_model: Path, tmp_path: Path) -> None:
+    data = weighted(dataset, tmp_path / "set")
+    found = {}
+    for name, folder in (("plain", dataset), ("weighted", data)):
+        with opened(Stage(tmp_path / name, folder, base_model)) as session:
+            tiles, index = session.data.plan.update(0), session.data.loader.dataset.index
+            outcome = one_update(session)
+            found[name] = outcome, gradients(session)
+            if name == "weighted":
+                assert index.weights is not None
+                weights = [float(index.weights[row]) for tile in tiles for row in tile.rows]
+    plain, ours = found["plain"][0], found["weighted"][0]
+    expected = [weight * loss for weight, loss in zip(weights, plain.losses_G.tolist(), strict=True)]
+    assert ours.losses_G.tolist() == pytest.approx(expected, rel=1e-6)
+    assert ours.mean_loss == pytest.approx(sum(expected) / 8, rel=1e-6)  # of 8 images, not of the sum of weights
+    assert relative(found["weighted"][1], found["plain"][1]) > 0.1
+
+
+@pytest.mark.long
+def test_weights_on_two_processes_and_after_a_kill(dataset: Path, base_model: Path, tmp_path: Path) -> None:
+    data = weighted(dataset, tmp_path / "set")
+    alone, both = (Stage(tmp_path / name, data, base_model) for name in ("alone", "both"))
+    strict = "batch.determinism=strict"
+    assert alone.run(strict) == ExitCode.DONE, alone.message
+    assert launch(both, 2, strict, fault="control@6:1:kill") != [0, 0]
+    assert launch(both, 2, strict) == [0, 0], both.message
+    assert result(both.output) == result(alone.output)
 
 
 @pytest.mark.parametrize("weight", [-1, "much"])

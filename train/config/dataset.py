@@ -56,7 +56,7 @@ class SourceConfig:
     caption_lines: Literal["join", "first", "variants"] = key("join", "of a caption of several lines, or a list of captions: joined, the first, or each one of its own")
     keep_tokens: int = key(0, "the first N tags of a caption without separator are fixed", at_least=0)
     repeats: int | Literal["kohya"] = key(1, "visits of each image; kohya = the number that its folder's name begins with", at_least=1, at_most=MAX_REPEATS)
-    weight: float = key(1.0, "the loss of each image is multiplied by this; the mean is still over all images", at_least=0)
+    weight: float = key(1.0, "the loss of each image is multiplied by this, and by columns.weight where a row has one; the mean is still over all images", at_least=0)
     follow_links: bool = key(False, "read what links that lead out of the source point to")
     on_missing_caption: Literal["error", "take"] = key("error", "take = a picture without .txt is a record without caption")
     npz_vae: str | None = key(None, "the VAE that made the sd-scripts .npz beside the images; null = they are not used")

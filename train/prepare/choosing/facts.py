@@ -14,7 +14,7 @@ from train.prepare.probe import ok_files
 from train.prepare.tables.units import stream_table
 
 _PROBE = ["key", "width", "height", "sha256", "has_alpha", "exif_orientation"]
-_RECORDS = ["key", "source", "uri", "member"]
+_RECORDS = ["key", "source", "uri", "member", "weight"]
 
 
 class Facts(Mapping[str, Mapping[str, Any]]):
@@ -26,7 +26,7 @@ class Facts(Mapping[str, Mapping[str, Any]]):
         self._keys = self._columns["key"]
 
     def __getitem__(self, key: str) -> Mapping[str, Any]:
-        """key, width, height, sha256, has_alpha, exif_orientation, source, uri, member."""
+        """key, width, height, sha256, has_alpha, exif_orientation, source, uri, member, weight."""
         row = bisect.bisect_left(self._keys, key, key=lambda scalar: scalar.as_py())
         if row == len(self._keys) or self._keys[row].as_py() != key:
             raise KeyError(key)

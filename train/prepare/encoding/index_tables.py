@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ from train.config.dataset import DatasetConfig, dataset_dir
 from train.data.index import WEIGHT, Index, file_hashes
 from train.data.index_writer import build_index, encoded
 from train.data.shards import read_meta
+from train.prepare.choosing import weights
 from train.prepare.choosing.facts import Facts, among
 from train.prepare.encoding.npz import NPZ_PREPROCESSING, tally
 from train.prepare.encoding.shard_plan import Recipe, Slot, by_shard
@@ -105,10 +105,9 @@ def _join(settings: DatasetConfig, index: pa.Table, facts: Facts) -> pa.Table:
     for config in settings.sources:
         if config.assume_rating is not None:
             gate = pc.if_else(pc.and_(pc.is_null(gate), pc.equal(source, config.name)), config.assume_rating, gate)
-    if any(config.weight != 1 for config in settings.sources):  # without the column a set is as before, bit for bit
-        names, weights = zip(*((config.name, config.weight) for config in settings.sources), strict=True)
-        numbers = pc.index_in(source, value_set=pa.array(names, pa.string()))
-        index = index.append_column(WEIGHT, pa.array(weights, pa.float32()).take(numbers))
+    weighed = weights.weights(settings, source, records.column("weight").combine_chunks().take(at))
+    if pc.any(pc.not_equal(weighed, 1)).as_py():  # without the column a set is as before, bit for bit
+        index = index.append_column(WEIGHT, weighed)
     index = index.append_column("gate_rating", gate)
     index = index.append_column("gate_fixed", records.column("unnamed").combine_chunks().take(at))
     return index.append_column("content_hash", facts.column("sha256", keys))
@@ -116,21 +115,20 @@ def _join(settings: DatasetConfig, index: pa.Table, facts: Facts) -> pa.Table:
 
 def weights_told(settings: DatasetConfig, facts: Facts) -> list[str]:
     """A line for each source whose pictures do not weigh 1."""
-    counts = Counter(facts.table.column("source").to_pylist())
-    return [f"{counts[source.name]} pictures of {source.name} weigh {source.weight:g} in the loss"
-            for source in settings.sources if source.weight != 1]  # fmt: skip
+    return [f"{count} pictures of {name} weigh {weights.told(least, most)} in the loss"
+            for name, (count, least, most) in weights.by_source(settings, facts.table).items()]  # fmt: skip
 
 
 def _gate_columns(settings: DatasetConfig) -> Iterator[pa.Table]:
-    """key, source, rating, and `unnamed`: the fixed tags come from a caption, so nothing tells names from tags."""
+    """key, source, rating, weight, and `unnamed`: the fixed tags come from a caption, so nothing tells names from tags."""
     names = ["tags_character", "tags_copyright", "tags_artist"]
     names_of_tagger = settings.tag.source != "none" and settings.tag.use == "all"
-    for part in stream_table(dataset_dir(settings), "records", ["key", "source", "rating", "caption", *names]):
+    for part in stream_table(dataset_dir(settings), "records", ["key", "source", "rating", "weight", "caption", *names]):
         unnamed = pc.is_valid(part["caption"])
         for name in names:
             unnamed = pc.and_(unnamed, pc.equal(pc.list_value_length(part[name]), 0))
         unnamed = pc.and_(unnamed, not names_of_tagger)
-        yield part.select(["key", "source", "rating"]).append_column("unnamed", unnamed)
+        yield part.select(["key", "source", "rating", "weight"]).append_column("unnamed", unnamed)
 
 
 def _encoded(parts: Iterable[pa.Table], wanted: pa.Array) -> pa.Table:

@@ -24,7 +24,7 @@ from train.prepare.sources.danbooru import post_number
 FIELDS = (
     "source_id", "file_ext", "md5", "file_size", "width", "height", "created_at", "media_at", "rating", "score",
     "up_score", "down_score", "fav_count", "is_deleted", "is_banned", "is_pending", "parent_id", "has_children",
-    "pixel_hash_src",
+    "pixel_hash_src", "weight",
 )  # fmt: skip
 # What pandas, Python and databases print for a missing value; as a caption each would be a word to learn.
 _PRINTED_MISSING = frozenset(["nan", "NaN", "None", "null", "NULL", "<NA>", "NaT", "\\N"])

@@ -22,6 +22,7 @@ from train.config.dataset import DatasetConfig, dataset_dir
 from train.data.shards import ShardReader, read_meta
 from train.prepare.choosing.facts import among
 from train.prepare.choosing.merging import crop_losses
+from train.prepare.choosing.weights import by_source, told
 from train.prepare.health.captions import caption_facts
 from train.prepare.probe import ok_files
 from train.prepare.select import all_notes, selection_path, selection_visits, stored
@@ -71,7 +72,7 @@ def gather(settings: DatasetConfig) -> Facts:
 
 def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
     dataset = dataset_dir(settings)
-    records = read_table(dataset, "records", ["source", "hard_exclusion"])
+    records = read_table(dataset, "records", ["source", "hard_exclusion", "weight"])
     found = {entry["values"]: entry["counts"] for entry in pc.value_counts(records.column("source")).to_pylist()}
     refused = {
         reason: count for step, kind, reason, count in _quarantine(dataset)["counts"] if step == "ingest" and kind == "error"
@@ -82,7 +83,7 @@ def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
         "records": len(records),
         "by_source": dict(sorted(found.items())),
         "assume_rating": {source.name: source.assume_rating for source in settings.sources if source.assume_rating},
-        "weights": {source.name: source.weight for source in settings.sources if source.weight != 1},
+        "weights": {name: low if low == high else told(low, high) for name, (_, low, high) in by_source(settings, records).items()},
         "select": {stage: stored(dataset, stage)["counts"] for stage in settings.select},
         "visits": {stage: selection_visits(dataset, stage) for stage in settings.select},
         "mixed": {stage: stored(dataset, stage)["mixed"] for stage in settings.select},

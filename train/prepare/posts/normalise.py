@@ -35,6 +35,7 @@ from train.recipe.exclusions import excluded_by
 from train.recipe.tag_policy import RATING_WORDS
 
 MAX_MESSAGE_CHARS = 1000
+MAX_WEIGHT = 1e6  # of a picture's loss: a slip of the comma, not a wish
 # What reading one hostile record may raise; anything else is a defect of ours and must show.
 REFUSALS = (ValueError, TypeError, OverflowError, OSError, RecursionError)
 _INT32 = ("width", "height", "up_score", "down_score", "fav_count")
@@ -124,6 +125,8 @@ def _record(
     row |= {f"tags_{group}": _tags(post.tags.get(group), rules) for group in TAG_GROUPS}
     row["caption"], seen = (None, None) if post.caption is None else read_caption(post.caption, rules, tally)
     row["pixel_hash_src"] = _text(fields.get("pixel_hash_src"))
+    if (weight := _weight(fields.get("weight"))) is not None:  # without one the hash is as it was before there were weights
+        row["weight"] = weight
     row["raw_hash"] = _raw_hash(row)
     row["hard_exclusion"] = excluded_by(  # the first gate: every tag list, and all of the caption's text
         rating=row["rating"],
@@ -199,6 +202,15 @@ def _score(value: Any) -> tuple[int | None, float | None]:
     if number == int(number):
         return _whole(int(number), "score", 31), None
     return None, float(number)
+
+
+def _weight(value: Any) -> float | None:
+    if is_missing(value):
+        return None
+    number = float(_number(value, "weight"))
+    if not 0 <= number <= MAX_WEIGHT:
+        raise BadRecord(f"weight is {value!r}, expected 0 to {MAX_WEIGHT:g}")
+    return number
 
 
 def _flag(value: Any, name: str) -> bool:

@@ -62,6 +62,7 @@ RECORDS = _table(
     ("pixel_hash_src", pa.string(), True),
     ("hard_exclusion", pa.string(), True),  # rule id; no later step opens the file
     ("raw_hash", pa.string()),  # of the content, not of uri and member
+    ("weight", pa.float64(), True),  # of the picture's loss, beside its source's
 )
 
 PROBE = _table(

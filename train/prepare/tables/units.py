@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 from train.base import signals
 from train.base.errors import ExitCode, Halt
 from train.base.files import replacing
-from train.prepare.tables.schemas import LABELS, QUARANTINE, ROW_GROUP_ROWS, Quarantine, quarantine_table
+from train.prepare.tables.schemas import LABELS, QUARANTINE, RECORDS, ROW_GROUP_ROWS, Quarantine, quarantine_table
 from train.prepare.tables.workers import Peers
 
 MANIFEST = "manifest.json"
@@ -310,12 +310,13 @@ def read_table(dataset: Path, table: str, columns: list[str] | None = None) -> p
 
 def stream_table(dataset: Path, table: str, columns: list[str] | None = None) -> Iterator[pa.Table]:
     """The units of a finished table one after the other. Columns that an older version did not write are null."""
+    schema = {"labels": LABELS, "records": RECORDS}.get(table, pa.schema([]))
     for path in require_table(dataset, table):
         there = set(pq.read_schema(path).names)
-        missing = [name for name in columns or () if name not in there and table == "labels" and name in LABELS.names]
+        missing = [name for name in columns or () if name not in there and name in schema.names]
         part = pq.read_table(path, columns=columns and [name for name in columns if name not in missing])
         for name in missing:
-            part = part.append_column(name, pa.nulls(len(part), LABELS.field(name).type))
+            part = part.append_column(name, pa.nulls(len(part), schema.field(name).type))
         yield part
 
 
