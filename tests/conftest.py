@@ -8,9 +8,14 @@ import os
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 os.environ.pop("ANIX_FAULT", None)
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from standin import Hub
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +43,15 @@ def straight(base_model: Path, dataset: Path, tmp_path_factory: pytest.TempPathF
     stage = Stage(tmp_path_factory.mktemp("straight"), dataset, base_model)
     assert stage.run() == 0, stage.message
     return stage.output
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A hub on loopback that the real client asks; nothing else can be reached."""
+    import standin
+
+    with standin.asked_by_this_process(tmp_path, monkeypatch) as server:
+        yield server
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -351,6 +351,7 @@ def test_single_vae_file_must_be_sdxls(base: Path, tmp_path: Path) -> None:
     [
         ("nowhere/at-all", "does not exist", ExitCode.USAGE),
         ("owner/name@main", "40-digit commit", ExitCode.USAGE),
+        ("elsewhere/a.safetensors", "does not exist: give", ExitCode.USAGE),
         ("model.ckpt", "pickle", ExitCode.MISMATCH),
     ],
 )
@@ -386,14 +387,6 @@ def test_without_a_network_the_cache_serves(base: Path, tmp_path: Path, monkeypa
     with pytest.raises(Halt, match=r"owner/other.* cannot be fetched") as caught:
         model_source.find(f"owner/other@{COMMIT}")
     assert caught.value.code == ExitCode.MISMATCH
-
-
-def test_only_what_a_model_needs_is_fetched() -> None:
-    wanted = ["model_index.json", "README.md", "unet/config.json", "vae/diffusion_pytorch_model.safetensors",
-              "tokenizer/merges.txt", "scheduler/scheduler_config.json"]  # fmt: skip
-    refused = ["animagine-xl-3.1.safetensors", "unet/diffusion_pytorch_model.bin", "vae_1_0/x.safetensors",
-               "unet/diffusion_pytorch_model.fp16.safetensors", "handler.py", "unet/model.py"]  # fmt: skip
-    assert [name for name in wanted + refused if model_source.wanted_of_hub(name)] == wanted
 
 
 def declared(license: str | None, path: str = "m", title: str = "") -> LocalModel:

@@ -14,7 +14,8 @@ _SECRET_NAME = re.compile(_SECRET_WORDS, re.IGNORECASE)
 _PLACE_NAME = re.compile(r"(DIR|PATH|FILE|FOLDER|HOME|ROOT)$", re.IGNORECASE)  # SSH_KEY_DIR says where, not what
 _SECRET_TEXT = (
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), "***"),  # hub tokens
-    (re.compile(r"(?<![0-9A-Fa-f@])[0-9a-f]{40}(?![0-9A-Fa-f])"), "***"),  # 40-hex API keys; hashes and name@commit stay
+    # 40-hex API keys; hashes, name@commit and the commit in a hub's address stay.
+    (re.compile(r"(?<![0-9A-Fa-f@])(?<!/resolve/)[0-9a-f]{40}(?![0-9A-Fa-f])"), "***"),
     (re.compile(r"(\bauthorization[\"']?\s*[:=]\s*[\"']?(?:bearer|basic|token)\s+)[^\s\"',]+", re.IGNORECASE), r"\1***"),
     # An address's query, or what follows an encoded one: ?token=..., &X-Amz-Signature=...
     (re.compile(rf"([?&;][\w.-]{{0,40}}(?:{_SECRET_WORDS}|SIGNATURE)[\w.-]{{0,40}}=)[^&;\s\"'<>]+", re.IGNORECASE), r"\1***"),

@@ -21,11 +21,11 @@ from train.model import clip_tokens, prediction
 from train.model import source as model_source
 from train.model.adapters import names
 from train.model.folder import TOKENIZERS
-from train.model.source import HUB_NAME, LocalModel
+from train.model.source import LocalModel
 from train.recipe import groups, schedule
 from train.recipe.optimizer_state import checkpoint_bytes
 from train.recipe.order import Plan, share_of
-from train.storage import resume, space
+from train.storage import resume, revision, space
 from train.storage.rundir import RunDir, open_run_dir
 
 T = TypeVar("T")
@@ -101,7 +101,7 @@ def refusals(start: Start, run: RunDir | None, world: int) -> list[Halt]:
     tried(lambda: share_of(start.batch, world))
     tried(lambda: refuse_foreign_engines(start.running.sharding))
     # A hub model is fetched once everything else is known to be right.
-    local = Path(origin.path).exists() or HUB_NAME.match(origin.path) is None
+    local = Path(origin.path).exists() or not revision.pinned(origin.path)
     if local:
         tried(lambda: model_source.look(origin.model))
     selection = tried(lambda: open_selection(start.images))

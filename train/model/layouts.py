@@ -369,7 +369,12 @@ def _license_in_readme(path: Path) -> str | None:
     stated = [name for name in names if name != "other"]
     if not stated:
         return None
-    return FAIPL if stated[-1].lower().startswith("faipl-1.0-sd") else stated[-1]
+    return license_named(stated[-1])
+
+
+def license_named(stated: str) -> str:
+    """A licence as exports name it, of the short form that a hub's page has."""
+    return FAIPL if stated.lower().startswith("faipl-1.0-sd") else stated
 
 
 def stored_scale(folder: Path) -> Blob | None:

@@ -18,14 +18,11 @@ from typing import Any, Literal
 from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256, read_json
 from train.config.stage import ExportConfig, ModelConfig
-from train.model import folder as model_folder
 from train.model import layouts, sdxl, vae_file
-from train.storage import tensor_files
+from train.storage import hub, revision, tensor_files
 from train.storage.tensor_files import Blob
 
 log = logging.getLogger("anix")
-HUB_NAME = re.compile(r"^[\w.-]+/[\w.-]+@(.+)$")
-HUB_LIMIT_BYTES = 40 * 10**9  # of one download; SDXL in fp32 is 14 GB
 
 
 @dataclass(frozen=True)
@@ -125,40 +122,23 @@ def _is_run(path: Path) -> bool:
 
 
 def find(init_from: str, key: str = "model.init_from") -> Path:
-    """The local path of a model; a hub name is looked up in, or fetched into, the library's cache."""
+    """The local path of a model; one of the hub, named with its commit, is looked up on this machine or fetched."""
     path = Path(init_from)
     if path.exists():
         tensor_files.refuse_pickle(path)
         return path
-    hub = HUB_NAME.match(init_from)
-    if hub is None:
-        tensor_files.refuse_pickle(path)  # says the more useful thing first
+    if revision.pinned(init_from):
+        return hub.resolve(init_from, key)[0]
+    tensor_files.refuse_pickle(path)  # says the more useful thing first
+    line = hub.line_with_commit(init_from, key)
+    if line is None:
         ways = "a finished run's directory, a diffusers folder, a .safetensors file, or owner/name@<40-digit commit>"
-        raise Halt(ExitCode.USAGE, f"{key} {init_from} does not exist{_pinned(init_from, key)}: give {ways}")
-    if not re.fullmatch(r"[0-9a-f]{40}", hub.group(1)):
-        raise Halt(
-            ExitCode.USAGE,
-            f"{key} {init_from}: a hub model needs its full 40-digit commit, because a branch may change"
-            + _pinned(init_from, key),
-        )
-    return _fetch(init_from)
-
-
-def _pinned(name: str, key: str) -> str:
-    """The line to paste for a hub name without its commit, as far as the library's cache knows the commit."""
-    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", name)
-    if match is None or match[1].startswith((".", "/")):
-        return ""
-    from huggingface_hub import constants
-
-    repository, branch = match[1], match[2] or "main"
-    ref = Path(constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}" / "refs" / branch
-    commit = ref.read_text(encoding="utf-8").strip() if ref.is_file() else ""
-    if re.fullmatch(r"[0-9a-f]{40}", commit):
-        return f" on this machine; the model of the hub as it lies in the cache is {key}={repository}@{commit}"
-    if match[2] is None:
-        return f" on this machine; a model of the hub is named with its commit ({key}={repository}@<40-digit commit>)"
-    return ""
+        raise Halt(ExitCode.USAGE, f"{key} {init_from} does not exist: give {ways}")
+    raise Halt(
+        ExitCode.USAGE,
+        f"{key} {init_from} does not exist on this machine, and a model of the hub needs its full 40-digit commit, because a "
+        f"branch may change: {line}",
+    )
 
 
 def refuse_no_model(folder: Path) -> None:
@@ -174,46 +154,6 @@ def refuse_no_model(folder: Path) -> None:
     elif files:
         said += f": name the file in it, as {folder / files[0]}"
     raise Halt(ExitCode.MISMATCH, said)
-
-
-def _fetch(name: str) -> Path:
-    """Folder of a hub model at one commit: safetensors and text files, no variants, within the size limit.
-
-    Without a network the copy in the library's cache serves, if there is one.
-    """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    repository, _, revision = name.partition("@")
-    try:
-        info = HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=30)
-        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if wanted_of_hub(file.rfilename)}
-        if "model_index.json" not in sizes:
-            raise Halt(
-                ExitCode.MISMATCH, f"{name} is no diffusers model; download its single file and name that instead"
-            )
-        if sum(sizes.values()) > HUB_LIMIT_BYTES:
-            raise Halt(
-                ExitCode.MISMATCH, f"{name} holds {sum(sizes.values()) / 1e9:.0f} GB, too much for an SDXL model"
-            )
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(sizes)))
-    except Halt:
-        raise
-    except Exception as error:  # no network, no such model: each raises what its HTTP library does, which changes
-        try:
-            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-        except (LocalEntryNotFoundError, OSError, ValueError):
-            raise Halt(ExitCode.MISMATCH, f"model.init_from {name} cannot be fetched: {error}") from error
-
-
-def wanted_of_hub(file: str) -> bool:
-    """True for what an SDXL folder needs: configs, tokenizers, full-precision safetensors, the licence's README."""
-    folder, _, name = file.rpartition("/")
-    if not folder:
-        return name in ("model_index.json", "README.md")
-    if folder not in (*sdxl.NETWORKS, *model_folder.TOKENIZERS, "scheduler"):
-        return False
-    return name.endswith((".json", ".txt")) or (name.endswith(".safetensors") and ".fp16." not in name)
 
 
 def open_folder(path: Path, hashed: bool = True, networks: Sequence[str] = sdxl.NETWORKS) -> LocalModel:
@@ -242,8 +182,11 @@ def open_single_file(path: Path, hashed: bool = True, networks: Sequence[str] = 
     reading = layouts.single_weights(source, configs, networks)
     lineage = layouts.record_in(source.metadata) or None
     digest = sha256_of(path) if hashed else ""
+    metadata = dict(source.metadata)
+    if "modelspec.license" not in metadata and (stated := revision.license_beside(path)):
+        metadata["modelspec.license"] = layouts.license_named(stated)
     return LocalModel(
-        "single_file", path, digest, configs, reading.weights, None, source.metadata, lineage, reading.scale, reading.notes
+        "single_file", path, digest, configs, reading.weights, None, metadata, lineage, reading.scale, reading.notes
     )
 
 

@@ -21,7 +21,7 @@ from train.config.dataset import load_settings
 from train.config.dataset_rules import MAX_NAME
 from train.config.stage import StageConfig, load_stage
 from train.model.folder import refuse_existing
-from train.model.source import HUB_NAME
+from train.storage import revision
 from train.tools.convert import dataset as convert_dataset
 from train.tools.convert import keys, kinds, optimizers
 from train.tools.convert.keys import CHOICES, DATASET, DEFAULT_LR, DIRECT
@@ -332,5 +332,5 @@ def _complete(theirs: Mapping[str, Any], result: Result) -> None:
             config[key] = value
             result.notes[f"(ours) {key}"] = f"{reason}; check {value!r}"
     start = str(config.get("model.init_from", ""))
-    if start.count("/") == 1 and not HUB_NAME.match(start) and not start.startswith((".", "/")):
+    if start.count("/") == 1 and not revision.pinned(start) and not start.startswith((".", "/")):
         result.notes["(ours) model.init_from"] = f"a hub model needs its 40-digit commit: {start}@<commit>"
