@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Diffusers folder <-> single file; an adapter in kohya's names <-> its folder; merge, extract, add; sd-scripts TOML -> YAML."""
+"""Diffusers folder <-> single file; an adapter in kohya's names <-> its folder; merge, extract, add; sd-scripts TOML -> YAML, and its options."""
 
 import sys
 from pathlib import Path

@@ -362,6 +362,7 @@ def test_names_that_lead_nowhere(name: str, words: str, code: ExitCode) -> None:
 
 
 def test_a_pinned_hub_model_comes_from_the_cache(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     snapshot = tmp_path / "models--cagliostrolab--animagine-xl-3.0/snapshots" / COMMIT
@@ -378,6 +379,7 @@ def test_a_pinned_hub_model_comes_from_the_cache(base: Path, tmp_path: Path, mon
 
 
 def test_without_a_network_the_cache_serves(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens: refused at once
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
