@@ -73,7 +73,7 @@ def train_stage(config: StageConfig, attempt: ending.Attempt, yaml: str) -> None
             # Hand-off: last checkpoint and pictures, diffusers folder and single file, lineage, then DONE.
             loop.conclude(running)
             with watch.main_only("export"):
-                handoff.finish(config.identity, config.origin, running, source, data.index.fingerprint)
+                handoff.finish(running)
 
 
 if __name__ == "__main__":

@@ -136,6 +136,8 @@ class Origin:
     convert: bool  # another objective than the model's is meant
     with_vae: bool  # pictures are drawn under way
     adapter: AdapterConfig | None = None
+    files_every_epochs: int | None = None  # between usable files; None: at the end alone
+    timesteps: tuple[int, int] = (0, 1000)  # that are trained, upper end exclusive
 
 
 @dataclass(frozen=True)
@@ -193,9 +195,10 @@ class Watching:
 
 @dataclass(frozen=True)
 class Keeping:
-    """Where a run lies, what it saves, and how long it has to do so."""
+    """Where a run lies, what it saves and leaves behind, and how long it has to do so."""
 
     identity: Identity
+    origin: Origin  # of what it leaves behind
     checkpoint: CheckpointConfig
     grace_s: float
 
@@ -292,7 +295,10 @@ def origin(config: StageConfig) -> Origin:
     """The model to start from."""
     with_vae = config.sampling.every_steps > 0
     adapter = _adapter(config)
-    return Origin(config.model.init_from, config.model, config.export, config.trained_as, config.loss.convert, with_vae, adapter)
+    return Origin(
+        config.model.init_from, config.model, config.export, config.trained_as, config.loss.convert, with_vae, adapter,
+        config.export.every_epochs, config.noise.timesteps,
+    )  # fmt: skip
 
 
 def start(config: StageConfig) -> Start:
@@ -336,7 +342,7 @@ def owners(config: StageConfig) -> Owners:
         Learning(config.rates, config.ema, config.running, rounding_seed),
         Feeding(config.seed, config.data, config.noise),
         watching,
-        Keeping(config.identity, config.checkpoint, config.launch.grace_s),
+        Keeping(config.identity, config.origin, config.checkpoint, config.launch.grace_s),
         config.images,
     )
 

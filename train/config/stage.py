@@ -214,6 +214,7 @@ class ExportConfig:
     description: str | None = key(None, "in the single file's metadata", resume="free")
     tags: str | None = key(None, "in the single file's metadata", resume="free")
     merged: bool = key(False, "of an adapter's stage: write the whole model with the adapter added too", resume="free")
+    every_epochs: int | None = key(None, "epochs between usable files <stage>-eNNNN.safetensors (of an adapter's stage <stage>-eNNNN-lora.safetensors); null = at the end alone", at_least=1, resume="free")
 
 
 @dataclass(frozen=True)

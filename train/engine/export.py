@@ -10,7 +10,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from train.config.stage import ExportConfig
 from train.model import folder as model_folder
 from train.model import layouts, sdxl, single_file
 from train.model.adapters import bases, reading, training, writing
+from train.model.adapters.layers import Layer
 from train.model.prediction import FLOW_SHIFT_KEY, told_scheduler
 from train.model.source import LocalModel, model_sha256
 from train.observe import card
@@ -161,11 +162,46 @@ def export_stage(
     interrupted export left is replaced. `poll` is called between pieces of tensors and may raise. Raises Halt(CANNOT_WRITE), or Halt(MISMATCH) when a file reads back wrong.
     """
     faults.at("export")
-    dtype, stage = tensor_files.NAMES_OF_PRECISIONS[settings.dtype], str(record["stage"])
+    folder, stage = run_path / "model", str(record["stage"])
+    model = ready(
+        trained, source, record, settings, prediction=prediction, zero_terminal_snr=zero_terminal_snr, flow_shift=flow_shift,
+        timesteps=timesteps, side_px=side_px, poll=poll,
+    )  # fmt: skip
+    yaml = (run_path / "config.yaml").read_text(encoding="utf-8")
+    write_folder(folder, model, source, record, yaml, prediction=prediction, zero_terminal_snr=zero_terminal_snr, renew=True)
+    write_single(run_path / f"{stage}.safetensors", model, source)
+    if average is not None:
+        write_single(run_path / f"{stage}-ema.safetensors", averaged(model, average, poll), source)
+    poll()
+    write_json(run_path / "lineage.json", {**record, "model_sha256": model_sha256(folder)})
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A model as it will be written: its tensors by canonical name, configs and metadata, and the dtype they are cast to."""
+
+    weights: Mapping[str, Blob]
+    configs: Mapping[str, Mapping[str, Any]]
+    metadata: Mapping[str, str]
+    dtype: str
+
+
+def ready(
+    trained: Path | None,
+    source: LocalModel,
+    record: Mapping[str, Any],
+    settings: ExportConfig,
+    *,
+    prediction: str,
+    zero_terminal_snr: bool,
+    flow_shift: float,
+    timesteps: tuple[int, int],
+    side_px: int | None,
+    poll: Callable[[], None] = lambda: None,
+) -> Ready:
+    """`source` with a checkpoint's tensors over its own. The arguments are those of `export_stage`."""
     factor = sdxl.vae_factor(source.configs["vae"])
     side_px = side_px or int(source.configs["unet"].get("sample_size") or 1024 // factor) * factor
-    metadata = metadata_of(record, settings, prediction, timesteps, side_px, flow_shift)
-    weights = _polled({**source.weights, **(tensor_files.open_file(trained).blobs if trained is not None else {})}, poll)
     configs = {
         **source.configs,
         "unet": sdxl.drawn_at(source.configs["unet"], side_px, factor),
@@ -173,31 +209,51 @@ def export_stage(
             source.configs["scheduler"], v=prediction == "v", zero_terminal_snr=zero_terminal_snr,
             flow_shift=flow_shift if prediction == "flow" else None,
         ),
+    }  # fmt: skip
+    return Ready(
+        _polled({**source.weights, **(tensor_files.open_file(trained).blobs if trained is not None else {})}, poll),
+        configs,
+        metadata_of(record, settings, prediction, timesteps, side_px, flow_shift),
+        tensor_files.NAMES_OF_PRECISIONS[settings.dtype],
+    )
+
+
+def averaged(model: Ready, average: Path, poll: Callable[[], None] = lambda: None) -> Ready:
+    """The same model with the averaged weights of a checkpoint's ema.safetensors, which it says."""
+    told = {
+        **model.metadata,
+        "modelspec.title": model.metadata["modelspec.title"] + " (EMA)",
+        f"{layouts.RECORD_PREFIX}weights_sha256": file_sha256(average),
     }
-    folder = run_path / "model"
-    with model_folder.new_folder(folder, renew=True) as new:
-        hashes = model_folder.write_networks(new, weights, configs, dtype=dtype)
+    return replace(model, weights={**model.weights, **_polled(tensor_files.open_file(average).blobs, poll)}, metadata=told)
+
+
+def write_folder(
+    folder: Path, model: Ready, source: LocalModel, record: Mapping[str, Any], yaml: str,
+    *, prediction: str, zero_terminal_snr: bool, renew: bool = False,
+) -> None:  # fmt: skip
+    """A diffusers folder with its card, the record and `yaml`, the run's config; complete or not at all."""
+    with model_folder.new_folder(folder, renew=renew) as new:
+        hashes = model_folder.write_networks(new, dict(model.weights), model.configs, dtype=model.dtype)
         model_folder.write_tokenizers(source.tokenizers, new)
-        model_folder.write_pipeline(new, configs["scheduler"])
-        scale = source.logit_scale and tensor_files.cast(source.logit_scale, dtype, "logit_scale")
-        single_file.write_sidecar(new, metadata, scale)  # as in the single file, so that converting gives that file
-        replace_file(new / "training.yaml", _without_home((run_path / "config.yaml").read_text(encoding="utf-8")))
+        model_folder.write_pipeline(new, model.configs["scheduler"])
+        scale = source.logit_scale and tensor_files.cast(source.logit_scale, model.dtype, "logit_scale")
+        single_file.write_sidecar(new, model.metadata, scale)  # as in the single file, so that converting gives that file
+        replace_file(new / "training.yaml", _without_home(yaml))
         write_json(new / "lineage.json", record)
-        said = card.text(record, metadata, prediction=prediction, zero_terminal_snr=zero_terminal_snr, vae=configs["vae"])
+        said = card.text(record, model.metadata, prediction=prediction, zero_terminal_snr=zero_terminal_snr, vae=model.configs["vae"])
         replace_file(new / "README.md", said)
         for name, digest in hashes.items():  # before it takes the place of an earlier one
             _require_hash(new / name, digest)
-    _write_single(run_path / f"{stage}.safetensors", weights, configs, metadata, source, dtype)
-    if average is not None:
-        averaged = {**weights, **_polled(tensor_files.open_file(average).blobs, poll)}
-        told = {
-            **metadata,
-            "modelspec.title": metadata["modelspec.title"] + " (EMA)",
-            f"{layouts.RECORD_PREFIX}weights_sha256": file_sha256(average),
-        }
-        _write_single(run_path / f"{stage}-ema.safetensors", averaged, configs, told, source, dtype)
-    poll()
-    write_json(run_path / "lineage.json", {**record, "model_sha256": model_sha256(folder)})
+
+
+def write_single(path: Path, model: Ready, source: LocalModel) -> str:
+    """The single file of a model; its sha256."""
+    digest = single_file.write_single_file(
+        path, model.weights, model.configs, model.metadata, logit_scale=source.logit_scale, dtype=model.dtype
+    )
+    _require_hash(path, digest)
+    return digest
 
 
 def export_adapter(
@@ -218,24 +274,60 @@ def export_adapter(
     knows no names for them.
     """
     faults.at("export")
-    dtype, stage, base = tensor_files.NAMES_OF_PRECISIONS[settings.dtype], str(record["stage"]), source.base or source
-    shapes = {name: blob.shape for name, blob in source.weights.items()}
-    told = {**metadata, **bases.fields(base), "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_output_name": stage}
-    layers = training.layers_of(_polled(tensor_files.open_file(trained).blobs, poll), shapes, adapter)
-    file = run_path / f"{stage}-lora.safetensors"
-    _require_hash(file, writing.write_kohya(file, layers, source.configs, told, dtype=dtype, renew=True))
-    if all(layer.kind == "lora" for layer in layers.values()):
-        files = {"lineage.json": json.dumps(record), "training.yaml": _without_home((run_path / "config.yaml").read_text(encoding="utf-8"))}
-        folder = run_path / "lora"
-        digest = writing.write_diffusers(folder, layers, source.configs, told, dtype=dtype, files=files, renew=True)
-        _require_hash(folder / reading.DIFFUSERS_FILE, digest)
+    stage, yaml = str(record["stage"]), (run_path / "config.yaml").read_text(encoding="utf-8")
+    made = ready_adapter(trained, source, settings, adapter, metadata=metadata, name=stage, poll=poll)
+    write_kohya(run_path / f"{stage}-lora.safetensors", made, source)
+    if made.folder:
+        write_lora_folder(run_path / "lora", made, source, record, yaml, renew=True)
     if average is not None:
-        averaged = training.layers_of(_polled(tensor_files.open_file(average).blobs, poll), shapes, adapter)
-        file = run_path / f"{stage}-ema-lora.safetensors"
-        named = {**told, "ss_output_name": f"{stage}-ema", f"{layouts.RECORD_PREFIX}weights_sha256": file_sha256(average)}
-        _require_hash(file, writing.write_kohya(file, averaged, source.configs, named, dtype=dtype, renew=True))
+        named = {**metadata, f"{layouts.RECORD_PREFIX}weights_sha256": file_sha256(average)}
+        made = ready_adapter(average, source, settings, adapter, metadata=named, name=f"{stage}-ema", poll=poll)
+        write_kohya(run_path / f"{stage}-ema-lora.safetensors", made, source)
     poll()
     write_json(run_path / "lineage.json", record)
+
+
+@dataclass(frozen=True)
+class ReadyAdapter:
+    """An adapter as it will be written. `folder`: whether diffusers has names for its kind."""
+
+    layers: Mapping[str, Layer]
+    metadata: Mapping[str, str]
+    dtype: str
+
+    @property
+    def folder(self) -> bool:
+        """LoKr and LoHa have a single file alone."""
+        return all(layer.kind == "lora" for layer in self.layers.values())
+
+
+def ready_adapter(
+    trained: Path, source: LocalModel, settings: ExportConfig, adapter: AdapterConfig,
+    *, metadata: Mapping[str, str], name: str, poll: Callable[[], None] = lambda: None,
+) -> ReadyAdapter:  # fmt: skip
+    """The adapter in a checkpoint's file; it says `metadata`, its base and the `name` it goes by."""
+    shapes = {tensor: blob.shape for tensor, blob in source.weights.items()}
+    told = {
+        **metadata, **bases.fields(source.base or source), "modelspec.architecture": "stable-diffusion-xl-v1-base/lora", "ss_output_name": name,
+    }  # fmt: skip
+    layers = training.layers_of(_polled(tensor_files.open_file(trained).blobs, poll), shapes, adapter)
+    return ReadyAdapter(layers, told, tensor_files.NAMES_OF_PRECISIONS[settings.dtype])
+
+
+def write_kohya(path: Path, made: ReadyAdapter, source: LocalModel) -> str:
+    """The adapter's file in kohya's names; its sha256. What lies there is replaced."""
+    digest = writing.write_kohya(path, made.layers, source.configs, made.metadata, dtype=made.dtype, renew=True)
+    _require_hash(path, digest)
+    return digest
+
+
+def write_lora_folder(
+    folder: Path, made: ReadyAdapter, source: LocalModel, record: Mapping[str, Any], yaml: str, *, renew: bool = False
+) -> None:
+    """The folder that diffusers' `load_lora_weights` reads."""
+    files = {"lineage.json": json.dumps(record), "training.yaml": _without_home(yaml)}
+    digest = writing.write_diffusers(folder, made.layers, source.configs, made.metadata, dtype=made.dtype, files=files, renew=renew)
+    _require_hash(folder / reading.DIFFUSERS_FILE, digest)
 
 
 def _polled(weights: Mapping[str, Blob], poll: Callable[[], None]) -> dict[str, Blob]:
@@ -253,18 +345,6 @@ def _without_home(text: str) -> str:
     """No user's name in what is passed on."""
     home = str(Path.home())
     return text.replace(home, "~") if len(home) > 1 else text
-
-
-def _write_single(
-    path: Path,
-    weights: Mapping[str, Blob],
-    configs: Mapping[str, Mapping[str, Any]],
-    metadata: Mapping[str, str],
-    source: LocalModel,
-    dtype: str,
-) -> None:
-    digest = single_file.write_single_file(path, weights, configs, metadata, logit_scale=source.logit_scale, dtype=dtype)
-    _require_hash(path, digest)
 
 
 def _require_hash(path: Path, digest: str) -> None:

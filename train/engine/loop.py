@@ -20,6 +20,7 @@ import torch
 from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.base.signals import grace_warning
+from train.engine import usable
 from train.engine.processes import GRACE_S
 from train.engine.session import Run, Session
 from train.engine.step import Outcome, bad_step, bad_step_record, compute_update, may_apply, not_finite
@@ -44,6 +45,7 @@ def train(session: Session) -> None:
     try:
         with seldom_collected():
             look_first(session)
+            leave_files(session)  # those that an earlier start did not come to
             run_updates(session)
     except BaseException as error:
         leave(session, error)
@@ -132,6 +134,9 @@ def after_update(session: Session, outcome: Outcome) -> None:
         look(session)
     if done % GARBAGE_STEPS == 0:
         gc.collect()
+    if done in run.files.epochs:
+        save(session, whole=True)
+        leave_files(session)
     if outcome.stop_asked and not last:
         save(session, now=True)
         raise Halt(ExitCode.STOPPED, f"stopped by a signal after update {done}; saved: the same command goes on")
@@ -176,6 +181,33 @@ def look(session: Session, *, last: bool = False) -> None:
             seen.held_out.measure(done, run.progress.updates, seen.tracker, run.stop)
 
 
+def leave_files(session: Session) -> None:
+    """Usable files of the epochs that are done (`export.every_epochs`), on the main process while the others wait.
+
+    A stop leaves them to the next start; where they cannot be written, `checkpoint.on_full_disk` decides.
+    """
+    run = session.run
+    if not run.files.epochs:
+        return
+
+    def poll() -> None:
+        if run.stop.asked:
+            raise InterruptedError("a stop was asked for")
+
+    with run.watch.main_only("files of an epoch"):
+        if not run.place.is_main:
+            return
+        try:
+            for name in usable.leave_epochs(run.folder.path, run.files, run.progress.step, poll):
+                log.info("usable file of an epoch: %s", run.folder.path / name)
+        except InterruptedError:
+            log.info("the file of an epoch is left to the next start")
+        except Halt as halt:
+            if halt.code != ExitCode.CANNOT_WRITE or run.checkpoint.on_full_disk == "stop":
+                raise
+            session.observers.tracker.alert(f"the file of an epoch is not written: {halt.message}")
+
+
 def conclude(session: Session) -> None:
     """Save the last update, then look at it. A stop cuts the look short, and the next start takes it again."""
     run = session.run
@@ -184,16 +216,18 @@ def conclude(session: Session) -> None:
     collectives.stop_if_asked(run.stop.asked, run.place.device, run.progress.step)
 
 
-def save(session: Session, *, now: bool = False, permanent: bool = False) -> None:
-    """Save the present progress: in the background, or before returning with `now`."""
+def save(session: Session, *, now: bool = False, permanent: bool = False, whole: bool = False) -> None:
+    """Save the present progress: in the background, or before returning with `now`, or with `whole`, where it may fail."""
     trained, run = session.trained, session.run
     trained.check_replicas(run.progress.step)
     tensors = trained.tensors()  # with shares a collective, so before anybody is waited for
-    wait = now or not run.checkpoint.background
+    wait = now or whole or not run.checkpoint.background
     with run.watch.main_only("save") if wait else contextlib.nullcontext():
         if run.saver is None:
             return
-        if now:
+        if whole:
+            run.saver.save_whole(run.progress, tensors, state_now(session))
+        elif now:
             run.saver.save_now(run.progress, tensors, state_now(session), permanent=permanent)
         else:
             run.saver.save(run.progress, tensors, state_now(session))

@@ -27,11 +27,13 @@ from train.data.dataset import TileDataset
 from train.data.loader import Loader
 from train.data.selection import short_tiles_note
 from train.data.shards import ShardReader
+from train.engine import usable
 from train.engine.processes import HANGS_AT, Watch
 from train.engine.refusals import check_schedule
 from train.engine.restore import expectations, restore, state_of
 from train.engine.setup import Data, Machine, Model, make_optimizer, open_shares
 from train.engine.step import Gradients, Rates, Trained, adopted_by_buckets
+from train.engine.usable import Files
 from train.model.networks import Networks, trained_parameters
 from train.model.vae_file import LatentScale
 from train.observe.heldout import HeldOut
@@ -101,6 +103,7 @@ class Run:
     checkpoint: CheckpointConfig
     grace_s: float  # between SIGTERM and SIGKILL
     state: Mapping[str, Any]  # what state.json says beside progress and loss scale
+    files: Files  # what it leaves behind
     update_s: float = 0.0
     saved_at: float = field(default_factory=time.monotonic)  # when a checkpoint was begun last
     settled: torch.cuda.Event | None = None  # on a card: the last update is applied there too
@@ -134,11 +137,12 @@ def open_session(
         diffusion=model.diffusion, scale=latent_scale, together=model.shards is not None,
     )  # fmt: skip
     parameters, shares = trained_parameters(networks), model.shards or open_shares(running.sharding, networks, place)
+    files = usable.files_of(keeping.identity, keeping.origin, model.source, data.index, plan)
     optimizer = make_optimizer(settings, schedule.peaks(settings), networks, shares, strict=machine.strict)
     ema = open_average(learning.ema, parameters)
     expected = expectations(identity, data, model.source, networks, ema)
     if place.is_main:
-        check_room(run, plan, parameters, shares, running.optimizer, keeping.checkpoint, average=ema is not None)
+        check_room(run, plan, parameters, shares, running.optimizer, keeping.checkpoint, files, average=ema is not None)
         if note := short_tiles_note(owners.images, plan):
             log.info(note)
     loaded = restore(
@@ -172,6 +176,7 @@ def open_session(
             checkpoint=keeping.checkpoint,
             grace_s=keeping.grace_s,
             state=state_of(identity.hash, expected, loaded, place.world, model.execution, run.done),
+            files=files,
         ),
     )
 
@@ -236,6 +241,7 @@ def check_room(
     shares: Shares | FullShards | None,
     optimizer: str,
     settings: CheckpointConfig,
+    files: Files | None = None,
     *,
     average: bool,
 ) -> None:
@@ -250,8 +256,9 @@ def check_room(
     if problems := [problem for problem in found if problem]:
         raise Halt(ExitCode.MISMATCH, "\n".join(problems))
     warning = space.permanent_warning(
-        run, one_bytes, settings, updates=plan.total_updates, updates_per_epoch=plan.updates_per_epoch
-    )
+        run, one_bytes, settings, updates=plan.total_updates, updates_per_epoch=plan.updates_per_epoch,
+        files_bytes=usable.missing_bytes(run.path, files, parameters.values(), average=average) if files is not None else 0,
+    )  # fmt: skip
     if warning:
         log.warning(warning)
 

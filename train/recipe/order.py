@@ -175,6 +175,18 @@ class Plan:
             above *= 2
         return bisect_right(range(above + 1), position, key=self._tiles_before) - 1
 
+    def ends_of(self, every: int | None) -> dict[int, int]:
+        """{updates done: epochs done} at the end of every so many epochs, the run's own end apart; {} for None.
+
+        An epoch is done with the update that holds its last tile, which may hold tiles of the next one too.
+        """
+        ends: dict[int, int] = {}
+        epoch = every or 0
+        while epoch and (done := -(-self._tiles_before(epoch) // self._t)) < self.total_updates:
+            ends[done] = epoch  # several epochs that one update ends: the last
+            epoch += every or 0
+        return ends
+
     def update(self, s: int) -> tuple[Tile, ...]:
         """The T tiles of update s, 0 <= s < total_updates, in order."""
         if not 0 <= s < self.total_updates:

@@ -199,6 +199,13 @@ class Saver:
         with self._saving:
             return self._save(progress, tensors, state)
 
+    def save_whole(self, progress: Progress, tensors: Tensors, state: Mapping[str, Any]) -> None:
+        """As `save`, after the one in flight, and return once it is written; a failure is reported like any other."""
+        with self._saving:
+            self._join()
+            self._save(progress, tensors, state)
+            self._join()
+
     def _save(self, progress: Progress, tensors: Tensors, state: Mapping[str, Any]) -> bool:
         start = time.perf_counter()
         if self._thread is not None and self._thread.is_alive() and self.settings.when_busy == "skip":

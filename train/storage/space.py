@@ -45,22 +45,26 @@ def permanent_count(settings: CheckpointConfig, updates: int, updates_per_epoch:
 
 
 def permanent_warning(
-    run: RunDir, one_bytes: float, settings: CheckpointConfig, *, updates: int, updates_per_epoch: int
+    run: RunDir, one_bytes: float, settings: CheckpointConfig, *, updates: int, updates_per_epoch: int, files_bytes: int = 0
 ) -> str | None:
-    """What to tell when the checkpoints that this run keeps for ever will not fit; the run may start all the same."""
+    """What to tell when what this run keeps for ever will not fit: checkpoints, and the usable files of its epochs.
+
+    `files_bytes`: of those files that are still to come. The run may start all the same.
+    """
     one = one_bytes * SPACE_FACTOR
     every = permanent_every(settings, updates_per_epoch)
     there = list(committed(run.checkpoints))
     to_come = max(permanent_count(settings, updates, updates_per_epoch) - sum(m.permanent for *_, m in there), 0)
-    need = to_come * one + max(most_at_once(settings) * one - sum(m.total_bytes for *_, m in there if not m.permanent), 0)
+    need = files_bytes + to_come * one + max(most_at_once(settings) * one - sum(m.total_bytes for *_, m in there if not m.permanent), 0)
     have = free_bytes(run.checkpoints) + leftover_bytes(run.path)
     if have >= need:
         return None
+    files = f", and {gb(files_bytes)} of files by export.every_epochs" if files_bytes else ""
     return (
         f"output_dir {run.path}: {to_come} more checkpoints will be kept for ever (checkpoint.permanent_every_steps: "
-        f"{every}), {gb(one)} each; with the last {settings.keep} and the one being written that is {gb(need)}, the disk "
+        f"{every}), {gb(one)} each{files}; with the last {settings.keep} and the one being written that is {gb(need)}, the disk "
         f"has {gb(have)}. The run starts; when the disk is full, checkpoint.on_full_disk "
-        "decides. Raise checkpoint.permanent_every_steps, or move old ones away in time"
+        f"decides. Raise checkpoint.permanent_every_steps{' or export.every_epochs' if files else ''}, or move old ones away in time"
     )
 
 

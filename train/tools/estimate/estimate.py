@@ -248,7 +248,10 @@ def _disk_report(
     elif export is not None and start.running.average:
         export += export // 2  # the average as a single file
     most = space.most_at_once(start.checkpoint) + permanent
-    need = one * most + (export or 0) if one is not None else None
+    every, plan = start.origin.files_every_epochs, images.plan
+    files = len(plan.ends_of(every)) if plan is not None else (math.ceil(total / per_epoch) - 1) // every if every else 0
+    file = _epoch_file_bytes(start, setup) if setup is not None else None
+    need = one * most + (export or 0) + files * (file or 0) if one is not None else None
     return {
         "free_bytes": free_bytes,
         "fits": need <= free_bytes if need is not None and free_bytes is not None else None,
@@ -259,7 +262,15 @@ def _disk_report(
         "permanent_checkpoints": permanent,
         "checkpoints_bytes": one * most if one is not None else None,
         "export_bytes": export,
+        "epoch_files": files,
+        "epoch_files_bytes": files * file if file is not None else None,
     }
+
+
+def _epoch_file_bytes(start: Start, setup: Setup) -> int:
+    """Of what one epoch leaves behind: a single file or an adapter, and their average where that is kept."""
+    wide, both = start.origin.export.dtype == "fp32", 1 + start.running.average
+    return both * (setup.adapter.values * (4 if wide else 2) if setup.adapter is not None else EXPORT_BYTES // 2 * (1 + wide))
 
 
 def _free_disk(output_dir: str, request: Request, how: str) -> int | None:

@@ -62,7 +62,10 @@ def problems(plan: dict[str, Any]) -> list[str]:
     if plan["memory"]["fits"] is False:
         found.append(plan["memory"]["problem"])
     if plan["disk"]["fits"] is False:
-        found.append("checkpoints and export do not fit the disk: lower checkpoint.keep or raise checkpoint.permanent_every_steps")
+        found.append(
+            "checkpoints and export do not fit the disk: lower checkpoint.keep or raise checkpoint.permanent_every_steps"
+            + (" or export.every_epochs" if plan["disk"]["epoch_files"] else "")
+        )
     if (before := plan.get("finished")) and not before["allowed"]:
         found.append(before["text"])
     return found
@@ -107,6 +110,8 @@ def _disk_lines(disk: dict[str, Any]) -> list[str]:
             f", checkpoint {disk['checkpoint_bytes'] / 1e9:.1f} GB x at most {disk['checkpoints_at_most']} "
             f"= {disk['checkpoints_bytes'] / 1e9:.0f} GB, export {disk['export_bytes'] / 1e9:.1f} GB"
         )
+        if disk["epoch_files"]:
+            line += f", {disk['epoch_files']} files of epochs {disk['epoch_files_bytes'] / 1e9:.2f} GB"
     if disk["free_bytes"] is not None:
         line += f"; {disk['free_bytes'] / 1e9:.0f} GB free"
     return [line]
