@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import select
@@ -22,12 +23,20 @@ def find_chromium() -> str:
     return found
 
 
+def _pipe() -> tuple[int, int]:
+    low = os.pipe()
+    ends = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in low]
+    for end in low:
+        os.close(end)
+    return ends[0], ends[1]
+
+
 class Browser:
-    """One page of a headless Chromium. `requests` lists every address the page asked for."""
+    """One page of a headless Chromium. `requests` lists every address the page asked for, `errors` every line on its console."""
 
     def __init__(self, profile: Path) -> None:
-        here_read, its_write = os.pipe()
-        its_read, here_write = os.pipe()
+        # Above 9: where nothing else is open they would be 3 and 4 themselves, which the shell takes for Chromium's.
+        (here_read, its_write), (its_read, here_write) = _pipe(), _pipe()
         arguments = [find_chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                      "--no-first-run", "--disable-background-networking", f"--user-data-dir={profile}",
                      "--window-size=1400,1500"]  # fmt: skip
@@ -103,6 +112,10 @@ class Browser:
         details = message.get("params", {})
         if message.get("method") == "Network.requestWillBeSent":
             self.requests.append(details["request"]["url"])
-        if message.get("method") == "Log.entryAdded" and details["entry"]["level"] == "error":
+        if message.get("method") == "Log.entryAdded":
             self.errors.append(f"{details['entry']['text']} {details['entry'].get('url', '')}")
+        if message.get("method") == "Runtime.consoleAPICalled":
+            self.errors.append(" ".join(str(one.get("value", one.get("description"))) for one in details["args"]))
+        if message.get("method") == "Runtime.exceptionThrown":
+            self.errors.append(str(details["exceptionDetails"].get("exception", {}).get("description")))
         return message

@@ -260,7 +260,8 @@ class FailIfConfig:
 class ReportConfig:
     """The health report."""
 
-    pictures: Literal["safe", "all", "none"] = key("safe", "safe = ratings g and s only")
+    pictures: Literal["safe", "all", "none"] = key("safe", "safe = ratings g and s only; what has no rating is shown by its source's assume_rating: g or s, or by all")
+    captions: int = key(2000, "pictures whose captions the page can search and correct; of more a random draw; 0 = none", at_least=0)
     fail_if: FailIfConfig = field(default_factory=FailIfConfig)
 
 

@@ -24,6 +24,7 @@ from train.prepare.tables.refusals import SEEN_COLUMNS, refused_by
 from train.prepare.tables.schemas import LABELS, Quarantine, quarantine_table
 from train.prepare.tables.workers import Peers
 from train.prepare.tagging.corrections import Corrections, Row, read_corrections
+from train.prepare.tagging.matching import plain_tag
 from train.prepare.tagging.policy import freeze, open_words, post_days
 from train.prepare.tagging.vectorised import Inputs, TokenCount, label_table
 from train.recipe.exclusions import EXCLUSIONS_VERSION
@@ -65,7 +66,7 @@ def run(settings: DatasetConfig) -> None:
     mine = [corrections.within(*_key_range(path)) for path in records]
     names = [
         # A unit without corrections keeps its name, and so its labels.
-        f"{n:05d}-{units.config_id(config=config, of=of, **({'corrections': rows} if (rows := mine[n].rows()) else {}))}.parquet"
+        f"{n:05d}-{units.config_id(config=config, of=of, **({'corrections': rows, 'exclude': settings.exclude.tags} if (rows := mine[n].rows()) else {}))}.parquet"
         for n, (of, _) in enumerate(inputs)
     ]
 
@@ -202,11 +203,14 @@ def _corrected(
 ) -> tuple[pa.Table, list[Quarantine]]:
     """Records as the corrections have them, without those that an added tag excludes: beside what a drop takes away."""
     keep, entries = np.ones(len(records), bool), []
+    unwanted = set(map(plain_tag, settings.exclude.tags))
     for row, change in corrections.touched(records["key"]):
         record = {name: records[name][row].as_py() for name in SEEN_COLUMNS}
-        if change.add and (found_rule := refused_by(record, settings, change.add)):
+        found_rule = refused_by(record, settings, change.add) if change.add else None
+        theirs = [tag for tag in change.add if plain_tag(tag) in unwanted]
+        if found_rule or theirs:
             keep[row] = False
-            entries.append(Quarantine(records["key"][row].as_py(), "label", "excluded_tag", found_rule[0]))
+            entries.append(Quarantine(records["key"][row].as_py(), "label", "excluded_tag", found_rule[0] if found_rule else theirs[0]))
     return corrections.applied(records.filter(pa.array(keep))), entries
 
 

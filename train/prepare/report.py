@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Mapping
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode
 from train.config.dataset import DatasetConfig, dataset_dir
-from train.prepare.choosing.facts import among, between
+from train.prepare.choosing.facts import among
+from train.prepare.health.browser import browsed
 from train.prepare.health.facts import Facts, gather
 from train.prepare.health.page import counted, number, page
-from train.prepare.images.looks import Look, Thumb, thumbnail
-from train.prepare.probe import ok_files
-from train.prepare.tables.pool import Pool
-from train.prepare.tables.progress import bar
+from train.prepare.health.pictures import pictures_of, showable
+from train.prepare.select import selection_path
 from train.prepare.tables.quarantine import Complaint, too_many
-from train.prepare.tables.schemas import RECORDS
 from train.prepare.tables.units import merge_quarantine, read_table, row_hash, stream_table, sweep, write_text
 from train.prepare.tables.workers import Peers
 from train.recipe.captions import Caption, DrawOptions, draw_captions, render
@@ -28,7 +25,6 @@ from train.recipe.rng import uid_of
 
 SAMPLES = 24  # pictures in the grid of random ones
 SHUFFLES = 5  # captions shown with their shuffles
-_SAFE = ("g", "s")
 
 
 def run(settings: DatasetConfig) -> None:
@@ -41,10 +37,15 @@ def run(settings: DatasetConfig) -> None:
         sweep(dataset)
         facts = gather(settings)
         facts["checks"] = checks(settings, facts)
-        facts["samples"] = _samples(settings)
+        shown, facts["hidden"] = showable(settings)
+        facts["samples"] = _samples(settings, shown["key"].combine_chunks())
         facts = {"schema": 1, "name": settings.name, **facts}
+        browser = None
+        if settings.report.captions:
+            browser = browsed(settings, {stage: pq.read_table(selection_path(dataset, stage), columns=["key"])["key"] for stage in settings.select})
+        pictures = pictures_of(settings, facts, shown, browser)
         write_text(dataset / "report.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-        write_text(dataset / "report.html", page(facts, _pictures(settings, facts)))
+        write_text(dataset / "report.html", page(facts, pictures, browser))
     broken = [check for check in facts["checks"] if not check["ok"]]
     print(f"report: {dataset / 'report.html'}: " + (f"{counted(len(broken), 'limit', 'limits')} broken" if broken else "healthy"))
     if broken:
@@ -100,9 +101,9 @@ def _of_the_best(settings: DatasetConfig, facts: Facts, best: str) -> tuple[int,
     return max(counts, key=lambda pair: pair[0] / max(pair[1], 1), default=(0, 1))
 
 
-def _samples(settings: DatasetConfig) -> list[Facts]:
-    """Random pictures of the largest selection with their captions: the same ones for the same data."""
-    shown, dataset = _showable(settings).column("key").combine_chunks(), dataset_dir(settings)
+def _samples(settings: DatasetConfig, shown: pa.Array) -> list[Facts]:
+    """Random pictures of those `shown` with their captions: the same ones for the same data."""
+    dataset = dataset_dir(settings)
     found: list[tuple[int, str, Facts]] = []
     for part in stream_table(dataset, "labels", ["key", "fixed_tags", "flex_tags", "tail_tags", "prose"]):
         part = among(part, shown)
@@ -126,51 +127,3 @@ def _samples(settings: DatasetConfig) -> list[Facts]:
 def _shuffled(caption: Caption, key: str, epoch: int) -> str:
     drawn = draw_captions([caption], DrawOptions(), seed=0, uids=[uid_of(key)], epochs=[epoch], update=0)[0]
     return ", ".join([*drawn.fixed, *drawn.flex, *drawn.after])
-
-
-def _showable(settings: DatasetConfig) -> pa.Table:
-    """Records whose picture may stand on the page: sound, not hard-excluded, and of a rating that `pictures` allows.
-
-    Columns key, source, uri, member, by key.
-    """
-    dataset, places = dataset_dir(settings), ["key", "source", "uri", "member"]
-    sound = ok_files(settings, ["key"]).column("key").combine_chunks()
-    refused = read_table(dataset, "select", ["key"]).column("key").combine_chunks()
-    safe = [source.name for source in settings.sources if source.assume_rating in _SAFE]
-    parts = [pa.schema([RECORDS.field(name) for name in places]).empty_table()]
-    for part in stream_table(dataset, "records", [*places, "rating", "hard_exclusion"]):
-        keys, rating = part.column("key"), part.column("rating").cast(pa.string())
-        assumed = pc.and_(pc.is_null(rating), pc.is_in(part.column("source"), value_set=pa.array(safe, pa.string())))
-        allowed = pc.or_(pc.is_in(rating, value_set=pa.array(_SAFE)), assumed)
-        if settings.report.pictures != "safe":
-            allowed = pa.array([settings.report.pictures == "all"] * len(part))
-        found = pc.and_(pc.is_in(keys, value_set=between(sound, keys)), pc.invert(pc.is_in(keys, value_set=refused)))
-        kept = part.filter(pc.and_(pc.and_(allowed, found), pc.is_null(part.column("hard_exclusion"))))
-        parts.append(kept.select(places).cast(parts[0].schema))
-    return pa.concat_tables(parts)
-
-
-def _pictures(settings: DatasetConfig, facts: Mapping[str, Any]) -> dict[str, bytes]:
-    """JPEG thumbnails of every picture the page shows; keys of `crop/<key>` have the crop drawn in."""
-    duplicates = (key for kind in facts["duplicates"].values() for group in kind["examples"] for key in group[:4])
-    keys = [*(sample["key"] for sample in facts["samples"]), *duplicates,
-            *(row["key"] for row in facts["sizes"]["enlarged_worst"])]  # fmt: skip
-    wanted = pa.array([*keys, *(row["key"] for row in facts["crop"]["worst"])], pa.string())
-    shown, sources = _showable(settings), {source.name: source for source in settings.sources}
-    looks = {
-        row["key"]: Look(sources[row["source"]], settings.probe, row["uri"], row["member"])
-        for row in shown.filter(pc.is_in(shown.column("key"), value_set=wanted)).to_pylist()
-    }
-    jobs = {key: Thumb(looks[key], None) for key in keys if key in looks}
-    for row in facts["crop"]["worst"]:
-        if row["key"] in looks:
-            left, top = row["crop_left"] / row["resized_w"], row["crop_top"] / row["resized_h"]
-            box = (left, top, left + row["bucket_w"] / row["resized_w"], top + row["bucket_h"] / row["resized_h"])
-            jobs[f"crop/{row['key']}"] = Thumb(looks[row["key"]], box)
-    results = {}
-    with Pool.of_pictures(thumbnail, settings) as pool, bar(len(jobs), "report: pictures", "pictures") as shown_bar:
-        for name, data in zip(jobs, pool.map(list(jobs.values())), strict=True):
-            if isinstance(data, bytes):
-                results[name] = data
-            shown_bar.update()
-    return results

@@ -88,6 +88,7 @@ def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
         "visits": {stage: selection_visits(dataset, stage) for stage in settings.select},
         "mixed": {stage: stored(dataset, stage)["mixed"] for stage in settings.select},
         "notes": all_notes(dataset, settings.select),
+        "corrections": json.loads((dataset / "dataset.json").read_text()).get("label", {}).get("corrections"),
         "index_rows": len(index),
         "index_images": len(pc.unique(index.column("key"))),
     }
@@ -301,8 +302,8 @@ def _disk(dataset: Path) -> Facts:
         if path.is_file():
             top = path.relative_to(dataset).parts[0]
             sizes[top if (dataset / top).is_dir() else "files beside"] += path.stat().st_size
-    # The page and its JSON are left out: they would change themselves.
-    for name in ("report.html", "report.json"):
+    # What the report itself writes is left out: it would change itself.
+    for name in ("report.html", "report.json", "thumbnails.parquet"):
         if (dataset / name).exists():
             sizes["files beside"] -= (dataset / name).stat().st_size
     return dict(sorted(sizes.items()))

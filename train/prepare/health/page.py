@@ -10,30 +10,35 @@ from typing import Any
 from markupsafe import Markup
 
 from train.prepare.choosing.balance import Mixed, told_of
+from train.prepare.health.browser import Shown
 from train.prepare.health.facts import Facts
-from train.prepare.health.pages import html, joined
+from train.prepare.health.pages import html, joined, render
 from train.prepare.health.pages import page as whole_page
 
 Pictures = Mapping[str, bytes]
 _NUMBER = re.compile(r"[\d.,]+( %| MB)?")
 
 
-def page(facts: Facts, pictures: Pictures) -> str:
-    """The whole HTML text."""
+def page(facts: Facts, pictures: Pictures, browser: Shown | None = None) -> str:
+    """The whole HTML text. `browser`: what its script searches. A section with nothing in it is left out."""
     broken, counts = sum(not check["ok"] for check in facts["checks"]), facts["counts"]
     state = html.span(f"{counted(broken, 'limit', 'limits')} broken", "bad") if broken else html.span("healthy", "ok")
     lead = joined([f"{counts['index_images']:,} pictures ready to train on, from {counts['records']:,} records: ", state])
-    sections = [(f"s{number}", name, joined(make(facts, pictures))) for number, (name, make) in enumerate(SECTIONS.items())]
-    return whole_page(f"Dataset {facts['name']}", "health.css", lead, sections)
+    made = [(name, joined(make(facts, pictures))) for name, make in SECTIONS.items()]
+    if browser is not None:
+        made.insert(1, ("Pictures and captions", Markup(render("browser.html", **_browser(facts, browser)))))
+    sections = [(f"s{number}", name, body) for number, (name, body) in enumerate(made) if body]
+    return whole_page(f"Dataset {facts['name']}", "health.css", lead, sections, "browser.js" if browser is not None else "")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> Markup:
-    """A table; numbers and shares to the right."""
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> Markup:
+    """A table, under its title; numbers and shares to the right. Nothing where there is no row."""
     rows = [list(row) for row in rows]
     if not rows:
-        return Markup(html.p("none", "note"))
+        return Markup("")
     right = [all(isinstance(row[i], int | float) or _NUMBER.fullmatch(row[i] or "") for row in rows) for i in range(len(head))]
-    return Markup(html.table(head, [[_cell(cell) for cell in row] for row in rows], right))
+    made = Markup(html.table(head, [[_cell(cell) for cell in row] for row in rows], right))
+    return Markup(html.h3(title)) + made if title else made
 
 
 def counted(number: int, one: str, many: str) -> str:
@@ -67,12 +72,35 @@ def _picture(pictures: Pictures, name: str) -> Any:
     return html.picture(base64.b64encode(pictures[name]).decode()) if name in pictures else html.p("picture not shown", "note")
 
 
+def _browser(facts: Facts, browser: Shown) -> dict[str, Any]:
+    """What the browser's template takes: its data, and what is to be said above it."""
+    told, shown, total = [*_hidden(facts)], len(browser["pictures"]), browser["of"]
+    if shown < total:
+        told.append(f"A random {shown:,} of {total:,} pictures are on this page: report.captions is the number.")
+    told.append("Click a tag to drop it, write one below a picture to add it, then export. Struck out in red: what a stage with that "
+                "many tokens does not read, as the caption stands here; in training the flexible tags are shuffled, so others are cut.")  # fmt: skip
+    advice = "Save it where you keep the dataset's config, name it there (corrections: corrections.csv) and run prepare.py all again: " \
+             "the captions named in it change, the latents stay. The file holds the corrections in use too."  # fmt: skip
+    return {"told": told, "data": browser, "advice": advice}
+
+
+def _hidden(facts: Facts) -> Iterator[str]:
+    """Why some pictures are not shown, and the key that shows them."""
+    hidden = facts["hidden"]
+    if count := sum(hidden["unrated"].values()):
+        names = ", ".join(hidden["unrated"])
+        yield (f"{counted(count, 'picture is', 'pictures are')} not shown because nothing says how they are rated (sources: {names}). "
+               "assume_rating: g (or s) of their source says that they are safe; report.pictures: all shows every picture.")  # fmt: skip
+    if count := hidden["rated"]:
+        yield f"{counted(count, 'picture is', 'pictures are')} not shown because of their rating: report.pictures is safe; all shows them."
+
+
 def _figure(pictures: Pictures, name: str, *lines: str) -> Any:
     return html.figure(_picture(pictures, name), html.lines(lines))
 
 
 def _grid(figures: Sequence[str]) -> Any:
-    return html.div(figures, "grid") if figures else html.p("none", "note")
+    return html.div(figures, "grid") if figures else Markup("")
 
 
 def _verdict(facts: Facts, _: Pictures) -> Iterator[str]:
@@ -86,6 +114,9 @@ def _verdict(facts: Facts, _: Pictures) -> Iterator[str]:
 
 def _samples(facts: Facts, pictures: Pictures) -> Iterator[str]:
     samples = facts["samples"]
+    if not samples:
+        yield from (html.p(line, "note") for line in _hidden(facts))
+        return
     yield _grid([_figure(pictures, s["key"], html.code(s["key"]), s["text"]) for s in samples])
     yield html.h3("Shuffled captions")
     yield html.p("As written, then as training sees it in three epochs: the fixed part stays in front.", "note")
@@ -102,8 +133,7 @@ def _counts(facts: Facts, _: Pictures) -> Iterator[str]:
     yield html.h3("Records by source")
     yield table(["source", "records", "without rating counted as"],
                 [(*row, counts["assume_rating"].get(row[0], "explicit")) for row in counts["by_source"].items()])  # fmt: skip
-    if counts["weights"]:
-        yield table(["source", "weight of its images in the loss"], counts["weights"].items())
+    yield table(["source", "weight of its images in the loss"], counts["weights"].items())
     for stage, steps in counts["select"].items():
         before = [steps[0][1], *(count for _, count in steps)]
         yield html.h3(f"{stage}: images left after each filter")
@@ -112,10 +142,19 @@ def _counts(facts: Facts, _: Pictures) -> Iterator[str]:
         if (mixed := counts["mixed"][stage]) is not None:
             yield from _mixing(mixed)
     yield from (html.p(note, "bad") for note in counts["notes"])
-    yield html.h3("Hard exclusions")
-    yield table(["rule", "word", "records"], [(rule, *one) for rule, words in facts["hard_exclusions"].items() for one in words.items()])
-    yield html.h3("Selected in two stages")
-    yield table(["stages", "images in both"], facts["overlap"].items())
+    yield from _corrected(counts["corrections"])
+    excluded = [(rule, *one) for rule, words in facts["hard_exclusions"].items() for one in words.items()]
+    yield table(["rule", "word", "records"], excluded, "Hard exclusions")
+    yield table(["stages", "images in both"], facts["overlap"].items(), "Selected in two stages")
+
+
+def _corrected(told: Facts | None) -> Iterator[str]:
+    if told is None:
+        return
+    yield html.h3("Corrections")
+    yield html.p(f"{counted(told['dropped'], 'tag', 'tags')} dropped and {told['added']:,} added, in {counted(told['captions'], 'caption', 'captions')}"
+                 + (f"; {told['of_excluded']:,} of excluded records, which stay out" if told["of_excluded"] else "") + ".")  # fmt: skip
+    yield table(["changes nothing", "tag", "change"], told["idle"][:50])
 
 
 def _mixing(mixed: Facts) -> Iterator[str]:
@@ -136,15 +175,17 @@ def _balance(facts: Facts, _: Pictures) -> Iterator[str]:
         for name in dict.fromkeys(name for counts in sets.values() for name in counts[tag]):
             shares = ((counts[tag].get(name, 0), max(counts["rows"], 1)) for counts in sets.values())
             rows.append([name, *(cell for n, total in shares for cell in (n, f"{100 * n / total:.1f}"))])
-        yield html.h3(tag.capitalize())
-        yield table([tag, *(part for name in sets for part in (name, "%"))], rows)
+        named = any(counts[tag].get(name) for counts in sets.values() for name in counts[tag] if name != "(none)")
+        if named:
+            yield table([tag, *(part for name in sets for part in (name, "%"))], rows, tag.capitalize())
+        else:
+            yield html.p(f"No picture has a {tag} tag.", "note")
     for other in ("rating", "year"):
         rows = []
         for column, words in sets["all sound files"][f"quality_by_{other}"].items():
-            total = sum(words.values())
-            rows.append([column, total, *(f"{100 * n / max(total, 1):.1f} %" for n in words.values())])
-        yield html.h3(f"Quality by {other}, all sound files")
-        yield table([other, "images", *facts["words"]["quality"]], rows)
+            if total := sum(words.values()):
+                rows.append([column, total, *(f"{100 * n / total:.1f} %" for n in words.values())])
+        yield table([other, "images", *facts["words"]["quality"]], rows, f"Quality by {other}, all sound files")
 
 
 def _tags(facts: Facts, _: Pictures) -> Iterator[str]:
@@ -158,8 +199,7 @@ def _buckets(facts: Facts, pictures: Pictures) -> Iterator[str]:
     for stage, buckets in facts["buckets"].items():
         yield html.h3(stage)
         yield bars(buckets["images"].items(), "bucket")
-        if buckets["areas"]:
-            yield table(["sizes up to this many px", "images"], buckets["areas"].items())
+        yield table(["sizes up to this many px", "images"], (buckets["areas"] or {}).items())
         if buckets["merged"]:
             yield html.p(f"Merged because too small: {', '.join(f'{a} into {b}' for a, b in buckets['merged'].items())}")
         if buckets["merging"]:
@@ -205,7 +245,7 @@ def _captions(facts: Facts, _: Pictures) -> Iterator[str]:
 
 def _duplicates(facts: Facts, pictures: Pictures) -> Iterator[str]:
     found, names = facts["duplicates"], {"sha256": "same file", "pixel": "same pixels", "phash": "look alike"}
-    rows = [(names[method], data["groups"], data["rows"], data["dropped"]) for method, data in found.items()]
+    rows = [(names[method], data["groups"], data["rows"], data["dropped"]) for method, data in found.items() if data["groups"]]
     yield table(["", "groups", "images", "left out"], rows)
     for method, data in found.items():
         if data["examples"]:
@@ -218,22 +258,23 @@ def _duplicates(facts: Facts, pictures: Pictures) -> Iterator[str]:
 
 def _sizes(facts: Facts, pictures: Pictures) -> Iterator[str]:
     sizes = facts["sizes"]
-    yield html.h3(f"{counted(sizes['enlarged'], 'picture is', 'pictures are')} enlarged")
+    if sizes["enlarged"]:
+        yield html.h3(f"{counted(sizes['enlarged'], 'picture is', 'pictures are')} enlarged")
     yield _grid([
         _figure(pictures, row["key"], html.code(row["key"]), f"{row['orig_w']}x{row['orig_h']} enlarged {row['scale']:.2f} times")
         for row in sizes["enlarged_worst"]
     ])  # fmt: skip
     for name, title in (("size_mismatches", "another size than their metadata says"), ("wrong_extensions", "the wrong extension")):
-        yield html.h3(f"{counted(sizes[name]['count'], 'file has', 'files have')} {title}")
-        yield html.p(Markup(", ").join(map(html.code, sizes[name]["examples"])))
+        if sizes[name]["count"]:
+            yield html.h3(f"{counted(sizes[name]['count'], 'file has', 'files have')} {title}")
+            yield html.p(Markup(", ").join(map(html.code, sizes[name]["examples"])))
 
 
 def _quarantine(facts: Facts, _: Pictures) -> Iterator[str]:
     data = facts["quarantine"]
     rows = [(row["key"], row["step"], row["reason"], row["message"], row["exception"] or "") for row in data["listed"]]
     yield table(["step", "kind", "reason", "records"], data["counts"])
-    yield html.h3("List")
-    yield table(["key", "step", "reason", "message", "exception"], rows)
+    yield table(["key", "step", "reason", "message", "exception"], rows, "List")
     if data["rows"] > len(rows):
         yield html.p(f"and {data['rows'] - len(rows):,} more in quarantine.parquet", "note")
 
@@ -243,8 +284,7 @@ def _files(facts: Facts, _: Pictures) -> Iterator[str]:
     yield html.p(f"{latents['rows']:,} latents in {latents['shards']:,} shards; {latents['read']:,} read and checked, "
                  f"{latents['unreadable']:,} unreadable.")  # fmt: skip
     yield table(["on disk", "size"], [(name, f"{size / 1e6:,.1f} MB") for name, size in facts["disk_bytes"].items()])
-    yield html.h3("Stale")
-    yield table(["table", "files of other settings (safe to delete)"], facts["stale_files"].items())
+    yield table(["table", "files of other settings (safe to delete)"], facts["stale_files"].items(), "Stale")
 
 
 SECTIONS: dict[str, Callable[[Facts, Pictures], Iterator[str]]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,18 @@ _TEMPLATES = Environment(
 html: Any = _TEMPLATES.get_template("parts.html").module  # its macros: table, p, figure, ...
 
 
-def page(title: str, style: str, lead: str, sections: Iterable[tuple[str, str, str]]) -> str:
-    """A whole page in the looks of `style`; a section is (anchor, name, body)."""
-    return render("page.html", title=title, style=style, lead=lead, sections=list(sections))
+def page(title: str, style: str, lead: str, sections: Iterable[tuple[str, str, str]], script: str = "") -> str:
+    """A whole page in the looks of `style`; a section is (anchor, name, body). `script`: the one template that may run.
+
+    A browser runs nothing else: the page's policy names the script by its hash.
+    """
+    code = _TEMPLATES.loader.get_source(_TEMPLATES, script)[0] if script and _TEMPLATES.loader else ""
+    digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode() if code else ""
+    return render("page.html", title=title, style=style, lead=lead, sections=list(sections), script=Markup(code), digest=digest)
 
 
 def render(name: str, **values: Any) -> str:
-    """A template with its values filled in."""
+    """A template with its values filled in; Markup."""
     return _TEMPLATES.get_template(name).render(values) + "\n"
 
 

@@ -150,19 +150,21 @@ class Thumb:
 
     look: Look
     box: tuple[float, float, float, float] | None
+    px: int = THUMB_PX  # of its longest side
+    quality: int = 75
 
 
 def thumbnail(job: Thumb) -> bytes | None:
-    """JPEG of at most 256 px, without metadata; None where the file cannot be read."""
+    """JPEG without metadata; None where the file cannot be read."""
     try:
         image = decode(_read(job.look), job.look.rules).image
     except (Refused, MemoryError):
         return None
-    image.thumbnail((THUMB_PX, THUMB_PX))
+    image.thumbnail((job.px, job.px))
     if job.box is not None:
         outline = [value * side for value, side in zip(job.box, image.size * 2, strict=True)]
         corners = (outline[0], outline[1], outline[2] - 1, outline[3] - 1)
         ImageDraw.Draw(image).rectangle(corners, outline=(230, 30, 30), width=2)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=75)
+    image.save(buffer, "JPEG", quality=job.quality)
     return buffer.getvalue()

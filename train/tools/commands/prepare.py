@@ -39,6 +39,8 @@ def main() -> int:
         except Halt as halt:
             raise Halt(halt.code, halt.message + _not_run(step, steps[number + 1 :], halt)) from halt
     print(f"{arguments.step}: finished in {time.monotonic() - started:.1f} s: {dataset_dir(settings)}")
+    if (page := dataset_dir(settings) / "report.html").exists():
+        print(f"look at it: {page}  (in a browser: pictures, captions, and what to correct in them)")
     return 0
 
 
