@@ -130,3 +130,18 @@ def test_the_command_asks_the_hub_that_the_environment_names(hub: Hub, tmp_path:
     assert found.returncode == ExitCode.MISMATCH and "Traceback" not in found.stderr
     assert re.search(rf"owner/other@{'a' * 40} cannot be fetched: HF_HUB_OFFLINE is set.*into models/other/", found.stderr)
     assert "owner/name@" in found.stdout, "what lies here is checked and told without one"
+
+
+def test_a_new_folder_takes_a_base_by_name(hub: Hub) -> None:
+    """`new.py --base owner/name`: fetched at one commit, found here the next time, whatever the branch is then."""
+    from train.tools.new import base
+
+    commit = hub.add("owner/name", {"a.safetensors": model(3)})
+    here = Path.cwd() / "models/a.safetensors"
+    assert base.find("owner/name") == here
+    hub.add("owner/name", {"a.safetensors": model(4)})
+    hub.asked.clear()
+    assert base.find("owner/name") == base.find(f"owner/name@{commit}") == here and hub.asked == []
+    for path in ("models/b.safetensors", "runs/one"):
+        with pytest.raises(Halt, match=f"{path} does not exist here"):
+            base.find(path)

@@ -78,13 +78,19 @@ def resolve(text: str, key: str = "model.init_from", out: Path = MODELS) -> tupl
     return got.place, str(got.commit)
 
 
-def line_with_commit(text: str, key: str) -> str | None:
-    """`key=owner/name@<commit>` for a name without its commit, as far as this machine or the hub knows it.
+def named(text: str) -> Name | None:
+    """The hub's model that `text` names; None for another form, or for what is rather a local path that is not there.
 
-    None for what is no such name, or rather a local path that is not there: the hub is not asked about those.
+    The hub is not asked about those.
     """
     name, first = parse(text), text.partition("/")[0]
-    if name is None or first in _OURS or Path(first).is_dir() or (name.file is None and text.endswith(".safetensors")):
+    local = first in _OURS or Path(first).is_dir() or (name is not None and name.file is None and text.endswith(".safetensors"))
+    return None if local and "@" not in text else name
+
+
+def line_with_commit(text: str, key: str) -> str | None:
+    """`key=owner/name@<commit>` for a name without its commit, as far as this machine or the hub knows it; None for no name."""
+    if (name := named(text)) is None:
         return None
     commit = known_commit(name, MODELS)
     if commit is None:
