@@ -36,6 +36,7 @@ def _sharding(*kinds: str) -> Callable[[StageConfig], str | None]:
 SETTINGS: Mapping[str, Setting] = {setting.key: setting for setting in (
     Setting("optimizer.sharding: fsdp2 or hsdp", _sharding("fsdp2", "hsdp"), ("optimizer.sharding=fsdp2",)),
     Setting("optimizer.sharding: zero1", _sharding("zero1"), ("optimizer.sharding=zero1",)),
+    Setting("optimizer.offload: host", _told("optimizer.offload: host", lambda c: c.optimizer.offload == "host"), ("optimizer.offload=host",)),
     Setting("adapter.type", lambda c: f"adapter.type: {c.adapter.type}" if c.adapter.type != "none" else None, ("adapter.type=lora",)),
     Setting("batch.determinism: strict", _told("batch.determinism: strict", lambda c: c.batch.determinism == "strict"),
             ("batch.determinism=strict", "model.gradient_checkpointing=full", "batch.split=1")),
@@ -54,6 +55,7 @@ SETTINGS: Mapping[str, Setting] = {setting.key: setting for setting in (
 
 _NOT_TRIED = "not tried together"
 _SHARDS = "not tried together; use none or zero1"
+_ONE_PROCESS = "masters in host memory are for one process, which shares nothing; remove one"
 REFUSED: Mapping[tuple[str, str], str] = {
     ("optimizer.sharding: fsdp2 or hsdp", "batch.determinism: strict"): _SHARDS,
     ("optimizer.sharding: fsdp2 or hsdp", "model.weights: bf16"): _SHARDS,
@@ -63,6 +65,15 @@ REFUSED: Mapping[tuple[str, str], str] = {
     ("optimizer.sharding: fsdp2 or hsdp", "optimizer.name: adamw8bit or lion8bit"): _SHARDS,  # its blocks of 256 would follow the cuts
     ("optimizer.sharding: fsdp2 or hsdp", "optimizer.name: lion or another"): _SHARDS,
     ("optimizer.sharding: fsdp2 or hsdp", "ema.device: cpu"): _SHARDS,
+    ("optimizer.offload: host", "optimizer.sharding: fsdp2 or hsdp"): _ONE_PROCESS,
+    ("optimizer.offload: host", "optimizer.sharding: zero1"): _ONE_PROCESS,
+    ("optimizer.offload: host", "adapter.type"): _NOT_TRIED,
+    ("optimizer.offload: host", "model.weights: bf16"): _NOT_TRIED,
+    ("optimizer.offload: host", "model.compile"): _NOT_TRIED,
+    ("optimizer.offload: host", "model.float8"): _NOT_TRIED,
+    ("optimizer.offload: host", "model.channels_last"): _NOT_TRIED,
+    ("optimizer.offload: host", "optimizer.name: adamw8bit or lion8bit"): _NOT_TRIED,
+    ("optimizer.offload: host", "optimizer.name: lion or another"): _NOT_TRIED,
     ("adapter.type", "optimizer.sharding: fsdp2 or hsdp"): _NOT_TRIED,
     ("adapter.type", "model.weights: bf16"): _NOT_TRIED,
     ("adapter.type", "model.compile"): _NOT_TRIED,

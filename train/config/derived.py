@@ -105,6 +105,7 @@ class Running:
     sharding: Literal["none", "zero1", "fsdp2", "hsdp"]
     shard_group: int | None
     gather: Literal["fp32", "bf16"]
+    offload: Literal["none", "host"]
     trains_text: bool
     groups: Sequence[GroupConfig]  # tensors with a learning rate of their own, or none
     adapter: AdapterConfig | None  # trained in place of the networks' own weights
@@ -266,6 +267,7 @@ def running(config: StageConfig) -> Running:
         sharding=config.optimizer.sharding,
         shard_group=config.optimizer.shard_group,
         gather=config.optimizer.gather,
+        offload=config.optimizer.offload,
         trains_text=model.train_text_encoders,
         groups=config.optimizer.groups,
         adapter=_adapter(config),

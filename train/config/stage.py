@@ -119,6 +119,7 @@ class OptimizerConfig:
     max_grad_norm: float = key(1.0, "one global norm over all trained parameters; 0 = off", at_least=0)
     sharding: Literal["none", "zero1", "fsdp2", "hsdp"] = key("none", "what the processes share: zero1 the optimizer's state, fsdp2 weights and gradients too, hsdp as fsdp2 within a group", resume="warn")
     shard_group: int | None = key(None, "hsdp: processes that share; null = those of a machine", at_least=2, resume="warn")
+    offload: Literal["none", "host"] = key("none", "host: fp32 weights, gradients and state lie in host memory, the card holds 16-bit copies; one process", resume="warn")
     gather: Literal["fp32", "bf16"] = key("fp32", "fsdp2, hsdp: what travels when a block is made whole; bf16 = half the bytes, other numbers", resume="warn")
 
 

@@ -100,6 +100,7 @@ def refusals(start: Start, run: RunDir | None, world: int) -> list[Halt]:
     tried(lambda: resume.check_accept(identity.accept, identity.flat))
     tried(lambda: share_of(start.batch, world))
     tried(lambda: refuse_foreign_engines(start.running.sharding))
+    tried(lambda: refuse_processes(start.running.offload, world))
     # A hub model is fetched once everything else is known to be right.
     local = Path(origin.path).exists() or not revision.pinned(origin.path)
     if local:
@@ -124,6 +125,16 @@ def refusals(start: Start, run: RunDir | None, world: int) -> list[Halt]:
         if run.rank == 0 and (problem := tried(lambda: _lacking(start, run, source))):
             found.append(Halt(ExitCode.MISMATCH, problem))
     return found
+
+
+def refuse_processes(offload: str, world: int) -> None:
+    """Halt(USAGE) for masters in host memory on several processes."""
+    if offload == "host" and world > 1:
+        raise Halt(
+            ExitCode.USAGE,
+            f"optimizer.offload: host on {world} processes: each would need the host memory again; start one, or set "
+            "optimizer.offload=none and optimizer.sharding=fsdp2",
+        )
 
 
 def refuse_foreign_engines(sharding: str) -> None:

@@ -26,16 +26,17 @@ from train.storage.rundir import RunDir, remove_leftovers
 
 if TYPE_CHECKING:
     from train.optim.fsdp2 import FullShards
+    from train.optim.offload import HostMasters
 
 log = logging.getLogger("anix")
 SELECTION = "selection.safetensors"  # beside config.yaml: which images and captions this run trains on
 
 
 def expectations(
-    identity: Identity, data: Data, source: LocalModel, networks: Networks, ema: Ema | None
+    identity: Identity, data: Data, source: LocalModel, parameters: Mapping[str, torch.nn.Parameter], ema: Ema | None
 ) -> resume.Expectations:
     """What a checkpoint of this run must have been written under, and what the next one says about itself."""
-    model = state_files.specs(trained_parameters(networks))
+    model = state_files.specs(parameters)
     return resume.Expectations(
         stage=identity.stage,
         config=resume.without_secrets(identity.flat),
@@ -73,6 +74,7 @@ def restore(
     ema: Ema | None,
     index: Index,
     shards: FullShards | None,
+    masters: HostMasters | None,
     *,
     name: str,
     verify: str,
@@ -91,11 +93,13 @@ def restore(
         return None
     if loaded.progress.updates and loaded.manifest.files["optimizer.safetensors"].tensors == 0:
         raise Halt(ExitCode.MISMATCH, f"{loaded.path}: {loaded.progress.updates} updates, and no optimizer state")
-    parameters = trained_parameters(networks)
+    parameters = trained_parameters(networks) if masters is None else masters.parameters
     whole, average = loaded.tensors("model"), loaded.tensors("ema") if ema is not None else {}
     if shards is not None:  # this process's parts alone
         whole, average = shards.cut(whole, parameters), shards.cut(average, parameters)
     overlay(networks, whole, loaded.path / "model.safetensors")
+    if masters is not None:
+        masters.load(whole)
     optimizers.load_state_tensors(
         optimizer, parameters, loaded.tensors("optimizer"), name=name, source=loaded.path,
         cut=None if shards is None else shards.cut_state,

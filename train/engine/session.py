@@ -34,7 +34,7 @@ from train.engine.restore import expectations, restore, state_of
 from train.engine.setup import Data, Machine, Model, make_optimizer, open_shares
 from train.engine.step import Gradients, Rates, Trained, adopted_by_buckets
 from train.engine.usable import Files
-from train.model.networks import Networks, trained_parameters
+from train.model.networks import trained_parameters
 from train.model.vae_file import LatentScale
 from train.observe.heldout import HeldOut
 from train.observe.metrics import Trace, read_metrics
@@ -58,6 +58,7 @@ from train.storage.saver import Saver, available_host_bytes
 
 if TYPE_CHECKING:
     from train.optim.fsdp2 import FullShards
+    from train.optim.offload import HostMasters
 
 log = logging.getLogger("anix")
 Parameters = Mapping[str, torch.nn.Parameter]  # trained ones by canonical name
@@ -136,17 +137,20 @@ def open_session(
         watching, data.folder, data.held_out, data.tokenizer, networks, place,
         diffusion=model.diffusion, scale=latent_scale, together=model.shards is not None,
     )  # fmt: skip
-    parameters, shares = trained_parameters(networks), model.shards or open_shares(running.sharding, networks, place)
+    masters, shares = model.masters, model.shards or open_shares(running.sharding, networks, place)
+    parameters = trained_parameters(networks) if masters is None else masters.parameters
     files = usable.files_of(keeping.identity, keeping.origin, model.source, data.index, plan)
-    optimizer = make_optimizer(settings, schedule.peaks(settings), networks, shares, strict=machine.strict)
+    optimizer = make_optimizer(settings, schedule.peaks(settings), networks, masters or shares, strict=machine.strict)
     ema = open_average(learning.ema, parameters)
-    expected = expectations(identity, data, model.source, networks, ema)
+    expected = expectations(identity, data, model.source, parameters, ema)
     if place.is_main:
-        check_room(run, plan, parameters, shares, running.optimizer, keeping.checkpoint, files, average=ema is not None)
+        check_room(
+            run, plan, parameters, shares, running.optimizer, keeping.checkpoint, files, average=ema is not None, masters=masters
+        )
         if note := short_tiles_note(owners.images, plan):
             log.info(note)
     loaded = restore(
-        run, expected, networks, optimizer, ema, data.index, model.shards,
+        run, expected, networks, optimizer, ema, data.index, model.shards, masters,
         name=running.optimizer, verify=keeping.checkpoint.verify, is_main=place.is_main,
     )  # fmt: skip
     progress = loaded.progress if loaded else Progress()
@@ -220,11 +224,12 @@ def open_trained(
 ) -> Trained:
     """The networks with what makes and applies their gradients. A collective: every process has the same weights then."""
     return Trained(
-        gradients=open_gradients(machine, model.networks, model.shards),
+        gradients=open_gradients(machine, model),
         diffusion=model.diffusion,
         optimizer=optimizer,
         optimizer_name=settings.name,
-        parameters=trained_parameters(model.networks),
+        parameters=trained_parameters(model.networks) if model.masters is None else model.masters.parameters,
+        masters=model.masters,
         ema=ema,
         shares=shares,
         scale=scale,
@@ -244,6 +249,7 @@ def check_room(
     files: Files | None = None,
     *,
     average: bool,
+    masters: HostMasters | None = None,
 ) -> None:
     """Halt(MISMATCH) naming all that the disk and the host lack. `optimizer`: its name; `average`: an EMA is kept.
 
@@ -252,7 +258,11 @@ def check_room(
     weights = "bf16" if any(parameter.element_size() == 2 for parameter in parameters.values()) else "fp32"
     one_bytes = checkpoint_bytes(optimizer, shapes_of(parameters.values()), weights=weights, average=average)
     gathered = shares.gathered_bytes(optimizer, parameters, one_bytes) if shares is not None else 0
-    found = (space.lacking_space(run, one_bytes, settings), _host_lacks(shares.name if shares is not None else "none", gathered))
+    found = (
+        space.lacking_space(run, one_bytes, settings),
+        _host_lacks(shares.name if shares is not None else "none", gathered),
+        offload_lacks(masters.pending_bytes(optimizer) if masters is not None else 0),
+    )
     if problems := [problem for problem in found if problem]:
         raise Halt(ExitCode.MISMATCH, "\n".join(problems))
     warning = space.permanent_warning(
@@ -271,6 +281,17 @@ def _host_lacks(sharding: str, need: int) -> str | None:
     return (
         f"optimizer.sharding: {sharding} gathers {need / 1e9:.1f} GB of state in the main process's host memory at every save, and "
         f"{have / 1e9:.1f} GB are available; use none, or a host with more memory"
+    )
+
+
+def offload_lacks(need: int) -> str | None:
+    """What is wrong when the host cannot take the `need` bytes of gradients and state that masters there bring beside them."""
+    have = available_host_bytes()
+    if have >= need:
+        return None
+    return (
+        f"optimizer.offload: host needs {need / 1e9:.1f} GB of host memory beside the weights for gradients and optimizer state, and "
+        f"{have / 1e9:.1f} GB are available; use a host with more memory, or optimizer.offload: none"
     )
 
 
@@ -323,10 +344,10 @@ def open_loader(
     )
 
 
-def open_gradients(machine: Machine, networks: Networks, shards: FullShards | None) -> Gradients:
+def open_gradients(machine: Machine, opened: Model) -> Gradients:
     """DDP around the one module, or plain module and flat buffer when the order of sums must not vary."""
-    place = machine.place
-    parameters = list(trained_parameters(networks).values())
+    place, networks, shards = machine.place, opened.networks, opened.shards
+    parameters = list((trained_parameters(networks) if opened.masters is None else opened.masters.parameters).values())
     if machine.strict:
         groups = collectives.pair_groups(place.world, machine.collective_timeout_s)
         return Gradients(networks, parameters, place, strict_groups=groups, virtual_per_rank=machine.virtual_per_rank)

@@ -36,6 +36,7 @@ from train.model.recomputation import exempt_steps_of, set_checkpointing, set_te
 from train.model.source import LocalModel, is_standard
 from train.optim import optimizers, rounding, stepping
 from train.optim.collectives import Place
+from train.optim.offload import HostMasters
 from train.optim.zero1 import Shares
 from train.recipe import timesteps
 from train.recipe.order import Plan, plan_fingerprint, share_of
@@ -81,6 +82,7 @@ class Model:
     diffusion: Diffusion
     costs: memory.Setup | None  # what an image costs is counted for SDXL's own networks only
     shards: FullShards | None  # FSDP2: which part of everything this process holds
+    masters: HostMasters | None = None  # the trained weights themselves, where the networks hold copies of them
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,9 @@ def open_model(
     if running.adapter is not None and source.adapter is not None:
         runs.go_on_from(networks, source.adapter, source.path)
     shards = open_shards(running, networks, machine.place)
+    masters = None
+    if running.offload == "host":
+        masters = HostMasters(networks, trained_parameters(networks), machine.place.device, PRECISIONS[running.precision])
     if shards is None:
         networks.to(machine.place.device)
     if running.attention in ("flash", "cudnn"):
@@ -207,7 +212,7 @@ def open_model(
         channels_last=running.channels_last,
     )
     costs = memory.setup_of(running, machine.place.world) if is_standard(source.configs) else None
-    return Model(source, components, networks, execution, diffusion, costs, shards)
+    return Model(source, components, networks, execution, diffusion, costs, shards, masters)
 
 
 def open_networks(running: Running, told: TrainedAs, components: Components, execution: Execution) -> Networks:
@@ -257,7 +262,12 @@ def probe(networks: Networks, precision: str, max_tokens: int) -> None:
 
 
 def make_optimizer(
-    settings: OptimizerConfig, peaks: Mapping[str, float], networks: Networks, shares: Shares | FullShards | None, *, strict: bool
+    settings: OptimizerConfig,
+    peaks: Mapping[str, float],
+    networks: Networks,
+    shares: Shares | FullShards | HostMasters | None,
+    *,
+    strict: bool,
 ) -> torch.optim.Optimizer:
     """The configured optimizer over its groups, or over this process's share of each."""
     groups = []
@@ -265,7 +275,9 @@ def make_optimizer(
         members = list((parameters if shares is None else shares.mine(parameters)).values())
         if members:
             groups.append((name, members, peaks[name]))
-    optimizer = optimizers.make_optimizer(groups, settings, strict=strict)
+    # Beside a CPU the masters step as weights on it do, bit by bit; beside a card in one pass over the host's memory.
+    fused = isinstance(shares, HostMasters) and shares.device.type == "cuda"
+    optimizer = optimizers.make_optimizer(groups, settings, strict=strict, fused=fused)
     if isinstance(optimizer, stepping.Adafactor) and shares is not None:
         optimizer.group = shares.group
     return optimizer

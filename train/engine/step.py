@@ -27,6 +27,7 @@ from train.optim import optimizers, schedule_free, stepping
 from train.optim.collectives import BinaryCounter, FlatGradients, Place, check_replicas, reduce_pairwise
 from train.optim.ema import Ema
 from train.optim.loss_scale import LossScale
+from train.optim.offload import HostMasters
 from train.optim.zero1 import Shares
 from train.recipe.order import Tile, partial_sums
 from train.storage.rundir import RunDir
@@ -168,6 +169,7 @@ class Trained:
     rates_at: Rates
     max_grad_norm: float
     rounding_seed: int | None = None  # of 16-bit weights
+    masters: HostMasters | None = None  # owner of `parameters` where the networks hold copies of them
 
     def step(self, updates: int, times: Times = OFF) -> None:
         """Apply the gradients that are ready after `updates` updates: own share, the others' shares, the average."""
@@ -176,6 +178,9 @@ class Trained:
         if self.shares is not None:
             self.shares.spread(self.parameters)
             times.mark("communication")
+        if self.masters is not None:
+            self.masters.follow()
+            times.mark("optimizer")
         if self.ema is not None:
             self.ema.update(self.parameters, updates + 1)
             times.mark("optimizer")

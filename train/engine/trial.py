@@ -47,7 +47,7 @@ def check(session: Session) -> int:
     trained, plan, dataset = session.trained, session.data.plan, session.data.loader.dataset
     device, gradients = session.run.place.device, trained.gradients
     on_gpu = device.type == "cuda"
-    pending_bytes = pending_state_bytes(trained) + gradients.partial_sums_bytes if on_gpu else 0
+    pending_bytes = pending_state_bytes(trained) + gradients.partial_sums_bytes if on_gpu and trained.masters is None else 0
     reserve = torch.empty(pending_bytes, dtype=torch.uint8, device=device)
     for width, height in shapes_to_try(plan, device):
         if gradients.shards is not None:  # all gather together, so all stop together

@@ -101,6 +101,7 @@ class Setup:
     frozen: tuple[int, int, int] = (0, 0, 0)  # values of each network that trains which `optimizer.groups` freezes
     frozen_state: int = 0  # bytes of optimizer state that they would have had
     adapter: Footprint | None = None  # trained in place of the networks, which lie frozen
+    offload: bool = False  # weights, gradients and optimizer state lie in host memory, copies of the weights on the device
     partial_sums: int = 0  # whole gradients that `batch.determinism: strict` keeps beside the one being summed
 
     def trained(self) -> dict[str, int]:
@@ -181,6 +182,7 @@ def setup_of(running: Running, world: int = 1) -> Setup:
         ema=running.average,
         context=running.context_vectors,
         previews=running.previews,
+        offload=running.offload == "host",
         ddp=world > 1 and not running.strict and running.sharding not in ("fsdp2", "hsdp"),
         gradients_stay=world > 1 or running.strict,
         partial_sums=partial_sums(max(per_process, 1)) if running.strict else 0,
@@ -280,22 +282,29 @@ def predict(
         casts += _TEXT_CASTS[text_checkpointing]
     frozen = frozen_text * (4 if setup.precision == "fp32" else 2) // setup.divides if setup.adapter is None else setup.adapter.base_bytes
     frozen += sum(setup.frozen) * weight_bytes // setup.divides if setup.adapter is None else 0
-    recomputes = exempt_steps < ALL_STEPS
+    if setup.offload:  # the copies that autocast would keep are the weights; what else belongs to them is the host's
+        casts, weight_bytes = 0, 4 if setup.precision == "fp32" else 2
     vae = PARAMETERS["vae"] * 4 if setup.previews else 0
-    recompute = RECOMPUTE_BYTES * images if recomputes else 0
+    recompute = RECOMPUTE_BYTES * images if exempt_steps < ALL_STEPS else 0
     return Prediction(
         weights=trained * weight_bytes // setup.divides,
-        gradients=trained * weight_bytes // setup.divides,
-        optimizer=optimizer_bytes(setup),
+        gradients=0 if setup.offload else trained * weight_bytes // setup.divides,
+        optimizer=0 if setup.offload else optimizer_bytes(setup),
         frozen=frozen + vae,
-        ema=4 * trained // setup.divides if setup.ema_on_device else 0,
-        partial_sums=4 * trained * setup.partial_sums,
+        ema=4 * trained // setup.divides if setup.ema_on_device and not setup.offload else 0,
+        partial_sums=0 if setup.offload else 4 * trained * setup.partial_sums,
         buckets=max(0, trained * weight_bytes - casts - per_image * images - recompute) if setup.ddp else 0,
         casts=casts,
         activations=per_image * images,
         recompute=recompute,
         workspace=WORKSPACE_BYTES + (GATHERED_BYTES if setup.divides > 1 else 0),
     )
+
+
+def host_bytes(setup: Setup) -> int:
+    """Host memory that a stage holds with masters there: weights, gradients, state, average, sums of strict; 0 without."""
+    held = sum(setup.trained().values()) * 4 * (2 + setup.ema + setup.partial_sums) + optimizer_bytes(setup)
+    return held if setup.offload else 0
 
 
 def previews_bytes(setup: Setup) -> int:
@@ -364,9 +373,9 @@ def _advice(setup: Setup, exempt_steps: int | None, split: int | None) -> str:
         changes.append("model.gradient_checkpointing: auto")
     if split is not None:
         changes.append("batch.split: auto")
-    if setup.optimizer == "adamw":
+    if setup.optimizer == "adamw" and not setup.offload:
         changes.append("optimizer.name: adamw8bit")
-    if setup.weights == "fp32":
+    if setup.weights == "fp32" and not setup.offload:
         changes.append("model.weights: bf16")
     if setup.trains_text:
         changes.append("model.train_text_encoders: false")

@@ -24,8 +24,9 @@ SHARED = "groups"  # owner, in a checkpoint, of the numbers that an optimizer ke
 Groups = Sequence[tuple[str, Sequence[nn.Parameter], float]]  # (name, parameters, peak learning rate)
 
 
-def make_optimizer(groups: Groups, config: OptimizerConfig, *, strict: bool = False) -> torch.optim.Optimizer:
+def make_optimizer(groups: Groups, config: OptimizerConfig, *, strict: bool = False, fused: bool = False) -> torch.optim.Optimizer:
     """The configured optimizer over named groups; `set_lrs` finds them by name. `strict`: the library's own step.
+    `fused`: AdamW in one pass on a host too, as it is on a card.
 
     With `decay: matrices` norms, biases and other vectors are kept out of the weight decay; the recipe's original
     decayed everything. Raises Halt(USAGE) when bitsandbytes is needed and missing, or a peak learning rate is.
@@ -42,7 +43,7 @@ def make_optimizer(groups: Groups, config: OptimizerConfig, *, strict: bool = Fa
             parts.append({"params": members, "lr": peak, "weight_decay": decay, "name": name})
     if config.name == "adamw":
         # Pinned, because the implementations differ in their last bits. All are fp32 on our fp32 weights.
-        fused = parts[0]["params"][0].device.type == "cuda"
+        fused = fused or parts[0]["params"][0].device.type == "cuda"
         return torch.optim.AdamW(parts, betas=config.betas, eps=_eps(config, 1e-8), fused=fused, foreach=False)
     if config.name == "adafactor":
         return _adafactor(parts, config, strict=strict)

@@ -184,6 +184,7 @@ def memory_report(start: Start, world: int, images: Images, gpu: Gpu, how: str) 
         "previews_gib": _gib(drawing) if drawing else None,
         "previews_fit": drawing <= gpu.free_gib * GIB * memory.USABLE_SHARE,
         "usable_share": memory.USABLE_SHARE,
+        "host_gb": memory.host_bytes(setup) / 1e9 if setup.offload else None,
         "largest_bucket": _name(bucket),
         "modes": {
             name: _gib(

@@ -100,6 +100,7 @@ def _memory_lines(report: dict[str, Any]) -> list[str]:
         f"          {parts}",
         table,
         *drawing,
+        *([f"          {report['host_gb']:.0f} GB of host memory hold weights, gradients and optimizer state"] if report["host_gb"] else []),
     ]
 
 
