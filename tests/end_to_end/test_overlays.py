@@ -16,13 +16,17 @@ from train.tools.estimate.machines import GPUS
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 FITS = {  # overlay: card, stages
     "24gb": ("RTX-4090", ("ft1", "ft2")),
+    "24gb_pretrain": ("RTX-4090", ("pretrain",)),
+    "24gb_16bit": ("RTX-4090", ("ft1", "ft2")),
     "48gb": ("L40S", ("ft1", "ft2")),
     "48gb_pretrain": ("L40S", ("pretrain",)),
     "80gb": ("A100-80GB", ("pretrain", "ft1", "ft2")),
     "141gb": ("H200", ("pretrain", "ft1", "ft2")),
 }
-KEEPS_THE_RESULT = ("48gb", "80gb", "141gb")
-FREE = {"model.gradient_checkpointing", "model.channels_last", "model.compile", "batch.split"}
+KEEPS_THE_RESULT = ("24gb", "24gb_pretrain", "48gb", "80gb", "141gb")
+FREE = {"model.gradient_checkpointing", "model.channels_last", "model.compile", "batch.split", "optimizer.offload"}
+# Overlay of a small card: GiB that it has free, images at once and GiB predicted in stage 1 and in a finetune.
+SMALL = {"12gb": (11.6, (2, 10.3), (2, 10.0)), "16gb": (15.0, (4, 12.1), (6, 13.5)), "24gb": (23.0, (8, 15.8), (12, 18.7))}
 
 
 SEVERAL = (  # stage, overlay, card, processes, GiB predicted on each: nothing is held twice because they are several
@@ -53,8 +57,21 @@ def test_overlay_of_an_adapter_fits_its_card(name: str) -> None:
     assert choice.prediction.frozen == adapter.base_bytes < 6_770_368_009
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_overlay_of_a_small_card_keeps_the_recipe(name: str) -> None:
+    """fp32 masters in host memory, the stage's own precision, batch and optimizer: only where things lie is another."""
+    free_gib, *told = SMALL[name]
+    for stage, (at_once, gib) in zip(("pretrain", "ft1"), told, strict=True):
+        plain, config = (load_stage([CONFIGS / f"{stage}.yaml", *more]) for more in ([], [CONFIGS / f"memory/{name}.yaml"]))
+        choice = memory.settle(config.running, int(free_gib * memory.GIB), make_buckets())
+        assert config.batch.micro // choice.split == at_once
+        assert choice.prediction.total / memory.GIB == pytest.approx(gib, abs=0.05)
+        before, after = flatten(plain), flatten(config)
+        assert {key for key in after if after[key] != before[key]} <= FREE and config.optimizer.offload == "host"
+
+
 def test_every_overlay_is_known() -> None:
-    assert {path.stem for path in CONFIGS.glob("memory/*.yaml")} == {*FITS, *ADAPTERS, "8x80gb"}
+    assert {path.stem for path in CONFIGS.glob("memory/*.yaml")} == {*FITS, *SMALL, *ADAPTERS, "8x80gb"}
 
 
 @pytest.mark.parametrize(("stage", "overlay", "gpu", "world", "gib"), SEVERAL)

@@ -18,6 +18,7 @@ from train.engine.refusals import refuse_processes
 from train.engine.session import offload_lacks
 from train.model import memory
 from train.observe.cards import GPUS
+from train.optim import offload
 from train.tools.estimate.estimate import memory_report
 from train.tools.estimate.images import Images
 
@@ -69,9 +70,15 @@ def test_a_run_is_the_plain_one_bit_by_bit_and_either_goes_on_from_the_other(
     the_same(mixed.output, plain.output)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_gradients_and_norm_are_those_of_the_plain_path(precision: str, model: Path, dataset: Path, tmp_path: Path) -> None:
-    """Over four tiles in two parts, both encoders trained; what the card holds is 16 bit where autocast casts, and no gradient."""
+@pytest.mark.parametrize(("precision", "beside"), [("fp32", False), ("bf16", False), ("fp16", False), ("bf16", True)])
+def test_gradients_and_norm_are_those_of_the_plain_path(
+    precision: str, beside: bool, model: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over four tiles in two parts, both encoders trained; what the card holds is 16 bit where autocast casts, and no gradient.
+
+    `beside`: by the thread that copies beside a card's computing, here without a card's streams.
+    """
+    monkeypatch.setattr(offload, "beside", lambda device: beside)
     found = []
     for extra in ((), (HOST,)):
         stage = Stage(tmp_path / f"run{len(extra)}", dataset, model)

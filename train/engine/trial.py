@@ -61,10 +61,11 @@ def check(session: Session) -> int:
             with trained.diffusion.kernels(), gradients.alone():
                 image_losses(gradients.model, part, trained.diffusion).sum().backward()
         except (torch.OutOfMemoryError, MemoryError) as error:
+            host = "set optimizer.offload=host, " if trained.masters is None and session.run.place.world == 1 else ""
             raise Halt(
                 ExitCode.OUT_OF_MEMORY,
                 f"bucket {width}x{height} with {images} images does not fit the memory: {error}; "
-                "raise batch.split, set model.gradient_checkpointing=full, or use an overlay of configs/memory/",
+                f"raise batch.split, set model.gradient_checkpointing=full, {host}or use an overlay of configs/memory/",
             ) from error
         finally:
             gradients.clear()

@@ -70,6 +70,7 @@ _CASTS_TRAINED = (169_661_440, 926_602_240, 2_427_376_640, 4_789_949_440, 5_099_
 _TEXT_KEPT = {False: 483_450_120, True: 48_268_296}  # per image, by "text encoders checkpointed"
 _TEXT_CASTS = {False: 1_431_438_544, True: 3_278_032}
 _ADAFACTOR_STATE = {"unet": 977_322_000, "text_encoder": 1_251_636, "text_encoder_2": 5_307_700}
+_NEVER_CAST = {"unet": 588_160, "text_encoder": 38_038_272, "text_encoder_2": 63_507_200}  # values of norms and embeddings
 
 # Counted: the fp32 decoder's tensors at once, for a picture of 1024x1024; the U-Net's forward without gradients keeps 0.3 GiB.
 _DECODE_BYTES = 3_225_681_920
@@ -259,14 +260,7 @@ def checkpoint_bytes(setup: Setup) -> int:
     return trained * (2 if setup.weights == "bf16" else 4) + state + ema
 
 
-def predict(
-    setup: Setup,
-    bucket: tuple[int, int],
-    images: int,
-    exempt_steps: int,
-    *,
-    text_checkpointing: bool = True,
-) -> Prediction:
+def predict(setup: Setup, bucket: tuple[int, int], images: int, exempt_steps: int, *, text_checkpointing: bool = True) -> Prediction:
     """Peak bytes of an update that runs `images` of `bucket` (width, height in pixels) at once on one device.
 
     With FSDP2 the blocks that are whole at a time, gathered and reduced, count as workspace.
@@ -282,12 +276,13 @@ def predict(
         casts += _TEXT_CASTS[text_checkpointing]
     frozen = frozen_text * (4 if setup.precision == "fp32" else 2) // setup.divides if setup.adapter is None else setup.adapter.base_bytes
     frozen += sum(setup.frozen) * weight_bytes // setup.divides if setup.adapter is None else 0
+    weights = trained * weight_bytes
     if setup.offload:  # the copies that autocast would keep are the weights; what else belongs to them is the host's
-        casts, weight_bytes = 0, 4 if setup.precision == "fp32" else 2
+        casts, weights = 0, weights if setup.precision == "fp32" else 2 * trained + 2 * sum(_NEVER_CAST[name] for name in setup.trained())
     vae = PARAMETERS["vae"] * 4 if setup.previews else 0
     recompute = RECOMPUTE_BYTES * images if exempt_steps < ALL_STEPS else 0
     return Prediction(
-        weights=trained * weight_bytes // setup.divides,
+        weights=weights // setup.divides,
         gradients=0 if setup.offload else trained * weight_bytes // setup.divides,
         optimizer=0 if setup.offload else optimizer_bytes(setup),
         frozen=frozen + vae,
@@ -373,10 +368,11 @@ def _advice(setup: Setup, exempt_steps: int | None, split: int | None) -> str:
         changes.append("model.gradient_checkpointing: auto")
     if split is not None:
         changes.append("batch.split: auto")
+    if setup.weights == "fp32" and not setup.offload:
+        alone = setup.shards == 1 and not setup.ddp and setup.adapter is None
+        changes += (["optimizer.offload: host"] if alone else []) + ["model.weights: bf16"]
     if setup.optimizer == "adamw" and not setup.offload:
         changes.append("optimizer.name: adamw8bit")
-    if setup.weights == "fp32" and not setup.offload:
-        changes.append("model.weights: bf16")
     if setup.trains_text:
         changes.append("model.train_text_encoders: false")
     return "try " + ", ".join(changes) if changes else "a card with more memory is needed"

@@ -25,8 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train.base.errors import ExitCode, Halt
 from train.optim.collectives import Place
-
-UNITS = ("Transformer2DModel", "ResnetBlock2D", "CLIPEncoderLayer")  # class names of what is gathered at once
+from train.optim.offload import UNITS
 
 
 def open_mesh(kind: str, place: Place, group: int | None, local_world: int) -> DeviceMesh:
