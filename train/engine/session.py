@@ -144,9 +144,7 @@ def open_session(
     ema = open_average(learning.ema, parameters)
     expected = expectations(identity, data, model.source, parameters, ema)
     if place.is_main:
-        check_room(
-            run, plan, parameters, shares, running.optimizer, keeping.checkpoint, files, average=ema is not None, masters=masters
-        )
+        check_room(run, plan, parameters, shares, running.optimizer, keeping.checkpoint, files, average=ema is not None, masters=masters)
         if note := short_tiles_note(owners.images, plan):
             log.info(note)
     loaded = restore(
