@@ -239,6 +239,8 @@ class LatentsConfig:
     resize: Literal["lanczos", "area"] = key("lanczos", "filter")
     backend: Literal["pillow", "pyvips"] = key("pillow", "library that decodes and resizes")
     batch: int | Literal["auto"] = key(8, "pictures at once; auto = as many as fit, halved when memory runs out", at_least=1)
+    flip: Literal["none", "all"] = key("none", "all = a second latent of each picture's mirror image, for data.flip; twice the room and the time")
+    flip_not: Any = key("configs/flip_not.yaml", "tags (* stands for any letters) whose pictures have no flip: a list, or a YAML file that holds one")
     device: str = key("auto", "auto = a GPU where there is one")
 
 

@@ -82,6 +82,7 @@ class Images:
     held_out_selection: str  # that gives the images to measure
     min_bucket: int | None
     average: Literal["images", "micro_batches"]  # over what an update's loss is averaged
+    flip: bool  # mirror images are drawn too
     noise: NoiseConfig  # its law may read a file, which is part of the plan then
     order: Order
 
@@ -252,6 +253,7 @@ def images(config: StageConfig) -> Images:
         held_out_selection=config.validation.select or selection,
         min_bucket=batch.min_bucket,
         average=config.loss.average,
+        flip=config.data.flip,
         noise=config.noise,
         order=order,
     )

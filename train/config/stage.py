@@ -60,6 +60,7 @@ class DataConfig:
     mix: dict[str, float] = key(dict, "shares of tags, tags_prose and prose among a picture's visits; empty = all that there is", at_least=0)
     protect: list[str] = key(list, "flex tags that warmup, tag_dropout and the token budget leave in")
     trigger: str | None = key(None, "a tag that opens every caption")
+    flip: bool = key(False, "in half of its visits a picture is its mirror image, where it has one; needs latents.flip: all in the set")
     max_tokens: Literal[75, 150, 225] = key(225, "of a caption, in chunks of 75")
     overflow: Literal["tag", "token"] = key("tag", "tag = drop whole flex tags; token = cut inside a tag, as released")
     crop_conditioning: Literal["actual", "kohya", "zero"] = key("actual", "the corner that the time ids name")

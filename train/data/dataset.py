@@ -71,7 +71,8 @@ class TileDataset(Dataset[Batch | Halt]):
     def make(self, tiles: Sequence[Tile], number: int, step: int) -> Batch:
         """The tensors of tile `number` of those of update `step`."""
         tile, first_slot = tiles[number], sum(len(before.rows) for before in tiles[:number])
-        latents_BCHW, substituted = self._latents(tile, step)
+        flips = self._flips(tile)
+        latents_BCHW, substituted = self._latents(tile, step, flips)
         shape = tuple(latents_BCHW.shape[1:])
         means_BC = latents_BCHW.mean(dim=(2, 3)).numpy() if needs_means(self.noise) else None
         noises = tile_noise(
@@ -79,24 +80,32 @@ class TileDataset(Dataset[Batch | Halt]):
         )
         timesteps_B = self.law.timesteps(self.seed, tiles)[first_slot : first_slot + len(tile.rows)]
         ids, dropped = self._token_ids(tile, step)
-        sizes = size_numbers(self.index, tile, self.data.crop_conditioning)
+        sizes = size_numbers(self.index, tile, self.data.crop_conditioning, flips)
         slots_B = np.arange(first_slot, first_slot + len(tile.rows))
         batch = assembled(tile, latents_BCHW, noises, timesteps_B, ids, sizes, slots_B)
         if (weights := self.index.weights) is not None:
             batch = replace(batch, weights_B=torch.from_numpy(weights[tile.rows]))
         return replace(batch, step=step, tags_dropped=dropped, substituted=substituted)
 
-    def _latents(self, tile: Tile, step: int) -> tuple[torch.Tensor, tuple[str, ...]]:
+    def _flips(self, tile: Tile) -> list[bool]:
+        """Which of the tile's pictures are their mirror image in this visit: half of the visits of those that have one."""
+        if not self.data.flip:
+            return [False] * len(tile.rows)
+        drawn_B = rng.first_words(self.seed, Stream.FLIP, tile.uids, tile.epochs)[:, 0] < rng.threshold(0.5)
+        mirrored: list[bool] = (drawn_B & self.index.flips[tile.rows]).tolist()
+        return mirrored
+
+    def _latents(self, tile: Tile, step: int, flips: list[bool]) -> tuple[torch.Tensor, tuple[str, ...]]:
         faults.at("read", step)
         rows: list[int] = tile.rows.tolist()
         substituted: list[str] = []
         try:
-            raw_BCHW, first = self._read(rows)
+            raw_BCHW, first = self._read(rows, flips)
         except Halt as halt:
             if self.data.on_read_error == "stop":
-                raise naming_the_picture(halt, self.index, self.reader, rows) from halt
-            rows, substituted = self._readable(rows, tile)
-            raw_BCHW, first = self._read(rows)
+                raise naming_the_picture(halt, self.index, self.reader, rows, flips) from halt
+            rows, substituted, flips = self._readable(rows, tile, flips)
+            raw_BCHW, first = self._read(rows, flips)
         expected = (tile.height // 8, tile.width // 8)
         if tuple(raw_BCHW.shape[2:]) != expected:
             raise Halt(
@@ -108,18 +117,18 @@ class TileDataset(Dataset[Batch | Halt]):
             raw_BCHW = _draw_moments(raw_BCHW, self.seed, tile)
         return self.scale.to_model(raw_BCHW), tuple(substituted)
 
-    def _read(self, rows: Sequence[int]) -> tuple[torch.Tensor, str]:
-        return read_rows(self.index, self.reader, rows), self.index.latent(rows[0])[0]
+    def _read(self, rows: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, str]:
+        return read_rows(self.index, self.reader, rows, flips), self.index.latent(rows[0], flip=flips[0])[0]
 
-    def _readable(self, rows: list[int], tile: Tile) -> tuple[list[int], list[str]]:
-        """Each unreadable row replaced by the next uid of its bucket, in uid order; the slot's key stays."""
+    def _readable(self, rows: list[int], tile: Tile, flips: Sequence[bool]) -> tuple[list[int], list[str], list[bool]]:
+        """Each unreadable row replaced by the next uid of its bucket, in uid order and not mirrored; the slot's key stays."""
         in_bucket = np.flatnonzero((self.index.bucket_w == tile.width) & (self.index.bucket_h == tile.height))
         order = in_bucket[np.argsort(self.index.uids[in_bucket])].tolist()
-        result, replaced = [], []
-        for row in rows:
+        result, replaced, mirrored = [], [], []
+        for row, flip in zip(rows, flips, strict=True):
             start = order.index(row)
             candidates = order[start:] + order[:start]
-            good = next((c for c in candidates if self._can_read(c)), None)
+            good = next((c for c in candidates if self._can_read(c, flip and c == row)), None)
             if good is None:
                 raise Halt(
                     ExitCode.MISMATCH,
@@ -129,11 +138,12 @@ class TileDataset(Dataset[Batch | Halt]):
             if good != row:
                 replaced.append(self.index.named(row))
             result.append(good)
-        return result, replaced
+            mirrored.append(flip and good == row)
+        return result, replaced, mirrored
 
-    def _can_read(self, row: int) -> bool:
+    def _can_read(self, row: int, flip: bool) -> bool:
         try:
-            self._read([row])
+            self._read([row], [flip])
         except Halt:
             return False
         return True
@@ -184,27 +194,30 @@ def assembled(
     )
 
 
-def read_rows(index: Index, reader: ShardReader, rows: Sequence[int]) -> torch.Tensor:
-    """What is stored of these rows of the index, fp32 [B,C,H,W]. Raises Halt(MISMATCH) as `ShardReader.read`."""
-    places = [index.latent(row) for row in rows]
+def read_rows(index: Index, reader: ShardReader, rows: Sequence[int], flips: Sequence[bool] | None = None) -> torch.Tensor:
+    """What is stored of these rows of the index, or of their mirror images, fp32 [B,C,H,W]. Raises Halt(MISMATCH) as `ShardReader.read`."""
+    places = [index.latent(row, flip=flip) for row, flip in zip(rows, flips or [False] * len(rows), strict=True)]
     return reader.read([shard for shard, _ in places], [place for _, place in places])
 
 
-def size_numbers(index: Index, tile: Tile, crop_conditioning: Literal["actual", "kohya", "zero"]) -> list[tuple[int, ...]]:
-    """The six numbers by which each image of a tile tells the U-Net its size and crop."""
+def size_numbers(
+    index: Index, tile: Tile, crop_conditioning: Literal["actual", "kohya", "zero"], flips: Sequence[bool] | None = None
+) -> list[tuple[int, ...]]:
+    """The six numbers by which each image of a tile tells the U-Net its size and crop; of a mirror image the mirrored crop."""
     found: list[tuple[int, ...]] = []
-    for row in tile.rows.tolist():
+    for row, flip in zip(tile.rows.tolist(), flips or [False] * len(tile.rows), strict=True):
         original = (int(index.orig_w[row]), int(index.orig_h[row]))
-        crop = (int(index.crop_top[row]), int(index.crop_left[row]))
+        left = int(index.crop_left[row])
+        crop = (int(index.crop_top[row]), int(index.resized_w[row]) - tile.width - left if flip else left)
         top, left = crop_condition(crop_conditioning, *original, tile.width, tile.height, *crop)
         found.append(size_vector(*original, top, left, tile.width, tile.height))
     return found
 
 
-def naming_the_picture(halt: Halt, index: Index, reader: ShardReader, rows: Sequence[int]) -> Halt:
+def naming_the_picture(halt: Halt, index: Index, reader: ShardReader, rows: Sequence[int], flips: Sequence[bool] | None = None) -> Halt:
     """The refusal of one of `rows` with the picture that it is about: shard and row say nothing to who looks for it."""
-    for row in rows:
-        shard, place = index.latent(row)
+    for row, flip in zip(rows, flips or [False] * len(rows), strict=True):
+        shard, place = index.latent(row, flip=flip)
         try:
             reader.read([shard], [place])
         except Halt:

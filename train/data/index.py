@@ -33,6 +33,7 @@ CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
 MORE_COLUMNS = ("tail_tags", "prose", "tag_variants")  # lists of texts, written where any image has one
 LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
 NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
+FLIP_COLUMNS = ("flip_shard", "flip_row")  # of the latent of the mirror image: "" and -1 for none; no columns where no image has one
 WEIGHT = "weight"  # of an image's loss, float32; no column where all weigh 1
 U64 = npt.NDArray[np.uint64]
 _TEXTS, _DIGESTS = ("key", "shard"), ("image_digest", "caption_digest")
@@ -89,7 +90,11 @@ class Index:
         rows, meta = _map(selection)
         _require_fresh(folder, stage, whole, meta)
         more = [name for name in MORE_COLUMNS if file.table.schema.get_field_index(name) >= 0]  # a damaged name is no text
-        refuse_damaged(file.path, file.table, file.give_back, lists=(*CAPTION_COLUMNS, *more), texts=_TEXTS, numbers=(*NUMBERS, "row", *_DIGESTS))
+        flips = [name for name in FLIP_COLUMNS if file.table.schema.get_field_index(name) >= 0]
+        refuse_damaged(
+            file.path, file.table, file.give_back, lists=(*CAPTION_COLUMNS, *more), texts=(*_TEXTS, *flips[:1]),
+            numbers=(*NUMBERS, "row", *_DIGESTS, *flips[1:]),
+        )  # fmt: skip
         _refuse_strange_weights(file)
         refuse_damaged(rows.path, rows.table, rows.give_back, numbers=("row", "uid"), rows_below=file.table.num_rows)
         return cls(file, column_of(rows.table, "row"), np.array(column_of(rows.table, "uid")), {**whole, **meta})
@@ -120,9 +125,24 @@ class Index:
     def _has_more(self) -> frozenset[str]:
         return frozenset(name for name in MORE_COLUMNS if self._file.table.schema.get_field_index(name) >= 0)
 
-    def latent(self, i: int) -> tuple[str, int]:
-        """(shard relative to the dataset directory, row in it) of image i."""
-        return str(self._cell("shard", i)), int(self._cell("row", i))
+    def latent(self, i: int, *, flip: bool = False) -> tuple[str, int]:
+        """(shard relative to the dataset directory, row in it) of image i, or of its mirror image."""
+        shard, row = FLIP_COLUMNS if flip else ("shard", "row")
+        return str(self._cell(shard, i)), int(self._cell(row, i))
+
+    @cached_property
+    def flips(self) -> npt.NDArray[np.bool_]:
+        """Which images have a latent of their mirror image."""
+        if FLIP_COLUMNS[1] not in self._file.table.column_names:
+            return np.zeros(len(self), dtype=bool)
+        has_one: npt.NDArray[np.bool_] = column_of(self._file.table, FLIP_COLUMNS[1])[self._rows] >= 0
+        return has_one
+
+    @property
+    def flips_hash(self) -> str:
+        """sha256 over which images have one."""
+        order = np.argsort(self.uids)
+        return hashlib.sha256(np.packbits(self.flips[order]).tobytes()).hexdigest()
 
     def labels(self, i: int) -> dict[str, Any]:
         """quality, rating_tags, year and aesthetic of image i."""
@@ -151,13 +171,14 @@ class Index:
         self._file.give_back()
         return image, caption
 
-    def shards(self) -> list[str]:
-        """The latent shards that these images lie in."""
-        column = self._file.table.column("shard").chunk(0)
+    def shards(self, *, flip: bool = False) -> list[str]:
+        """The latent shards that these images lie in, or, where they have one, their mirror images."""
+        rows, column = (self._rows[self.flips], FLIP_COLUMNS[0]) if flip else (self._rows, "shard")
+        column = self._file.table.column(column).chunk(0)
         try:
             if not pa.types.is_dictionary(column.type):
-                return sorted(set(column.take(pa.array(self._rows)).to_pylist()))
-            used = np.unique(column.indices.to_numpy()[self._rows])
+                return sorted(set(column.take(pa.array(rows)).to_pylist()))
+            used = np.unique(column.indices.to_numpy()[rows])
             return sorted(column.dictionary.take(pa.array(used)).to_pylist())
         except (IndexError, TypeError, ValueError) as error:  # a number that names no row or word, a shard that is null
             raise Halt(ExitCode.MISMATCH, f"{self._file.path} is damaged ({error}): run scripts/prepare.py latents") from error

@@ -17,6 +17,7 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import replacing
 from train.data.index import (
     CAPTION_COLUMNS,
+    FLIP_COLUMNS,
     INDEX,
     LABEL_COLUMNS,
     MORE_COLUMNS,
@@ -49,7 +50,7 @@ def build_index(
     """
     index = index.drop_columns([name for name in MORE_COLUMNS if _says_nothing(index, name)])
     more = [name for name in MORE_COLUMNS if name in index.column_names]
-    for name in (*CAPTION_COLUMNS, *more, *LABEL_COLUMNS, "shard"):
+    for name in (*CAPTION_COLUMNS, *more, *LABEL_COLUMNS, "shard", *(n for n in FLIP_COLUMNS[:1] if n in index.column_names)):
         column = encoded(index.column(name).combine_chunks())
         index = index.set_column(index.schema.get_field_index(name), name, column)
     _refuse_excluded(index)

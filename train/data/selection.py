@@ -40,6 +40,9 @@ def open_selection(images: Images) -> Selection:
     check_buckets(bucket_counts(index), images.min_bucket)
     _check_what_is_kept(bucket_counts(kept), images.min_bucket, share)
     refuse_missing_shards(images.folder, index.shards())
+    if images.flip:
+        _refuse_without_flips(images.folder, index)
+        refuse_missing_shards(images.folder, index.shards(flip=True))
     held = once(measured.select(held_out(measured.uids, share, measured.images)))
     return Selection(images.folder, index, kept, held, make_plan(kept, images.order))
 
@@ -116,6 +119,18 @@ def make_plan(index: Index, order: Order) -> Plan:
         remainder=order.remainder,
         max_updates=order.max_updates,
     )
+
+
+def _refuse_without_flips(folder: str, index: Index) -> None:
+    """Halt(MISMATCH) for a set that holds no mirror images; where some images have none, nothing is wrong."""
+    if not index.flips.any():
+        raise Halt(ExitCode.MISMATCH, f"data.flip is true, but data.path {folder} holds no mirror images: set latents.flip: all in its dataset.yaml "
+                                      "and run scripts/prepare.py latents, or leave data.flip out")  # fmt: skip
+
+
+def flips_note(index: Index) -> str:
+    """How many of the images have a mirror image."""
+    return f"data.flip: {int(index.flips.sum())} of {len(index)} images have a mirror image; the others have tags of latents.flip_not"
 
 
 def short_tiles_note(images: Images, plan: Plan) -> str | None:

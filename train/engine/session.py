@@ -25,7 +25,7 @@ from train.config.derived import Owners, Watching
 from train.config.stage import CheckpointConfig, DataConfig, EmaConfig, OptimizerConfig
 from train.data.dataset import TileDataset
 from train.data.loader import Loader
-from train.data.selection import short_tiles_note
+from train.data.selection import flips_note, short_tiles_note
 from train.data.shards import ShardReader
 from train.engine import usable
 from train.engine.processes import HANGS_AT, Watch
@@ -147,6 +147,8 @@ def open_session(
         check_room(run, plan, parameters, shares, running.optimizer, keeping.checkpoint, files, average=ema is not None, masters=masters)
         if note := short_tiles_note(owners.images, plan):
             log.info(note)
+        if owners.images.flip:
+            log.info(flips_note(data.index))
     loaded = restore(
         run, expected, networks, optimizer, ema, data.index, model.shards, masters,
         name=running.optimizer, verify=keeping.checkpoint.verify, is_main=place.is_main,

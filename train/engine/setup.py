@@ -142,6 +142,7 @@ def open_data(images: Images, source: LocalModel) -> Data:
         tokenizers=tokenizer.identity(),
         version=selection.plan.version,
         law_file=timesteps.file_identity(images.noise),
+        flips=kept.flips_hash if images.flip else None,
     )
     return Data(selection.folder, kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae_mark(source))
 

@@ -25,6 +25,7 @@ from train.model import vae_file
 from train.model.networks import fill
 from train.model.vae_file import Vae
 from train.prepare.choosing.facts import Facts, facts_of
+from train.prepare.encoding import flips
 from train.prepare.encoding.batching import Batches, own_device
 from train.prepare.encoding.encoder import Encoder, find_vae
 from train.prepare.encoding.index_tables import finish, weights_told
@@ -72,7 +73,7 @@ def run(settings: DatasetConfig) -> None:
     recipe = make_recipe(settings, vae_file.identity(vae.weights))
     _check_npz_vae(settings, recipe.vae_id)
     _drop_other_index(dataset, recipe)
-    wanted, facts = _wanted(settings)
+    wanted, facts, of_flips = _wanted(settings)
     shards, used = make_plan(dataset, wanted, recipe.identity)
     entries = {slot.entry for slot in used}
     work = Work(settings, recipe, list(by_shard(shards)), entries, facts)
@@ -84,6 +85,8 @@ def run(settings: DatasetConfig) -> None:
     if peers.rank == 0:
         for told in weights_told(settings, facts):
             print(f"latents: {told}")
+        if of_flips:
+            print(f"latents: {of_flips}")
     if any(source.npz_vae for source in settings.sources) and peers.rank == 0:
         counts = tally(dataset, [name for name, _ in work.shards])
         print(f"latents: {counts['images']} taken over from .npz of sd-scripts")
@@ -130,8 +133,8 @@ def _drop_other_index(dataset: Path, recipe: Recipe) -> None:
         old.unlink(missing_ok=True)
 
 
-def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], Facts]:
-    """(every picture in every bucket that some stage wants it in, facts about each key)."""
+def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], Facts, str]:
+    """(every picture in every bucket that some stage wants it in, its flip where it has one; facts about each key; what is said of the flips)."""
     dataset = dataset_dir(settings)
     tables = []
     for stage in settings.select:
@@ -144,10 +147,15 @@ def _wanted(settings: DatasetConfig) -> tuple[list[Wanted], Facts]:
     facts = facts_of(settings, keys)
     pairs = pairs.append_column("sha256", facts.column("sha256", pairs.column("key").combine_chunks()))
     wanted: list[Wanted] = []
+    flipping = settings.latents.flip == "all"
+    unlike, tags = flips.without_flip(settings, keys) if flipping else (set[str](), [])
     for batch in pairs.to_batches(max_chunksize=50_000):
         places = [column.to_pylist() for column in batch.columns]
         wanted += map(Wanted, *places[:3], map(entry_of, *places))
-    return wanted, facts
+        if flipping:
+            alike = (place for place in zip(*places, strict=True) if place[0] not in unlike)
+            wanted += [Wanted(key, w, h, entry_of(key, w, h, sha256, flip=True), flip=True) for key, w, h, sha256 in alike]
+    return wanted, facts, flips.told(len(keys) - len(unlike), len(unlike), tags) if flipping else ""
 
 
 def _encode(work: Work, vae: Vae, peers: Peers) -> None:
@@ -208,7 +216,7 @@ def _make_shard(work: Work, number: int, encoder: Encoder, batches: Batches, poo
     pictures = pool.map(_jobs(work.settings, rest, work.facts))
 
     def encode(part: Sequence[tuple[Slot, np.ndarray]]) -> list[torch.Tensor | None]:
-        return encoder.encode([pixels for _, pixels in part], [uid_of(slot.key) for slot, _ in part])
+        return encoder.encode([pixels for _, pixels in part], [uid_of(f"{slot.key}\0flip" if slot.flip else slot.key) for slot, _ in part])
 
     for batch in _batches(rest, pictures, batches, unreadable):
         latents = batches.through(encode, batch)
@@ -238,6 +246,8 @@ def _taken_over(work: Work, slots: list[Slot]) -> tuple[dict[int, torch.Tensor],
     taken: dict[int, torch.Tensor] = {}
     unusable: list[tuple[str, str]] = []
     for slot in slots:
+        if slot.flip:
+            continue
         fact = work.facts[slot.key]
         found = imported(sources[fact["source"]], fact, (slot.bucket_w, slot.bucket_h), work.recipe.dtype)
         if isinstance(found, Unusable):
@@ -266,7 +276,7 @@ def _batches(
         if isinstance(picture, Refused | Lost):
             unreadable.append((slot.key, picture.message))
             continue
-        batch.append((slot, picture))
+        batch.append((slot, picture[:, ::-1] if slot.flip else picture))
         if len(batch) >= batches.size:
             yield batch
             batch = []

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, dataset_dir
-from train.data.index import WEIGHT, Index, file_hashes
+from train.data.index import FLIP_COLUMNS, WEIGHT, Index, file_hashes
 from train.data.index_writer import build_index, encoded
 from train.data.shards import read_meta
 from train.prepare.choosing import weights
@@ -60,7 +60,7 @@ def finish(
 
 
 def index_table(dataset: Path, recipe: Recipe, used: list[Slot], facts: Facts) -> pa.Table:
-    """One row per stored picture and bucket, sorted by (key, bucket)."""
+    """One row per stored picture, bucket and flip, sorted so."""
     parts = [INDEX.empty_table()]
     for name, slots in by_shard(used):
         meta = read_meta(dataset / name)
@@ -72,23 +72,25 @@ def index_table(dataset: Path, recipe: Recipe, used: list[Slot], facts: Facts) -
                 row = _row(recipe, slot, stored[slot.slot], facts[slot.key])
                 rows.append(row | {"preproc_hash": NPZ_PREPROCESSING} if slot.slot in imported else row)
         parts.append(pa.Table.from_pylist(rows, schema=INDEX))
-    return pa.concat_tables(parts).sort_by([(column, "ascending") for column in ("key", "bucket_w", "bucket_h")])
+    return pa.concat_tables(parts).sort_by([(column, "ascending") for column in ("key", "bucket_w", "bucket_h", "flip")])
 
 
 def _row(recipe: Recipe, slot: Slot, row: int, fact: Mapping[str, Any]) -> dict[str, Any]:
     placement = place(fact["width"], fact["height"], (slot.bucket_w, slot.bucket_h))
+    left = placement.crop_left if not slot.flip else placement.resized_w - slot.bucket_w - placement.crop_left
     return {
         "key": slot.key, "uid": uid_of(slot.key), "orig_w": fact["width"], "orig_h": fact["height"],
         "bucket_w": slot.bucket_w, "bucket_h": slot.bucket_h, "resized_w": placement.resized_w,
-        "resized_h": placement.resized_h, "crop_top": placement.crop_top, "crop_left": placement.crop_left,
+        "resized_h": placement.resized_h, "crop_top": placement.crop_top, "crop_left": left,
         "shard": slot.shard, "row": row, "vae_id": recipe.vae_id, "dtype": recipe.dtype, "content": recipe.content,
-        "preproc_hash": recipe.preproc_hash,
+        "preproc_hash": recipe.preproc_hash, "flip": slot.flip,
     }  # fmt: skip
 
 
 def _join(settings: DatasetConfig, index: pa.Table, facts: Facts) -> pa.Table:
-    """The index with captions and labels, the file's hash, and the rating that the last gate goes by."""
-    dataset = dataset_dir(settings)
+    """A row for each picture and bucket, with captions and labels, the file's hash, the rating that the last gate goes by, and
+    where its flip lies."""
+    dataset, index = dataset_dir(settings), _flips_beside(index)
     keys = index.column("key").combine_chunks()
     wanted = pc.unique(keys)
     # Unit by unit, each word once: the captions of a million images as plain text would be a gigabyte.
@@ -111,6 +113,20 @@ def _join(settings: DatasetConfig, index: pa.Table, facts: Facts) -> pa.Table:
     index = index.append_column("gate_rating", gate)
     index = index.append_column("gate_fixed", records.column("unnamed").combine_chunks().take(at))
     return index.append_column("content_hash", facts.column("sha256", keys))
+
+
+def _flips_beside(index: pa.Table) -> pa.Table:
+    """The rows that are no flips, with shard and row of each one's flip, "" and -1 for none; without flips as a set was before there were any."""
+    flips, plain = (index.filter(pc.equal(index.column("flip"), flip)).drop_columns(["flip"]).combine_chunks() for flip in (True, False))
+    if len(flips) == 0:
+        return plain
+    places = [pc.binary_join_element_wise(*(table.column(name).combine_chunks().cast(pa.string()) for name in ("key", "bucket_w", "bucket_h")), "\0")
+              for table in (plain, flips)]  # fmt: skip
+    at = pc.index_in(places[0], value_set=places[1])
+    for name, none in zip(FLIP_COLUMNS, ("", -1), strict=True):
+        column = flips.column(name.removeprefix("flip_")).combine_chunks().take(at)
+        plain = plain.append_column(name, pc.fill_null(column, none))
+    return plain
 
 
 def weights_told(settings: DatasetConfig, facts: Facts) -> list[str]:

@@ -23,7 +23,7 @@ from train.prepare.tables.units import config_id, row_hash, write_parquet
 FOLDER = "latents"
 LATENTS_VERSION = 1
 _SCHEMA = pa.schema([("shard", pa.string()), ("slot", pa.int32()), ("key", pa.string()), ("entry", pa.uint64()),
-                     ("bucket_w", pa.int16()), ("bucket_h", pa.int16())])  # fmt: skip
+                     ("bucket_w", pa.int16()), ("bucket_h", pa.int16()), ("flip", pa.bool_())])  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,18 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """One picture in one bucket."""
+    """One picture in one bucket, or its mirror image."""
 
     key: str
     bucket_w: int
     bucket_h: int
     entry: int  # `entry_of`
+    flip: bool = False
 
 
-def entry_of(key: str, bucket_w: int, bucket_h: int, sha256: str) -> int:
-    """Identity of the stored latent: another file under the same key is another latent."""
-    return row_hash(key, bucket_w, bucket_h, sha256)
+def entry_of(key: str, bucket_w: int, bucket_h: int, sha256: str, *, flip: bool = False) -> int:
+    """Identity of the stored latent: another file under the same key is another latent, and so is its mirror image."""
+    return row_hash(key, bucket_w, bucket_h, sha256, *(["flip"] if flip else []))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,7 @@ class Slot:
     entry: int
     bucket_w: int
     bucket_h: int
+    flip: bool = False
 
 
 def make_plan(dataset: Path, wanted: Iterable[Wanted], identity: str) -> tuple[list[Slot], list[Slot]]:
@@ -86,18 +88,18 @@ def make_plan(dataset: Path, wanted: Iterable[Wanted], identity: str) -> tuple[l
             new[one.bucket_w, one.bucket_h].append(one)
     next_number = _next_numbers(slots)
     for (width, height), images in sorted(new.items()):
-        images.sort(key=lambda one: one.key)
+        images.sort(key=lambda one: (one.key, one.flip))
         for start in range(0, len(images), SHARD_IMAGES):
             number = next_number[width, height]
             next_number[width, height] += 1
             name = f"{FOLDER}/{width}x{height}-{number:05d}.safetensors"
             slots += [
-                Slot(name, slot, one.key, one.entry, width, height)
+                Slot(name, slot, one.key, one.entry, width, height, one.flip)
                 for slot, one in enumerate(images[start : start + SHARD_IMAGES])
             ]
     if new or not path.exists() or _identity(path) != identity:
         slots.sort(key=lambda slot: (slot.shard, slot.slot))
-        rows = [(s.shard, s.slot, s.key, s.entry, s.bucket_w, s.bucket_h) for s in slots]
+        rows = [(s.shard, s.slot, s.key, s.entry, s.bucket_w, s.bucket_h, s.flip) for s in slots]
         columns = [list(values) for values in zip(*rows, strict=True)] or [[] for _ in _SCHEMA]
         write_parquet(path, pa.table(columns, schema=_SCHEMA), {"identity": identity})
     used = {slot.shard for slot in slots if slot.entry in entries}
@@ -131,9 +133,10 @@ def _read(path: Path, identity: str) -> list[Slot]:
         return []
     slots: list[Slot] = []
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(columns=_SCHEMA.names):
+        names = [name for name in _SCHEMA.names[1:] if name in file.schema_arrow.names]  # flip came later: none
+        for batch in file.iter_batches(columns=["shard", *names]):
             shards = map(sys.intern, batch["shard"].to_pylist())  # a thousand rows share each name
-            slots += map(Slot, shards, *(batch[name].to_pylist() for name in _SCHEMA.names[1:]))
+            slots += map(Slot, shards, *(batch[name].to_pylist() for name in names))
     return slots
 
 

@@ -89,9 +89,16 @@ def _counts(settings: DatasetConfig, index: pa.Table) -> Facts:
         "mixed": {stage: stored(dataset, stage)["mixed"] for stage in settings.select},
         "notes": all_notes(dataset, settings.select),
         "corrections": json.loads((dataset / "dataset.json").read_text()).get("label", {}).get("corrections"),
+        "flips": _flips(index) if settings.latents.flip == "all" else None,
         "index_rows": len(index),
         "index_images": len(pc.unique(index.column("key"))),
     }
+
+
+def _flips(index: pa.Table) -> Facts:
+    """Pictures with a mirror image, and those whose tags forbid one."""
+    having, every = (len(pc.unique(part.column("key"))) for part in (index.filter(index.column("flip")), index))
+    return {"pictures": having, "without": every - having}
 
 
 def _hard_exclusions(settings: DatasetConfig) -> Facts:

@@ -127,7 +127,9 @@ def _counts(facts: Facts, _: Pictures) -> Iterator[str]:
     counts = facts["counts"]
     found = [("found by ingest", counts["found"]), *((f"left out: {reason}", -n) for reason, n in counts["refused"].items()),
              ("records", counts["records"]), ("images in the index", counts["index_images"]),
-             ("rows of the index (one per image and bucket)", counts["index_rows"])]  # fmt: skip
+             ("rows of the index (one per image, bucket and mirror image)", counts["index_rows"])]  # fmt: skip
+    if (flips := counts["flips"]) is not None:
+        found += [("images with a mirror image", flips["pictures"]), ("images without one, for a tag of latents.flip_not", flips["without"])]
     yield html.h3("From files to the index")
     yield table(["", "images"], found)
     yield html.h3("Records by source")

@@ -127,7 +127,7 @@ SELECT = _table(
     ("why", pa.string()),
 )
 
-INDEX = _table(  # one row per (key, bucket): two stages may merge small buckets differently
+INDEX = _table(  # one row per (key, bucket, flip): two stages may merge small buckets differently
     ("key", pa.string()),
     ("uid", pa.uint64()),
     ("orig_w", pa.int32()),
@@ -144,6 +144,7 @@ INDEX = _table(  # one row per (key, bucket): two stages may merge small buckets
     ("dtype", pa.string()),
     ("content", pa.string()),
     ("preproc_hash", pa.string()),
+    ("flip", pa.bool_()),  # of the mirror image
 )
 
 QUARANTINE = _table(

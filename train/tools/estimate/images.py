@@ -67,7 +67,8 @@ def _prepared(wanted: derived.Images) -> Images:
 
     whole = open_index(wanted)
     _, first = np.unique(whole.images, return_index=True)  # an image that is repeated has one latent
-    sizes = bucket_counts(whole.select(np.sort(first)))
+    pictures = whole.select(np.sort(first))
+    sizes = bucket_counts(pictures) + bucket_counts(pictures.select(pictures.flips))
     values = sum(count * (8 if whole.content == "moments" else 4) * (w // 8) * (h // 8) for (w, h), count in sizes.items())
     index = whole.select(~held_out(whole.uids, wanted.held_out_share, whole.images))
     check_buckets(bucket_counts(index), wanted.min_bucket)
