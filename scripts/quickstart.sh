@@ -24,7 +24,8 @@ $python scripts/report.py runs/tiny/pretrain runs/tiny/ft1 runs/tiny/ft2 --out r
 $python scripts/tiny_world.py --summary runs/tiny
 echo
 echo "samples  runs/tiny/samples/grid.png"
-echo "report   runs/tiny/report.html   (open it in a browser)"
+echo "report   runs/tiny/report.html   (open it in a browser: the base and every stage side by side, held-out loss, curves)"
+echo "dataset  data/tiny/report.html   (pictures and captions to search and to correct)"
 echo "model    runs/tiny/ft2/model   (diffusers folder)"
 echo "         runs/tiny/ft2/ft2.safetensors   (single file)"
 echo "took     $(($(date +%s) - started)) s, install not counted"

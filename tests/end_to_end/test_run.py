@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from stages import Stage, losses, result, state, tree
 
 from train.base import signals
 from train.base.errors import ExitCode
+from train.config.prompts import load_prompts
+from train.observe.inference import draw, open_model
 from train.testing.chaos.ranks import Ranks, warm_up
 
 
@@ -97,11 +100,15 @@ def test_previews_do_not_change_a_bit(straight: Path, dataset: Path, base_model:
     prompts = tmp_path / "prompts.yaml"
     prompts.write_text("steps: 2\nprompts:\n  - {text: 1girl, width: 64, height: 64, seed: 3}\n")
     stage = Stage(tmp_path, dataset, base_model)
-    assert stage.run("sampling.every_steps=4", f"sampling.prompts={prompts}") == ExitCode.DONE, stage.message
+    looks = ("sampling.every_steps=4", "sampling.at_start=true", f"sampling.prompts={prompts}")
+    assert stage.run(*looks) == ExitCode.DONE, stage.message
     assert result(stage.output) == result(straight)
     assert sorted(path.parent.name for path in (stage.output / "samples").glob("*/grid.png")) == [
-        "step-00000004", "step-00000008", "step-00000009"
+        "step-00000000", "step-00000004", "step-00000008", "step-00000009"
     ]  # fmt: skip
+    (of_the_base,) = draw(open_model(base_model, device="cpu"), load_prompts(prompts))
+    with Image.open(stage.output / "samples/step-00000000/00.png") as first:
+        assert first.tobytes() == of_the_base.tobytes(), "what the stage starts from"
 
 
 @pytest.mark.slow

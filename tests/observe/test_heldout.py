@@ -111,14 +111,16 @@ def test_two_processes_that_look_train_the_same_bits_as_one_that_does_not(
     prompts.write_text(PROMPTS)
     alone, looking, both = (Stage(tmp_path / name, dataset, base_model) for name in ("alone", "looking", "both"))
     changes = (SHARE, "batch.determinism=strict")
-    look = ("validation.every_steps=4", "sampling.every_steps=4", f"sampling.prompts={prompts}", "ema.decay=0.9")
+    look = ("validation.every_steps=4", "validation.at_start=true", "sampling.every_steps=4", "sampling.at_start=true",
+            f"sampling.prompts={prompts}", "ema.decay=0.9")  # fmt: skip
     assert alone.run(*changes, "ema.decay=0.9") == ExitCode.DONE, alone.message
     assert looking.run(*changes, *look) == ExitCode.DONE, looking.message
     assert launch(both, 2, *changes, *look) == [0, 0], both.message
     assert result(looking.output) == result(both.output) == result(alone.output)
     assert looked_at(both.output) == looked_at(looking.output)
-    pictures = sorted(path.name for path in (both.output / "samples" / "step-00000004").iterdir())
-    assert pictures == ["00-ema.png", "00.png", "grid.png"]
+    assert looked_at(both.output)[0]["step"] == 0
+    for step in ("step-00000000", "step-00000004"):
+        assert sorted(path.name for path in (both.output / "samples" / step).iterdir()) == ["00-ema.png", "00.png", "grid.png"]
     held = json.loads((both.output / FILE).read_text())
     assert set(held) == set(looked_at(both.output)[0]["losses"])
     assert {one["key"].partition(":")[0] for one in held.values()} == {"test"}
@@ -215,7 +217,7 @@ def test_looking_adds_no_graph_to_those_of_the_training(
         loop.run_updates(session)
         trained = graphs()
         assert trained > 0
-        loop.look(session, last=True)
+        loop.look_when_due(session, last=True)
         assert graphs() == trained
         (record,) = looked_at(session.run.folder.path)
         assert len(record["losses"]) == sum(2 + n % 2 for n in range(33))
@@ -235,7 +237,7 @@ def test_one_choice_of_attention_for_what_is_tried_trained_and_looked_at(
             lambda *_: seen.append((flash_sdp_enabled(), mem_efficient_sdp_enabled(), math_sdp_enabled()))
         )
         gradients: list[int] = []
-        steps = (trial.check, loop.run_updates, partial(loop.look, last=True))
+        steps = (trial.check, loop.run_updates, partial(loop.look_when_due, last=True))
         found = []
         for step in steps:
             step(session)

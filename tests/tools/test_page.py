@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +27,7 @@ from train.observe.runs import config_differences, read_parameters, read_picture
 from train.tools.report.charts import bar_chart, extent, line_chart, log_ticks, number, smooth, thin, ticks
 from train.tools.report.heldout import held_out_section, in_order
 from train.tools.report.page import axis, write_page
-from train.tools.report.samples import shared_tags, spaced, strips
+from train.tools.report.samples import comparison, shared_tags, spaced, strips
 
 ROOT = Path(__file__).resolve().parents[2]
 VOID = {"meta", "img"}
@@ -145,6 +146,41 @@ def test_three_stages(runs: list[Path], tmp_path: Path) -> None:
     assert "0.9000 (update 60) → 0.2250 (update 120)0.5000 (update 60) → 0.1250 (update 120)" in checker.text
     assert "b" in checker.tags
     assert "<b>smile" not in out.read_text()
+
+
+def test_pictures_come_first_then_held_out_loss_then_the_rest(runs: list[Path], tmp_path: Path) -> None:
+    checker = parsed(write_page(runs, tmp_path / "r.html"))
+    names = ["Stage comparison", "Held-out loss", "Summary", "Samples over time", "Curves", "Configuration"]
+    places = [checker.text.rindex(name) for name in names]  # the last time: the heading, not the table of contents
+    assert places == sorted(places)
+
+
+def test_what_the_first_stage_starts_from_is_a_column_of_its_own(runs: list[Path], tmp_path: Path) -> None:
+    """Pictures of update 0 stand before the stages under the parent's name, and are no stage's newest."""
+    first = tmp_path / "pretrain"
+    shutil.copytree(runs[0], first)
+    shutil.copytree(first / "samples/step-00000060", first / "samples/step-00000000")
+    run = read_run(first)
+    assert [picture.path.parent.name for picture in run.newest_pictures()] == ["step-00000120"] * 2
+    page = comparison([run], {})
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == ["base &amp; more", "pretrain"] * 2
+    assert "sampling.at_start=true" not in page
+    base = read_pictures(first / "samples/step-00000060", [])
+    assert re.findall("<figcaption>(.*?)</figcaption>", comparison([run], {"base": base})) == ["base", "pretrain"] * 2
+    only = replace(run, samples={0: run.samples[0]})
+    assert only.newest_pictures() == []
+    assert re.findall("<figcaption>(.*?)</figcaption>", comparison([only], {})) == ["base &amp; more"] * 2
+
+
+def test_a_run_alone_shows_its_pictures_and_how_to_get_the_others(runs: list[Path]) -> None:
+    run = read_run(runs[0])
+    page = comparison([run], {})
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == ["pretrain"] * 2
+    assert "sampling.at_start=true" in page
+    assert "report.py --samples NAME=DIR" in page
+    none = comparison([replace(run, samples={})], {})
+    assert "<img" not in none
+    assert "sampling.every_steps" in none
 
 
 def test_one_run_shows_its_whole_config(runs: list[Path], tmp_path: Path) -> None:

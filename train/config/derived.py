@@ -185,8 +185,9 @@ class Watching:
     trained_as: TrainedAs
     prompts: str | None
     previews_every_steps: int
+    previews_first: bool  # before the first update too: what the stage starts from
     held_out_every_steps: int
-    held_out_first: bool  # before the first update too: where a conversion starts from
+    held_out_first: bool  # likewise; of a conversion always
     held_out_images: int
     held_out_share: float
     origin: str  # path of the model that the stage starts from
@@ -332,8 +333,9 @@ def owners(config: StageConfig) -> Owners:
         trained_as=config.trained_as,
         prompts=_prompts(config),
         previews_every_steps=config.sampling.every_steps,
+        previews_first=config.sampling.at_start and config.sampling.every_steps > 0,
         held_out_every_steps=config.validation.every_steps,
-        held_out_first=config.loss.convert and config.validation.every_steps > 0,
+        held_out_first=(config.loss.convert or config.validation.at_start) and config.validation.every_steps > 0,
         held_out_images=config.validation.images,
         held_out_share=config.validation.share,
         origin=config.model.init_from,

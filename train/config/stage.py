@@ -224,6 +224,7 @@ class SamplingConfig:
     """Preview pictures during training."""
 
     every_steps: int = key(0, "updates between previews, and at the stage's end; 0 = off", at_least=0, resume="free")
+    at_start: bool = key(False, "previews before the first update too, of what the stage starts from: with them the report begins at the base", resume="free")
     prompts: str = key("configs/prompts.yaml", "the prompts file", resume="free")
 
 
@@ -232,6 +233,7 @@ class ValidationConfig:
     """Held-out loss."""
 
     every_steps: int = key(0, "updates between held-out losses, and at the stage's end; 0 = off", at_least=0, resume="free")
+    at_start: bool = key(False, "measured before the first update too, of what the stage starts from; with loss.convert always", resume="free")
     share: float = key(0.0, "keys held out by a hash of the key alone", at_least=0, below=1)
     images: int = key(256, "those with the lowest hashes", at_least=1, resume="free")
     select: str | None = key(None, "selection that gives the images; null = the stage's. The last stage's in all: comparable", resume="free")

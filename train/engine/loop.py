@@ -131,7 +131,7 @@ def after_update(session: Session, outcome: Outcome) -> None:
     saver, last, shards = run.saver, done >= run.last_step, session.trained.gradients.shards
     every_steps = run.checkpoint.every_steps if run.checkpoint.every_minutes is None else 0
     if not last:
-        look(session)
+        look_when_due(session)
     if done % GARBAGE_STEPS == 0:
         gc.collect()
     if done in run.files.epochs:
@@ -157,18 +157,23 @@ def save_due(run: Run) -> bool:
 
 
 def look_first(session: Session) -> None:
-    """The held-out loss that a conversion starts from, once: what the parent's weights make of the new objective."""
+    """What the stage starts from, once: pictures of the parent's weights, and their held-out loss under the stage's objective."""
     seen, run = session.observers, session.run
-    if seen.held_out_first and run.progress.step == 0:
-        seen.held_out.measure(0, 0, seen.tracker, run.stop)
+    if run.progress.step == 0:
+        look(session, seen.previews_first, seen.held_out_first)
 
 
-def look(session: Session, *, last: bool = False) -> None:
-    """Previews and held-out loss of the weights of now when they are due; at the end both are."""
+def look_when_due(session: Session, *, last: bool = False) -> None:
+    """Previews and held-out loss of the weights of now; at the end both are due."""
+    seen, done = session.observers, session.run.progress.step
+    look(session, *(
+        bool(every) and (last or done % every == 0) for every in (seen.previews_every_steps, seen.held_out_every_steps)
+    ))  # fmt: skip
+
+
+def look(session: Session, previews: bool, held_out: bool) -> None:
+    """Look at the weights of now, which changes nothing of them."""
     seen, run, done = session.observers, session.run, session.run.progress.step
-    previews, held_out = (
-        every and (last or done % every == 0) for every in (seen.previews_every_steps, seen.held_out_every_steps)
-    )
     if previews or held_out:
         session.trained.gradients.clear()  # 10 to 13 GB that nobody needs any more, and a VAE does
     with schedule_free.averaged(session.trained.optimizer) if previews or held_out else contextlib.nullcontext():
@@ -212,7 +217,7 @@ def conclude(session: Session) -> None:
     """Save the last update, then look at it. A stop cuts the look short, and the next start takes it again."""
     run = session.run
     save(session, now=True, permanent=True)
-    look(session, last=True)
+    look_when_due(session, last=True)
     collectives.stop_if_asked(run.stop.asked, run.place.device, run.progress.step)
 
 

@@ -85,6 +85,7 @@ class Observers:
     work: Work
     previews: Previews
     previews_every_steps: int
+    previews_first: bool
     held_out: HeldOut
     held_out_every_steps: int
     held_out_first: bool
@@ -308,6 +309,7 @@ def open_observers(
         work=work,
         previews=previews,
         previews_every_steps=watching.previews_every_steps,
+        previews_first=watching.previews_first,
         held_out=held_out,
         held_out_every_steps=watching.held_out_every_steps,
         held_out_first=watching.held_out_first,

@@ -81,7 +81,7 @@ class Run:
         are not mixed in: what is judged here are one update's weights.
         """
         found: list[Picture] = []
-        for update in sorted(self.samples, reverse=True):
+        for update in sorted(self.samples.keys() - {0}, reverse=True):  # those of update 0 are the parent's
             pictures = [picture for picture in self.samples[update] if picture.ema == ema]
             if found and not {p.same for p in found} < {p.same for p in pictures}:
                 break

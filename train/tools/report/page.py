@@ -73,13 +73,13 @@ def page(
     heading = title or "Training report: " + ", ".join(run.name for run in runs)
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     sections = [
+        ("Stage comparison", comparison(runs, others)),
+        ("Held-out loss", held_out_section(runs)),
         ("Summary", summary_table(runs)),
+        ("Samples over time", joined(strips(run) for run in runs)),
+        ("Quality of the samples", quality_section(quality, [run.name for run in runs])),
         ("Curves", curves(runs)),
         ("Time of an update", parts_of_updates(runs)),
-        ("Held-out loss", held_out_section(runs)),
-        ("Stage comparison", comparison(runs, others)),
-        ("Quality of the samples", quality_section(quality, [run.name for run in runs])),
-        ("Samples over time", joined(strips(run) for run in runs)),
         ("Configuration", configuration(runs)),
         ("Adapters", adapters),
         ("Lineage", lineage(runs)),

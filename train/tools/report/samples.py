@@ -41,24 +41,52 @@ def strips(run: Run) -> str:
 
 
 def comparison(runs: Sequence[Run], others: Mapping[str, list[Picture]]) -> str:
-    """The same prompt, seed and size in every stage's last samples; only prompts that two or more have."""
+    """The same prompt, seed and size in the base and in every stage's last samples, side by side; without any, how to get them.
+
+    A column that only it has a prompt of is shown as well: the pictures of one run are better than none.
+    """
     columns = [(name, [p for p in pictures if not p.ema]) for name, pictures in others.items()]
+    if (before := _before(runs, set(others))) is not None:
+        columns.append(before)
     for run in runs:
         columns += [(run.name, run.newest_pictures()), (f"{run.name} (EMA)", run.newest_pictures(ema=True))]
     columns = [(name, pictures) for name, pictures in columns if pictures]
-    if len(columns) < 2:
-        return ""
+    if not columns:
+        return Markup(html.p(joined(["None: ", *_HOW])))
     common = shared_tags([picture.prompt for picture in columns[-1][1]])
-    rows = []
-    for wanted in columns[-1][1][:MOST_PROMPTS]:
-        cells = []
-        for name, pictures in columns:
-            found = [picture for picture in pictures if picture.same == wanted.same]
-            if found:
-                cells.append(cell(found[0], name))
-        if len(cells) > 1:
-            rows.append(row(wanted, cells, common))
-    return joined([_told(common), html.div(rows, "prompts")]) if rows else ""
+    wanted = [*{picture.same: picture for _, pictures in reversed(columns) for picture in pictures}.values()]
+    rows: dict[int, list[str]] = {}
+    for one in wanted:
+        found = [(name, [picture for picture in pictures if picture.same == one.same]) for name, pictures in columns]
+        cells = [cell(pictures[0], name) for name, pictures in found if pictures]
+        rows.setdefault(-len(cells), []).append(row(one, cells, common))  # what most stages have comes first
+    every = [made for count in sorted(rows) for made in rows[count]]
+    told = [_told(common), html.div(every[:MOST_PROMPTS], "prompts")]
+    if len(every) > MOST_PROMPTS:
+        told.append(html.p(f"The first {MOST_PROMPTS} of {len(every)} prompts; all pictures lie in the runs' samples/."))
+    if len(columns) == 1:
+        told.append(html.p(joined(["Beside another model's: ", *_HOW])))
+    return joined(told)
+
+
+_HOW = (
+    "the same prompts are drawn from the base with ", Markup(html.code("sampling.at_start=true")), ", from every stage with ",
+    Markup(html.code("sampling.every_steps")), ", and afterwards from any model by ",
+    Markup(html.code("scripts/sample.py --model M --out DIR")), " for ", Markup(html.code("report.py --samples NAME=DIR")), ".",
+)  # fmt: skip
+
+
+def _before(runs: Sequence[Run], taken: set[str]) -> tuple[str, list[Picture]] | None:
+    """What the first run started from, by the name that its lineage gives it; None where it drew none, or `--samples` has it."""
+    first = next((run for run in runs if run.samples), None)
+    pictures = [p for p in first.samples.get(0, []) if not p.ema] if first else []
+    if first is None or not pictures:
+        return None
+    parent = first.lineage.get("parent")
+    known = parent if isinstance(parent, dict) else {}
+    name = str(known.get("title") or known.get("stage") or "base")
+    name = name if name not in {run.name for run in runs} else f"before {first.name}"
+    return None if name in taken or "base" in taken else (name, pictures)
 
 
 def spaced(items: Sequence[int], most: int) -> list[int]:
