@@ -161,9 +161,7 @@ def open_session(
     scale = loss_scale(running.precision, loaded.state.get("scaler") if loaded else None)
     loader = open_loader(images, feeding.data, machine, data, progress.step)
     return Session(
-        open_trained(
-            settings, machine, model, optimizer, shares, ema, scale, rates_at, rounding_seed=learning.rounding_seed
-        ),
+        open_trained(settings, machine, model, optimizer, shares, ema, scale, rates_at, rounding_seed=learning.rounding_seed),
         TrainingData(plan, loader, feeding.seed, loader.dataset.law),
         open_observers(
             watching, run, place, open_tracker(watching, run, place, plan, progress), previews, held_out,
