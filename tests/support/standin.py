@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote
 
 import pytest
+import yaml
 
 LARGE_BYTES = 4096  # files of this size and more lie in the storage, as LFS files do
 
@@ -130,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._file(self.hub.plain[path], fault, {"ETag": f'"{sha256(self.hub.plain[path])}"'} if self.hub.plain_etag else {})
         if self.storage:
             return self._of_storage(method, path, fault)
-        repository = next((name for name in self.hub.repositories if re.match(rf"/(api/models/)?{re.escape(name)}([/.?]|$)", path)), None)
+        repository = next((name for name in self.hub.repositories if re.match(rf"/(api/models/|api/datasets/|datasets/)?{re.escape(name)}([/.?]|$)", path)), None)
         if method in ("POST", "PUT"):
             return self._write(path, repository)
         if repository is None:
@@ -154,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
             where = f"http://127.0.0.1:{self.hub.storage_port}/{sha256(data)}"
             headers = {"Location": where, "X-Linked-Etag": f'"{sha256(data)}"', "X-Linked-Size": str(len(data)), "X-Repo-Commit": commit}
             return self._send(302, b"", headers)
-        match = re.match(rf"/api/models/{re.escape(name)}(?:/revision/([^?]+))?(?:/tree/([^?/]+)[^?]*)?(?:\?|$)", path)
+        match = re.match(rf"/api/(?:models|datasets)/{re.escape(name)}(?:/revision/([^?]+))?(?:/tree/([^?/]+)[^?]*)?(?:\?|$)", path)
         revision = (match and (match[1] or match[2])) or "main"
         commit = repository.refs.get(revision, revision)
         if commit not in repository.commits:
@@ -242,6 +243,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif one["key"] == "deletedFile":
                 files.pop(value["path"], None)
         sha = repository.commit(files)
+        if files.get("README.md", b"").startswith(b"---"):
+            repository.card = yaml.safe_load(files["README.md"].decode().split("---")[1])
         return self._json({"success": True, "commitOid": sha, "commitUrl": f"{self.hub.address}/{name}/commit/{sha}", "hookOutput": ""})
 
     # --- sending ---------------------------------------------------------------------------------

@@ -279,12 +279,12 @@ def stated_license(settings: ExportConfig, source: LocalModel) -> str | None:
 
 
 def _inherited(source: LocalModel) -> str | None:
-    return source.license or (layouts.FAIPL if _is_animagine(source) else None)
+    return source.license or license_of_family(str(source.path), source.metadata.get("modelspec.title", ""))
 
 
-def _is_animagine(source: LocalModel) -> bool:
-    names = (str(source.path), source.metadata.get("modelspec.title", ""))
-    return any(re.search(r"animagine[ _-]?xl[ _-]?v?3", name.lower()) for name in names)
+def license_of_family(*names: str) -> str | None:
+    """The licence that models of such a name are under, whether or not their files say so."""
+    return layouts.FAIPL if any(re.search(r"animagine[ _-]?xl[ _-]?v?3", name.lower()) for name in names) else None
 
 
 _INDIFFERENT = (

@@ -6,7 +6,7 @@ Made from the record alone, so that whoever has the files can make it again. doc
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 STANDARD_SCALING = 0.13025  # of SDXL's VAE; what a program takes for a single file
@@ -19,25 +19,30 @@ def text(
     prediction: str,
     zero_terminal_snr: bool,
     vae: Mapping[str, Any],
+    head: str = "",
+    usage: Sequence[str] = (),
+    sections: Sequence[str] = (),
 ) -> str:
-    """README.md of the folder. `metadata` is the single file's, `vae` the VAE's config."""
-    title, stage = (_plain(value) for value in (metadata.get("modelspec.title", record["stage"]), record["stage"]))
+    """README.md of the folder. `metadata` is the single file's, `vae` the VAE's config.
+
+    Of a page that is published `head`, how it is opened (`usage`) and what stands before the licence (`sections`) are its own.
+    """
+    title, stage = (plain(value) for value in (metadata.get("modelspec.title", record["stage"]), record["stage"]))
     objective = {"v": "v", "flow": "the velocity of rectified flow, noise - picture"}.get(prediction, "the noise (epsilon)") + (" under zero terminal SNR" if zero_terminal_snr else "")
-    about = [_plain(metadata[key]) for key in ("modelspec.description", "modelspec.author") if metadata.get(key)]
+    about = [plain(metadata[key]) for key in ("modelspec.description", "modelspec.author") if metadata.get(key)]
     parts = [
-        _head(record, metadata),
+        head or _head(record, metadata),
         f"# {title}",
         *about,
         f"SDXL, stage `{stage}`, {record.get('updates', '?')} updates over {record.get('images', '?')} images. It predicts {objective}. "
-        f"Trained at {_plain(metadata.get('modelspec.resolution', '1024x1024'))} and sizes of that area.",
+        f"Trained at {plain(metadata.get('modelspec.resolution', '1024x1024'))} and sizes of that area.",
         "## Open it",
-        "```python\nfrom diffusers import StableDiffusionXLPipeline\n\n"
-        'pipe = StableDiffusionXLPipeline.from_pretrained("path/to/this/folder")\n```',
-        f"ComfyUI and Forge open the single file, `{stage}.safetensors`.",
+        *(usage or opening("path/to/this/folder", stage)),
         *_bullets(_cannot_know(prediction, zero_terminal_snr, vae)),
         *_bullets(_trained_otherwise(record.get("conditioning"))),
+        *sections,
         "## Licence",
-        f"{_plain(record['license'])}. It goes on to whatever is made from these weights.",
+        f"{plain(record['license'])}. It goes on to whatever is made from these weights.",
         "## What made it",
         "\n".join(_lineage(record)),
         "`lineage.json` is the whole record, `training.yaml` the settings of the stage.",
@@ -45,11 +50,19 @@ def text(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def opening(where: str, stage: str) -> tuple[str, ...]:
+    """How a model is opened that lies at `where`, a folder or a page."""
+    return (
+        f'```python\nfrom diffusers import StableDiffusionXLPipeline\n\npipe = StableDiffusionXLPipeline.from_pretrained("{where}")\n```',
+        f"ComfyUI and Forge open the single file, `{stage}.safetensors`.",
+    )
+
+
 def _head(record: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
     """The block that a hub reads. JSON's strings are YAML's."""
     tags = ["stable-diffusion-xl", "text-to-image", *(tag.strip() for tag in metadata.get("modelspec.tags", "").split(",") if tag.strip())]
     fields = {
-        "license": "other", "license_name": _plain(record["license"]), "library_name": "diffusers",
+        "license": "other", "license_name": plain(record["license"]), "library_name": "diffusers",
         "pipeline_tag": "text-to-image", "tags": tags,
     }  # fmt: skip
     return "\n".join(["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()), "---"])
@@ -98,10 +111,10 @@ def _lineage(record: Mapping[str, Any]) -> Iterator[str]:
             parent = one.get("parent")
             start = parent.get("title") if isinstance(parent, Mapping) else None
             cells = (one.get("stage"), start, one.get("updates"), one.get("images"), str(one.get("weights_sha256") or "")[:12])
-            yield f"| {' | '.join(_plain(cell).replace('|', '/') for cell in cells)} |"
+            yield f"| {' | '.join(plain(cell).replace('|', '/') for cell in cells)} |"
 
 
-def _plain(value: Any) -> str:
+def plain(value: Any) -> str:
     """One line of text, which can neither end a table nor start markup."""
     shown = "" if value is None else str(value)
     return "".join(" " if c in "\r\n\t`<>" else c for c in shown if c.isprintable() or c in "\r\n\t").strip()

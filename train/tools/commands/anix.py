@@ -10,7 +10,7 @@ from types import ModuleType
 from train.base.console import run_cli
 from train.base.errors import ExitCode, Halt
 
-COMMANDS = ("new", "prepare", "plan", "train", "recipe", "sample", "report", "demo", "convert", "show", "quality", "fetch", "tiny_world")
+COMMANDS = ("new", "prepare", "plan", "train", "recipe", "sample", "report", "demo", "convert", "show", "quality", "fetch", "publish", "tiny_world")
 
 
 def main() -> int | None:

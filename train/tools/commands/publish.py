@@ -1,0 +1,49 @@
+"""A finished run or a prepared set to a page of the hub, with a card made from its records; a dry run unless --go."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from train.base.errors import ExitCode, Halt
+
+
+def main() -> int:
+    """Parse, gather, show the card, send where asked to."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", type=Path, metavar="RUN|SET", help="finished run, folder of new.py, or prepared set")
+    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="the page; it is made where it does not exist")
+    parser.add_argument("--go", action="store_true", help="send it; without this nothing is asked of any network")
+    parser.add_argument("--public", action="store_true", help="a page that is made anew can be seen by everybody (default: by you)")
+    parser.add_argument("--samples", type=Path, metavar="DIR", help="pictures by sample.py for the card (default: the run's newest previews)")
+    parser.add_argument("--license", help="of a set, which knows none; a run states its own")
+    a = parser.parse_args()
+    from train.tools.publish import gather, licences, page, upload
+
+    to = upload.page_of(a.to)
+    found = gather.gather(a.what, a.samples)
+    if found.kind == "dataset":
+        if not a.license:
+            raise Halt(ExitCode.USAGE, f"{a.what} is a prepared set, whose licence nobody knows but you: give --license")
+        found.license = a.license
+        text = page.text_of_set(found)
+    else:
+        if a.license:
+            raise Halt(ExitCode.USAGE, "--license is of sets: a run's licence is that of its lineage (export.license)")
+        found.license = licences.of_run(found.source)
+        text = page.text_of_run(found, to)
+    found.files["README.md"] = text.encode()
+    gather.refuse_private(found)
+    total = 0
+    for name, content in sorted(found.files.items()):
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
+        total += size
+        print(f"{size:>14,}  {name}")
+    print(f"{total:>14,}  bytes in {len(found.files)} files; licence: {found.license}")
+    for note in found.notes:
+        print(f"note: {note}")
+    if not a.go:
+        print(f"\n{text}\ndry run: nothing was sent to {to}; --go sends it")
+        return ExitCode.DONE
+    print(upload.send(found, to, public=a.public))
+    return ExitCode.DONE
