@@ -320,7 +320,7 @@ def test_hashes_are_the_hubs_two(tmp_path: Path) -> None:
     assert git_sha1(b"abc") == "f2ba8f84ab5c1bce84a7b441cb1959cfc7093b7f", "what git hash-object says"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_publishes_to_the_hub_that_the_environment_names(hub: Hub, run: Path, tmp_path: Path) -> None:
     environment = {
         **os.environ, "HF_ENDPOINT": hub.address, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN,
