@@ -15,8 +15,7 @@ from train.base.errors import ExitCode, Halt
 from train.config import shipped
 from train.config.prompts import load_prompts
 from train.config.stage import load_stage
-from train.tools import stages
-from train.tools.commands import anix
+from train.tools import anix, stages
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = "torch", "diffusers", "transformers", "accelerate"
@@ -26,7 +25,7 @@ def installed(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`anix WORDS` in `folder`; its code is 99 where a heavy library was loaded."""
     code = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['anix', *{list(words)!r}]\n"
-        "from train.tools.commands.anix import entry\n"
+        "from train.tools.anix import entry\n"
         f"try: entry()\nfinally:\n if any(name in sys.modules for name in {HEAVY!r}): sys.exit(99)"
     )
     return subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
@@ -37,7 +36,7 @@ def test_help_lists_every_command_and_every_command_is_a_script(tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     listed = [line.split()[0] for line in done.stdout.splitlines() if line.startswith("  ")]
     assert listed == list(anix.COMMANDS)
-    rooms = {path.stem for path in (ROOT / "train/tools/commands").glob("*.py")} - {"__init__", "anix"}
+    rooms = {path.stem for path in (ROOT / "train/tools/commands").glob("*.py")} - {"__init__"}
     assert rooms == set(anix.COMMANDS)
     for name in rooms - {"train"}:  # run.py is the script of that one
         script = (ROOT / f"scripts/{name}.py").read_text()
@@ -140,7 +139,7 @@ def test_train_ends_with_the_code_of_the_contract(tmp_path: Path) -> None:
     """Through accelerate itself, which makes a 1 of every worker's code."""
     words = ["train", "--config", "tiny/ft1.yaml", f"model.init_from={tmp_path}/absent", f"output_dir={tmp_path}/out"]
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['anix', *{words!r}]\n" \
-           "from train.tools.commands.anix import entry\nentry()"  # fmt: skip
+           "from train.tools.anix import entry\nentry()"  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
