@@ -64,6 +64,9 @@ def test_wish_becomes_a_prompt() -> None:
     assert settings.prompts[0].text == "1girl, smile, explicit, nsfw, newest"
     assert (settings.prompts[0].width, settings.prompts[0].height, settings.prompts[0].seed) == (64, 96, 5)
     assert (settings.quality_prefix, settings.negative, settings.sampler) == (QUALITY_PREFIX, NEGATIVE, "euler_a")
+    assert (settings.guidance_rescale, settings_of(replace(WISH, guidance_rescale=0.7)).guidance_rescale) == (0, 0.7)
+    with pytest.raises(Halt, match="CFG rescale need a number"):
+        settings_of(replace(WISH, guidance_rescale=None))
 
 
 def test_a_seed_of_minus_one_is_another_one_each_time() -> None:

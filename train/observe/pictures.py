@@ -166,6 +166,7 @@ def parameters_text(
         "Steps": settings.steps,
         "Sampler": SAMPLER_TITLES[settings.sampler],
         "CFG scale": f"{settings.guidance:g}",
+        **({"CFG rescale": f"{settings.guidance_rescale:g}"} if settings.guidance_rescale else {}),
         "Seed": prompt.seed,
         "Size": f"{prompt.width}x{prompt.height}",
     }

@@ -32,7 +32,7 @@ class Picture:
     @property
     def same(self) -> tuple[str, ...]:
         """Prompt, seed, noise index, size and settings."""
-        names = ("Seed", "Noise index", "Size", "Sampler", "Steps", "CFG scale")
+        names = ("Seed", "Noise index", "Size", "Sampler", "Steps", "CFG scale", "CFG rescale")
         return (self.prompt, *(self.facts.get(name, "") for name in names))
 
 

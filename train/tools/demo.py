@@ -60,7 +60,8 @@ class Wish:
     sampler: str
     steps: float | None
     guidance: float | None
-    seed: float | None  # None = the box was emptied, as for the other two numbers
+    seed: float | None  # None = the box was emptied, as for the other numbers
+    guidance_rescale: float | None = 0.0
 
 
 class Studio:
@@ -114,14 +115,15 @@ def settings_of(wish: Wish) -> PromptsFile:
     extra = [RATING[wish.rating], YEAR[wish.year], AESTHETIC[wish.aesthetic]]
     text = ", ".join(part for part in (wish.prompt.strip(" ,\n"), *extra) if part)
     width, _, height = wish.size.partition("x")
-    if wish.seed is None or wish.steps is None or wish.guidance is None:
-        raise Halt(ExitCode.USAGE, "seed, steps and CFG scale need a number each")
+    if wish.seed is None or wish.steps is None or wish.guidance is None or wish.guidance_rescale is None:
+        raise Halt(ExitCode.USAGE, "seed, steps, CFG scale and CFG rescale need a number each")
     seed = int(wish.seed) if wish.seed >= 0 else random.SystemRandom().randrange(SEEDS)
     return checked(
         PromptsFile(
             sampler=next(name for name, title in SAMPLER_TITLES.items() if title == wish.sampler),
             steps=int(wish.steps),
             guidance=float(wish.guidance),
+            guidance_rescale=float(wish.guidance_rescale),
             negative=wish.negative.strip(),
             quality_prefix=QUALITY[wish.quality],
             prompts=[Prompt(text=text.replace("\n", " "), width=int(width), height=int(height), seed=seed)],
@@ -166,6 +168,7 @@ def build(studio: Studio) -> Any:
                     seed = gr.Number(0, label="Seed", info="-1 = another one each time", precision=0)
                 steps = gr.Slider(1, 50, 28, step=1, label="Steps", elem_id="steps")
                 guidance = gr.Slider(1, 15, 7, step=0.5, label="CFG scale")
+                rescale = gr.Slider(0, 1, 0, step=0.05, label="CFG rescale", info="0.7 for v-prediction with zero terminal SNR")
                 button = gr.Button("Generate", variant="primary", elem_id="generate")
             with gr.Column(scale=3):
                 gallery = gr.Gallery(
@@ -181,7 +184,7 @@ def build(studio: Studio) -> Any:
             pictures = [str(file), *kept]
             return pictures, pictures, text
 
-        wishes = [model, prompt, negative, quality, rating, year, aesthetic, size, sampler, steps, guidance, seed]
+        wishes = [model, prompt, negative, quality, rating, year, aesthetic, size, sampler, steps, guidance, seed, rescale]
         button.click(run, [gallery_state, *wishes], [gallery_state, gallery, record], concurrency_limit=1)
     return page
 
