@@ -86,6 +86,7 @@ def test_lycoris_files_come_back_as_they_went(kind: str, configs: sdxl.Configs, 
 SPELLINGS: dict[str, Callable[[names.Module, str, str], str]] = {
     "kohya": lambda m, key, part: f"{m.kohya}.lora_{part}.weight",
     "OneTrainer, older kohya": lambda m, key, part: f"{m.kohya.split('_')[0]}_{_network(m, 'unet', 'te1', 'te2')}_{key.replace('.', '_')}.lora_{part}.weight",
+    "ai-toolkit": lambda m, key, part: f"lora_{_network(m, 'unet', 'te1', 'te2')}_{key.replace('.', '_')}.lora_{part}.weight",
     "diffusers": lambda m, key, part: f"{m.name}.lora_{'A' if part == 'down' else 'B'}.weight",
     "diffusers with the adapter's name": lambda m, key, part: f"{m.name}.lora_{'A' if part == 'down' else 'B'}.default_0.weight",
     "diffusers before peft": lambda m, key, part: f"{m.name}.lora.{part}.weight" if m.name.startswith("unet") else f"{m.name}.lora_linear_layer.{part}.weight",
@@ -113,6 +114,51 @@ def test_every_spelling_is_the_same_adapter(spelling: str, usual: list[str], kno
     assert all(torch.equal(layers.delta(one.layers[name]), layers.delta(two.layers[name])) for name in usual[::9])
     assert reading.is_adapter(tmp_path / "other.safetensors")
     assert "state no alpha" in two.notes[0]
+
+
+@pytest.mark.parametrize("trainer", ["OneTrainer", "OneTrainer, OMI", "ai-toolkit"])
+def test_doras_as_other_trainers_write_them(
+    trainer: str, usual: list[str], known: names.Names, configs: sdxl.Configs, base: Path, tmp_path: Path
+) -> None:
+    """OneTrainer (modules/module/LoRAModule.py): a scale of the columns, [1, I, ...], of square matrices too, with an alpha; its OMI names are
+    the single file's with their dots. ai-toolkit (toolkit/models/DoRA.py): a vector `magnitude` of the rows, of matrices alone, no alpha."""
+    words = {name: link.single for link in sdxl.links(configs, names.NETWORKS) for name in link.folder}
+    source = load_file(base / "unet/diffusion_pytorch_model.safetensors")
+    tensors, wanted = {}, {}
+    by_rows, generator = trainer == "ai-toolkit", torch.Generator().manual_seed(5)
+    for name in (one for one in usual if not by_rows or len(known.modules[one].shape) == 2):
+        module, (network, _, key) = known.modules[name], name.partition(".")
+        values = adapters.kohya(known, [name], alpha=None if by_rows else 1.0)
+        prefix = f"lora_{_network(module, 'unet', 'te1', 'te2')}_{key.replace('.', '_')}"
+        if trainer == "OneTrainer, OMI":
+            inner = words[f"{name}.weight"].removeprefix(sdxl.PREFIXES["unet"]).removesuffix(".weight") if network == "unet" else key
+            prefix = f"{_network(module, 'unet', 'clip_l', 'clip_g')}.{inner}"
+        tensors |= {f"{prefix}{end.removeprefix(module.kohya)}": value for end, value in values.items()}
+        sides = module.shape[0] if by_rows else module.shape[1]
+        scale = torch.rand(sides, generator=generator) + 0.5
+        tensors[f"{prefix}.{'magnitude' if by_rows else 'dora_scale'}"] = scale if by_rows else scale.reshape(1, sides, *[1] * len(module.shape[2:]))
+        wanted[name] = scale
+    save_file(tensors, tmp_path / "a.safetensors")
+    found = open_adapter(tmp_path / "a.safetensors", configs).layers
+    assert found.keys() == wanted.keys()
+    squares = 0
+    for name, layer in found.items():
+        if not name.startswith("unet."):
+            continue
+        weight = source[f"{name.removeprefix('unet.')}.weight"].float()
+        whole = weight + layers.delta(layer, weight)
+        lengths = (whole if by_rows else whole.transpose(0, 1)).flatten(1).norm(dim=1)
+        torch.testing.assert_close(lengths, wanted[name], rtol=1e-4, atol=1e-5)
+        squares += weight.shape[0] == weight.shape[1]
+    assert squares > 10
+    writing.write_kohya(tmp_path / "b.safetensors", found, configs, {})
+    again = open_adapter(tmp_path / "b.safetensors", configs).layers
+    assert all(again[name].by_input is not by_rows for name in found)
+    if by_rows:
+        writing.write_diffusers(tmp_path / "folder", found, configs, {})
+    else:
+        with pytest.raises(Halt, match="DoRA scale by its inputs"):
+            writing.write_diffusers(tmp_path / "folder", found, configs, {})
 
 
 def test_attention_processors_of_old_diffusers_files(known: names.Names, configs: sdxl.Configs, tmp_path: Path) -> None:

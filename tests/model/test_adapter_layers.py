@@ -90,6 +90,21 @@ def test_a_kernel_between_two_matrices_by_hand() -> None:
     torch.testing.assert_close(layers.delta(layer), wanted)
 
 
+@pytest.mark.parametrize("shape", [(6, 6), (4, 6), (6, 6, 3, 3)])
+def test_dora_by_columns_as_onetrainer_writes_it_of_a_square_too(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Its scale is [1, I, ...]; by ComfyUI's rule the first side decides. Written in kohya's names it stays so."""
+    generator = torch.Generator().manual_seed(2)
+    base, wanted = torch.randn(shape, generator=generator), torch.arange(1.0, 7.0)
+    parts = {"down": torch.randn(2, *shape[1:], generator=generator), "up": torch.randn(shape[0], 2, *[1] * (len(shape) - 2), generator=generator),
+             "dora": wanted.reshape(1, 6, *[1] * (len(shape) - 2))}  # fmt: skip
+    layer = layers.Layer("lora", {name: blob(value) for name, value in parts.items()}, 1.0, shape)
+    assert layers.problem(layer) is None and layer.by_input
+    whole = base + layers.delta(layer, base)
+    torch.testing.assert_close(whole.transpose(0, 1).flatten(1).norm(dim=1), wanted)
+    rows = layers.Layer("lora", {**layer.parts, "dora": layers.as_vector(blob(torch.ones(1, shape[0])))}, 1.0, shape)
+    torch.testing.assert_close((base + layers.delta(rows, base)).flatten(1).norm(dim=1), torch.ones(shape[0]))
+
+
 def test_dora_gives_rows_the_length_of_its_scale() -> None:
     generator = torch.Generator().manual_seed(2)
     base = torch.randn(4, 6, generator=generator)

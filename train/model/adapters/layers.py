@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from train.storage import tensor_files
 from train.storage.state_files import to_tensor
 from train.storage.tensor_files import Blob
 
@@ -50,9 +51,23 @@ class Layer:
         return bool(self.parts.keys() - {"bias"})
 
     @property
+    def by_input(self) -> bool:
+        """Whether a DoRA scale measures columns, as OneTrainer's and older LyCORIS' do: [1, I, ...], in readers' own rule by its first side alone.
+
+        peft's magnitude of a convolution has such a shape too and measures rows: who reads one makes it a vector (`as_vector`).
+        """
+        scale = self.parts["dora"].shape if "dora" in self.parts else ()
+        return len(scale) > 1 and scale[0] == 1 != self.shape[0] and math.prod(scale) == self.shape[1]
+
+    @property
     def values(self) -> int:
         """Numbers that are stored."""
         return sum(math.prod(blob.shape) for blob in self.parts.values())
+
+
+def as_vector(blob: Blob) -> Blob:
+    """A magnitude that measures rows, whatever sides of 1 it is stored with."""
+    return tensor_files.reshaped(blob, (math.prod(blob.shape),))
 
 
 def problem(layer: Layer) -> str | None:
@@ -161,8 +176,7 @@ def delta(layer: Layer, base: torch.Tensor | None = None) -> torch.Tensor:
         return product
     assert base is not None
     whole, scale = base + product, to_tensor(layer.parts["dora"])
-    by_input = scale.shape[:1] == (1,) and scale.numel() == layer.shape[1] and layer.shape[0] != layer.shape[1]
-    kept = 1 if by_input else 0  # older LyCORIS measured columns
+    kept = 1 if layer.by_input else 0
     across = tuple(dim for dim in range(whole.ndim) if dim != kept)
     sizes = torch.linalg.vector_norm(whole, dim=across, keepdim=True)
     return whole.mul_(scale.reshape(sizes.shape) / sizes).sub_(base)

@@ -2,7 +2,7 @@
 
 One table for all of them: a name is cut into module and tensor, the module flattened (dots to underscores) and looked
 up. It holds SDXL's modules under the names of both layouts, so kohya's files (the U-Net in the single file's words),
-OneTrainer's and older ones (in diffusers' words, flattened) and diffusers' and peft's (with dots) all meet in it.
+OneTrainer's (and with dots, OMI's), ai-toolkit's and older ones (in diffusers' words, flattened) and diffusers' and peft's (with dots) all meet in it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ENDS = tuple(
         (r"\.lora_linear_layer\.down\.weight", "lora", "down"), (r"\.lora_linear_layer\.up\.weight", "lora", "up"),
         (rf"\.lora_A{_SLOT}\.weight", "lora", "down"), (rf"\.lora_B{_SLOT}\.weight", "lora", "up"),
         (r"\.lora_mid\.weight", "lora", "mid"), (r"\.dora_scale", "any", "dora"),
-        (rf"\.lora_magnitude_vector{_SLOT}(?:\.weight)?", "any", "dora"), (r"\.alpha", "any", "alpha"),
+        (rf"\.lora_magnitude_vector{_SLOT}(?:\.weight)?", "any", "magnitude"), (r"\.magnitude", "any", "magnitude"), (r"\.alpha", "any", "alpha"),
         (r"\.diff", "full", "diff"), (r"\.w_norm", "full", "diff"), (r"\.b_norm", "full", "bias"), (r"\.diff_b", "any", "bias"),
         *((rf"\.hada_{part}{_SLOT}", "loha", part) for part in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
         *((rf"\.lokr_{part}{_SLOT}", "lokr", part) for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),

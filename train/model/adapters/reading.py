@@ -163,10 +163,12 @@ def _sorted(
         if cut is None or module is None:
             foreign.append(name)
             continue
-        own = found.setdefault(module, {})
-        if f"{cut[1]}/{cut[2]}" in own:
-            raise Halt(ExitCode.MISMATCH, f"{file} says {module} twice: {some([own[f'{cut[1]}/{cut[2]}'][0], name])}")
-        own[f"{cut[1]}/{cut[2]}"] = name, blob
+        own, part = found.setdefault(module, {}), f"{cut[1]}/{cut[2]}"
+        if part == "any/magnitude":  # peft's and ai-toolkit's
+            part, blob = "any/dora", layers.as_vector(blob)
+        if part in own:
+            raise Halt(ExitCode.MISMATCH, f"{file} says {module} twice: {some([own[part][0], name])}")
+        own[part] = name, blob
     if foreign:
         _refuse_foreign(file, foreign, len(found))
     _refuse_types(file, {name: blob for parts in found.values() for name, blob in parts.values()})

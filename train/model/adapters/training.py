@@ -17,7 +17,7 @@ from torch import nn
 from train.base.errors import ExitCode, Halt
 from train.config.adapter import AdapterConfig
 from train.model import sdxl
-from train.model.adapters import names
+from train.model.adapters import layers, names
 from train.model.adapters.layers import Layer
 from train.model.other_kinds import some
 from train.model.sdxl import canonical_name
@@ -172,7 +172,8 @@ def layers_of(tensors: Mapping[str, Blob], shapes: Mapping[str, tuple[int, ...]]
         part = part_of(name)
         if part is None or f"{part[0]}.weight" not in shapes:
             raise Halt(ExitCode.MISMATCH, f"{name} is no tensor of this run's adapter")
-        parts.setdefault(part[0], {})[_PARTS.get(part[1], part[1].removeprefix("hada_").removeprefix("lokr_"))] = blob
+        kept = layers.as_vector(blob) if part[1] == "lora_magnitude_vector" else blob
+        parts.setdefault(part[0], {})[_PARTS.get(part[1], part[1].removeprefix("hada_").removeprefix("lokr_"))] = kept
     chosen = ranks(settings, parts)
     found = {}
     for module, own in sorted(parts.items()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
@@ -67,7 +66,7 @@ def write_diffusers(
     for name, layer in layers.items():
         for part, blob in layer.parts.items():
             key = f"{name}.{_DIFFUSERS_PARTS[part]}"
-            if part == "dora" and math.prod(blob.shape) != layer.shape[0]:
+            if part == "dora" and layer.by_input:
                 raise Halt(ExitCode.MISMATCH, f"{out}: {name} has a DoRA scale by its inputs, which diffusers has no place for: write a .safetensors file")
             shaped = tensor_files.reshaped(blob, _magnitude(layer)) if part == "dora" else _shaped(layer, part, blob)
             blobs[key] = _cast(shaped, dtype, key)
@@ -130,8 +129,7 @@ def _shaped(layer: Layer, part: str, blob: Blob) -> Blob:
     """As every reader expects it: a kernel's factors with the kernel's sides, a matrix's as matrices."""
     kernel = [1] * len(layer.shape[2:])
     if part == "dora":
-        by_output = blob.shape[:1] != (1,) or layer.shape[0] == 1
-        return tensor_files.reshaped(blob, (layer.shape[0], 1, *kernel)) if by_output else blob
+        return tensor_files.reshaped(blob, (1, layer.shape[1], *kernel) if layer.by_input else (layer.shape[0], 1, *kernel))
     if layer.kind != "lora" or part not in ("down", "up"):
         return blob
     if part == "up":
