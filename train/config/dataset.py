@@ -57,6 +57,7 @@ class SourceConfig:
     keep_tokens: int = key(0, "the first N tags of a caption without separator are fixed", at_least=0)
     repeats: int | Literal["kohya"] = key(1, "visits of each image; kohya = the number that its folder's name begins with", at_least=1, at_most=MAX_REPEATS)
     weight: float = key(1.0, "the loss of each image is multiplied by this, and by columns.weight where a row has one; the mean is still over all images", at_least=0)
+    mask: str | None = key(None, "which part of a picture counts in the loss (loss.mask): alpha = what is not transparent; or a folder of grey pictures of the same names, white = all of it; null = no masks")
     follow_links: bool = key(False, "read what links that lead out of the source point to")
     on_missing_caption: Literal["error", "take"] = key("error", "take = a picture without .txt is a record without caption")
     npz_vae: str | None = key(None, "the VAE that made the sd-scripts .npz beside the images; null = they are not used")
@@ -319,6 +320,7 @@ def check_paths(settings: DatasetConfig) -> None:
         **{f"select.{stage}.{key}": getattr(select, key) for stage, select in settings.select.items() for key in ("allow", "deny")},
         **{f"sources {source.name}.{key}": getattr(source, key) for source in settings.sources
            for key in ("path", "images", "dictionary", "npz_vae")},
+        **{f"sources {source.name}.mask": source.mask for source in settings.sources if source.mask != "alpha"},
     }  # fmt: skip
     problems = [f"{key}: {path} does not exist" for key, path in named.items() if path is not None and not Path(path).exists()]
     if settings.latents.vae is None:

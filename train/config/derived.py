@@ -83,6 +83,7 @@ class Images:
     min_bucket: int | None
     average: Literal["images", "micro_batches"]  # over what an update's loss is averaged
     flip: bool  # mirror images are drawn too
+    masked: bool  # their masks count
     noise: NoiseConfig  # its law may read a file, which is part of the plan then
     order: Order
 
@@ -174,6 +175,7 @@ class Feeding:
     seed: int
     data: DataConfig
     noise: NoiseConfig
+    masked: bool  # with its mask
 
 
 @dataclass(frozen=True)
@@ -255,6 +257,7 @@ def images(config: StageConfig) -> Images:
         min_bucket=batch.min_bucket,
         average=config.loss.average,
         flip=config.data.flip,
+        masked=config.loss.mask,
         noise=config.noise,
         order=order,
     )
@@ -346,7 +349,7 @@ def owners(config: StageConfig) -> Owners:
     rounding_seed = config.seed if config.model.weights == "bf16" else None
     return Owners(
         Learning(config.rates, config.ema, config.running, rounding_seed),
-        Feeding(config.seed, config.data, config.noise),
+        Feeding(config.seed, config.data, config.noise, config.loss.mask),
         watching,
         Keeping(config.identity, config.origin, config.checkpoint, config.launch.grace_s),
         config.images,

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from train.config.dataset import DatasetConfig, SourceConfig
 
 _METADATA = (".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet")
-_EVERY = ("name", "adapter", "path", "images", "assume_rating", "escaped", "on_bad_tag", "repeats", "weight", "follow_links")
+_EVERY = ("name", "adapter", "path", "images", "assume_rating", "escaped", "on_bad_tag", "repeats", "weight", "follow_links",
+          "mask")
 _CAPTIONS = ("tag_separator", "on_second_separator", "caption_lines", "keep_tokens", "prose")
 _FILES = ("caption_ext", "on_missing_caption")  # a caption of its own, which may be missing
 READS: dict[str, frozenset[str]] = {  # adapter: the keys of a source that it reads
@@ -76,6 +77,8 @@ _CAPTION_RULES: tuple[Callable[[SourceConfig], str | None], ...] = (
     lambda s: "tag_separator is empty: name what stands between tags, such as ' ', or leave it out"
     if s.tag_separator == "" else None,
     _ending,
+    lambda s: f"mask is {s.mask!r}: pictures in a table have no names to look for in a folder; alpha is read from them"
+    if s.mask not in (None, "alpha") and s.adapter == "huggingface" else None,
 )  # fmt: skip
 
 

@@ -172,6 +172,7 @@ class LossConfig:
     type: Literal["l2", "huber"] = key("l2", "of the error")
     huber_c: float = key(0.1, "where huber turns from square to line", above=0)
     huber_schedule: Literal["constant", "exponential", "snr"] = key("snr", "how huber_c changes with the timestep")
+    mask: bool = key(False, "the error counts where a picture's mask says so (source key mask); the mean is still over all places")
     convert: bool = key(False, "must be true where prediction or zero terminal SNR differ from the parent's; held-out loss is then measured before the first update too")
 
 

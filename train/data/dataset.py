@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from train.base import faults
 from train.base.errors import ExitCode, Halt
 from train.config.stage import DataConfig, NoiseConfig
-from train.data.index import Index
+from train.data.index import Index, mask_shard
 from train.data.shards import ShardReader
 from train.diffusion.noise import needs_means, tile_noise
 from train.diffusion.objective import Batch
@@ -31,6 +31,8 @@ from train.recipe.order import Plan, Tile
 from train.recipe.rng import Stream
 from train.recipe.schedule import steps_of
 from train.recipe.timesteps import Law
+
+Places = Sequence[tuple[int, bool]]  # row of the index, whether its mirror image
 
 
 class TileDataset(Dataset[Batch | Halt]):
@@ -48,9 +50,10 @@ class TileDataset(Dataset[Batch | Halt]):
         noise: NoiseConfig,
         scale: LatentScale,
         total_updates: int,
+        masked: bool = False,
     ) -> None:
         self.index, self.plan, self.reader, self.tokenizer = index, plan, reader, tokenizer
-        self.seed, self.data, self.noise, self.scale = seed, data, noise, scale
+        self.seed, self.data, self.noise, self.scale, self.masked = seed, data, noise, scale, masked
         self.options = draw_options(data, total_updates)
         self.max_tokens, self.overflow, self.law = data.max_tokens, data.overflow, Law.of(noise)
 
@@ -72,7 +75,7 @@ class TileDataset(Dataset[Batch | Halt]):
         """The tensors of tile `number` of those of update `step`."""
         tile, first_slot = tiles[number], sum(len(before.rows) for before in tiles[:number])
         flips = self._flips(tile)
-        latents_BCHW, substituted = self._latents(tile, step, flips)
+        latents_BCHW, places, substituted = self._latents(tile, step, flips)
         shape = tuple(latents_BCHW.shape[1:])
         means_BC = latents_BCHW.mean(dim=(2, 3)).numpy() if needs_means(self.noise) else None
         noises = tile_noise(
@@ -85,6 +88,8 @@ class TileDataset(Dataset[Batch | Halt]):
         batch = assembled(tile, latents_BCHW, noises, timesteps_B, ids, sizes, slots_B)
         if (weights := self.index.weights) is not None:
             batch = replace(batch, weights_B=torch.from_numpy(weights[tile.rows]))
+        if self.masked:
+            batch = replace(batch, masks_B1HW=read_masks(self.index, self.reader, places, latents_BCHW))
         return replace(batch, step=step, tags_dropped=dropped, substituted=substituted)
 
     def _flips(self, tile: Tile) -> list[bool]:
@@ -95,7 +100,8 @@ class TileDataset(Dataset[Batch | Halt]):
         mirrored: list[bool] = (drawn_B & self.index.flips[tile.rows]).tolist()
         return mirrored
 
-    def _latents(self, tile: Tile, step: int, flips: list[bool]) -> tuple[torch.Tensor, tuple[str, ...]]:
+    def _latents(self, tile: Tile, step: int, flips: list[bool]) -> tuple[torch.Tensor, Places, tuple[str, ...]]:
+        """(latents, the (row of the index, whether mirrored) that each is of, keys of those that were replaced)."""
         faults.at("read", step)
         rows: list[int] = tile.rows.tolist()
         substituted: list[str] = []
@@ -115,7 +121,7 @@ class TileDataset(Dataset[Batch | Halt]):
             )
         if self.index.content == "moments":
             raw_BCHW = _draw_moments(raw_BCHW, self.seed, tile)
-        return self.scale.to_model(raw_BCHW), tuple(substituted)
+        return self.scale.to_model(raw_BCHW), list(zip(rows, flips, strict=True)), tuple(substituted)
 
     def _read(self, rows: Sequence[int], flips: Sequence[bool]) -> tuple[torch.Tensor, str]:
         return read_rows(self.index, self.reader, rows, flips), self.index.latent(rows[0], flip=flips[0])[0]
@@ -198,6 +204,20 @@ def read_rows(index: Index, reader: ShardReader, rows: Sequence[int], flips: Seq
     """What is stored of these rows of the index, or of their mirror images, fp32 [B,C,H,W]. Raises Halt(MISMATCH) as `ShardReader.read`."""
     places = [index.latent(row, flip=flip) for row, flip in zip(rows, flips or [False] * len(rows), strict=True)]
     return reader.read([shard for shard, _ in places], [place for _, place in places])
+
+
+def read_masks(index: Index, reader: ShardReader, images: Places, latents_BCHW: torch.Tensor) -> torch.Tensor:
+    """The masks of these images, fp32 [B,1,H,W] of the latents' size; ones for one without."""
+    masks_B1HW = torch.ones((len(images), 1, *latents_BCHW.shape[2:]))
+    having = [number for number, (row, _) in enumerate(images) if index.masked is not None and index.masked[row]]
+    if having:
+        shards, places = zip(*(index.latent(images[number][0], flip=images[number][1]) for number in having), strict=True)
+        found = reader.read(list(map(mask_shard, shards)), list(places))
+        if found.shape[1:] != masks_B1HW.shape[1:]:
+            raise Halt(ExitCode.MISMATCH, f"masks of {index.named(images[having[0]][0])} are {tuple(found.shape[2:])}, its latents "
+                       f"{tuple(latents_BCHW.shape[2:])}: run scripts/prepare.py latents again")  # fmt: skip
+        masks_B1HW[having] = found
+    return masks_B1HW
 
 
 def size_numbers(

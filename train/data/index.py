@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ LABEL_COLUMNS = ("quality", "rating_tags", "year", "aesthetic")
 NUMBERS = ("orig_w", "orig_h", "bucket_w", "bucket_h", "resized_w", "resized_h", "crop_top", "crop_left")
 FLIP_COLUMNS = ("flip_shard", "flip_row")  # of the latent of the mirror image: "" and -1 for none; no columns where no image has one
 WEIGHT = "weight"  # of an image's loss, float32; no column where all weigh 1
+MASK = "mask"  # digest of an image's mask, uint64, 0 = none; no column where none has one
 U64 = npt.NDArray[np.uint64]
 _TEXTS, _DIGESTS = ("key", "shard"), ("image_digest", "caption_digest")
 _CHECKED_ROWS = 1 << 17  # at a time: what is looked at becomes resident until it is given back
@@ -96,6 +97,8 @@ class Index:
             numbers=(*NUMBERS, "row", *_DIGESTS, *flips[1:]),
         )  # fmt: skip
         _refuse_strange_weights(file)
+        if MASK in file.table.column_names and file.table.column(MASK).type != pa.uint64():
+            raise Halt(ExitCode.MISMATCH, f"{file.path}: its masks are not named by numbers: run scripts/prepare.py latents")
         refuse_damaged(rows.path, rows.table, rows.give_back, numbers=("row", "uid"), rows_below=file.table.num_rows)
         return cls(file, column_of(rows.table, "row"), np.array(column_of(rows.table, "uid")), {**whole, **meta})
 
@@ -190,6 +193,14 @@ class Index:
             return None
         return _gathered(column_of(self._file.table, WEIGHT), self._rows)
 
+    @cached_property
+    def masked(self) -> npt.NDArray[np.bool_] | None:
+        """Which images have a mask; None where none of the set's has."""
+        if MASK not in self._file.table.column_names:
+            return None
+        found: npt.NDArray[np.bool_] = _gathered(column_of(self._file.table, MASK), self._rows) != 0
+        return found
+
     @property
     def images(self) -> npt.NDArray[np.int64]:
         """A number per entry that is equal for the repeats of one image."""
@@ -218,6 +229,11 @@ class Index:
         for column in (self.uids, self.bucket_w.astype(np.int32), self.bucket_h.astype(np.int32)):
             digest.update(np.ascontiguousarray(column[order]).tobytes())
         return digest.hexdigest()
+
+
+def mask_shard(shard: str) -> str:
+    """Where the masks of a latent shard's pictures lie, [N,1,H,W] in its rows."""
+    return f"masks/{PurePosixPath(shard).name}"
 
 
 def selection_fingerprint(uids: U64, image: U64, caption: U64, meta: Mapping[str, str]) -> str:

@@ -20,6 +20,7 @@ from train.data.index import (
     FLIP_COLUMNS,
     INDEX,
     LABEL_COLUMNS,
+    MASK,
     MORE_COLUMNS,
     NUMBERS,
     U64,
@@ -45,7 +46,7 @@ def build_index(
     `index` has the index table's columns sorted by (key, bucket), with captions and labels joined to it, the file's
     sha256 as `content_hash` and the rating, or the one its source declares, as `gate_rating`, and as
     `gate_fixed` whether the fixed tags are a caption's, not names (no column: never); `meta` holds vae_id, content and
-    buckets. Columns of MORE_COLUMNS and `weight` may be there; of MORE_COLUMNS those that say nothing are
+    buckets. Columns of MORE_COLUMNS, `weight` and `mask` may be there; of MORE_COLUMNS those that say nothing are
     not written. Raises Halt(MISMATCH) for two keys with one uid, for a selected image without latents, and for a row that the hard exclusions refuse.
     """
     index = index.drop_columns([name for name in MORE_COLUMNS if _says_nothing(index, name)])
@@ -143,12 +144,13 @@ def _place_marks(uids: U64, table: pa.Table) -> U64:
 def _digests(index: pa.Table) -> tuple[U64, U64]:
     """Per row: digest of what the picture is, digest of what its caption says."""
     image, at = np.empty(len(index), dtype=np.uint64), 0
-    weights = column_of(index, WEIGHT) if WEIGHT in index.column_names else None
+    weights, masks = (column_of(index, name) if name in index.column_names else None for name in (WEIGHT, MASK))
     for batch in index.select([*NUMBERS, "content_hash"]).to_batches(_CHUNK_ROWS):
         numbers = np.stack([batch[name].to_numpy().astype(np.int64) for name in NUMBERS], axis=1)
         for row, content in enumerate(batch["content_hash"].to_pylist()):
             weight = b"" if weights is None or weights[at] == 1 else weights[at].tobytes()
-            image[at] = _short_hash(numbers[row].tobytes() + (content or "").encode() + weight)
+            mask = b"" if masks is None or masks[at] == 0 else b"mask" + masks[at].tobytes()
+            image[at] = _short_hash(numbers[row].tobytes() + (content or "").encode() + weight + mask)
             at += 1
     caption = np.empty(len(index), dtype=np.uint64)
     parts = [tag_hashes(index.column(name).combine_chunks()) for name in CAPTION_COLUMNS]

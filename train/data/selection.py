@@ -13,7 +13,7 @@ import numpy.typing as npt
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.config.derived import Images, Order
-from train.data.index import U64, Index
+from train.data.index import U64, Index, mask_shard
 from train.model.source import LocalModel, vae_identity
 from train.model.vae_file import LatentScale
 from train.recipe.buckets import Size, check_buckets
@@ -43,6 +43,8 @@ def open_selection(images: Images) -> Selection:
     if images.flip:
         _refuse_without_flips(images.folder, index)
         refuse_missing_shards(images.folder, index.shards(flip=True))
+    if images.masked:
+        refuse_missing_masks(images, kept)
     held = once(measured.select(held_out(measured.uids, share, measured.images)))
     return Selection(images.folder, index, kept, held, make_plan(kept, images.order))
 
@@ -167,6 +169,29 @@ def refuse_missing_shards(folder: str, shards: Iterable[str]) -> None:
         raise Halt(
             ExitCode.MISMATCH, f"data.path {folder} lacks {len(missing)} latent shards: {shown}: run scripts/prepare.py latents"
         )
+
+
+def refuse_missing_masks(images: Images, kept: Index) -> None:
+    """Halt(MISMATCH) for loss.mask over a set without masks, or whose masks are not there."""
+    folder = images.folder
+    if kept.masked is None or not kept.masked.any():
+        raise Halt(
+            ExitCode.MISMATCH,
+            f"loss.mask: no picture that this stage trains on has a mask in data.path {folder}: give its sources the key mask and run "
+            "scripts/prepare.py latents (nothing is encoded twice), or set loss.mask=false",
+        )
+    masked = kept.select(kept.masked)
+    shards = [*masked.shards(), *(masked.shards(flip=True) if images.flip else ())]
+    missing = [name for shard in shards if not (Path(folder) / (name := mask_shard(shard))).is_file()]
+    if missing:
+        raise Halt(ExitCode.MISMATCH, f"data.path {folder} lacks masks, such as {missing[0]}: run scripts/prepare.py latents")
+
+
+def masks_note(images: Images, kept: Index) -> str | None:
+    """How many of the images have no mask; None without loss.mask, or where all have one."""
+    if not images.masked or kept.masked is None or kept.masked.all():
+        return None
+    return f"loss.mask: {int((~kept.masked).sum())} of {len(kept)} pictures have no mask and count whole"
 
 
 def refuse_other_vae(folder: str, index: Index, source: LocalModel) -> None:

@@ -37,6 +37,7 @@ class Batch:
     tile: Tile
     tags_dropped: int  # cut at the token limit
     weights_B: torch.Tensor | None = None  # fp32, of each image's loss; None where all weigh 1
+    masks_B1HW: torch.Tensor | None = None  # fp32 in 0..1, of each place's error; None where all counts
     substituted: tuple[str, ...] = ()  # keys that could not be read and were replaced
 
     def to(self, device: torch.device) -> Batch:
@@ -115,6 +116,7 @@ def image_losses(model: nn.Module, part: Batch, diffusion: Diffusion) -> torch.T
         part.timesteps_B,
         diffusion.alphas_T,
         diffusion.loss,
+        part.masks_B1HW,
     )
     return losses_B if part.weights_B is None else losses_B * part.weights_B
 
@@ -133,8 +135,12 @@ def per_image(
     timesteps_B: torch.Tensor,
     alphas_T: torch.Tensor,
     config: LossConfig,
+    masks_B1HW: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Weighted loss of each image, fp32 [B]. All inputs fp32, `alphas_T` float64."""
+    """Weighted loss of each image, fp32 [B]. All inputs fp32, `alphas_T` float64.
+
+    A mask multiplies the errors; the mean is still over all places, so a picture that is half masked counts half.
+    """
     target_BCHW = target(latents_BCHW, noise_BCHW, timesteps_B, alphas_T, config.prediction)
     difference = prediction_BCHW - target_BCHW
     if config.type == "huber":
@@ -142,6 +148,8 @@ def per_image(
         errors = pseudo_huber(difference, c_B111)
     else:
         errors = difference.square()
+    if masks_B1HW is not None:
+        errors = errors * masks_B1HW
     return errors.mean(dim=(1, 2, 3)) * weights(timesteps_B, alphas_T, config).to(errors.dtype)
 
 

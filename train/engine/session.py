@@ -25,7 +25,7 @@ from train.config.derived import Owners, Watching
 from train.config.stage import CheckpointConfig, DataConfig, EmaConfig, OptimizerConfig
 from train.data.dataset import TileDataset
 from train.data.loader import Loader
-from train.data.selection import flips_note, short_tiles_note
+from train.data.selection import flips_note, masks_note, short_tiles_note
 from train.data.shards import ShardReader
 from train.engine import usable
 from train.engine.processes import HANGS_AT, Watch
@@ -146,10 +146,9 @@ def open_session(
     expected = expectations(identity, data, model.source, parameters, ema)
     if place.is_main:
         check_room(run, plan, parameters, shares, running.optimizer, keeping.checkpoint, files, average=ema is not None, masters=masters)
-        if note := short_tiles_note(owners.images, plan):
+        notes = (short_tiles_note(owners.images, plan), masks_note(owners.images, data.index), flips_note(data.index) if owners.images.flip else None)
+        for note in filter(None, notes):
             log.info(note)
-        if owners.images.flip:
-            log.info(flips_note(data.index))
     loaded = restore(
         run, expected, networks, optimizer, ema, data.index, model.shards, masters,
         name=running.optimizer, verify=keeping.checkpoint.verify, is_main=place.is_main,
@@ -157,7 +156,7 @@ def open_session(
     progress = loaded.progress if loaded else Progress()
     if place.is_main and watching.held_out_every_steps:
         held_out.remember(run.path)
-    images = partial(TileDataset, seed=feeding.seed, data=feeding.data, noise=feeding.noise, scale=latent_scale)
+    images = partial(TileDataset, seed=feeding.seed, data=feeding.data, noise=feeding.noise, scale=latent_scale, masked=feeding.masked)
     scale = loss_scale(running.precision, loaded.state.get("scaler") if loaded else None)
     loader = open_loader(images, feeding.data, machine, data, progress.step)
     return Session(

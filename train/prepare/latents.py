@@ -29,6 +29,7 @@ from train.prepare.encoding import flips
 from train.prepare.encoding.batching import Batches, own_device
 from train.prepare.encoding.encoder import Encoder, find_vae
 from train.prepare.encoding.index_tables import finish, weights_told
+from train.prepare.encoding.masks import make_masks
 from train.prepare.encoding.npz import Unusable, imported, tally
 from train.prepare.encoding.shard_plan import Recipe, Slot, Wanted, by_shard, entry_of, make_plan, shard_mark
 from train.prepare.images.decode import DECODE_VERSION, Refused
@@ -79,11 +80,12 @@ def run(settings: DatasetConfig) -> None:
     work = Work(settings, recipe, list(by_shard(shards)), entries, facts)
     with Peers(dataset) as peers:
         _encode(work, vae, peers)
+        masks = make_masks(settings, work.shards, entries, facts, peers)
     lost, unreadable = _outcome(work)
-    finish(settings, recipe, used, facts, without={*lost, *(key for key, _ in unreadable)})
+    finish(settings, recipe, used, facts, {*lost, *(key for key, _ in unreadable)}, masks.digests)
     merge_quarantine(dataset)
     if peers.rank == 0:
-        for told in weights_told(settings, facts):
+        for told in (*weights_told(settings, facts), *masks.said):
             print(f"latents: {told}")
         if of_flips:
             print(f"latents: {of_flips}")
@@ -99,6 +101,10 @@ def run(settings: DatasetConfig) -> None:
             f"latents: {len(unreadable)} files that probe accepted cannot be read any more: {first}. Run "
             "scripts/prepare.py probe again",
         )
+    if masks.unreadable:
+        first = "; ".join(f"{key}: {why}" for key, why in masks.unreadable[:5])
+        raise Complaint(ExitCode.MISMATCH, f"latents: {len(masks.unreadable)} masks cannot be used: {first}. Mend them or take them away, then run "
+                        "scripts/prepare.py latents again; until then their pictures count whole")  # fmt: skip
     judge(settings, "latents")
 
 

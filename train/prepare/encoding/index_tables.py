@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import DatasetConfig, dataset_dir
-from train.data.index import FLIP_COLUMNS, WEIGHT, Index, file_hashes
+from train.data.index import FLIP_COLUMNS, MASK, WEIGHT, Index, file_hashes
 from train.data.index_writer import build_index, encoded
 from train.data.shards import read_meta
 from train.prepare.choosing import weights
@@ -33,13 +33,14 @@ _LABELS = ["key", "policy_hash", "fixed_tags", "flex_tags", "quality", "rating_t
 
 
 def finish(
-    settings: DatasetConfig, recipe: Recipe, used: list[Slot], facts: Facts, without: set[str]
-) -> None:
-    """Write index.parquet, the arrow files and dataset.json. `without`: keys selected but not stored."""
+    settings: DatasetConfig, recipe: Recipe, used: list[Slot], facts: Facts, without: set[str],
+    masks: Mapping[str, Mapping[int, int]],
+) -> None:  # fmt: skip
+    """Write index.parquet, the arrow files and dataset.json. `without`: keys selected but not stored; `masks`: digests by shard and row."""
     dataset = dataset_dir(settings)
     index = index_table(dataset, recipe, used, facts)
     write_parquet(dataset / "index.parquet", index)
-    joined = _join(settings, index, facts)
+    joined = _with_masks(_join(settings, index, facts), masks)
     selections = {}
     for stage in settings.select:
         table = pq.read_table(selection_path(dataset, stage))
@@ -127,6 +128,14 @@ def _flips_beside(index: pa.Table) -> pa.Table:
         column = flips.column(name.removeprefix("flip_")).combine_chunks().take(at)
         plain = plain.append_column(name, pc.fill_null(column, none))
     return plain
+
+
+def _with_masks(index: pa.Table, masks: Mapping[str, Mapping[int, int]]) -> pa.Table:
+    """The index with the digest of each picture's mask; as it is where none has one."""
+    if not any(masks.values()):
+        return index
+    places = zip(index.column("shard").to_pylist(), index.column("row").to_pylist(), strict=True)
+    return index.append_column(MASK, pa.array([masks.get(shard, {}).get(row, 0) for shard, row in places], pa.uint64()))
 
 
 def weights_told(settings: DatasetConfig, facts: Facts) -> list[str]:

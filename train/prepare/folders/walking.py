@@ -71,7 +71,7 @@ def pictures(source: SourceConfig, root: Path) -> Iterator[str | Quarantine]:
 
 def _below(source: SourceConfig, root: Path, top: str, met: set[str], links: list[str]) -> Iterator[str | Quarantine]:
     """Files of a folder and of the real folders in it that are not in `met`; linked ones are left in `links`."""
-    waiting = [(top, os.path.realpath(root / top))]
+    waiting, masks = [(top, os.path.realpath(root / top))], mask_folder(source)
     while waiting:
         folder, real = waiting.pop()
         if real in met:
@@ -89,6 +89,8 @@ def _below(source: SourceConfig, root: Path, top: str, met: set[str], links: lis
             if is_litter(entry.name) or (entry.name.startswith(".") and os.path.isdir(entry.path)):
                 note("litter", printable(uri))
             elif entry.is_dir(follow_symlinks=False):
+                if f"{real}/{entry.name}" == masks:  # which are no pictures to train on
+                    continue
                 if (refused := _bad_name(source, uri)) is None:
                     waiting.append((uri, f"{real}/{entry.name}"))
                 else:
@@ -97,6 +99,11 @@ def _below(source: SourceConfig, root: Path, top: str, met: set[str], links: lis
                 links.append(uri)
             else:
                 yield _file(source, root, uri, entry)
+
+
+def mask_folder(source: SourceConfig) -> str | None:
+    """Where the source's masks lie, without links; None where it has none of their own."""
+    return None if source.mask in (None, "alpha") else os.path.realpath(str(source.mask))
 
 
 def _bad_name(source: SourceConfig, uri: str) -> Quarantine | None:

@@ -60,6 +60,7 @@ class Decoded:
     has_alpha: bool
     n_frames: int
     exif_orientation: int  # 1..8; 1 where none is given
+    alpha: Image.Image | None = None  # L, upright, where has_alpha: 255 = not transparent
 
 
 def decode(data: bytes, rules: ProbeConfig) -> Decoded:
@@ -168,10 +169,10 @@ def _decode(image: ImageFile.ImageFile, data: bytes, found: str, rules: ProbeCon
     if deep and isinstance(key, tuple):  # Pillow keeps the high bytes of the pixels, and would take the key's low ones
         image.info["transparency"] = tuple(value >> 8 for value in key)
     has_alpha = mode in _ALPHA_MODES or "transparency" in image.info
-    rgb = _to_rgb(image)
+    rgb, alpha = _to_rgb(image), _alpha(image) if has_alpha else None
     if orientation in _TURN:
-        rgb = rgb.transpose(_TURN[orientation])
-    return Decoded(rgb, found, mode, has_alpha, n_frames, orientation)
+        rgb, alpha = rgb.transpose(_TURN[orientation]), alpha and alpha.transpose(_TURN[orientation])
+    return Decoded(rgb, found, mode, has_alpha, n_frames, orientation, alpha)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -198,6 +199,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode in ("L", "CMYK"):
         return _with_profile(image, profile)
     return _with_profile(image.convert("RGB"), profile)
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    """What is not transparent of a picture that says what is."""
+    if image.mode.startswith("I"):  # 16-bit grey, of which one value may be transparent
+        return Image.fromarray((np.asarray(image) != image.info.get("transparency")).astype(np.uint8) * 255, "L")
+    return image.convert("RGBA").getchannel("A")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
@@ -254,20 +262,31 @@ def resize_crop(image: Image.Image, place: Placement, kind: str = "lanczos") -> 
     `lanczos`: Pillow, equal to resizing the whole and cropping to within 2 levels. `area`: average over the covered
     area, also when enlarging, as the original trainer's resizing did.
     """
-    width, height = image.size
-    x, y = width / place.resized_w, height / place.resized_h  # two scales: with one, the picture shifts
-    box = (
-        place.crop_left * x,
-        place.crop_top * y,
-        min((place.crop_left + place.bucket_w) * x, width),
-        min((place.crop_top + place.bucket_h) * y, height),
-    )
-    size = (place.bucket_w, place.bucket_h)
+    box, size = _box(image, place), (place.bucket_w, place.bucket_h)
     resizers: dict[str, Callable[[], np.ndarray]] = {
         "lanczos": lambda: np.asarray(image.resize(size, Image.Resampling.LANCZOS, box=box)),
         "area": lambda: _area(np.asarray(image), box, size),
     }
     return resizers[kind]()
+
+
+def means(grey: Image.Image, place: Placement, cell_px: int = 8) -> np.ndarray:
+    """float64 [bucket_h / cell_px, bucket_w / cell_px] in 0..1: the mean of an L picture over each cell of the same crop."""
+    left, top, right, bottom = _box(grey, place)
+    rows = _area_axis(np.asarray(grey).astype(np.float64), np.linspace(top, bottom, place.bucket_h // cell_px + 1))
+    return _area_axis(rows.swapaxes(0, 1), np.linspace(left, right, place.bucket_w // cell_px + 1)).swapaxes(0, 1) / 255.0
+
+
+def _box(image: Image.Image, place: Placement) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the crop in the picture's own pixels."""
+    width, height = image.size
+    x, y = width / place.resized_w, height / place.resized_h  # two scales: with one, the picture shifts
+    return (
+        place.crop_left * x,
+        place.crop_top * y,
+        min((place.crop_left + place.bucket_w) * x, width),
+        min((place.crop_top + place.bucket_h) * y, height),
+    )
 
 
 def _area(pixels_HWC: np.ndarray, box: tuple[float, float, float, float], size: tuple[int, int]) -> np.ndarray:

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from train.config.dataset import ProbeConfig, SourceConfig
 from train.prepare.folders.files import UnsafePath, read_image, source_root
-from train.prepare.images.decode import Decoded, Refused, decode, resize_crop
+from train.prepare.images.decode import Decoded, Refused, decode, means, resize_crop
 from train.prepare.images.sniff import ext_mismatch
 from train.recipe.buckets import Placement
 
@@ -76,6 +76,38 @@ def cut_one(job: Cut) -> npt.NDArray[np.uint8] | Refused:
         if image.size != job.orig_size:
             return Refused("bad_record", f"{_where(job.look)}: {image.size} pixels, probed as {job.orig_size}")
         return np.ascontiguousarray(resize_crop(image, job.place, job.resize))
+    except Refused as refused:
+        return refused
+    except MemoryError as error:
+        return Refused("too_many_pixels", f"{_where(job.look)}: out of memory", repr(error))
+
+
+@dataclass(frozen=True)
+class Veil:
+    """One mask to make, of a picture's own transparency or of another file of its shape, cut as the picture is."""
+
+    look: Look  # of the file that holds it
+    place: Placement  # of the picture
+    orig_size: tuple[int, int]  # of the picture, as probed
+    sha256: str | None  # of the picture where it holds its own; None = another file, read as grey
+    flip: bool  # of its mirror image
+
+
+def mask_one(job: Veil) -> npt.NDArray[np.float16] | Refused:
+    """float16 [bucket_h/8, bucket_w/8] in 0..1, or why there is none. Raises nothing."""
+    try:
+        data = _read(job.look)
+        if job.sha256 is not None and hashlib.sha256(data).hexdigest() != job.sha256:
+            return Refused("bad_record", f"{_where(job.look)}: the file changed after it was probed")
+        found = decode(data, job.look.rules)
+        grey = found.image.convert("L") if job.sha256 is None else found.alpha
+        if grey is None:
+            return Refused("bad_record", f"{_where(job.look)}: has no transparency any more")
+        (width, height), (own_w, own_h) = job.orig_size, grey.size
+        if abs(own_w * height / width - own_h) > max(1.0, 0.02 * own_h):  # rounded sizes are one shape
+            return Refused("bad_record", f"{_where(job.look)}: the mask is {own_w}x{own_h}, its picture {width}x{height}: another shape")
+        values = means(grey, job.place).astype(np.float16)
+        return np.ascontiguousarray(values[:, ::-1]) if job.flip else values
     except Refused as refused:
         return refused
     except MemoryError as error:

@@ -69,9 +69,12 @@ class Peers:
         """Move the bar from inside a unit, which may take minutes."""
         self._bar.update(rows)
 
-    def wait_for(self, files: Sequence[tuple[int, Path]], make: Callable[[int], None]) -> None:
-        """Return when every (unit, file) is there; units of peers that are gone are made here."""
-        waiting = [(unit, path) for unit, path in files if not path.exists()]
+    def wait_for(
+        self, files: Sequence[tuple[int, Path]], make: Callable[[int], None], ready: Callable[[int, Path], bool] | None = None
+    ) -> None:
+        """Return when every (unit, file) is there, or `ready`; units of peers that are gone are made here."""
+        done = ready or (lambda _, path: path.exists())
+        waiting = [(unit, path) for unit, path in files if not done(unit, path)]
         while waiting:
             signals.raise_if_asked("waiting for the other processes")
             lost = next((unit for unit, _ in waiting if not self._alive(unit % self.world)), None)
@@ -79,7 +82,7 @@ class Peers:
                 make(lost)
             else:
                 time.sleep(0.1)
-            waiting = [(unit, path) for unit, path in waiting if not path.exists()]
+            waiting = [(unit, path) for unit, path in waiting if not done(unit, path)]
 
     def _alive(self, rank: int) -> bool:
         if rank == self.rank:

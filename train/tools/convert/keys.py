@@ -31,6 +31,7 @@ DIRECT = {  # theirs: ours, same meaning and same values
     "multires_noise_discount": "noise.multires_discount",
     "ip_noise_gamma": "noise.input_perturbation",
     "zero_terminal_snr": "noise.zero_terminal_snr",
+    "masked_loss": "loss.mask",
     "min_snr_gamma": "loss.min_snr_gamma",
     "debiased_estimation_loss": "loss.debiased",
     "huber_c": "loss.huber_c",
@@ -106,7 +107,7 @@ NO_COUNTERPART = {
     "save_n_epoch_ratio": "see checkpoint.permanent_every_steps", "save_last_n_steps_state": "see checkpoint.keep",
     "save_last_n_epochs_state": "see checkpoint.keep", "save_state_on_train_end": "always", "huggingface_token": "a secret; not copied",
     "secondary_separator": "it would stay in the text: write commas in its place", "enable_wildcard": "captions are tags", "caption_prefix": "write it into the captions",
-    "caption_suffix": "write it into the captions", "masked_loss": "no masks", "alpha_mask": "no masks",
+    "caption_suffix": "write it into the captions", "alpha_mask": "see sources.mask of dataset.yaml: alpha",
     "deepspeed": "see configs/launch", "highvram": "not needed",
     **dict.fromkeys(("huggingface_repo_id", "huggingface_repo_type", "huggingface_path_in_repo", "async_upload",
                      "huggingface_repo_visibility", "save_state_to_huggingface", "resume_from_huggingface"),
@@ -167,10 +168,10 @@ ADAPTER = {  # of its LoRA trainer: ours, what to know; such a TOML is refused w
 NOT_CARRIED = {  # keys of a dataset config that have no counterpart
     **{key: NO_COUNTERPART[key] for key in (
         "bucket_no_upscale", "flip_aug", "color_aug", "random_crop", "face_crop_aug_range", "secondary_separator",
-        "enable_wildcard", "caption_prefix", "caption_suffix", "alpha_mask", "random_crop_padding_percent", "cache_info",
+        "enable_wildcard", "caption_prefix", "caption_suffix", "random_crop_padding_percent", "cache_info",
         "skip_cache_check",
     )},
-    "conditioning_data_dir": "of a ControlNet", "custom_attributes": "nothing reads them", "network_multiplier": "no LoRA is trained",
+    "custom_attributes": "nothing reads them", "network_multiplier": "no LoRA is trained",
     "skip_image_resolution": "small pictures are enlarged; see probe.min_area_px",
     "validation_split": "see validation.share of the stage", "validation_seed": "held out by a hash of the key",
     "vae_batch_size": "see latents.batch", "cache_latents": "latents are always prepared",
@@ -178,7 +179,7 @@ NOT_CARRIED = {  # keys of a dataset config that have no counterpart
 }  # fmt: skip
 DATASET_PART = {  # every key that a dataset config may hold
     *NOT_CARRIED, "image_dir", "metadata_file", "num_repeats", "keep_tokens", "keep_tokens_separator", "caption_separator",
-    "caption_extension", "caption_extention", "class_tokens", "is_reg", "name", "resolution", "enable_bucket",
+    "caption_extension", "caption_extention", "class_tokens", "alpha_mask", "conditioning_data_dir", "is_reg", "name", "resolution", "enable_bucket",
     "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "batch_size", "shuffle_caption", "caption_dropout_rate",
     "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "token_warmup_min", "token_warmup_step",
     "resize_interpolation",
