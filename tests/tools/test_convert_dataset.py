@@ -307,3 +307,10 @@ def test_regularisation_pictures_are_a_source_with_their_weight(tmp_path: Path) 
     (tmp_path / "c.toml").write_text((tmp_path / "a.toml").read_text().replace("0.4", '"much"'))
     with pytest.raises(Halt, match="prior_loss_weight is 'much', must be a number"):
         convert_file(tmp_path / "c.toml", tmp_path / "c.yaml")
+
+
+def test_masks_are_a_key_of_their_source(tmp_path: Path) -> None:
+    lines = FOLDERS.replace("num_repeats = 10", "alpha_mask = true").replace("keep_tokens = 3", 'conditioning_data_dir = "pictures/masks"')
+    (tmp_path / "a.toml").write_text(lines)
+    convert_file(tmp_path / "a.toml", tmp_path / "out.yaml")
+    assert [source.mask for source in load_settings([tmp_path / "out.yaml"]).sources] == ["alpha", "pictures/masks"]

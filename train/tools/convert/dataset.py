@@ -221,6 +221,8 @@ def _sources(subsets: list[Subset], made: Made) -> list[dict[str, Any]]:
         if repeats != 1:
             source["repeats"] = repeats if repeats == "kohya" else subset.whole("num_repeats", 1, 1)
             made.notes[f"{subset.place}.num_repeats"] = f"became repeats: {source['repeats']} of the source {source['name']}"
+        if masks := "alpha" if subset.get("alpha_mask") else subset.get("conditioning_data_dir"):
+            source["mask"] = str(masks)
         if subset.get("is_reg"):
             source["weight"] = _weight(subset)
             made.notes[f"{subset.place}.is_reg"] = (
