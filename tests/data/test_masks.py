@@ -13,11 +13,11 @@ import numpy as np
 import preparedset
 import pytest
 import torch
+from losses import Says, batch
 from oddimages import drawn
 from PIL import Image
 from preparedset import prepare, settings_of, write_vae
 from stages import Stage
-from test_weights import _Says, batch
 from tilesets import make
 
 from train.base.errors import ExitCode, Halt
@@ -34,7 +34,7 @@ from train.recipe.buckets import place
 def test_the_masked_loss_is_the_mean_of_mask_times_error() -> None:
     """Predicted 0, 2 and 3 where the noise is 1: squares 1, 1 and 4 in 4 channels of 2 x 2 places."""
     masks = torch.tensor([[[1.0, 0.0], [0.0, 0.0]], [[1.0, 1.0], [0.5, 0.0]], [[0.0, 0.0], [0.0, 0.25]]]).unsqueeze(1)
-    model = _Says(torch.tensor([0.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(3, 4, 2, 2))
+    model = Says(torch.tensor([0.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(3, 4, 2, 2))
     diffusion = Diffusion(alphas_cumprod(), NoiseConfig(), LossConfig(), "fp32")
     masked = replace(batch(None), masks_B1HW=masks)
     assert image_losses(model, masked, diffusion).tolist() == [1 / 4, 2.5 / 4, 4 * 0.25 / 4]
@@ -85,14 +85,14 @@ def write(folder: Path) -> None:
         Image.fromarray(half(64, 64, right=False), "L").save(folder / f"shaped/masks/{number}.{('png', 'bmp', 'webp')[number]}", lossless=True)
 
 
-def settings(folder: Path, masks: bool = True) -> DatasetConfig:
+def settings(folder: Path, masks: bool = True, **overrides: str) -> DatasetConfig:
     said = {"cut": "alpha", "shaped": str(folder / "shaped/masks")} if masks else {}
     sources = [
         {"name": name, "adapter": "sidecar", "path": str(folder / name)} | ({"mask": said[name]} if name in said else {})
         for name in ("cut", "shaped", "plain")
     ]
     (folder / "dataset.yaml").write_text(json.dumps({"sources": sources, "select": {"pretrain": {"min_bucket": 1}}}))
-    return settings_of(folder)
+    return settings_of(folder, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +136,22 @@ def test_from_the_source_to_the_batch(world: Path) -> None:
     assert index.masked is not None and int(index.masked.sum()) == 6
     plain = make(world / "data/set")[0, 0]
     assert isinstance(plain, Batch) and plain.masks_B1HW is None, "without loss.mask none is read"
+
+
+def test_a_mirror_image_has_its_mask_mirrored(copy: Path) -> None:
+    prepare(settings(copy, **{"latents.flip": "all"}), "latents")
+    tiles, seen = make(copy / "data/set", flip=True), set()
+    tiles.masked = True
+    plain = masks_of(copy / "data/set")
+    for step in range(tiles.plan.total_updates):
+        for number, tile in enumerate(tiles.plan.update(step)):
+            one = tiles[step, number]
+            assert isinstance(one, Batch) and one.masks_B1HW is not None
+            for row, flip, mask in zip(tile.rows.tolist(), tiles._flips(tile), one.masks_B1HW.numpy(), strict=True):
+                key = tiles.index.key(row)
+                assert (mask[0] == (plain[key][:, ::-1] if flip else plain[key])).all()
+                seen.add((key.split(":")[0], flip))
+    assert {("cut", True), ("cut", False), ("shaped", True), ("shaped", False)} <= seen
 
 
 def test_what_changes_with_a_mask(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

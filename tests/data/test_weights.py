@@ -15,6 +15,7 @@ import synthetic
 import torch
 from indexes import META, index_of, row, selection_of
 from launches import launch
+from losses import Says, batch
 from oddimages import drawn, encoded
 from preparedset import prepare, settings_of, write_vae
 from stages import Stage, opened, result
@@ -29,33 +30,11 @@ from train.data.index_writer import build_index
 from train.diffusion.noise import alphas_cumprod
 from train.diffusion.objective import Batch, Diffusion, image_losses
 from train.prepare.tables.schemas import SELECT
-from train.recipe.order import Tile
-
-
-class _Says(torch.nn.Module):
-    """A model that predicts what it is told to."""
-
-    def __init__(self, prediction_BCHW: torch.Tensor) -> None:
-        super().__init__()
-        self.prediction_BCHW = prediction_BCHW
-
-    def forward(self, *_: torch.Tensor) -> torch.Tensor:
-        return self.prediction_BCHW
-
-
-def batch(weights: list[float] | None) -> Batch:
-    rows = np.arange(3)
-    return Batch(
-        latents_BCHW=torch.zeros(3, 4, 2, 2), noise_BCHW=torch.ones(3, 4, 2, 2), input_noise_BCHW=None,
-        timesteps_B=torch.tensor([1, 500, 999]), ids_1_BN77=torch.zeros(3, 1, 77), ids_2_BN77=torch.zeros(3, 1, 77),
-        size_B6=torch.zeros(3, 6), slots_B=torch.arange(3), step=0, tile=Tile(16, 16, 0, rows, rows.astype(np.uint64), rows),
-        tags_dropped=0, weights_B=None if weights is None else torch.tensor(weights),
-    )  # fmt: skip
 
 
 def test_the_loss_is_multiplied_and_its_parts_keep_their_weights() -> None:
     # predicted 0, 2 and 3 where the noise is 1: squares 1, 1 and 4
-    model = _Says(torch.tensor([0.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(3, 4, 2, 2))
+    model = Says(torch.tensor([0.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(3, 4, 2, 2))
     diffusion = Diffusion(alphas_cumprod(), NoiseConfig(), LossConfig(), "fp32")
     assert image_losses(model, batch(None), diffusion).tolist() == [1.0, 1.0, 4.0]
     assert image_losses(model, batch([0.0, 2.5, 0.5]), diffusion).tolist() == [0.0, 2.5, 2.0]

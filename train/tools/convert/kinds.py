@@ -84,7 +84,6 @@ def parts(source: Path, table: Table) -> tuple[Table | None, Table | None]:
 
     Raises Halt(USAGE) for a file of another kind, by that name.
     """
-    found = list(leaves(table))
     for key, value in leaves({name: part for name, part in table.items() if name != "datasets"}):  # there masks have a folder too
         if key in _OTHER_KINDS and value not in (None, "", [], False, 0):
             raise Halt(
