@@ -20,10 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import safetensors.numpy
 
 from train.base.errors import ExitCode, Halt
-from train.base.files import file_sha256, read_json, replace_file
+from train.base.files import file_sha256, read_json
 from train.data.cells import CellError, CellFile
 from train.recipe.captions import Caption, read_variant
 
@@ -243,49 +242,6 @@ def selection_fingerprint(uids: U64, image: U64, caption: U64, meta: Mapping[str
     for column in (uids, image, caption):
         digest.update(np.ascontiguousarray(column[order]).data)
     return digest.hexdigest()
-
-
-def save_selection(path: Path, index: Index) -> None:
-    """Remember which images with which captions a run trains on: what `changes_since` compares with."""
-    image, caption = index.digests()
-    columns = {"uid": index.uids, "image": np.array(image), "caption": np.array(caption)}
-    replace_file(path, safetensors.numpy.save({name: value.view(np.int64) for name, value in columns.items()}))
-
-
-def _in_both(first: U64, second: U64) -> int:
-    """How many values the two have in common, each as often as both have it."""
-    (one, ones), (two, twos) = np.unique(first, return_counts=True), np.unique(second, return_counts=True)
-    _, i, j = np.intersect1d(one, two, return_indices=True)
-    return int(np.minimum(ones[i], twos[j]).sum())
-
-
-def changes_since(path: Path, index: Index) -> str:
-    """What changed in the selection since `save_selection`, in counts per kind; empty when nothing did, or is known."""
-    if not path.is_file():
-        return ""
-    try:
-        saved = safetensors.numpy.load(path.read_bytes())
-        before, old_image, old_caption = (saved[name].view(np.uint64) for name in ("uid", "image", "caption"))
-    except (safetensors.SafetensorError, OSError, KeyError, ValueError, TypeError):
-        return ""  # only a note: whether the data changed at all, the checkpoint says
-    if before.ndim != 1 or not before.shape == old_image.shape == old_caption.shape:
-        return ""
-    now = index.uids
-    image, caption = index.digests()
-    _, old, new = np.intersect1d(before, now, return_indices=True)
-    same_image = old_image[old] == image[new]
-    same_caption = old_caption[old] == caption[new]
-    gone = np.setdiff1d(np.arange(len(before)), old, assume_unique=True)
-    came = np.setdiff1d(np.arange(len(now)), new, assume_unique=True)
-    renamed = _in_both(old_image[gone], image[came])
-    counts = {
-        "images added": len(came) - renamed,
-        "images removed": len(gone) - renamed,
-        "images renamed": renamed,
-        "images changed": int((~same_image).sum()),
-        "captions edited": int((~same_caption).sum()),
-    }
-    return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
 
 
 def source_hashes(folder: Path, stage: str | None) -> dict[str, str]:

@@ -12,7 +12,8 @@ import torch
 
 from train.base.errors import ExitCode, Halt
 from train.config.derived import Identity
-from train.data.index import Index, changes_since, save_selection
+from train.data.index import Index
+from train.data.selection import changes_since, save_selection
 from train.engine import finished
 from train.engine.setup import Data, Execution
 from train.model.networks import Networks, overlay, trained_parameters
