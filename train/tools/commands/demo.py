@@ -1,4 +1,4 @@
-"""A page to draw with in the browser: the card's presets and sizes, several stages to pick from (extra: demo)."""
+"""A page to draw with in the browser: the base's words and prompts, several stages side by side from one seed (extra: demo)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", nargs="+", required=True, help="run directories, diffusers folders or .safetensors")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:weight]", help="adapter to add to every model, a file or its folder (repeatable)")
+    parser.add_argument("--prompts", metavar="FILE", help="prompts file whose settings and prompts the page offers (default: that of the first run, else the shipped one)")
+    parser.add_argument("--vocabulary", default="animagine31", help="whose words for quality, rating, year and aesthetic: a name in configs/vocabularies or a YAML file (default: animagine31)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=int, default=7860)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
