@@ -13,6 +13,7 @@ from standin import Fault, Hub, files_of, sha256
 from train.base.errors import ExitCode, Halt
 from train.config.stage import ModelConfig
 from train.model import source
+from train.prepare.encoding.encoder import find_vae
 from train.storage import hub as room
 from train.storage import revision
 from train.storage.revision import Name
@@ -201,6 +202,9 @@ def test_one_network_alone(hub: Hub, base_model: Path) -> None:
     assert {path.name for path in place.iterdir()} == {*vae, "README.md", "revision.json"}
     model = source.resolve(ModelConfig(init_from=str(base_model), vae=f"owner/vae@{commit}"))
     assert model.vae_sha256 == sha256(vae["diffusion_pytorch_model.safetensors"])
+    assert find_vae(f"owner/vae@{commit}").file == place / "diffusion_pytorch_model.safetensors", "of the latents too"
+    with pytest.raises(Halt, match=rf"latents\.vae owner/vae .*: latents\.vae=owner/vae@{commit}"):
+        find_vae("owner/vae")
 
 
 def test_a_full_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

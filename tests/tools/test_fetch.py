@@ -138,10 +138,10 @@ def test_a_new_folder_takes_a_base_by_name(hub: Hub) -> None:
 
     commit = hub.add("owner/name", {"a.safetensors": model(3)})
     here = Path.cwd() / "models/a.safetensors"
-    assert base.find("owner/name") == here
+    assert base.find("owner/name") == (here, commit)
     hub.add("owner/name", {"a.safetensors": model(4)})
     hub.asked.clear()
-    assert base.find("owner/name") == base.find(f"owner/name@{commit}") == here and hub.asked == []
+    assert base.find("owner/name") == base.find(f"owner/name@{commit}") == base.find("models/a.safetensors") == (here, commit) and hub.asked == []
     for path in ("models/b.safetensors", "runs/one"):
         with pytest.raises(Halt, match=f"{path} does not exist here"):
             base.find(path)

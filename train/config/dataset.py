@@ -233,7 +233,7 @@ class SelectConfig:
 class LatentsConfig:
     """How images are encoded and stored."""
 
-    vae: str | None = key(None, "folder or single file; needed by the step `latents`")
+    vae: str | None = key(None, "folder, single file, or owner/name@<40-digit commit>; needed by the step `latents`")
     dtype: Literal["fp16", "bf16"] = key("fp16", "of the stored values")
     encode: Literal["fp32", "fp16", "bf16"] = key("fp32", "of the VAE; fp16 needs the fp16-fix VAE")
     content: Literal["sample", "mean", "moments"] = key("sample", "one draw of the distribution, its mean, or both moments")

@@ -128,11 +128,13 @@ def commit_in(record: Mapping[str, Any]) -> str | None:
     return commit if isinstance(commit, str) and is_commit(commit) else None
 
 
+def record_beside(path: Path) -> dict[str, Any]:
+    """What `revision.json` says of a fetched folder or file; {} where nothing was fetched."""
+    folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
+    return next((record for record in records(folder) if record.get("single") == file), {})
+
+
 def license_beside(path: Path) -> str | None:
     """The licence that the page of a fetched file or folder stated."""
-    folder, file = (path, None) if path.is_dir() else (path.parent, path.name)
-    for record in records(folder):
-        if record.get("single") == file:
-            stated = record.get("license")
-            return stated if isinstance(stated, str) and stated else None
-    return None
+    stated = record_beside(path).get("license")
+    return stated if isinstance(stated, str) and stated else None

@@ -15,19 +15,21 @@ import torch
 
 from train.base import faults
 from train.base.errors import ExitCode, Halt
+from train.model import source
 from train.model.vae_file import Vae, open_vae
 from train.recipe.rng import Stream, normals
+from train.storage import hub
 from train.storage.state_files import PRECISIONS
 
 
 def find_vae(vae: str | None, key: str = "latents.vae") -> Vae:
-    """The VAE that `key` names: its folder, a model folder with `vae/`, or a file in any layout.
+    """The VAE that `key` names: its folder, a model folder with `vae/`, a file in any layout, or one of the hub at a commit.
 
     Raises Halt(USAGE) when it is not given or not there, Halt(MISMATCH) for what is no VAE of SDXL's kind.
     """
     if vae is None:
         raise Halt(ExitCode.USAGE, f"{key} is not set: name a VAE folder, a model folder or a .safetensors file")
-    return open_vae(Path(vae), key)
+    return open_vae(source.find(vae, key) if hub.named(vae) is not None else Path(vae), key)
 
 
 class Encoder:

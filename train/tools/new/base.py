@@ -9,7 +9,7 @@ from typing import Any
 from train.base.errors import ExitCode, Halt
 from train.config.stage import ExportConfig, ModelConfig
 from train.model import prediction, source
-from train.storage import hub
+from train.storage import hub, revision
 from train.tools.new.facts import Base
 
 # Marks of the bases whose words are known (configs/vocabularies), the more special name first.
@@ -71,13 +71,12 @@ def _head(file: Path) -> str:
         return ""
 
 
-def find(asked: str) -> Path:
-    """The base's place on this machine; one of the hub is found here by its commit, or fetched. Raises Halt saying which file to put where."""
+def find(asked: str) -> tuple[Path, str | None]:
+    """(the base's place on this machine, its commit where it came from the hub), found here or fetched. Raises Halt saying which file to put where."""
     path = Path(asked)
     if path.exists():
-        return path.resolve()
-    return hub.resolve(asked, "--base")[0].absolute() if hub.named(asked) is not None else _missing(asked)
-
-
-def _missing(asked: str) -> Path:
-    raise Halt(ExitCode.USAGE, f"--base {asked} does not exist here: give a .safetensors file, a diffusers folder, a finished run, or owner/name[@REVISION] of the hub")
+        return path.resolve(), revision.commit_in(revision.record_beside(path))
+    if hub.named(asked) is None:
+        raise Halt(ExitCode.USAGE, f"--base {asked} does not exist here: give a .safetensors file, a diffusers folder, a finished run, or owner/name[@REVISION] of the hub")
+    place, commit = hub.resolve(asked, "--base")
+    return place.absolute(), commit  # not resolved: in the library's cache that is a name without an ending

@@ -52,7 +52,7 @@ def look(wish: Wish) -> Facts:
     name = name_of(wish.pictures.resolve())
     out = (wish.out or Path("runs") / name).absolute()
     asked = Asked(str(out), name_of(out) if wish.out else name, wish.goal, wish.trigger, wish.vocabulary, wish.tagger, wish.license)
-    known = base.look(wish.base, base.find(wish.base))
+    known = base.look(wish.base, *base.find(wish.base))
     return Facts(
         asked=asked, base=known, machine=machine.look(wish.gpu, wish.memory_gib, out, small=not known.standard),
         own=_set(wish.pictures, "own", known), prior=_set(wish.prior, "prior", known) if wish.prior else None,
