@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A page to draw with in the browser: the card's presets and sizes, several stages to pick from (extra: demo)."""
+"""A page to draw with in the browser: the base's words and prompts, several stages side by side from one seed (extra: demo)."""
 
 import sys
 from pathlib import Path
