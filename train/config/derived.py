@@ -75,7 +75,7 @@ class Order:
 class Images:
     """Which images of which set are trained on and which are measured, and in what order they come."""
 
-    folder: str
+    folder: str  # or the address of a store
     selection: str
     separator: str | None
     held_out_share: float
@@ -86,6 +86,8 @@ class Images:
     masked: bool  # their masks count
     noise: NoiseConfig  # its law may read a file, which is part of the plan then
     order: Order
+    cache_dir: str | None = None  # of what is fetched from a store
+    cache_gb: float | None = None
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,8 @@ def images(config: StageConfig) -> Images:
     )
     return Images(
         folder=config.data.path,
+        cache_dir=config.data.cache_dir,
+        cache_gb=config.data.cache_gb,
         selection=selection,
         separator=config.data.separator,
         held_out_share=config.validation.share,

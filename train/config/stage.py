@@ -48,7 +48,9 @@ class ModelConfig:
 class DataConfig:
     """Which prepared dataset, and what is drawn from a caption."""
 
-    path: str = key(MISSING, "folder of the prepared dataset")
+    path: str = key(MISSING, "folder of the prepared dataset, or where scripts/publish.py put one: s3://bucket/set, gs://, hf://, https://")
+    cache_dir: str | None = key(None, "of a set in a store: what is fetched of it; null = ~/.cache/anix/sets", resume="free")
+    cache_gb: float | None = key(None, "most of it; the rest is read image by image; null = what the disk holds", above=0, resume="free")
     select: str | None = key(None, "names select_<this>.parquet; null = the stage's name")
     separator: str | None = key(None, "held against the set's; null = the set's", resume="free")
     shuffle_tags: bool = key(True, "flex tags in a new order every epoch")

@@ -27,6 +27,7 @@ from train.data.cells import CellError, CellFile
 from train.recipe.captions import Caption, read_variant
 
 INDEX, VERSION = "index.arrow", "2"
+MARK = "remote.json"  # in a folder that stands for a set in a store (published.py): without the tables that this was made from
 READ_VERSIONS = ("1", "2")  # 1: fixed and flex tags alone
 CAPTION_COLUMNS = ("fixed_tags", "flex_tags")
 MORE_COLUMNS = ("tail_tags", "prose", "tag_variants")  # lists of texts, written where any image has one
@@ -257,6 +258,8 @@ def source_hashes(folder: Path, stage: str | None) -> dict[str, str]:
 def _require_fresh(folder: Path, stage: str, whole: Mapping[str, str], meta: Mapping[str, str]) -> None:
     if not {whole.get("version"), meta.get("version")} <= {*READ_VERSIONS} or not {"vae_id", "content"} <= whole.keys():
         raise Halt(ExitCode.MISMATCH, f"{folder}: its index is of another version: run scripts/prepare.py latents")
+    if (folder / MARK).is_file():  # it was fresh when it was published, and is what was published
+        return
     for found, wanted in ((whole, source_hashes(folder, None)), (meta, source_hashes(folder, stage))):
         changed = sorted(name for name, value in _sources(folder, found).items() if wanted.get(name) != value)
         if changed:

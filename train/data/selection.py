@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import read_json, replace_file
 from train.config.derived import Images, Order
 from train.data.index import U64, Index, mask_shard
+from train.data.published import Cache, Published, default_cache, local_set
 from train.model.source import LocalModel, vae_identity
 from train.model.vae_file import LatentScale
 from train.recipe.buckets import Size, check_buckets
@@ -35,6 +36,7 @@ class Selection:
 
 def open_selection(images: Images) -> Selection:
     """The stage's images and their plan. Raises Halt(MISMATCH) for a dataset that is not prepared for this."""
+    images = brought(images)
     index, share = open_index(images), images.held_out_share
     kept = index.select(~held_out(index.uids, share, index.images))
     measured = index if images.held_out_selection == images.selection else Index.open(images.folder, images.held_out_selection)
@@ -50,8 +52,17 @@ def open_selection(images: Images) -> Selection:
     return Selection(images.folder, index, kept, held, make_plan(kept, images.order))
 
 
+def brought(images: Images) -> Images:
+    """The same images in a folder of this machine, where their set lies in a store. Raises Halt as `local_set`."""
+    cache = default_cache()
+    wanted = Cache(Path(images.cache_dir) if images.cache_dir else cache.folder, images.cache_gb)
+    folder = local_set(images.folder, wanted, (images.selection, images.held_out_selection))
+    return images if folder == images.folder else replace(images, folder=folder)
+
+
 def open_index(images: Images) -> Index:
     """The whole selection, held-out images too."""
+    images = brought(images)
     index = Index.open(images.folder, images.selection)
     refuse_other_separator(images.folder, images.separator)
     return index
@@ -164,12 +175,19 @@ def short_tiles_note(images: Images, plan: Plan) -> str | None:
 
 def refuse_missing_shards(folder: str, shards: Iterable[str]) -> None:
     """Halt(MISMATCH) naming latent shards that are not there; what a shard holds is checked where it is read."""
-    missing = sorted(shard for shard in shards if not (Path(folder) / shard).is_file())
+    missing = _absent(folder, shards)
     if missing:
         shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise Halt(
             ExitCode.MISMATCH, f"data.path {folder} lacks {len(missing)} latent shards: {shown}: run scripts/prepare.py latents"
         )
+
+
+def _absent(folder: str, files: Iterable[str]) -> list[str]:
+    """Those of a set's files that are neither here nor in the store that the folder stands for."""
+    published = Published.of(Path(folder))
+    missing = sorted(name for name in set(files) if not (Path(folder) / name).is_file())
+    return missing if published is None else published.lacks(missing)
 
 
 def refuse_missing_masks(images: Images, kept: Index) -> None:
@@ -183,7 +201,7 @@ def refuse_missing_masks(images: Images, kept: Index) -> None:
         )
     masked = kept.select(kept.masked)
     shards = [*masked.shards(), *(masked.shards(flip=True) if images.flip else ())]
-    missing = [name for shard in shards if not (Path(folder) / (name := mask_shard(shard))).is_file()]
+    missing = _absent(folder, map(mask_shard, shards))
     if missing:
         raise Halt(ExitCode.MISMATCH, f"data.path {folder} lacks masks, such as {missing[0]}: run scripts/prepare.py latents")
 
@@ -252,3 +270,20 @@ def changes_since(path: Path, index: Index) -> str:
         "captions edited": int((~same_caption).sum()),
     }
     return ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+
+
+def in_plan_order(kept: Index, held_out: Index, plan: Plan, first_step: int, most_steps: int = 4_000) -> list[str]:
+    """The shards in the order in which training asks for them, those of held-out images first; each once.
+
+    What no update of the next `most_steps` asks for follows by name.
+    """
+    wanted = dict.fromkeys(held_out.shards())
+    whole = {*kept.shards(), *(kept.shards(flip=True) if kept.flips.any() else ())}
+    for step in range(first_step, min(first_step + most_steps, plan.total_updates)):
+        if whole <= wanted.keys():
+            break
+        for tile in plan.update(step):
+            wanted |= {kept.latent(row)[0]: None for row in tile.rows.tolist()}
+    shards = [*wanted, *sorted(whole - wanted.keys())]
+    masks = set(map(mask_shard, kept.select(kept.masked).shards())) if kept.masked is not None and kept.masked.any() else ()
+    return [name for shard in shards for name in (shard, mask_shard(shard)) if name == shard or name in masks]

@@ -15,6 +15,7 @@ import torch
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json, replacing
+from train.data.published import Published
 from train.storage import tensor_files
 from train.storage.state_files import DTYPE_NAMES, DTYPES
 
@@ -43,11 +44,12 @@ class ShardReader:
 
     def __init__(self, dataset_dir: str | Path) -> None:
         self.folder = Path(dataset_dir)
+        self.published = Published.of(self.folder)  # shards that are not here are read there
         self._maps: dict[str, tuple[torch.Tensor, int]] = {}  # latents, bytes of their file
         self._wanted_vae: str | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"folder": self.folder, "_maps": {}, "_wanted_vae": None}
+        return {"folder": self.folder, "published": self.published, "_maps": {}, "_wanted_vae": None}
 
     def read(self, shards: Sequence[str], rows: Sequence[int]) -> torch.Tensor:
         """fp32 [B,C,H,W], image k from `shards[k]` at `rows[k]`.
@@ -72,6 +74,9 @@ class ShardReader:
         return batch_BCHW
 
     def _row(self, shard: str, row: int) -> torch.Tensor:
+        if self.published is not None and not (self.folder / shard).is_file():  # not yet fetched, or gone from the cache
+            data, dtype, shape = self.published.row(shard, row)
+            return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(*shape)
         if shard not in self._maps:
             self._maps[shard] = self._open(shard)
         latents_NCHW, size = self._maps[shard]

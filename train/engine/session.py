@@ -24,6 +24,7 @@ from train.config import derived
 from train.config.derived import Owners, Watching
 from train.config.stage import CheckpointConfig, DataConfig, EmaConfig, OptimizerConfig
 from train.data.dataset import TileDataset
+from train.data.fetching import Fetching, fetching
 from train.data.loader import Loader
 from train.data.selection import flips_note, masks_note, short_tiles_note
 from train.data.shards import ShardReader
@@ -72,6 +73,13 @@ class TrainingData:
     loader: Loader
     seed: int
     law: Law
+    fetching: Fetching | None  # of shards that lie in a store
+
+    def close(self) -> None:
+        """End the processes that read."""
+        self.loader.close()
+        if self.fetching is not None:
+            self.fetching.close()
 
 
 @dataclass(frozen=True)
@@ -159,9 +167,10 @@ def open_session(
     images = partial(TileDataset, seed=feeding.seed, data=feeding.data, noise=feeding.noise, scale=latent_scale, masked=feeding.masked)
     scale = loss_scale(running.precision, loaded.state.get("scaler") if loaded else None)
     loader = open_loader(images, feeding.data, machine, data, progress.step)
+    fetched = fetching(data.folder, data.index, data.held_out, data.plan, progress.step)
     return Session(
         open_trained(settings, machine, model, optimizer, shares, ema, scale, rates_at, rounding_seed=learning.rounding_seed),
-        TrainingData(plan, loader, feeding.seed, loader.dataset.law),
+        TrainingData(plan, loader, feeding.seed, loader.dataset.law, fetched),
         open_observers(
             watching, run, place, open_tracker(watching, run, place, plan, progress), previews, held_out,
             times=open_times(watching.tracking, run.path, place.device, progress.step, is_main=place.is_main),
@@ -375,7 +384,7 @@ def closing(session: Session) -> Iterator[Session]:
     try:
         yield session
     finally:
-        session.data.loader.close()
+        session.data.close()
         if session.run.saver is not None:
             session.run.saver.finish()
         if session.observers.trace is not None:

@@ -12,6 +12,7 @@ from train.config import derived
 from train.config.derived import Order
 from train.recipe.buckets import check_buckets
 from train.recipe.order import Plan
+from train.storage.objects import is_url
 
 _CARD_IMAGES = {
     ("animagine31", "pretrain"): (873_504, "assumed: card"),
@@ -45,7 +46,7 @@ def find_images(wanted: derived.Images, stage: str, given: int | None) -> Images
             raise Halt(ExitCode.USAGE, f"--images is {given}, must be at least 1")
         return Images(given, "--images", None, None)
     folder = Path(wanted.folder)
-    if (folder / "dataset.json").is_file():
+    if is_url(wanted.folder) or (folder / "dataset.json").is_file():
         return _prepared(wanted)
     share = wanted.held_out_share
     known = _CARD_IMAGES.get((folder.name, stage))
