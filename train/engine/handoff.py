@@ -28,10 +28,12 @@ log = logging.getLogger("anix")
 def open_source(origin: Origin, watch: Watch | None = None) -> tuple[LocalModel, Components]:
     """The model a stage starts from, checked, and its networks. The licence is settled before anything is spent.
 
-    `watch`: of the processes that open it together; a process by itself needs none.
+    `watch`: of the processes that open it together; a process by itself needs none. Several get networks that are
+    empty, for the weights that the main process alone reads (`networks.receive`); an adapter is set into ones that are there.
     """
     faults.at("handoff")
-    source = _hashed(origin.model, watch or Watch(None, 0, 1))
+    watch = watch or Watch(None, 0, 1)
+    source = _hashed(origin.model, watch)
     if origin.adapter is not None:
         source = runs.continued(source)
     refuse_source(origin, source)
@@ -40,7 +42,9 @@ def open_source(origin: Origin, watch: Watch | None = None) -> tuple[LocalModel,
     for note in (prediction.unstated(origin.trained_as, source), source.note):
         if note and os.environ.get("RANK", "0") == "0":
             log.info("%s", note)
-    return source, networks.build(source, with_vae=origin.with_vae)
+    # The VAE serves the pictures, which the main process alone draws.
+    with_vae = origin.with_vae and watch.rank == 0
+    return source, networks.build(source, with_vae=with_vae, empty=watch.world > 1 and origin.adapter is None)
 
 
 def _hashed(settings: ModelConfig, watch: Watch) -> LocalModel:

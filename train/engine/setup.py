@@ -29,6 +29,7 @@ from train.model.networks import (
     cast_frozen,
     freeze,
     parameter_groups,
+    receive,
     set_train_mode,
     trained_parameters,
 )
@@ -196,7 +197,9 @@ def open_model(
     masters = None
     if running.offload == "host":
         masters = HostMasters(networks, trained_parameters(networks), machine.place.device, PRECISIONS[running.precision])
-    if shards is None:
+    if any(parameter.is_meta for parameter in networks.parameters()):  # as handoff.open_source leaves them to several processes
+        receive(networks, source, machine.place.device, (lambda whole, like: whole) if shards is None else shards.cut_one)
+    elif shards is None:
         networks.to(machine.place.device)
     if running.attention in ("flash", "cudnn"):
         inputs = speed.attention_inputs(networks.unet, lambda: probe(networks, running.precision, told.max_tokens))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from train.base.errors import ExitCode, Halt
@@ -47,12 +48,20 @@ class Components:
     vae: Any
 
 
-def build(model: LocalModel, *, with_vae: bool = True) -> Components:
-    """Networks with exactly the model's weights. Raises Halt(MISMATCH) naming tensors that are not finite."""
+def build(model: LocalModel, *, with_vae: bool = True, empty: bool = False) -> Components:
+    """Networks with exactly the model's weights. Raises Halt(MISMATCH) naming tensors that are not finite.
+
+    `empty`: U-Net and encoders without memory, for `receive` to fill.
+    """
     tokenizers = text.load_tokenizers(model.tokenizers)
     refuse_vocabulary(model, tokenizers)
     wanted = [name for name in NETWORKS if with_vae or name != "vae"]
-    networks = {name: fill(name, model.configs[name], model.weights, model.path) for name in wanted}
+    networks = {
+        name: _hollow(name, model.configs[name]).eval()
+        if empty and name != "vae"
+        else fill(name, model.configs[name], model.weights, model.path)
+        for name in wanted
+    }
     return Components(
         unet=networks["unet"],
         text_encoder=networks["text_encoder"],
@@ -100,13 +109,51 @@ def fill(network: str, config: Mapping[str, Any], weights: Mapping[str, Blob], w
 
 def holding(network: str, config: Mapping[str, Any], tensor_of: Callable[[str], torch.Tensor]) -> nn.Module:
     """One network in evaluation mode that holds these tensors, by canonical name, themselves."""
+    module = _hollow(network, config)
+    keys = (key for key in module.state_dict() if not key.endswith("position_ids"))
+    module.load_state_dict({key: tensor_of(canonical(network, key)) for key in keys}, strict=False, assign=True)
+    return module.eval()
+
+
+def _hollow(network: str, config: Mapping[str, Any]) -> nn.Module:
+    """One network whose parameters have no memory; what is no parameter is there."""
     from accelerate import init_empty_weights
 
     with init_empty_weights(include_buffers=False):
         module: nn.Module = make(network, config)
-    keys = (key for key in module.state_dict() if not key.endswith("position_ids"))
-    module.load_state_dict({key: tensor_of(canonical(network, key)) for key in keys}, strict=False, assign=True)
-    return module.eval()
+    return module
+
+
+Cut = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (a whole tensor, the parameter): the part of it that lies here
+
+
+@torch.no_grad()
+def receive(networks: Networks, model: LocalModel, device: torch.device, cut: Cut) -> None:
+    """Fill networks that were built `empty`, on their way to the device: the main process reads, the others receive.
+
+    Call it on all processes. One tensor at a time is whole beside what stays. The bits are those of `build`.
+    Raises Halt(MISMATCH) on all of them when tensors are not finite; the main process names them.
+    """
+    main, bad = dist.get_rank() == 0, []
+    kept = {name: buffer.clone() for name, buffer in networks.named_buffers()}
+    networks.to_empty(device=device)
+    for name, buffer in networks.named_buffers():
+        buffer.copy_(kept[name])
+    for name, parameter in networks.named_parameters():
+        whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        if main:
+            blob = model.weights[canonical_name(name)]
+            tensor = to_tensor(blob)
+            if not bool(torch.isfinite(tensor).all()):
+                bad.append(tensor_files.named(canonical_name(name), blob))
+            whole.copy_(tensor)
+        dist.broadcast(whole, 0)
+        parameter.copy_(cut(whole, parameter))
+    count = torch.tensor([len(bad)], device=device)
+    dist.broadcast(count, 0)
+    if count.item():
+        told = f": {some(bad)}" if main else ", as the main process says"
+        raise Halt(ExitCode.MISMATCH, f"{model.path} holds weights that are not finite in {int(count)} tensors{told}")
 
 
 class Networks(nn.Module):

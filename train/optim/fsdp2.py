@@ -129,6 +129,10 @@ class FullShards:
         """This process's parts of whole tensors, as `like` of the same names is cut; no communication."""
         return {name: cut(tensor, like[name]) if name in like else tensor for name, tensor in tensors.items()}
 
+    def cut_one(self, tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """This process's part of one whole tensor; no communication."""
+        return cut(tensor, like)
+
     def cut_state(self, key: str, tensor: torch.Tensor, parameter: nn.Parameter) -> torch.Tensor:
         """This process's part of the optimizer's state `key` of a parameter; Adafactor's lies as plain rows."""
         whole = tensor.to(parameter.device, copy=True)
