@@ -18,7 +18,7 @@ OTHER: dict[str, Any] = {  # a value of each key that is not its default
     "images": "elsewhere", "columns": "{caption: text}", "tag_separator": "' '", "dictionary": "d.csv", "rating_scheme": "sqe",
     "assume_rating": "g", "escaped": "true", "on_bad_tag": "drop", "on_second_separator": "fork", "caption_ext": ".caption",
     "caption_lines": "first", "prose": "none", "keep_tokens": "2", "repeats": "3", "weight": "2", "mask": "alpha", "follow_links": "true", "on_missing_caption": "take",
-    "npz_vae": "vae",
+    "npz_vae": "vae", "class_tokens": "cat",
 }  # fmt: skip
 ADAPTERS = typing.get_args(typing.get_type_hints(SourceConfig)["adapter"])
 

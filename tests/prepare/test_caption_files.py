@@ -148,3 +148,21 @@ def test_every_layout_gives_the_same_caption(
         posts = [post for post in read_source(source) if isinstance(post, RawPost) and post.uri in ("1.png", "0.tar")]
         rows = [to_record(post, source, caption_rules(source, separator)) for post in posts]
         assert [split(row["caption"]) for row in rows if isinstance(row, dict)] == [wanted], name
+
+
+def test_class_tokens_are_the_caption_of_pictures_without_one(tmp_path: Path) -> None:
+    """As sd-scripts has it: a folder's own caption; `kohya` = the nearest folder's name behind its number."""
+    folder = tmp_path / "in"
+    for name in ("10_red_cat/a.png", "10_red_cat/b.png", "3_blue dog/deep/c.png", "loose/d.png"):
+        write_picture(folder / name)
+    (folder / "10_red_cat/a.txt").write_text("a cat of its own")
+
+    def read(**keys: object) -> dict[str, str | None]:
+        source = SourceConfig("s", "sidecar", str(folder), on_missing_caption="take", **keys)  # type: ignore[arg-type]
+        return {row["uri"]: row["caption"] for post in read_source(source) if isinstance(row := to_record(post, source), dict)}
+
+    assert read() == {"10_red_cat/a.png": "a cat of its own", "10_red_cat/b.png": None, "3_blue dog/deep/c.png": None, "loose/d.png": None}
+    assert read(class_tokens="1girl, solo")["loose/d.png"] == "1girl, solo"
+    assert read(class_tokens="kohya") == {
+        "10_red_cat/a.png": "a cat of its own", "10_red_cat/b.png": "red cat", "3_blue dog/deep/c.png": "blue dog", "loose/d.png": None,
+    }  # fmt: skip

@@ -60,6 +60,7 @@ class SourceConfig:
     mask: str | None = key(None, "which part of a picture counts in the loss (loss.mask): alpha = what is not transparent; or a folder of grey pictures of the same names, white = all of it; null = no masks")
     follow_links: bool = key(False, "read what links that lead out of the source point to")
     on_missing_caption: Literal["error", "take"] = key("error", "take = a picture without .txt is a record without caption")
+    class_tokens: str | None = key(None, "the caption of pictures that have none; kohya = the name of their folder, behind its number")
     npz_vae: str | None = key(None, "the VAE that made the sd-scripts .npz beside the images; null = they are not used")
 
 

@@ -20,20 +20,21 @@ _METADATA = (".json", ".jsonl", ".ndjson", ".xml", ".csv", ".parquet")
 _EVERY = ("name", "adapter", "path", "images", "assume_rating", "escaped", "on_bad_tag", "repeats", "weight", "follow_links",
           "mask")
 _CAPTIONS = ("tag_separator", "on_second_separator", "caption_lines", "keep_tokens", "prose")
-_FILES = ("caption_ext", "on_missing_caption")  # a caption of its own, which may be missing
+_MISSING = ("on_missing_caption", "class_tokens")
+_FILES = ("caption_ext", *_MISSING)  # a caption of its own, which may be missing
 READS: dict[str, frozenset[str]] = {  # adapter: the keys of a source that it reads
     "danbooru": frozenset((*_EVERY, "columns", "rating_scheme", "npz_vae")),
     "table": frozenset((*_EVERY, *_CAPTIONS, "columns", "rating_scheme", "npz_vae")),
     "sidecar": frozenset((*_EVERY, *_CAPTIONS, *_FILES, "npz_vae")),
     "sd_scripts": frozenset((*_EVERY, *_CAPTIONS, "npz_vae")),
-    "imagefolder": frozenset((*_EVERY, *_CAPTIONS, "on_missing_caption", "columns", "rating_scheme", "npz_vae")),
+    "imagefolder": frozenset((*_EVERY, *_CAPTIONS, *_MISSING, "columns", "rating_scheme", "npz_vae")),
     "webdataset": frozenset((*_EVERY, *_CAPTIONS, *_FILES, "columns", "rating_scheme")),
     "huggingface": frozenset((*_EVERY, *_CAPTIONS, *_FILES, "columns", "rating_scheme", "npz_vae")) - {"images"},
     "danbooru2023": frozenset((*_EVERY, "rating_scheme", "npz_vae")),
     "e621": frozenset((*_EVERY, "rating_scheme", "npz_vae")),
     "gelbooru": frozenset((*_EVERY, "dictionary", "rating_scheme", "npz_vae")),
     "deepghs": frozenset((*_EVERY, "columns", "rating_scheme", "npz_vae")),
-    "simpletuner": frozenset((*_EVERY, *_CAPTIONS, "on_missing_caption", "columns", "rating_scheme", "npz_vae")),
+    "simpletuner": frozenset((*_EVERY, *_CAPTIONS, *_MISSING, "columns", "rating_scheme", "npz_vae")),
 }
 
 
@@ -79,6 +80,8 @@ _CAPTION_RULES: tuple[Callable[[SourceConfig], str | None], ...] = (
     _ending,
     lambda s: f"mask is {s.mask!r}: pictures in a table have no names to look for in a folder; alpha is read from them"
     if s.mask not in (None, "alpha") and s.adapter == "huggingface" else None,
+    lambda s: f"class_tokens {s.class_tokens!r} is the caption of pictures that have none: set on_missing_caption: take"
+    if s.class_tokens is not None and s.on_missing_caption != "take" else None,
 )  # fmt: skip
 
 

@@ -32,6 +32,8 @@ def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[i
         del read["weight"], read["mask"]  # which only `latents` does; a folder of masks in the source is passed over
         if (masks := mask_folder(source)) is not None and is_inside(source_root(source), masks):
             read["mask"] = masks
+        if read["class_tokens"] is None:  # an earlier version did not know it
+            del read["class_tokens"]
         digest.update(repr(tuple(read.values())).encode("utf-8", "backslashreplace"))
         for place in dict.fromkeys(filter(None, (source.path, source.images, source.dictionary))):
             for line, count in _listing(Path(place), source.follow_links):

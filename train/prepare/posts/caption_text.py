@@ -6,11 +6,14 @@ at ingest, and nowhere else. The hard exclusions see all of the text, also what 
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from train.config.dataset import SourceConfig
+from train.prepare.folders.files import source_root
 from train.prepare.posts.caption_remarks import CaptionTally
 from train.recipe.captions import SEPARATOR, join, parts, render, separator_regex, stored, tags_of
 from train.recipe.prose import parted
@@ -29,6 +32,9 @@ _COMMAS = ("，", "、")  # of full width: whoever writes them writes plain ones
 TEXT_ENDINGS = frozenset(
     [".txt", ".text", ".caption", ".captions", ".cap", ".tags", ".tag", ".booru", ".prompt", ".wd14", ".desc", ".description"]
 )  # of caption files, as tools write them
+
+
+KOHYA_FOLDER = re.compile(r"(?P<number>[0-9]+)_(?P<name>.*\S.*)")  # 10_name: pictures below it are visited ten times an epoch
 
 
 class BadCaption(ValueError):
@@ -70,6 +76,15 @@ def caption_rules(source: SourceConfig, separator: str = SEPARATOR) -> CaptionRu
 def caption_ending(source: SourceConfig) -> str:
     """Ending of the source's caption files in small letters, with its dot."""
     return ".txt" if source.caption_ext is None else "." + source.caption_ext.lower().lstrip(".")
+
+
+def class_caption(source: SourceConfig, uri: str) -> str | None:
+    """The caption of a picture that has none: `class_tokens`, or what kohya's folder of it is called; None = it stays without."""
+    if source.class_tokens != "kohya":
+        return source.class_tokens
+    folders = [Path(os.path.abspath(source_root(source))).name, *uri.split("/")[:-1]]
+    found = next(filter(None, map(KOHYA_FOLDER.fullmatch, reversed(folders))), None)
+    return found["name"].replace("_", " ") if found else None
 
 
 def read_caption(text: str | Sequence[str], rules: CaptionRules, tally: CaptionTally) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from train.prepare.posts.caption_text import (
     BadCaption,
     CaptionRules,
     caption_rules,
+    class_caption,
     mended,
     read_caption,
 )
@@ -123,7 +124,8 @@ def _record(
     row["rating"] = _rating(fields.get("rating"), source.rating_scheme or post.scheme)
     row["score"], row["score_real"] = _score(fields.get("score"))
     row |= {f"tags_{group}": _tags(post.tags.get(group), rules) for group in TAG_GROUPS}
-    row["caption"], seen = (None, None) if post.caption is None else read_caption(post.caption, rules, tally)
+    caption = post.caption if post.caption is not None or any(post.tags.values()) else class_caption(source, post.uri)
+    row["caption"], seen = (None, None) if caption is None else read_caption(caption, rules, tally)
     row["pixel_hash_src"] = _text(fields.get("pixel_hash_src"))
     if (weight := _weight(fields.get("weight"))) is not None:  # without one the hash is as it was before there were weights
         row["weight"] = weight

@@ -209,9 +209,7 @@ def _sources(subsets: list[Subset], made: Made) -> list[dict[str, Any]]:
             ext = str(subset.get("caption_extension") or subset.get("caption_extention") or _CAPTION_EXT)
             source |= {"adapter": "sidecar", "path": str(images), "caption_ext": ext if ext.startswith(".") else f".{ext}"}
             if subset.get("class_tokens"):
-                made.notes[f"{subset.place}.class_tokens"] = (
-                    f"{subset.get('class_tokens')!r} was the caption of pictures without a caption file; here they need one"
-                )
+                source |= {"class_tokens": str(subset.get("class_tokens")), "on_missing_caption": "take"}
         separator = subset.get("caption_separator", ",")
         if str(separator).strip() != ",":
             source["tag_separator"] = str(separator)

@@ -12,7 +12,7 @@ NO_KEY = "-"
 _PICTURES = {
     "image_dir": ("sources.path", ""), "metadata_file": ("sources.path", "adapter: sd_scripts"),
     "num_repeats": ("sources.repeats", ""), "batch_size": ("batch.micro", "one for the stage"),
-    "class_tokens": (NO_KEY, "write a caption file beside each picture"), "name": ("sources.name", ""),
+    "class_tokens": ("sources.class_tokens", ""), "name": ("sources.name", ""),
     "alpha_mask": ("sources.mask: alpha", "with loss.mask"),
     "conditioning_data_dir": ("sources.mask", "the masks of loss.mask; nothing of a ControlNet"),
     "is_reg": ("sources.weight", "a source of its own, with the weight that prior_loss_weight had"),

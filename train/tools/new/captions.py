@@ -33,6 +33,7 @@ from train.tools.new.words import is_generic
 LOOK_RECORDS = 4000  # beyond it every n-th picture of a folder, or the first records of a list
 _NEARLY_ALL = 0.9
 _EACH = 0.98  # of the captions: what all hold, a few slips apart
+_MOST = 0.8  # of the captions: what belongs to what they show
 _LEAST_SHARED = 3  # captions below which what all hold says nothing
 _TOKENS_PER_TAG = 3.04  # with its comma; measured over real captions
 _TOKENS_PER_WORD = 1.3  # of sentences; a usual figure
@@ -49,22 +50,35 @@ class Look:
     scheme: str | None = None  # rating scheme that the records leave open
 
 
-def look(layout: Layout, name: str) -> tuple[Layout, Captions, list[dict[str, Any]]]:
-    """The layout with the keys that its captions ask for, what they are made of, and the records."""
-    seen = _read(_source(layout.keys, name), layout.pictures)
+@dataclass(frozen=True)
+class Read:
+    """One source as ingest reads it: its layout with the keys that its captions ask for, and its records."""
+
+    layout: Layout
+    source: SourceConfig
+    rows: list[dict[str, Any]]
+    refused: list[Quarantine]
+    separated: int  # captions with the separator
+    whole: bool
+
+
+def read(layout: Layout, name: str) -> Read:
+    """The records of a source, or some of many. Raises Halt(MISMATCH) where none can be taken."""
+    seen = _posts(_source(layout.keys, name), layout.pictures)
     if not seen.posts and seen.refused:
         first = seen.refused[0]
         raise Halt(ExitCode.MISMATCH, f"{layout.keys['path']}: none of {len(seen.refused)} records can be taken, the first: {first.key}: {first.message}")
     layout = _with_keys(layout, seen, name)
-    rows, refused, tally = _records(seen.posts, _source(layout.keys, name), layout.separator or SEPARATOR)
-    return layout, _facts(rows, [*seen.refused, *refused], tally, layout, whole=seen.whole), rows
+    source = _source(layout.keys, name)
+    rows, refused, tally = _records(seen.posts, source, layout.separator or SEPARATOR)
+    return Read(layout, source, rows, [*seen.refused, *refused], tally.separated, seen.whole)
 
 
 def _source(keys: Any, name: str) -> SourceConfig:
     return SourceConfig(**{"name": name, **keys})
 
 
-def _read(source: SourceConfig, count: int) -> Look:
+def _posts(source: SourceConfig, count: int) -> Look:
     """Some posts of a source; what its adapter prints is for those who prepare it."""
     seen = Look()
     step = -(-count // LOOK_RECORDS) if source.adapter == "sidecar" else 1
@@ -126,21 +140,25 @@ def _several(post: RawPost) -> bool:
     return all(len(one & other) >= 0.3 * min(len(one), len(other)) for one, other in itertools.combinations(bags, 2))
 
 
-def _facts(rows: Sequence[dict[str, Any]], refused: Sequence[Quarantine], tally: CaptionTally, layout: Layout, *, whole: bool) -> Captions:
+def facts(reads: Sequence[Read]) -> Captions:
+    """What the captions of a set's sources are made of, together."""
+    rows, refused = [row for one in reads for row in one.rows], [one for found in reads for one in found.refused]
+    layout, mine = reads[0].layout, {one.source.name for one in reads if "weight" not in one.layout.keys}  # not those of the class
     safe = [row for row in rows if row["hard_exclusion"] is None]
     stored = [(row, *read_stored(row["caption"] or "")) for row in safe]
     lists = [[spaced(tag, Policy()) for tag in _tags(row, ways[0])] for row, ways, _ in stored]
     tagged, told = [bool(tags) for tags in lists], [bool(texts) for _, _, texts in stored]
     tokens = [_tokens(tags, texts) for tags, (_, _, texts) in zip(lists, stored, strict=True)]
-    shared = _shared([tags for tags in lists if tags])
-    trigger, place, why = _trigger(shared, [" ".join(texts) for _, _, texts in stored if texts], layout)
+    own = [(one, tags) for one, tags in zip(stored, lists, strict=True) if one[0]["source"] in mine]
+    shared = _shared([tags for _, tags in own if tags])
+    trigger, place, why = _trigger(shared, [" ".join(texts) for (_, _, texts), _ in own if texts])
     broken = [one for one in refused if one.kind == "error"]
     return Captions(
-        looked=len(rows) + len(refused), whole=whole,
+        looked=len(rows) + len(refused), whole=(whole := all(one.whole for one in reads)),
         captioned=sum(a or b for a, b in zip(tagged, told, strict=True)), tagged=sum(tagged), told=sum(told),
         both=sum(a and b for a, b in zip(tagged, told, strict=True)),
         several=sum(len(texts) > 1 or len(ways) > 1 for _, ways, texts in stored),
-        separator=layout.separator or (SEPARATOR if tally.separated else None),
+        separator=layout.separator or (SEPARATOR if any(one.separated for one in reads) else None),
         tags_each=int(statistics.median([len(tags) for tags in lists if tags] or [0])),
         tokens=sorted(tokens)[int(0.95 * (len(tokens) - 1))] if tokens else 0,
         shared=tuple(shared), trigger=trigger, trigger_place=place, trigger_why=why,
@@ -150,7 +168,7 @@ def _facts(rows: Sequence[dict[str, Any]], refused: Sequence[Quarantine], tally:
         dated=sum((row["media_year"] or row["created_year"]) is not None for row in rows),
         excluded=len(rows) - len(safe), refused=len(broken),
         first_refusal=f"{broken[0].key}: {broken[0].message}" if broken else "",
-        examples=tuple(_examples(stored, lists)), keys=tuple(row["key"] for row in safe) if whole else (),
+        examples=tuple(_examples(own)), keys=tuple(row["key"] for row in safe) if whole else (),
     )  # fmt: skip
 
 
@@ -165,21 +183,21 @@ def _tokens(tags: Sequence[str], texts: Sequence[str]) -> int:
 
 
 def _shared(lists: Sequence[Sequence[str]]) -> list[tuple[str, float, int]]:
-    """(tag, share, usual place) of the tags that nearly all hold, the earliest first."""
+    """(tag, share, usual place) of the tags that most hold, the earliest first."""
     if len(lists) < _LEAST_SHARED:
         return []
     places: dict[str, list[int]] = {}
     for tags in lists:
         for place, tag in enumerate(dict.fromkeys(tags)):
             places.setdefault(tag, []).append(place)
-    found = [(tag, len(where) / len(lists), int(statistics.median(where)), set(where)) for tag, where in places.items() if len(where) >= _EACH * len(lists)]
+    found = [(tag, len(where) / len(lists), int(statistics.median(where)), set(where)) for tag, where in places.items() if len(where) >= _MOST * len(lists)]
     return [(tag, share, place) for tag, share, place, _ in sorted(found, key=lambda one: (one[2], one[0]))]
 
 
-def _trigger(shared: Sequence[tuple[str, float, int]], texts: Sequence[str], layout: Layout) -> tuple[str | None, int | None, str]:
+def _trigger(shared: Sequence[tuple[str, float, int]], texts: Sequence[str]) -> tuple[str | None, int | None, str]:
     """(word, place, what says so): a tag that every picture has and that is no common one, else such a word of sentences."""
     for tag, share, place in shared:
-        if not is_generic(tag):
+        if share >= _EACH and not is_generic(tag):
             return tag, place, f"{'every caption' if share == 1 else f'{share:.0%} of the captions'} holds it, and it is no common tag"
     if len(texts) >= _LEAST_SHARED:
         bags = [set(re.findall(r"(?<![.!?] )(?<!^)\b(?:[A-Z][a-z]+|[a-z]*\d\w*|\w+_\w+|[b-df-hj-np-tv-xz]{3,})\b", text)) for text in texts]
@@ -195,8 +213,8 @@ def _most(rows: Sequence[dict[str, Any]], column: str) -> tuple[tuple[str, float
     return tuple((tag, round(count / len(rows), 3)) for tag, count in counts.most_common(3))
 
 
-def _examples(stored: Sequence[tuple[dict[str, Any], list[Tags], list[str]]], lists: Sequence[Sequence[str]]) -> Iterator[str]:
+def _examples(own: Sequence[tuple[tuple[dict[str, Any], list[Tags], list[str]], Sequence[str]]]) -> Iterator[str]:
     """Captions of pictures that are not rated q or e, evenly over the records."""
-    fit = [(tags, texts) for (row, _, texts), tags in zip(stored, lists, strict=True) if row["rating"] not in ("q", "e") and (tags or texts)]
+    fit = [(tags, texts) for (row, _, texts), tags in own if row["rating"] not in ("q", "e") and (tags or texts)]
     for tags, texts in fit[:: max(1, len(fit) // _MOST_EXAMPLES)][:_MOST_EXAMPLES]:
         yield join(tags) if tags else texts[0]

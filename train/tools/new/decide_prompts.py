@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from train.config.prompts import NEGATIVE, QUALITY_PREFIX
 from train.config.vocabulary import Vocabulary
+from train.prepare.posts.caption_text import KOHYA_FOLDER
 from train.recipe.captions import join, tags_of
-from train.tools.new.decide import Line, objective, vocabulary
-from train.tools.new.decide_data import buckets
-from train.tools.new.decide_stage import bare_trigger
+from train.tools.new.decide import Line, objective, subject, vocabulary
+from train.tools.new.decide_data import bare_word, buckets
 from train.tools.new.facts import Facts
-from train.tools.new.words import is_generic
 
 _FROM_CAPTIONS = 4  # prompts that are captions of the set
 _MOST_TAGS = 24
@@ -45,10 +44,11 @@ def prompt_lines(facts: Facts, words: Vocabulary) -> Iterator[Line]:
     prediction, zero = objective(facts.base)
     if prediction == "v" and zero:
         yield Line("guidance_rescale", 0.7, "its paper's value for zero terminal SNR (arXiv 2305.08891)")
-    prefix, negative, why = _quality(name, words)
+    known = facts.asked.vocabulary is not None or facts.base.vocabulary is not None or not facts.base.standard
+    prefix, negative, why = _quality(name, words) if known else ("", "", "the base's own words are not known")
     yield Line("quality_prefix", prefix, f"{why}; put before every prompt")
     yield Line("negative", negative, why)
-    sizes = facts.own.pictures.sizes[:3] or [(buckets(facts.base)["min_px"],) * 2]
+    sizes = facts.own.pictures.sizes[:3] or [(buckets(facts.base, facts.machine.gpu)["min_px"],) * 2]
     for number, (text, told) in enumerate(_texts(facts)):
         width, height = sizes[number % len(sizes)]
         yield Line(f"prompts.{number}", {"text": text, "width": width, "height": height, "seed": 1000 + number}, told)
@@ -65,16 +65,16 @@ def _quality(name: str, words: Vocabulary) -> tuple[str, str, str]:
 def _texts(facts: Facts) -> Iterator[tuple[str, str]]:
     """(text, what it is): captions of the set, the trigger in another scene, and one without it."""
     captions = facts.own.captions
-    trigger = facts.asked.trigger or (captions.trigger if captions.trigger_place is not None else bare_trigger(facts))
+    trigger = facts.asked.trigger or (captions.trigger if captions.trigger_place is not None else _bare(facts))
     texts = list(captions.examples)
     chosen = [texts[number * len(texts) // min(_FROM_CAPTIONS, len(texts))] for number in range(min(_FROM_CAPTIONS, len(texts)))]
     for number, text in enumerate(dict.fromkeys(_short(text, trigger) for text in chosen)):
         yield text, "caption of one of the pictures" if number == 0 else ""
-    subject = _subject(texts)
+    shown = [word] if (word := subject(captions)) is not None else []
     if trigger is not None:
-        yield join([*subject, trigger]), "the name alone: what it has come to mean"
-        yield join([*subject, trigger, "outdoors", "snow"]), "the name where the pictures do not show it"
-    yield join([*(subject or ["1girl"]), "solo", "smile", "standing"]), "without the name: what should stay as it was"
+        yield join([*shown, trigger]), "the name alone: what it has come to mean"
+        yield join([*shown, trigger, "outdoors", "snow"]), "the name where the pictures do not show it"
+    yield join([*(shown or ["1girl"]), "solo", "smile", "standing"]), "without the name: what should stay as it was"
 
 
 def _short(text: str, trigger: str | None) -> str:
@@ -84,7 +84,10 @@ def _short(text: str, trigger: str | None) -> str:
     return join([*([trigger] if trigger and trigger not in tags else []), *tags[:_MOST_TAGS]])
 
 
-def _subject(texts: Sequence[str]) -> list[str]:
-    """The usual count word of the captions."""
-    first = [tag for text in texts for tag in tags_of(text)[:3] if is_generic(tag) and tag[:1].isdigit()]
-    return [max(set(first), key=lambda tag: (first.count(tag), tag))] if first else []
+def _bare(facts: Facts) -> str | None:
+    """The word that stands for pictures without captions."""
+    word = bare_word(facts)
+    if word != "kohya":
+        return word
+    match = next(filter(None, map(KOHYA_FOLDER.fullmatch, facts.own.layout.folders)), None)
+    return match["name"].replace("_", " ") if match else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from train.tools.new.decide import _ROOMY_GIB, EPOCHS, Course, Line, kohya_visits, objective
+from train.base.errors import ExitCode, Halt
+from train.tools.new.decide import _ROOMY_GIB, EPOCHS, Course, Line, asked_visits, objective, pictures
 from train.tools.new.decide_data import kept_in_front
 from train.tools.new.facts import Captions, Facts
+from train.tools.new.words import counts_or_judges
 
 PREVIEWS = 10  # of a run
 _MAX_TOKENS = 225
@@ -48,8 +50,8 @@ def stage_lines(facts: Facts, course: Course) -> Iterator[Line]:
 
 
 def _epochs_why(facts: Facts, course: Course) -> str:
-    if (own := kohya_visits(facts)) is not None:
-        return f"the folders ask for {own:,} visits an epoch: about {course.visits * course.epochs:,} visits in all"
+    if (own := asked_visits(facts)) is not None:
+        return f"the set asks for {own:,} visits an epoch: about {course.visits * course.epochs:,} visits in all"
     if course.adapter or not facts.base.standard:
         return f"each picture is seen {course.repeats * course.epochs} times: few pictures many times, many pictures few times"
     return "Animagine 3.0 and 3.1: every stage saw each picture ten times (cards)"
@@ -67,6 +69,8 @@ def _model(facts: Facts, course: Course) -> Iterator[Line]:
     known = f"{base.asked}, commit {base.commit}" if base.commit else ""
     yield Line("model.init_from", base.path, known)
     yield Line("model.train_text_encoders", False, "as in the finetunes of Animagine 3.1 (card): the words keep their meaning")
+    if course.offload:
+        yield Line("optimizer.offload", "host", f"{facts.machine.free_gib:g} GiB: fp32 weights, gradients and state lie in host memory; same numbers, only slower")
     if course.weights != "fp32":
         yield Line("model.weights", course.weights, f"{facts.machine.free_gib:g} GiB: with stochastic rounding; another result than fp32 (docs/speed.md)")
     if not base.standard:
@@ -87,7 +91,7 @@ def _adapter(course: Course) -> Iterator[Line]:
     if course.images < 8:
         rank, alpha = rank // 2, alpha / 2
     yield Line("adapter.type", "lora", course.why)
-    yield Line("adapter.rank", rank, f"{course.goal}, {course.images:,} pictures: a larger one holds more, of what was not meant too")
+    yield Line("adapter.rank", rank, f"{course.goal}, {pictures(course.images)}: a larger one holds more, of what was not meant too")
     yield Line("adapter.alpha", alpha, "half of the rank, as lora.yaml")
     if course.nf4:
         yield Line("adapter.base", "nf4", "the frozen base in 4 bit, rounded (extra: lora)")
@@ -107,37 +111,43 @@ def _data(facts: Facts, course: Course) -> Iterator[Line]:
     if captions.both or (captions.tagged and captions.told):
         yield Line("data.mix", dict(_MIX), f"{captions.both:,} captions have tags and sentences: half of the visits show the tags alone, as the base knows them")
     yield from _names(captions, facts)
+    if described := _described(captions, course):
+        yield Line("data.tag_dropout", 0.5, f"the name shall come to mean the look, not {', '.join(described[:3])} beside it: half of the other tags are left "
+                   "out each time")  # fmt: skip
+
+
+def _described(captions: Captions, course: Course) -> list[str]:
+    """Tags that most captions hold beside a name: they would learn what it is to mean."""
+    if captions.trigger is None or captions.trigger_place is None or course.goal not in ("character", "concept"):
+        return []
+    return [tag for tag, _, _ in captions.shared if tag != captions.trigger and not counts_or_judges(tag)]
 
 
 def _names(captions: Captions, facts: Facts) -> Iterator[Line]:
-    """Trigger and protected tags."""
-    if facts.asked.trigger is not None and facts.asked.trigger != captions.trigger:
+    """Trigger and protected tags. Beside a prior no trigger: it would open the captions of the class too."""
+    word = captions.trigger
+    if facts.asked.trigger is not None and facts.asked.trigger != word and captions.captioned:
+        if facts.beside:
+            raise Halt(ExitCode.USAGE, f"--trigger {facts.asked.trigger} beside --prior would open the captions of the class too: write it into your captions")
         yield Line("data.trigger", facts.asked.trigger, "as asked (--trigger): opens every caption")
-    elif captions.trigger is not None and captions.trigger_place is not None:
-        yield Line("data.trigger", captions.trigger, f"{captions.trigger_why}; it opens the few captions without it")
-        if kept_in_front(captions) is None:
-            yield Line("data.protect", [captions.trigger], "never dropped, neither by chance nor for want of room")
-    elif (word := bare_trigger(facts)) is not None:
-        yield Line("data.trigger", word, "no caption names what is shown, so the folder's name opens every one; --trigger says another")
-
-
-def bare_trigger(facts: Facts) -> str | None:
-    """The word that stands for pictures without captions: the folder's name."""
-    captions = facts.own.captions
-    return facts.asked.name.replace("_", " ").replace("-", " ") if captions.looked and not captions.captioned else None
+    elif word is not None and captions.trigger_place is not None:
+        if not facts.beside:
+            yield Line("data.trigger", word, f"{captions.trigger_why}; it opens those without it")
+        if kept_in_front(facts.own) is None:
+            yield Line("data.protect", [word], "never left out, neither by chance nor for want of room")
 
 
 def _batch_why(course: Course) -> str:
     if course.micro == 1:
-        return f"{course.images} pictures: one at a time, so that every one counts alike"
+        return f"{pictures(course.images)}: one at a time, so that every one counts alike"
     if course.effective > course.micro:
         return f"pictures of a tile; {course.micro} lets 1, 2 or 4 cards share an update"
-    return f"{course.images:,} pictures: {course.micro} at once are an update (lora.yaml: 4)"
+    return f"{pictures(course.images)}: {course.micro} at once are an update"
 
 
 def _rate(facts: Facts, course: Course) -> _Rate:
     if not facts.base.standard:
-        return _Rate("adamw", 5.0e-4, "a small base wants far more than SDXL's")
+        return _Rate("adamw", 1.0e-3, "measured: 40 pictures of the drawn world teach its small model a new name")
     if course.adapter:
         value = 1.0e-4 if course.goal in ("style", "continue") or course.images < 8 else 2.0e-4
         return _Rate("adamw", value, "lora.yaml: 2e-4; 1e-4 to 5e-4 are common" + (", the low end for a look or for very few pictures" if value == 1e-4 else ""))
@@ -188,17 +198,20 @@ def _keeping(course: Course) -> Iterator[Line]:
 
 def _watching(facts: Facts, course: Course) -> Iterator[Line]:
     if facts.machine.free_gib >= _PREVIEWS_GIB or facts.machine.gpu is None:
-        yield Line("sampling.every_steps", max(1, course.updates // PREVIEWS), f"updates between previews: {PREVIEWS} of a run")
+        times = PREVIEWS if facts.machine.gpu else PREVIEWS // 2
+        yield Line("sampling.every_steps", max(1, course.updates // times), f"updates between previews: {times} of a run")
         yield Line("sampling.prompts", f"{facts.asked.out}/prompts.yaml", "the same as before and after")
     else:
         yield Line("sampling.every_steps", 0, f"{facts.machine.free_gib:g} GiB: drawing beside training does not fit; pictures are drawn after it")
     if course.held:
         yield Line("validation.share", course.share, f"about {course.held:,} pictures are not trained on and show whether it learns or memorises")
         yield Line("validation.every_steps", max(1, course.updates // PREVIEWS), "updates between two looks at them")
-    yield from _license(facts)
+    yield from _license(facts, course)
 
 
-def _license(facts: Facts) -> Iterator[Line]:
+def _license(facts: Facts, course: Course) -> Iterator[Line]:
+    if course.adapter or not facts.base.standard:
+        yield Line("export.every_epochs", 1 if course.epochs <= EPOCHS else 2, "a usable file of each, to choose from: report.html shows the same prompts of all")
     if facts.asked.license is not None:
         yield Line("export.license", facts.asked.license, "as asked (--license)")
     elif facts.base.license is None:

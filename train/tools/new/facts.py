@@ -35,7 +35,7 @@ class Captions:
     separator: str | None = None  # mark between fixed and flexible tags
     tags_each: int = 0  # median
     tokens: int = 0  # that 95 of 100 captions stay below, about
-    shared: tuple[tuple[str, float, int], ...] = ()  # (tag, share of captions, usual place) of those that nearly all hold
+    shared: tuple[tuple[str, float, int], ...] = ()  # (tag, share of captions, usual place) of those that most hold
     trigger: str | None = None  # as the captions are written
     trigger_place: int | None = None  # always there, counted from 0; None = here and there, or in sentences
     trigger_why: str = ""
@@ -109,6 +109,7 @@ class Asked:
 
     out: str
     name: str  # of the stage and its files
+    folder: str  # what the pictures' folder is called
     goal: str | None = None
     trigger: str | None = None
     vocabulary: str | None = None
@@ -120,9 +121,10 @@ class Asked:
 class Set:
     """One folder of pictures."""
 
-    layout: Layout
+    layout: Layout  # of its first source; pictures, folders and remarks of all
     captions: Captions
     pictures: Pictures
+    others: tuple[Layout, ...] = ()  # its further sources
 
 
 @dataclass(frozen=True)
@@ -134,3 +136,8 @@ class Facts:
     machine: Machine
     own: Set
     prior: Set | None = None
+
+    @property
+    def beside(self) -> bool:
+        """Whether pictures of the class are trained beside the user's own: what opens every caption would open theirs."""
+        return self.prior is not None or any("weight" in layout.keys for layout in self.own.others)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,14 +18,13 @@ from train.prepare.folders.kinds import JSON, is_image, media_kind
 from train.prepare.folders.walking import walk
 from train.prepare.formats.columns import likely_captions
 from train.prepare.formats.jsonstream import Malformed, iter_members, iter_values
-from train.prepare.posts.caption_text import TEXT_ENDINGS
+from train.prepare.posts.caption_text import KOHYA_FOLDER, TEXT_ENDINGS
 from train.prepare.sources.table import columns_of, schema_of
 from train.prepare.tables.schemas import Quarantine
 from train.tools.convert import dataset as convert_dataset
 from train.tools.convert import kinds
 from train.tools.new.facts import Layout
 
-_KOHYA = re.compile(r"(\d{1,5})_\S.*")
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SAVED = ("state.json", "dataset_dict.json")  # of save_to_disk
 _ABOUT = (*_SAVED, "dataset_info.json", "dataset_infos.json")
@@ -276,14 +274,14 @@ def _beside(place: Path, met: _Met) -> _Rule:
     ending, covered = max(covers.items(), key=lambda one: (one[1], one[0] == ".txt"), default=(".txt", 0))
     count = len(met.pictures)
     keys: dict[str, Any] = {"adapter": "sidecar"}
-    seen = {"adapter": f"{count:,} pictures, {covered:,} of them with a {ending} beside them"}
+    seen = {"adapter": f"{count:,} picture{'s' if count != 1 else ''}, {covered:,} of them with a {ending} beside them"}
     if not covered:
-        seen["adapter"] = f"{count:,} pictures and no captions"
+        seen["adapter"] = f"{count:,} picture{'s' if count != 1 else ''} and no captions"
     elif ending != ".txt":
         keys["caption_ext"], seen["caption_ext"] = ending, f"the ending of {covered:,} captions"
     if covered < count:
         keys["on_missing_caption"] = "take"
-        seen["on_missing_caption"] = f"{count - covered:,} pictures have no caption"
+        seen["on_missing_caption"] = f"{count - covered:,} of {count:,} have no caption"
     others = {other: found for other, found in covers.items() if other != ending and found}
     if others:
         told = ", ".join(f"{found:,} {other}" for other, found in sorted(others.items()))
@@ -296,7 +294,7 @@ def _kohya(pictures: list[str], own: str) -> dict[str, int]:
     found = Counter[str]()
     for name in pictures:
         folders = [own, *name.split("/")[:-1]]
-        near = next((folder for folder in reversed(folders) if _KOHYA.fullmatch(folder)), None)
+        near = next((folder for folder in reversed(folders) if KOHYA_FOLDER.fullmatch(folder)), None)
         if near is not None:
             found[near] += 1
     return dict(found.most_common()) if found and 2 * found.total() > len(pictures) else {}

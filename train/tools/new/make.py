@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.base.errors import ExitCode, Halt
-from train.config.dataset import SourceConfig, load_settings
+from train.base.errors import Halt
+from train.config.dataset import load_settings
 from train.config.prompts import load_prompts
 from train.config.stage import load_stage
 from train.config.vocabulary import load_vocabulary
@@ -18,7 +19,7 @@ from train.tools.new.decide import Course, Line, course, vocabulary
 from train.tools.new.decide_data import buckets, dataset_lines
 from train.tools.new.decide_prompts import prompt_lines
 from train.tools.new.decide_stage import stage_lines
-from train.tools.new.facts import Asked, Base, Facts, Set
+from train.tools.new.facts import Asked, Base, Facts, Machine, Set
 from train.tools.new.write import as_yaml, write_all
 
 
@@ -49,25 +50,35 @@ class Recipe:
 
 def look(wish: Wish) -> Facts:
     """Everything that decides. Raises Halt(USAGE, MISMATCH) for what cannot be trained on or from."""
-    name = name_of(wish.pictures.resolve())
-    out = (wish.out or Path("runs") / name).absolute()
-    asked = Asked(str(out), name_of(out) if wish.out else name, wish.goal, wish.trigger, wish.vocabulary, wish.tagger, wish.license)
     known = base.look(wish.base, *base.find(wish.base))
-    return Facts(
-        asked=asked, base=known, machine=machine.look(wish.gpu, wish.memory_gib, out, small=not known.standard),
-        own=_set(wish.pictures, "own", known), prior=_set(wish.prior, "prior", known) if wish.prior else None,
-    )  # fmt: skip
+    return facts_of(wish, known, machine.look(wish.gpu, wish.memory_gib, _out(wish), small=not known.standard))
 
 
-def _set(place: Path, name: str, known: Base) -> Set:
-    found = layout.layouts(place)
-    if len(found) > 1:
-        raise Halt(ExitCode.USAGE, f"{place} names {len(found)} folders: scripts/convert.py makes a dataset.yaml of it, with all of them")
-    read, made_of, rows = captions.look(found[0], name)
-    count = max(read.pictures, len(rows))
-    source = SourceConfig(**{"name": name, **read.keys})
-    seen = pictures.look(source, [row for row in rows if row["hard_exclusion"] is None], known.side_px, buckets(known))
-    return Set(dataclasses.replace(read, pictures=count), made_of, seen)
+def facts_of(wish: Wish, known: Base, around: Machine) -> Facts:
+    """The facts of the pictures, beside a base and a machine that are known."""
+    out = _out(wish)
+    asked = Asked(
+        str(out), name_of(out), wish.pictures.resolve().stem, wish.goal, wish.trigger, wish.vocabulary, wish.tagger, wish.license
+    )
+    table = buckets(known, around.gpu)
+    own, prior = (_set(place, name, known.side_px, table) if place else None for place, name in ((wish.pictures, "own"), (wish.prior, "prior")))
+    assert own is not None
+    return Facts(asked, known, around, own, prior)
+
+
+def _out(wish: Wish) -> Path:
+    return (wish.out or Path("runs") / name_of(wish.pictures.resolve())).absolute()
+
+
+def _set(place: Path, name: str, side_px: int, table: Mapping[str, int]) -> Set:
+    reads = [captions.read(found, f"{name}{number or ''}") for number, found in enumerate(layout.layouts(place))]
+    found = [(one.source, row) for one in reads for row in one.rows if row["hard_exclusion"] is None]
+    every = [dataclasses.replace(one.layout, pictures=max(one.layout.pictures, len(one.rows))) for one in reads]
+    whole = dataclasses.replace(
+        every[0], pictures=sum(one.pictures for one in every), folders={name: count for one in every for name, count in one.folders.items()},
+        remarks=tuple(dict.fromkeys(remark for one in every for remark in one.remarks)),
+    )
+    return Set(whole, captions.facts(reads), pictures.look(found, side_px, table), tuple(every[1:]))
 
 
 def decide(facts: Facts) -> Recipe:
@@ -80,14 +91,18 @@ def decide(facts: Facts) -> Recipe:
     })  # fmt: skip
 
 
+def texts_of(facts: Facts, recipe: Recipe, command: str) -> dict[str, str]:
+    """The folder's files. `command`: how the tools are called, `anix ` or `python scripts/`."""
+    texts = {name: as_yaml(told.head_of(name), lines) for name, lines in recipe.files.items()}
+    return texts | {"README.md": told.readme(facts, recipe.course, command)}
+
+
 def make(wish: Wish, command: str) -> list[str]:
-    """Look, decide and write; the lines to print. `command`: how the tools are called, `anix` or `python scripts/`."""
+    """Look, decide and write; the lines to print."""
     facts = look(wish)
     recipe = decide(facts)
     out = Path(facts.asked.out)
-    texts = {name: as_yaml(told.head_of(name, facts, recipe.course), lines) for name, lines in recipe.files.items()}
-    texts["README.md"] = told.readme(facts, recipe.course, command)
-    lines = write_all(out, texts)
+    lines = write_all(out, texts_of(facts, recipe, command))
     return [*told.seen(facts), "", *told.decided(facts, recipe.course), "", *lines, "", *_price(wish, out, recipe.course), "",
             *told.next_step(out, command)]  # fmt: skip
 

@@ -26,11 +26,14 @@ _HEADER_BYTES = 1 << 16
 _ALIKE_BITS = 3  # as dedupe.phash_distance
 
 
-def look(source: SourceConfig, rows: Sequence[Mapping[str, Any]], side_px: int, buckets: Mapping[str, int]) -> Pictures:
+Found = tuple[SourceConfig, Mapping[str, Any]]  # a record and where it is from
+
+
+def look(found: Sequence[Found], side_px: int, buckets: Mapping[str, int]) -> Pictures:
     """The pictures of these records; side_px: of the base, buckets: the keys of the table of sizes for it."""
-    some = rows[:: max(1, -(-len(rows) // LOOK_HEADERS))]
+    some = found[:: max(1, -(-len(found) // LOOK_HEADERS))]
     sizes, refused = [], Counter[str]()
-    for row in some:
+    for source, row in some:
         try:
             sizes.append(_size(source, row))
         except (Refused, UnsafePath, OSError, ValueError, KeyError) as error:
@@ -40,12 +43,12 @@ def look(source: SourceConfig, rows: Sequence[Mapping[str, Any]], side_px: int, 
     placed = Counter(bucket for _, bucket in assign_many([w for w, _ in usable], [h for _, h in usable], [make_buckets(**buckets)]))
     middle = sorted(sizes, key=lambda size: size[0] * size[1])[len(sizes) // 2] if sizes else (0, 0)
     own_px = side_px * side_px
-    alike, compared = _alike(source, rows)
+    alike, compared = _alike(found)
     return Pictures(
         looked=len(some), unreadable=refused.total(), reasons=tuple(f"{count} {reason}" for reason, count in sorted(refused.items())),
         median_px=middle, areas_px=(areas[len(areas) // 10], areas[len(areas) // 2], areas[-1 - len(areas) // 10]),
         enlarged=_share(areas, own_px * 0.9), half=_share(areas, own_px * 9 / 16), extreme=refused["aspect_ratio"], animated=refused["animated"],
-        sizes=tuple(size for size, _ in sorted(placed.items(), key=lambda one: (-one[1], one[0]))), doubles=_doubles(source, rows),
+        sizes=tuple(size for size, _ in sorted(placed.items(), key=lambda one: (-one[1], one[0]))), doubles=_doubles(found),
         alike=alike, compared=compared,
     )  # fmt: skip
 
@@ -62,10 +65,10 @@ def _size(source: SourceConfig, row: Mapping[str, Any]) -> tuple[int, int]:
         return peek(file, ProbeConfig())
 
 
-def _doubles(source: SourceConfig, rows: Sequence[Mapping[str, Any]]) -> int:
+def _doubles(found: Sequence[Found]) -> int:
     """Files beyond the first of each content, among those of equal length."""
     by_length: dict[int, list[str]] = defaultdict(list)
-    for name in _files(source, rows):
+    for name in _files(found):
         by_length[os.stat(name).st_size].append(name)
     content, read, files = Counter[tuple[int, bytes]](), 0, 0
     for length, names in sorted(by_length.items()):
@@ -80,17 +83,15 @@ def _doubles(source: SourceConfig, rows: Sequence[Mapping[str, Any]]) -> int:
     return sum(count - 1 for count in content.values())
 
 
-def _files(source: SourceConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    root = source_root(source)
-    for name in dict.fromkeys(row["uri"] for row in rows if row["member"] is None):
-        if os.path.isfile(root / name):
-            yield str(root / name)
+def _files(found: Sequence[Found]) -> Iterator[str]:
+    names = (str(source_root(source) / row["uri"]) for source, row in found if row["member"] is None)
+    yield from (name for name in dict.fromkeys(names) if os.path.isfile(name))
 
 
-def _alike(source: SourceConfig, rows: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+def _alike(found: Sequence[Found]) -> tuple[int, int]:
     """(pictures that look like another one, pictures compared)."""
-    some = rows[:: max(1, -(-len(rows) // LOOK_PIXELS))]
-    found = [probe_one(Look(source, ProbeConfig(), row["uri"], row["member"])) for row in some]
-    seen = {one["pixel_hash"]: one["phash"] for one in found if isinstance(one, dict)}
+    some = found[:: max(1, -(-len(found) // LOOK_PIXELS))]
+    looks = [probe_one(Look(source, ProbeConfig(), row["uri"], row["member"])) for source, row in some]
+    seen = {one["pixel_hash"]: one["phash"] for one in looks if isinstance(one, dict)}
     groups = near_groups(np.array(list(seen.values()), np.uint64), _ALIKE_BITS)
     return sum(len(group) - 1 for group in groups), len(some)

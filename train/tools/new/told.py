@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from train.tools.new.decide import Course, objective, pictures_of, vocabulary
+from train.tools.new.decide import Course, objective, pictures, pictures_of, vocabulary
 from train.tools.new.facts import Facts, Set
 
 
@@ -53,9 +53,9 @@ def decided(facts: Facts, course: Course) -> Iterator[str]:
     yield f"trains    {'an adapter (LoRA)' if course.adapter else 'the whole U-Net'}: {course.why}"
     if course.adapter and not facts.machine.peft:
         yield "          it needs peft, which is not installed here: pip install -e '.[lora]'"
-    visits = f"{course.images:,} pictures x {course.repeats} x {course.epochs} epochs" if course.repeats > 1 else f"{course.visits:,} visits x {course.epochs} epochs"
+    visits = f"{pictures(course.images)} x {course.repeats} x {course.epochs} epochs" if course.repeats > 1 else f"{course.visits:,} visits x {course.epochs} epochs"
     yield f"course    {visits}, {course.effective} an update: about {course.updates:,} updates" + (
-        f"; {course.held:,} pictures held out" if course.held else f"; nothing is held out of {pictures_of(facts):,} pictures")  # fmt: skip
+        f"; {course.held:,} pictures held out" if course.held else f"; nothing is held out of {pictures(pictures_of(facts))}")  # fmt: skip
 
 
 def next_step(out: Path, command: str) -> Iterator[str]:
@@ -64,7 +64,7 @@ def next_step(out: Path, command: str) -> Iterator[str]:
     yield f"  {command}recipe{_py(command)} {out}"
 
 
-def head_of(name: str, facts: Facts, course: Course) -> str:
+def head_of(name: str) -> str:
     """The comment at a file's top."""
     what = {
         "dataset.yaml": "From your pictures to a training set: configs/dataset.yaml documents every key.",
