@@ -156,20 +156,20 @@ def test_pictures_come_first_then_held_out_loss_then_the_rest(runs: list[Path], 
 
 
 def test_what_the_first_stage_starts_from_is_a_column_of_its_own(runs: list[Path], tmp_path: Path) -> None:
-    """Pictures of update 0 stand before the stages under the parent's name, and are no stage's newest."""
+    """Pictures of update 0 stand before the stages, and are no stage's newest."""
     first = tmp_path / "pretrain"
     shutil.copytree(runs[0], first)
     shutil.copytree(first / "samples/step-00000060", first / "samples/step-00000000")
     run = read_run(first)
     assert [picture.path.parent.name for picture in run.newest_pictures()] == ["step-00000120"] * 2
     page = comparison([run], {})
-    assert re.findall("<figcaption>(.*?)</figcaption>", page) == ["base &amp; more", "pretrain"] * 2
+    assert re.findall("<figcaption>(.*?)</figcaption>", page) == ["base", "pretrain"] * 2
     assert "sampling.at_start=true" not in page
     base = read_pictures(first / "samples/step-00000060", [])
     assert re.findall("<figcaption>(.*?)</figcaption>", comparison([run], {"base": base})) == ["base", "pretrain"] * 2
     only = replace(run, samples={0: run.samples[0]})
     assert only.newest_pictures() == []
-    assert re.findall("<figcaption>(.*?)</figcaption>", comparison([only], {})) == ["base &amp; more"] * 2
+    assert re.findall("<figcaption>(.*?)</figcaption>", comparison([only], {})) == ["base"] * 2
 
 
 def test_a_run_alone_shows_its_pictures_and_how_to_get_the_others(runs: list[Path]) -> None:
@@ -523,6 +523,28 @@ def test_in_a_real_browser(runs: list[Path], tmp_path: Path) -> None:
     seen = {colour for _, colour in colours}
     assert {(0x25, 0x63, 0xEB), (0xD9, 0x77, 0x06), (0x05, 0x96, 0x69)} <= seen  # a line of each of the three runs
     assert len(seen) > 50
+
+
+@pytest.mark.slow
+def test_it_is_whole_at_any_width_in_light_and_dark(runs: list[Path], tmp_path: Path) -> None:
+    """Nothing runs over the page's width, nothing is asked for, nothing stands on the console, and dark is dark."""
+    out = write_page(runs, tmp_path / "report.html")
+    wide = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest('.scroll,.pictures')).map(e => e.outerHTML.slice(0, 80))"
+    ground = "getComputedStyle(document.documentElement).backgroundColor"
+    browser = Browser(tmp_path / "profile")
+    try:
+        browser.call("Page.navigate", url=out.as_uri())
+        browser.wait_for("document.readyState == 'complete' && !!document.querySelector('.prompt')")
+        for scheme, colour in (("light", "rgb(255, 255, 255)"), ("dark", "rgb(18, 22, 28)")):
+            browser.call("Emulation.setEmulatedMedia", media="screen", features=[{"name": "prefers-color-scheme", "value": scheme}])
+            assert browser.evaluate(ground) == colour
+            for width in (360, 1400):
+                browser.call("Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=False)
+                assert browser.evaluate(wide) == [], (width, scheme)
+        assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == []
+        assert browser.errors == []
+    finally:
+        browser.close()
 
 
 @pytest.mark.slow

@@ -175,8 +175,9 @@ def _balance(facts: Facts, _: Pictures) -> Iterator[str]:
     for tag in facts["words"]:
         rows = []
         for name in dict.fromkeys(name for counts in sets.values() for name in counts[tag]):
-            shares = ((counts[tag].get(name, 0), max(counts["rows"], 1)) for counts in sets.values())
-            rows.append([name, *(cell for n, total in shares for cell in (n, f"{100 * n / total:.1f}"))])
+            shares = [(counts[tag].get(name, 0), max(counts["rows"], 1)) for counts in sets.values()]
+            if any(n for n, _ in shares):
+                rows.append([name, *(cell for n, total in shares for cell in (n, f"{100 * n / total:.1f}"))])
         named = any(counts[tag].get(name) for counts in sets.values() for name in counts[tag] if name != "(none)")
         if named:
             yield table([tag, *(part for name in sets for part in (name, "%"))], rows, tag.capitalize())

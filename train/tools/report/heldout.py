@@ -40,6 +40,7 @@ def held_out_section(runs: Sequence[Run]) -> str:
                 label=f"held-out loss, {run.name}",
                 x_range=(0.0, max((x for x, _ in points), default=1.0)),
                 y_range=extent(every) if every else None,
+                log=True,  # what random weights begin at is ten times what finetunes move between
             ),
         )
         for (number, run), points in zip(measured, lines, strict=True)
@@ -81,6 +82,7 @@ def _by_timestep(measured: Sequence[tuple[int, Run]]) -> str:
                 label=f"held-out loss by timestep, {run.name}",
                 x_range=(0.0, max((x for _, points in lines for x, _ in points), default=1.0)),
                 y_range=extent(every) if every else None,
+                log=True,  # what random weights begin at is ten times what finetunes move between
             ),
         )
         for number, run, lines in drawn
@@ -91,8 +93,8 @@ def _by_timestep(measured: Sequence[tuple[int, Run]]) -> str:
         html.h3("By timestep, 999 = noise alone"),
         charts(shown),
         html.table(["timesteps", *(name_of(run, number) for number, run in measured)], rows),
-        html.p("The first measurement → the last. A stage with another objective than its parent's (loss.convert) is measured before its "
-               "first update too: at update 0 stands what the parent's weights make of the new objective."),
+        html.p("The first measurement → the last. With validation.at_start, and for another objective than the parent's (loss.convert) "
+               "always, at update 0 stands what the parent's weights make of the stage's objective."),
     ])  # fmt: skip
 
 

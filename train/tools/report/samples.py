@@ -77,16 +77,16 @@ _HOW = (
 
 
 def _before(runs: Sequence[Run], taken: set[str]) -> tuple[str, list[Picture]] | None:
-    """What the first run started from, by the name that its lineage gives it; None where it drew none, or `--samples` has it."""
+    """What the first run started from, by the name of the stage that made it, else as the base; None where it drew none, or `--samples` has it."""
     first = next((run for run in runs if run.samples), None)
     pictures = [p for p in first.samples.get(0, []) if not p.ema] if first else []
     if first is None or not pictures:
         return None
     parent = first.lineage.get("parent")
     known = parent if isinstance(parent, dict) else {}
-    name = str(known.get("title") or known.get("stage") or "base")
+    name = str(known.get("stage") or "base")
     name = name if name not in {run.name for run in runs} else f"before {first.name}"
-    return None if name in taken or "base" in taken else (name, pictures)
+    return None if name in taken else (name, pictures)
 
 
 def spaced(items: Sequence[int], most: int) -> list[int]:
