@@ -169,7 +169,7 @@ def test_look_click_prepare_again(made: Path, tmp_path: Path) -> None:
         assert again == shards
 
         browser.call("Page.reload")
-        browser.wait_for("document.querySelector('#count').textContent == '2 corrections'")
+        browser.wait_for("document.querySelector('#count')?.textContent == '2 corrections'")
         assert find(browser, "smile") == [key for key in sorted(labels) if key not in ("booru:2", "booru:3")]
         find(browser, "")
         browser.evaluate(CLICK.format("booru:3", "smile"))  # taken back
