@@ -96,6 +96,23 @@ def test_a_folder_comes_without_what_nobody_reads(hub: Hub, base_model: Path) ->
     assert (model.path, model.license) == (place, "mit")
 
 
+def test_files_that_another_hand_put_there(hub: Hub, base_model: Path) -> None:
+    """A folder that was copied by hand is taken where it is the hub's; where it is not, nothing is written into it."""
+    files = files_of(base_model)
+    commit = hub.add("owner/name", files)
+    shutil.copytree(base_model, MODELS / "name")
+    hub.asked.clear()
+    got = room.fetch(Name("owner/name", commit))
+    assert not [path for path in hub.paths("GET") if "resolve" in path] and got.sha256["unet/config.json"] == sha256(files["unet/config.json"])
+    assert all(said["sha256"] for said in revision.records(MODELS / "name")[0]["files"].values())
+
+    shutil.copytree(base_model, Path("other/name"))
+    Path("other/name/unet/config.json").write_text("{}")
+    with pytest.raises(Halt, match=r"unet/config\.json is there already and is not the hub's"):
+        room.fetch(Name("owner/name", commit), Path("other"))
+    assert not Path("other/name/revision.json").exists()
+
+
 def test_a_cut_download_goes_on_in_the_same_start_and_in_the_next(hub: Hub) -> None:
     hub.add("owner/name", SINGLE)
     digest = sha256(BIG)

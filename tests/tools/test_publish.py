@@ -18,11 +18,13 @@ from standin import Fault, Hub, files_of, git_sha1, sha256
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json, write_json
+from train.data.index import Index
+from train.observe.runs import Picture, Run
 from train.recipe.exclusions import EXCLUSIONS_VERSION
 from train.storage import hub as hub_room
 from train.storage.revision import Name
 from train.tools.commands import publish as command
-from train.tools.publish import gather, licences, page, upload
+from train.tools.publish import captions, gather, licences, page, upload
 
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")  # of the hub's client
 ROOT = Path(__file__).resolve().parents[2]
@@ -264,9 +266,44 @@ def test_a_folder_of_new_takes_its_run_and_the_pictures_after(run: Path, tmp_pat
     shutil.copytree(run, folder / "run")
     shutil.copytree(run / "samples/step-00000009", folder / "samples/after")
     found = gather.gather(folder, None)
-    assert found.source == folder / "run" and [picture.prompt for _, picture in found.pictures] == ["a red kettle", "a | b <script>"]
+    assert found.source == folder / "run" and [picture.prompt for _, picture, _ in found.pictures] == ["a red kettle", "a | b <script>"]
     with pytest.raises(Halt, match="is no folder"):
         gather.gather(folder, tmp_path / "none")
+
+
+def test_a_caption_of_the_set_is_no_words_of_a_card(run: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """new.py draws prompts from captions: their pictures stand without words, and without the set no prompt is told."""
+    fixed, flex = Index.open(dataset, "pretrain").caption(3)
+    caption = ", ".join(["masterpiece, best quality", "trigger", *fixed, *flex])
+    monkeypatch.setattr(gather, "read_pictures", lambda *_: [])
+    monkeypatch.setattr(Run, "newest_pictures", lambda self: [
+        Picture(run / "samples/step-00000009/00.png", prompt, {"Steps": "28", "Seed": "1"}, False) for prompt in (caption, "a red kettle")
+    ])  # fmt: skip
+    found = gather.gather(run, None)
+    assert [told for _, _, told in found.pictures] == [False, True] and "1 prompts are captions of the set" in found.notes[-1]
+    found.license = "MIT"
+    text = page.text_of_run(found, "me/mine")
+    assert "a red kettle" in text and "trigger" not in text and flex[0] not in text
+    elsewhere = captions.given_away([caption], run, "pretrain")
+    assert elsewhere is None
+    monkeypatch.setattr(captions, "given_away", lambda *_: None)
+    found = gather.gather(run, None)
+    assert [told for _, _, told in found.pictures] == [False, False] and "prompts are left out" in found.notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "caption", "given"),
+    [
+        ("1girl, miku, smile", "1girl, miku, smile", True),
+        ("masterpiece, tok, 1girl, miku, smile, outdoors", "1girl, miku, smile, outdoors, sky, safe, newest", True),
+        ("1girl, solo, smile", "1girl, solo, smile, a, b, c, d", False),  # what many pictures are
+        ("a, b, c, d, e, f, g, h", ", ".join("abcdefghijklmnopqrstuvwxyz"), True),  # cut after many
+        ("1girl, miku, smile, in a forest, at night, red hat", "1girl, miku, smile", False),
+        ("miku", "miku", False),
+    ],
+)
+def test_what_gives_a_caption_away(prompt: str, caption: str, given: bool) -> None:
+    assert captions._is_of(captions._own_tags(prompt.split(", ")), captions._own_tags(caption.split(", "))) is given
 
 
 def test_an_adapter_is_loaded_by_its_page(run: Path, tmp_path: Path) -> None:

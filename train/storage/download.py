@@ -56,7 +56,7 @@ def bring(url: str, target: Path, wanted: Wanted, headers: Mapping[str, str] | N
                 old.unlink()
     _bring(url, part, wanted, headers, target.name)
     digest = file_sha256(part)
-    if said := _unlike(part, digest, wanted):
+    if said := unlike(part, digest, wanted):
         part.unlink()
         raise Halt(ExitCode.MISMATCH, f"{mask(url)} sent {said}: nothing of it was kept. Start again; if it stays so, that server's file is damaged")
     with writing(target.parent):
@@ -107,7 +107,7 @@ def _bring(url: str, part: Path, wanted: Wanted, headers: Mapping[str, str] | No
                 waited_s = 1.0 if grew else min(2 * waited_s, _LONGEST_WAIT_S)
 
 
-def _unlike(part: Path, digest: str, wanted: Wanted) -> str | None:
+def unlike(part: Path, digest: str, wanted: Wanted) -> str | None:
     """What is wrong with the bytes that came; None where nothing is."""
     size = part.stat().st_size
     if wanted.size_bytes is not None and size != wanted.size_bytes:

@@ -136,11 +136,15 @@ def fetch(name: Name, out: Path = MODELS, known: Mapping[str, str] | None = None
 
     `known`: sha256 that files of it must have, by name. Raises the Halts of `resolve`.
     """
-    with alone(out):
-        for folder, record in fetched_before(name, out):
+    if fetched_before(name, out):
+        with alone(out):
+            folder, record = fetched_before(name, out)[0]
             return _again(name, folder, record, known or {})
-        info = _info(name)
-        files = choose(name, [file.rfilename for file in info.siblings or []])
+    info = _info(name)  # asked before anything is made here
+    files = choose(name, [file.rfilename for file in info.siblings or []])
+    with alone(out):
+        for folder, record in fetched_before(name, out):  # by a process that was here first
+            return _again(name, folder, record, known or {})
         single = PurePosixPath(only).name if (only := _single(files)) is not None else None
         folder = out if single else out / name.short
         if (folder / (single or REVISION)).exists():
@@ -173,27 +177,41 @@ def _complete(name: Name, folder: Path, record: dict[str, Any], known: Mapping[s
     from huggingface_hub.utils import build_hf_headers
 
     files, commit = dict(record["files"]), str(record["commit"])
-    missing = [file for file in files if not target(folder, record, file).is_file()]
-    need = sum(said_of(files, file).get("bytes") or 0 for file in missing)
+    here = {file: target(folder, record, file) for file in sorted(files)}
+    wanted = {file: _wanted(said_of(files, file), known.get(file)) for file in here}
+    hashes = {file: _present(path, said_of(files, file).get("sha256"), wanted[file], folder) for file, path in here.items() if path.is_file()}
+    missing = [file for file in here if file not in hashes]
     with download.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+    need = sum(wanted[file].size_bytes or 0 for file in missing)
     refuse_too_large(name.at(commit), need, folder, sum(part.stat().st_size for part in folder.rglob(".*.part")))
-    write_record(folder, record)  # first: whoever starts again goes on with this commit, whatever the branch says then
-    hashes = {}
-    for file, said in sorted(files.items()):
-        listed = said.get("listed") or {}
-        wanted = Wanted(said.get("bytes"), known.get(file) or listed.get("sha256"), listed.get("git"))
-        here = target(folder, record, file)
-        if here.is_file():
-            digest = held(here, said.get("sha256") or wanted.sha256, folder)
-        elif (cached := _cache(name) / "snapshots" / commit / file).is_file():
-            digest = _linked(cached, here, wanted)
+
+    def note() -> None:
+        write_record(folder, {**record, "files": {file: {**said_of(files, file), **({"sha256": hashes[file]} if file in hashes else {})} for file in here}})
+
+    note()  # first: whoever starts again goes on with this commit, whatever the branch says then
+    for file in missing:
+        if (cached := _cache(name) / "snapshots" / commit / file).is_file():
+            hashes[file] = _linked(cached, here[file], wanted[file])
         else:
-            digest = download.bring(hf_hub_url(name.repository, file, revision=commit), here, wanted, build_hf_headers())
-        hashes[file] = digest
-        record["files"] = {**record["files"], file: {**said, "sha256": digest}}
-        write_record(folder, record)
+            hashes[file] = download.bring(hf_hub_url(name.repository, file, revision=commit), here[file], wanted[file], build_hf_headers())
+        note()
     return Fetched(place(folder, record), name.repository, commit, record.get("license"), hashes)
+
+
+def _wanted(said: Mapping[str, Any], known_sha256: str | None) -> Wanted:
+    listed = said.get("listed") or {}
+    return Wanted(said.get("bytes"), known_sha256 or listed.get("sha256"), listed.get("git"))
+
+
+def _present(file: Path, pinned_sha256: str | None, wanted: Wanted, folder: Path) -> str:
+    """sha256 of a file that is there: fetched before, or by another hand and then the hub's own."""
+    if pinned_sha256 is not None:
+        return held(file, pinned_sha256, folder)
+    digest = file_sha256(file)
+    if said := download.unlike(file, digest, wanted):
+        raise Halt(ExitCode.MISMATCH, f"{file} is there already and is not the hub's, it holds {said}: choose another folder with --out, or remove it")
+    return digest
 
 
 def held(file: Path, pinned_sha256: str | None, folder: Path) -> str:

@@ -18,6 +18,7 @@ from train.base.secrets import mask_settings
 from train.observe.runs import Picture, read_pictures, read_run
 from train.recipe.exclusions import EXCLUSIONS_VERSION
 from train.storage import tensor_files
+from train.tools.publish import captions
 
 MOST_PICTURES = 12
 # Of a prepared set. Its records, tags and probes hold paths and file names; report.html holds pictures.
@@ -35,7 +36,7 @@ class Publication:
     stage: str
     license: str = ""
     files: dict[str, Path | bytes] = field(default_factory=dict)
-    pictures: list[tuple[str, Picture]] = field(default_factory=list)  # (name on the page, what it was asked for)
+    pictures: list[tuple[str, Picture, bool]] = field(default_factory=list)  # name on the page, what it was asked for, whether that may be told
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -105,16 +106,26 @@ def _add_pictures(found: Publication, samples: Path | None) -> None:
     """The newest whole preview, or what sample.py drew into a folder, without what PNGs say beside their pixels."""
     if samples is not None and not samples.is_dir():
         raise Halt(ExitCode.USAGE, f"--samples {samples} is no folder")
-    pictures = read_run(found.source).newest_pictures() if samples is None else read_pictures(samples, found.notes)
+    run = read_run(found.source)
+    pictures = run.newest_pictures() if samples is None else read_pictures(samples, found.notes)
     drawn = [picture for picture in pictures if "Steps" in picture.facts]
     if len(drawn) < len(pictures):
         found.notes.append(f"{len(pictures) - len(drawn)} pictures were drawn by no sampler, so they stay here: a training picture is never published")
     if len(drawn) > MOST_PICTURES:
         found.notes.append(f"{len(drawn) - MOST_PICTURES} more pictures were drawn than a page shows")
-    for number, picture in enumerate(drawn[:MOST_PICTURES], 1):
+    shown = drawn[:MOST_PICTURES]
+    if not shown:
+        return
+    folder, stage = str(run.config.get("data.path", "")), run.config.get("data.select") or found.stage
+    secret = captions.given_away([picture.prompt for picture in shown], Path(folder), str(stage))
+    if secret is None:
+        found.notes.append(f"prompts are left out: the set is not at {folder or '?'}, so nobody can tell which of them are its captions")
+    elif secret:
+        found.notes.append(f"{len(secret)} prompts are captions of the set, so their pictures stand without words")
+    for number, picture in enumerate(shown, 1):
         name = f"samples/{number:02d}.png"
         found.files[name] = _pixels(picture.path)
-        found.pictures.append((name, picture))
+        found.pictures.append((name, picture, secret is not None and picture.prompt not in secret))
 
 
 def _pixels(path: Path) -> bytes:

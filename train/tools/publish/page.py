@@ -76,9 +76,9 @@ def _samples(found: Publication) -> Iterator[str]:
         return
     yield "## Samples"
     rows = ["| | prompt | seed, settings |", "|---|---|---|"]
-    for name, picture in found.pictures:
+    for name, picture, told in found.pictures:
         settings = ", ".join(f"{key.lower()} {plain(picture.facts[key])}" for key in ("Seed", "Steps", "CFG scale", "Sampler", "Size") if key in picture.facts)
-        rows.append(f"| ![]({name}) | {_cell(picture.prompt)} | {_cell(settings)} |")
+        rows.append(f"| ![]({name}) | {_cell(picture.prompt) if told else 'not shown: its set has captions like it'} | {_cell(settings)} |")
     yield "\n".join(rows)
     yield "Drawn by the model; no picture of its training set is shown here or lies beside."
 
