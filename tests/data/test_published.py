@@ -176,3 +176,15 @@ def test_faults_of_the_network_change_nothing(url: str, server: Faulty, tmp_path
 def test_addresses_that_are_refused(address: str, told: str) -> None:
     with pytest.raises(Halt, match=told):
         Store(address)
+
+
+def test_the_command_sends_a_set_to_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.tools.commands import publish as command
+
+    to = f"file://{tmp_path}/store"
+    for words, told in (([], "dry run: nothing was sent"), (["--go"], f"train from it with data.path={to}")):
+        monkeypatch.setattr("sys.argv", ["publish.py", str(SET), "--to", to, *words])
+        assert command.main() == ExitCode.DONE
+        assert told in capsys.readouterr().out
+        assert (tmp_path / "store").exists() == bool(words)
+    assert len(rows(local_set(to, Cache(tmp_path / "cache", None), ["pretrain"]))) == len(rows(SET))

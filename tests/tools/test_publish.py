@@ -229,7 +229,7 @@ def test_heads_that_a_hub_reads() -> None:
 
 @pytest.mark.parametrize("to", ["s3://bucket/mine", "gs://bucket/mine", "https://elsewhere.example/me/mine"])
 def test_object_stores_are_refused_until_they_are_written_to(to: str, run: Path) -> None:
-    with pytest.raises(Halt, match=f"--to {to}: object stores are not written to yet") as caught:
+    with pytest.raises(Halt, match=f"--to {to}: only prepared sets go to an object store") as caught:
         publish(str(run), "--to", to)
     assert caught.value.code == ExitCode.USAGE
     for odd in ("mine", "me/mine@main", "me/mine:file"):

@@ -1,4 +1,4 @@
-"""A finished run or a prepared set to a page of the hub, with a card made from its records; a dry run unless --go."""
+"""A finished run or a prepared set to a page of the hub, with a card made from its records, or a set to an object store; a dry run unless --go."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ def main() -> int:
     """Parse, gather, show the card, send where asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", type=Path, metavar="RUN|SET", help="finished run, folder of new.py, or prepared set")
-    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="the page; it is made where it does not exist")
+    parser.add_argument("--to", required=True, metavar="OWNER/NAME|URL", help="the page, made where it does not exist; or, of a set, s3://bucket/folder or gs://, which data.path reads")
     parser.add_argument("--go", action="store_true", help="send it; without this nothing is asked of any network")
     parser.add_argument("--public", action="store_true", help="a page that is made anew can be seen by everybody (default: by you)")
     parser.add_argument("--samples", type=Path, metavar="DIR", help="pictures by sample.py for the card (default: the run's newest previews)")
     parser.add_argument("--license", help="of a set, which knows none; a run states its own")
     a = parser.parse_args()
+    if a.to.startswith(("s3://", "gs://", "file://")) and (a.what / "dataset.json").is_file():
+        return _to_store(a.what, a.to, go=a.go)
     from train.tools.publish import gather, licences, page, upload
 
     to = upload.page_of(a.to)
@@ -46,4 +48,21 @@ def main() -> int:
         print(f"\n{text}\ndry run: nothing was sent to {to}; --go sends it")
         return ExitCode.DONE
     print(upload.send(found, to, public=a.public))
+    return ExitCode.DONE
+
+
+def _to_store(folder: Path, url: str, *, go: bool) -> int:
+    """A set for `data.path: URL`: tables, captions and latents, resumed where an earlier start was ended."""
+    from train.data.published import files_of, publish
+    from train.storage.objects import Store
+
+    store = Store(url)
+    if go:
+        print("\n".join(publish(folder, store)))
+        print(f"train from it with data.path={store.url}")
+        return ExitCode.DONE
+    sizes = {name: (folder / name).stat().st_size for name in files_of(folder)}
+    for name, size in sizes.items():
+        print(f"{size:>14,}  {name}")
+    print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files\ndry run: nothing was sent to {store.url}; --go sends it")
     return ExitCode.DONE

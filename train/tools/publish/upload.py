@@ -19,12 +19,12 @@ log = logging.getLogger("anix")
 
 
 def page_of(to: str) -> str:
-    """`owner/name` that `--to` names. Raises Halt(USAGE). Where object stores are written to, they are told apart here."""
+    """`owner/name` that `--to` names. Raises Halt(USAGE)."""
     name = revision.parse(to)
     if name is not None and name.revision is None and name.file is None:
         return name.repository
     if "://" in to:
-        raise Halt(ExitCode.USAGE, f"--to {mask(to)}: object stores are not written to yet; name a page of the hub, owner/name")
+        raise Halt(ExitCode.USAGE, f"--to {mask(to)}: only prepared sets go to an object store, and only to s3:// or gs://; name a page of the hub, owner/name")
     raise Halt(ExitCode.USAGE, f"--to {to}: a page of the hub is named owner/name, without a revision or a file")
 
 
