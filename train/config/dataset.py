@@ -41,7 +41,7 @@ class SourceConfig:
         "danbooru", "table", "sidecar", "sd_scripts", "imagefolder", "webdataset", "danbooru2023", "e621", "gelbooru",
         "deepghs", "simpletuner", "huggingface",
     ] = key(MISSING, "which layout is read")
-    path: str = key(MISSING, "folder or file with the metadata")
+    path: str = key(MISSING, "folder or file with the metadata; s3://, gs://, hf://datasets/..., https://...file are brought here first")
     images: str | None = key(None, "the source root that pictures are looked up in; null = `path` or its folder")
     columns: dict[str, str] = key(dict, "our column: theirs")
     tag_separator: str | None = key(None, "of tags joined in one text, in columns of tags or else captions; null = commas")

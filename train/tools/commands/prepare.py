@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from train.base import signals
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import STEPS, check_paths, dataset_dir, load_settings
+from train.prepare.folders import bringing
 from train.prepare.tables.quarantine import Complaint
 
 
@@ -26,6 +27,7 @@ def main() -> int:
     """Run the steps in order, up to the first that fails; each prints one line with its counts."""
     arguments = parse()
     settings = load_settings(arguments.config, arguments.overrides)
+    settings = bringing.brought(settings, fetch=arguments.step in ("ingest", "all"))
     if arguments.step == "all":
         check_paths(settings)
         importlib.import_module("train.prepare.select").check_filters(settings)
