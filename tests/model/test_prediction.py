@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import synthetic
 import tinysdxl
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
@@ -18,7 +19,7 @@ from stages import Stage
 from train.base.errors import ExitCode, Halt
 from train.config.derived import TrainedAs
 from train.config.prompts import Prompt
-from train.config.stage import ExportConfig, ModelConfig, load_stage
+from train.config.stage import ExportConfig, ModelConfig, load_stage, to_yaml
 from train.diffusion.sampling import _condition, picture_noise, sample_images
 from train.engine import export
 from train.model import layouts, prediction, sdxl, single_file
@@ -119,6 +120,64 @@ def test_every_reader_of_a_flow_export_is_told(flow_run: Path, tmp_path: Path) -
     assert (found.prediction, found.flow_shift) == ("flow", 2.5)
 
 
+COMBINATIONS = {  # of marks: what is trained, the marks of its single file, what they alone say, and what a folder's scheduler says
+    "epsilon": (Objective("epsilon", False), set(), Objective(None, None), {"prediction_type": "epsilon"}),
+    "v": (Objective("v", False), {"v_pred"}, Objective("v", None), {"prediction_type": "v_prediction"}),
+    "v zero": (Objective("v", True), {"v_pred", "ztsnr"}, Objective("v", True),
+               {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}),
+    "flow": (Objective("flow", False), set(), Objective(None, None),
+             {"prediction_type": "flow_prediction", "_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True, "flow_shift": 2.5}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def exported(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model exported as each of the four; its weights mean nothing."""
+    source, found = model_source.resolve(ModelConfig(init_from=str(base_model))), {}
+    for kind, (objective, *_) in COMBINATIONS.items():
+        found[kind] = tmp_path_factory.mktemp("marks")
+        yaml = synthetic.stage_yaml(found[kind] / "stage.yaml", data=base_model, model=base_model, output=found[kind])
+        told = [f"loss.prediction={objective.prediction}", f"noise.zero_terminal_snr={str(objective.zero_terminal_snr).lower()}", "noise.shift=2.5"]
+        (found[kind] / "config.yaml").write_text(to_yaml(load_stage([yaml], told)))
+        record = export.lineage_record(
+            stage="s", source=source, dataset_fingerprint="d", config_hash="c", seed=0, updates=1, images=1, versions={}, license="x",
+            weights_sha256="w", conditioning={},
+        )  # fmt: skip
+        export.export_stage(
+            found[kind], None, source, record, ExportConfig(), prediction=str(objective.prediction),
+            zero_terminal_snr=bool(objective.zero_terminal_snr), flow_shift=2.5,
+        )  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize("kind", COMBINATIONS)
+def test_four_combinations_of_marks_are_told_and_read(kind: str, exported: dict[str, Path], tmp_path: Path) -> None:
+    objective, marks, by_marks, told = COMBINATIONS[kind]
+    single = exported[kind] / "s.safetensors"
+    tensors, metadata = load_file(single), export.read_metadata(single)
+    assert {sdxl.V_MARK, sdxl.ZERO_SNR_MARK} & tensors.keys() == marks
+    assert metadata["modelspec.prediction_type"] == objective.prediction
+    tokenizers = str(exported[kind] / "model")
+    single_file.to_folder(single, tmp_path / "converted", tokenizers=tokenizers)
+    for path in (exported[kind] / "model", single, tmp_path / "converted"):
+        assert prediction.stated(model_source.resolve(ModelConfig(init_from=str(path)))) == objective, path
+        sampled = open_model(path, device="cpu", tokenizers=tokenizers if path == single else None).trained_as
+        assert (sampled.prediction, sampled.zero_terminal_snr) == (objective.prediction, bool(objective.zero_terminal_snr))
+        assert sampled.flow_shift == (2.5 if kind == "flow" else 1.0)
+    # Of a file that lost all but its marks they are what is left; with what modelspec says beside them the rest is known too.
+    for kept, said in (({}, by_marks), ({k: v for k, v in metadata.items() if k.startswith(("modelspec", "anix.flow"))}, None)):
+        scheduler = prediction.configs_of(kept, tensors.keys(), "a")["scheduler"]
+        found = prediction.stated(replace(model_source.resolve(ModelConfig(init_from=str(single)), hashed=False), lineage=None, metadata=kept,
+                                          configs={"scheduler": scheduler}))  # fmt: skip
+        assert found == said if said is not None else found.prediction == objective.prediction
+    for folder in (exported[kind] / "model", tmp_path / "converted"):  # as stock diffusers opens it
+        pipeline = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+        assert {key: pipeline.scheduler.config.get(key, type(pipeline.scheduler).__name__) for key in told} == told
+        pipeline.scheduler.set_timesteps(28)
+        assert bool(pipeline.scheduler.config.get("rescale_betas_zero_snr")) == (kind == "v zero")
+        assert kind not in ("v zero", "flow") or float(pipeline.scheduler.timesteps[0]) > 990  # from noise alone, as trained
+
+
 def test_flow_in_other_programs_words_and_the_way_back() -> None:
     matching = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
     assert prediction.sampled_as(matching) == {"prediction": "flow", "flow_shift": 3.0}
@@ -202,12 +261,12 @@ def test_min_snr_would_never_teach_the_terminal_step() -> None:
     trained_as(*V_ZERO, "loss.debiased=true")
 
 
-@pytest.mark.parametrize("kind", ["v", "epsilon", "flow"])
-def test_stock_diffusers_draws_what_we_draw(kind: str, v_run: Path, flow_run: Path, straight: Path) -> None:
+@pytest.mark.parametrize("kind", ["v", "v, not to zero", "epsilon", "flow"])
+def test_stock_diffusers_draws_what_we_draw(kind: str, v_run: Path, flow_run: Path, straight: Path, exported: dict[str, Path]) -> None:
     """Sampler euler, same starting latents, same embeddings. Epsilon keeps SDXL's "leading" spacing in its files, which
     starts elsewhere: there stock draws under the spacing of A1111 and ours."""
-    run = {"v": v_run, "epsilon": straight, "flow": flow_run}[kind]
-    model = open_model(run, device="cpu")
+    run = {"v": v_run, "v, not to zero": exported["v"], "epsilon": straight, "flow": flow_run}[kind]
+    model = open_model(run if (run / "DONE").exists() else run / "model", device="cpu")
     assert model.trained_as.zero_terminal_snr == (kind == "v")
     parts, prompt, told = model.components, Prompt("1girl, smile", 64, 64, 3), model.trained_as
     sampler: Any = "dpmpp_2m" if kind == "flow" else "euler"
