@@ -121,6 +121,11 @@ SHARED = [
     pytest.param(("optimizer.name=adafactor", "optimizer.weight_decay=0"), True, marks=pytest.mark.long),
     pytest.param(("optimizer.name=adamw8bit",), False, marks=pytest.mark.long),
     pytest.param(("optimizer.name=adamw", "optimizer.sharding=zero1"), False, marks=pytest.mark.long),
+    pytest.param(("optimizer.name=prodigy", "optimizer.unet_lr=1", "optimizer.text_encoder_lr=1"), True, marks=pytest.mark.long),
+    pytest.param(("optimizer.name=schedulefree",), True, marks=pytest.mark.long),
+    pytest.param(("optimizer.name=came",), True, marks=pytest.mark.long),
+    pytest.param(("optimizer.name=lion",), True, marks=pytest.mark.long),
+    pytest.param(("optimizer.name=lion8bit",), False, marks=pytest.mark.long),
 ]
 
 
@@ -128,7 +133,7 @@ SHARED = [
 @pytest.mark.parametrize(("changes", "strict_too"), SHARED)
 def test_two_processes_equal_one(changes: tuple[str, ...], strict_too: bool, base_model: Path, dataset: Path, tmp_path: Path) -> None:
     """In strict mode bit for bit; fast to the last digits. Moments of 8 bits need tensors of 4,096 values: a larger model."""
-    model = tinysdxl.write(tmp_path / "model", "like SDXL") if "optimizer.name=adamw8bit" in changes else base_model
+    model = tinysdxl.write(tmp_path / "model", "like SDXL") if any("8bit" in change for change in changes) else base_model
     more = (*LORA, *changes, "max_updates=5", *(("adapter.rank=64",) if model != base_model else ()))
     for mode in ("strict", "fast") if strict_too else ("fast",):
         alone, both = (Stage(tmp_path / mode / name, dataset, model) for name in ("alone", "both"))
@@ -138,6 +143,19 @@ def test_two_processes_equal_one(changes: tuple[str, ...], strict_too: bool, bas
             assert result(both.output) == result(alone.output)
         else:
             assert losses(both.output) == pytest.approx(losses(alone.output), rel=1e-6 if model == base_model else 1e-4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy"])
+def test_a_run_goes_on_on_another_number_of_processes(optimizer: str, base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    rates = ("optimizer.unet_lr=1", "optimizer.text_encoder_lr=1") if optimizer == "prodigy" else ()
+    more = (*LORA, "batch.determinism=strict", f"optimizer.name={optimizer}", *rates, "max_updates=6", "ema.decay=0.9")
+    alone, moved = (Stage(tmp_path / name, dataset, base_model) for name in ("alone", "moved"))
+    assert alone.run(*more) == ExitCode.DONE, alone.message
+    assert launch(moved, 4, *more, fault="control@1:2:term") == [85] * 4, moved.message
+    assert launch(moved, 2, *more, fault="control@3:1:term") == [85] * 2, moved.message
+    assert moved.run(*more) == ExitCode.DONE, moved.message
+    assert result(moved.output) == result(alone.output)
 
 
 NF4 = (*LORA, "adapter.base=nf4", "sampling.every_steps=3")
