@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
 from pathlib import Path
 
 import adapters
 import numpy as np
 import pytest
+import tinysdxl
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from stages import Stage, opened
 
 from train.base.errors import Halt
 from train.config.prompts import Prompt, PromptsFile, checked
+from train.engine import loop
 from train.model import layouts, sdxl
-from train.model.adapters import names, reading, writing
-from train.observe.inference import draw, open_model
+from train.model.adapters import layers, names, reading, writing
+from train.observe.inference import draw, name_of, open_model
+from train.observe.runs import read_pictures
+from train.tools.commands import quality
 from train.tools.quality import loss
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -106,3 +114,51 @@ def test_the_held_out_loss_with_and_without(base: Path, lora: Path, dataset: Pat
     one, two = record["models"].values()
     assert one["losses"].keys() == two["losses"].keys() and one["losses"] != two["losses"]
     assert len(record["changes"]) == 1
+
+
+@pytest.mark.parametrize("changes", [pytest.param((), marks=pytest.mark.long), ("adapter.type=lora", "adapter.rank=2")], ids=["full", "adapter"])
+def test_previews_with_adapters_added_and_weights_that_stay(changes: tuple[str, ...], dataset: Path, tmp_path: Path) -> None:
+    base = tinysdxl.write(tmp_path / "model", "least")
+    configs = layouts.read_configs(base)
+    known = names.names_of(configs)
+    save_file(adapters.kohya(known, [name for name, one in known.modules.items() if one.usual], rank=2, alpha=2.0), tmp_path / "x.safetensors")
+    made = reading.open_adapter(tmp_path / "x.safetensors", configs).layers
+    (tmp_path / "prompts.yaml").write_text("steps: 2\nprompts: [{text: smile, width: 64, height: 64}]\n")
+    stage = Stage(tmp_path, dataset, base)
+    shown = ("sampling.every_steps=1", f"sampling.prompts={tmp_path}/prompts.yaml")
+    with opened(stage, *changes, *shown, f"sampling.loras=[{tmp_path}/x.safetensors:0.5]") as session:
+        before = {name: p.detach().clone() for name, p in session.trained.gradients.model.named_parameters()}
+        drawn = session.observers.previews._variants(None)[""]
+        twin = {sdxl.canonical("unet", name.replace(".base_layer.", ".")): p for name, p in drawn.unet.named_parameters()}
+        for name, layer in made.items():
+            if name.startswith("unet."):
+                own = next(p for n, p in before.items() if n.replace(".base_layer.", ".") == f"{name}.weight")
+                torch.testing.assert_close(twin[f"{name}.weight"], own + 0.5 * layers.delta(layer), rtol=1e-5, atol=1e-6)
+        loop.look(session, True, False)
+        assert all(torch.equal(p, before[name]) for name, p in session.trained.gradients.model.named_parameters())
+        (picture,) = session.run.folder.path.glob("samples/*/00.png")
+        with Image.open(picture) as image:
+            assert "x x 0.5" in image.info["parameters"]
+    with pytest.raises(Halt, match=r"sampling\.loras: .*nowhere.* does not exist"), opened(stage, *shown, "sampling.loras=[nowhere.safetensors]"):
+        pass
+
+
+def test_judges_of_a_model_with_and_without_adapters(base: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The judge is the drawn world's rule; what it says does not matter here, but that both were drawn alike and judged in pairs."""
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("steps: 2\nprompts:\n" + "".join(f"  - {{text: '1girl, {hair} hair', width: 64, height: 64}}\n" for hair in ("red", "blue")))
+    out = tmp_path / "quality.json"
+    words = ["quality.py", "--tagger", "tiny_world", "--model", str(base), "--lora", f"{lora}:0.5", "--prompts", str(prompts), "--out", str(out), "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", words)
+    quality.main()
+    own = name_of(base)
+    record = json.loads(out.read_text())
+    assert {name: one["pictures"] for name, one in record["stages"].items()} == {own: 2, f"{own} + one x 0.5": 2}
+    assert [(one["from"], one["to"], one["pictures"]) for one in record["changes"]] == [(own, f"{own} + one x 0.5", 2)]
+    one, two = (read_pictures(tmp_path / "quality-samples" / name, []) for name in ("without", "with"))
+    assert [picture.same for picture in one] == [picture.same for picture in two]
+    assert one[0].path.read_bytes() != two[0].path.read_bytes()
+    for wrong, told in ((words[:5], "--model and --lora"), (words[:3], "name a STAGE"), ([*words[:6], "nowhere.safetensors"], "does not exist")):
+        monkeypatch.setattr(sys, "argv", wrong)
+        with pytest.raises(Halt, match=told):
+            quality.main()

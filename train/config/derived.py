@@ -189,6 +189,7 @@ class Watching:
     trained_as: TrainedAs
     prompts: str | None
     previews_every_steps: int
+    preview_loras: tuple[str, ...]  # FILE or FILE:weight
     previews_first: bool  # before the first update too: what the stage starts from
     held_out_every_steps: int
     held_out_first: bool  # likewise; of a conversion always
@@ -340,6 +341,7 @@ def owners(config: StageConfig) -> Owners:
         trained_as=config.trained_as,
         prompts=_prompts(config),
         previews_every_steps=config.sampling.every_steps,
+        preview_loras=tuple(config.sampling.loras) if config.sampling.every_steps else (),
         previews_first=config.sampling.at_start and config.sampling.every_steps > 0,
         held_out_every_steps=config.validation.every_steps,
         held_out_first=(config.loss.convert or config.validation.at_start) and config.validation.every_steps > 0,

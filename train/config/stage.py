@@ -229,6 +229,7 @@ class SamplingConfig:
     every_steps: int = key(0, "updates between previews, and at the stage's end; 0 = off", at_least=0, resume="free")
     at_start: bool = key(False, "previews before the first update too, of what the stage starts from: with them the report begins at the base", resume="free")
     prompts: str = key("configs/prompts.yaml", "the prompts file", resume="free")
+    loras: list[str] = key(list, "adapters that are added for the previews alone: FILE or FILE:weight", resume="free")
 
 
 @dataclass(frozen=True)

@@ -242,6 +242,8 @@ _RULES: tuple[Callable[[StageConfig], str | None], ...] = (
     if c.optimizer.gather == "bf16" and (c.optimizer.sharding not in ("fsdp2", "hsdp") or c.precision != "bf16") else None,
     lambda c: "optimizer.shard_group needs optimizer.sharding: hsdp"
     if c.optimizer.shard_group is not None and c.optimizer.sharding != "hsdp" else None,
+    lambda c: "sampling.loras refuses adapter.base: nf4: nothing can be added to matrices in 4 bit"
+    if c.sampling.loras and c.adapter.type != "none" and c.adapter.base == "nf4" else None,
     adapter.problems,
     *combinations.RULES,
     lambda c: "export.merged needs adapter.type: a stage without an adapter leaves the whole model anyway"

@@ -141,7 +141,7 @@ def open_session(
     # What a setting can still spoil comes before the checkpoint is read and before files are opened.
     rates_at = open_rates(learning.rates, plan, warns=place.is_main)
     latent_scale = LatentScale.of(model.source.configs["vae"])
-    previews = Previews(watching, model.components, networks, place, model.diffusion, model.source.configs)
+    previews = Previews(watching, model.components, networks, place, model.diffusion, model.source)
     held_out = HeldOut(
         watching, data.folder, data.held_out, data.tokenizer, networks, place,
         diffusion=model.diffusion, scale=latent_scale, together=model.shards is not None,

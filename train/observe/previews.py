@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
+from train.base.errors import Halt
 from train.base.signals import StopFlag
 from train.config.derived import Watching
 from train.config.prompts import PromptsFile, load_prompts
 from train.diffusion.objective import Diffusion
+from train.model.adapters import bases, merging
+from train.model.adapters.merging import Weighted
+from train.model.adapters.reading import Adapter
 from train.model.networks import Components, Networks, holding
-from train.model.sdxl import Configs, canonical
+from train.model.sdxl import canonical
+from train.model.source import LocalModel
 from train.observe.pictures import write_previews
 from train.observe.tracker import Tracker
 from train.optim.collectives import Place
@@ -36,11 +41,12 @@ class Previews:
 
     def __init__(
         self, watching: Watching, components: Components, networks: Networks, place: Place, diffusion: Diffusion,
-        configs: Configs,
+        source: LocalModel,
     ) -> None:  # fmt: skip
         self.watching, self.components, self.networks, self.place = watching, components, networks, place
-        self.kernels, self.dtype, self.configs = diffusion.kernels, PRECISIONS[diffusion.precision], configs
+        self.kernels, self.dtype, self.configs = diffusion.kernels, PRECISIONS[diffusion.precision], source.configs
         self.settings: PromptsFile | None = None
+        self.loras = _opened(watching.preview_loras, source) if place.is_main else []
         if watching.prompts is not None:
             self.settings = load_prompts(watching.prompts)  # a bad file is refused before the first update
 
@@ -59,7 +65,7 @@ class Previews:
                     update,
                     device=self.place.device,
                     dtype=self.dtype,
-                    model_name=self.watching.identity.stage,
+                    model_name=" + ".join([self.watching.identity.stage, *(f"{adapter.path.stem} x {weight:g}" for adapter, weight in self.loras)]),
                     trained_as=self.watching.trained_as,
                     stop=lambda: stop.asked,
                 )
@@ -74,12 +80,11 @@ class Previews:
             "text_encoder": self.networks.text_encoder,
             "text_encoder_2": self.networks.text_encoder_2,
         }
-        raw = replace(self.components, vae=vae, **parts)
-        if ema is None:
-            return {"": raw}
-        averaged = {name: with_average(module, name, ema) for name, module in parts.items()}
-        return {"": raw, "-ema": replace(self.components, vae=vae, **averaged)}
-
+        shown = {"": parts}
+        if ema is not None:
+            shown["-ema"] = {name: with_average(module, name, ema) for name, module in parts.items()}
+        return {suffix: replace(self.components, vae=vae, **{name: with_adapters(module, name, self.loras) for name, module in found.items()})
+                for suffix, found in shown.items()}  # fmt: skip
 
     def _twins(self, gathered: Gathered) -> Mapping[str, Any]:
         """Whole networks beside those in shards, as autocast would see them; "" and, with an average, "-ema"."""
@@ -88,10 +93,36 @@ class Previews:
         variants = {"": model} if average is None else {"": model, "-ema": {**model, **average}}
         return {
             suffix: replace(self.components, vae=vae, **{
-                name: holding(name, self.configs[name], tensors.__getitem__).to(self.place.device, dtype) for name in NETWORKS
+                name: with_adapters(holding(name, self.configs[name], tensors.__getitem__).to(self.place.device, dtype), name, self.loras)
+                for name in NETWORKS
             })
             for suffix, tensors in variants.items()
         }  # fmt: skip
+
+
+def _opened(given: Sequence[str], source: LocalModel) -> list[tuple[Adapter, float]]:
+    """The adapters of `sampling.loras`, for the model that the stage starts from. Raises Halt naming the key."""
+    try:
+        found, told = bases.opened(list(given), source)
+    except Halt as halt:
+        raise Halt(halt.code, f"sampling.loras: {halt.message}") from halt
+    for line in told:
+        log.warning("sampling.loras: %s", line)
+    return found
+
+
+@torch.no_grad()
+def with_adapters(module: Any, name: str, adapters: Weighted) -> Any:
+    """A copy of one network with the adapters added to its weights; the network itself where they reach nothing of it."""
+    reached = merging.reached(adapters)
+    places = {inner: canonical(name, inner.replace(".base_layer.", ".")) for inner, _ in module.named_parameters()}  # peft's wrapping of an adapter in training
+    if reached.isdisjoint(places.values()):
+        return module
+    twin = copy.deepcopy(module)
+    for inner, parameter in twin.named_parameters():
+        if places[inner] in reached:
+            parameter.copy_(merging.added(places[inner], parameter.detach().float().cpu(), adapters))
+    return twin
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 The models are folders of your own; nothing is downloaded. STAGE is a run directory (its newest samples) or NAME=DIR
 with pictures by scripts/sample.py. An interval wants many prompts: fifty or more. `report.py --quality` shows the file.
+`--model M --lora FILE:0.8` draws M and M with the adapters first, from the same prompts and seeds, beside --out.
 
 `loss MODEL ... --data SET` measures the held-out loss of model files instead (its own --help).
 """
@@ -19,7 +20,11 @@ from train.base.errors import ExitCode, Halt
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", metavar="STAGE", help="run directory or NAME=DIR, in the recipe's order")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="run directory or NAME=DIR, in the recipe's order")
+    parser.add_argument("--model", metavar="MODEL", help="with --lora: run, checkpoint, diffusers folder or .safetensors file that is drawn with and without the adapters")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:weight]", help="adapter added to --model (repeatable)")
+    parser.add_argument("--prompts", type=Path, metavar="F", help="with --lora: prompts file of those pictures (default: the shipped configs/prompts.yaml)")
+    parser.add_argument("--tokenizers", metavar="DIR", help="with --lora: of a single file, a folder with tokenizer/ and tokenizer_2/ (default: CLIP's)")
     parser.add_argument("--aesthetic", metavar="DIR", help="image-classification model of transformers")
     parser.add_argument("--aesthetic-label", default="hq", help="class whose probability is the score (default: hq)")
     parser.add_argument("--clip", metavar="DIR", help="CLIP model of transformers")
@@ -84,6 +89,16 @@ def main() -> None:
 
     device, limits = arguments.device, (arguments.threshold, arguments.character_threshold)
     stages = quality.stage_pictures(arguments.stages)
+    if arguments.lora or arguments.model:
+        if not (arguments.lora and arguments.model):
+            raise Halt(ExitCode.USAGE, "--model and --lora FILE[:weight] go together: the model is drawn with and without the adapters")
+        from train.tools.quality import drawn
+
+        place = arguments.out.with_name(f"{arguments.out.stem}-samples")
+        found = drawn.with_and_without(arguments.model, arguments.lora, arguments.prompts, place, device=device, tokenizers=arguments.tokenizers)
+        stages = quality.joined(stages, found)
+    if not stages:
+        raise Halt(ExitCode.USAGE, "name a STAGE whose pictures are judged, or --model with --lora")
     label = arguments.aesthetic_label
     record = quality.measure(
         stages,

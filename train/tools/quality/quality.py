@@ -69,6 +69,13 @@ def stage_pictures(given: Sequence[str]) -> dict[str, list[Picture]]:
     return stages
 
 
+def joined(stages: Mapping[str, list[Picture]], more: Mapping[str, list[Picture]]) -> dict[str, list[Picture]]:
+    """Both, in their order. Raises Halt(USAGE) for a name that both have."""
+    if both := sorted(stages.keys() & more.keys()):
+        raise Halt(ExitCode.USAGE, f"two stages are called {both[0]}: give the one with pictures as NAME=DIR")
+    return {**stages, **more}
+
+
 def measure(
     stages: Mapping[str, Sequence[Picture]],
     *,
