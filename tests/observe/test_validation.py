@@ -56,7 +56,7 @@ class Images:
     def named(self, i: int) -> str:
         return self.keys[i]
 
-    def latent(self, i: int) -> tuple[str, int]:
+    def latent(self, i: int, *, flip: bool = False) -> tuple[str, int]:
         return f"{self.bucket_w[i]}", int(self.uids[i] % 1000)
 
     def record(self, i: int) -> Caption:
@@ -263,3 +263,50 @@ def test_paired_change() -> None:
     before, after = {"a": 1.0, "b": 5.0, "c": 3.0}, {"a": 0.5, "b": 4.5, "d": 9.0}
     assert paired_change(before, after) == {"images": 2, "loss": -0.5, "interval": 0.0}
     assert paired_change({"a": 1.0}, {"b": 1.0}) is None
+
+
+class Told(Images):
+    """Images of which some have sentences, some further captions of tags, one sentences alone."""
+
+    EVERY = (
+        Caption(["1girl"], ["hat"]), Caption(["1girl"], ["hat"], ["grainy"], ["She has a hat.", "A hat."]),
+        Caption(prose=["A boat."]), Caption(["1girl"], ["hat"], variants=[(["1boy"], ["cap"], ["old"]), ([], ["x"], [])]),
+        Caption(["1girl"], ["hat"], [], ["Both."], [([], ["cap"], [])]),
+    )  # fmt: skip
+
+    def record(self, i: int) -> Caption:
+        return self.EVERY[i % len(self.EVERY)]
+
+    def select(self, which: Any) -> Told:
+        return Told([self.keys[i] for i in which])
+
+
+def test_each_kind_of_caption_is_measured_on_the_pictures_that_have_it() -> None:
+    """A loss that is the caption alone: as literal sums over those whose caption of that kind it is."""
+    images, tokens = Told(keys(10)), TagTokenizer(small_tokenizer())
+
+    def loss_of(batch: Any) -> torch.Tensor:
+        return batch.ids_1_BN77.double().sum((1, 2))  # type: ignore[no-any-return]
+
+    def ids(*tags: str) -> float:
+        return float(tokens.chunk_ids(tokens.content_ids(tags), 225)[0].sum())
+
+    def measured(**options: Any) -> dict[str, Any]:
+        record = evaluate(loss_of, images, Reader(), tokens, Making(LatentScale(1.0)), device=torch.device("cpu"), **options)  # type: ignore[arg-type]
+        assert record is not None
+        return record
+
+    plain, tailed = ids("1girl", "hat"), ids("1girl", "hat", "grainy")
+    written = [plain, ids("1girl", "hat", "grainy", "She has a hat."), ids("A boat."), plain, ids("1girl", "hat", "Both.")]
+    record = measured(micro=4)
+    assert record["loss"] == pytest.approx(sum(written) / 5)
+    wanted = {
+        "tags": [tailed, plain, plain], "tags_prose": [written[1], written[4]], "prose": [ids("She has a hat."), ids("A boat."), ids("Both.")],
+        "variant": [ids("1boy", "cap", "old"), ids("cap")],
+    }  # fmt: skip
+    found = {name: one for name, one in record["strata"].items() if name.startswith("caption/")}
+    assert {name: (one["images"], one["loss"]) for name, one in found.items()} == {
+        f"caption/{kind}": (2 * len(values), pytest.approx(sum(values) / len(values))) for kind, values in wanted.items()
+    }
+    assert measured(micro=1)["strata"] == measured(micro=3)["strata"] == record["strata"]
+    assert not [name for name in measure(Images(keys(9)))["strata"] if name.startswith("caption/")], "plain sets: nothing more is measured"

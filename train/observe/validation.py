@@ -6,6 +6,7 @@ order, the mean squared error of the prediction. Shape legend: B images of a bat
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from train.diffusion.objective import Batch
 from train.model.text import TagTokenizer
 from train.model.vae_file import LatentScale
 from train.recipe import rng
+from train.recipe.captions import Caption
 from train.recipe.order import Tile
 from train.recipe.rng import Stream
 
@@ -31,6 +33,7 @@ SEED = 0  # of the validation's noise and timesteps; the same for every stage, o
 TIMESTEPS = (0, 1000)  # upper end exclusive
 BANDS = 4  # of timesteps, as further strata: most of what makes one image's loss larger than another's
 LABELS = ("quality", "rating", "year", "aesthetic")
+CAPTIONS = ("tags", "tags_prose", "prose", "variant")  # ways to tell a picture; variant = its second caption of tags
 Z_975 = 1.959964  # of the normal distribution
 T_975 = (12.7062, 4.3027, 3.1824, 2.7764)  # of Student's t with 1 to 4 degrees of freedom
 
@@ -73,9 +76,10 @@ def batches(index: Index, micro: int) -> Iterator[npt.NDArray[np.int64]]:
 
 
 def make_batch(
-    index: Index, reader: ShardReader, tokens: TagTokenizer, rows: npt.NDArray[np.int64], making: Making
-) -> Batch:
-    """The held-out images `rows` (of one bucket) with their fixed noise and timesteps."""
+    index: Index, reader: ShardReader, tokens: TagTokenizer, rows: npt.NDArray[np.int64], making: Making,
+    kind: str | None = None,
+) -> Batch:  # fmt: skip
+    """The held-out images `rows` (of one bucket) with their fixed noise and timesteps; `kind`: one of CAPTIONS, None = as written."""
     try:
         raw_BCHW = read_rows(index, reader, rows.tolist())
     except Halt as halt:
@@ -85,13 +89,36 @@ def make_batch(
     shape = tuple(raw_BCHW.shape[1:])
     uids = index.uids[rows]
     noise_BCHW = np.stack([fixed_noise(uid, shape) for uid in uids.tolist()])
-    records = [index.record(row) for row in rows.tolist()]  # as written, with the first text of prose
-    contents = [tokens.fit(r.fixed, r.flex, making.max_tokens, after=[*r.tail, *r.prose[:1]])[0] for r in records]
+    said = [caption_of(index.record(row), kind) for row in rows.tolist()]
+    contents = [tokens.fit(fixed, flex, making.max_tokens, after=after)[0] for fixed, flex, after in said]
     ids = tokens.chunk_ids_many(contents, making.max_tokens)
     size = int(index.bucket_w[rows[0]]), int(index.bucket_h[rows[0]])
     tile = Tile(*size, 0, rows, uids, np.zeros(len(rows), dtype=np.int64))
     sizes = size_numbers(index, tile, making.crop_conditioning)
     return assembled(tile, making.scale.to_model(raw_BCHW), (noise_BCHW, noise_BCHW), fixed_timesteps(uids), ids, sizes, rows)
+
+
+def caption_of(record: Caption, kind: str | None = None) -> tuple[Sequence[str], Sequence[str], list[str]]:
+    """(fixed, flexible, what follows them) of a record as written, with its first text of prose, or of one kind of its captions."""
+    if kind == "variant":
+        fixed, flex, tail = record.variants[0]
+        return fixed, flex, tail
+    text = [] if kind == "tags" else list(record.prose[:1])
+    return ([], [], text) if kind == "prose" else (record.fixed, record.flex, [*record.tail, *text])
+
+
+def captions_of(index: Index) -> dict[str, tuple[list[int], list[int]]]:
+    """{kind: (positions whose caption of it is the one as written, positions of another)} of what can be said in several ways."""
+    found: dict[str, tuple[list[int], list[int]]] = {}
+    for row in range(len(index)):
+        record = index.record(row)
+        tagged = bool(record.fixed or record.flex or record.tail)
+        there = (tagged, tagged and bool(record.prose), bool(record.prose), bool(record.variants))
+        if record.prose or record.variants:
+            for kind in itertools.compress(CAPTIONS, there):
+                other = caption_of(record, kind) != caption_of(record)
+                found.setdefault(kind, ([], []))[other].append(row)
+    return found
 
 
 def stopping(asked: bool, device: torch.device) -> bool:
@@ -121,24 +148,29 @@ def evaluate(
     `loss_of(batch)` gives the loss of each image [B] without gradients. Every process measures its share of the
     batches; one all-reduce of exact zeros and values makes the result the same for any number of processes. With
     `skip_unreadable` an image whose latent cannot be read is left out and named under "unreadable", else its Halt passes.
-    `together`: a forward is a collective, so all processes make equally many and stop at the same one.
+    `together`: a forward is a collective, so all processes make equally many and stop at the same one. Pictures that can be
+    told in several ways are measured in each (CAPTIONS): strata `caption/tags` and so on.
     """
-    count = len(index)
-    sums = torch.zeros(2 * count + 1, dtype=torch.float64)  # losses, unreadable images, processes that stopped
-    turns = list(batches(index, micro))
+    count, kinds = len(index), captions_of(index)
+    # losses as written, unreadable images, losses of each kind of caption, processes that stopped
+    sums = torch.zeros((2 + len(kinds)) * count + 1, dtype=torch.float64)
+    turns: list[tuple[str | None, int, npt.NDArray[np.int64]]] = [(None, 0, rows) for rows in batches(index, micro)]
+    for place, (name, (_, others)) in enumerate(kinds.items(), 2):
+        positions = np.array(others, np.int64)
+        turns += [(name, place * count, positions[rows]) for rows in batches(index.select(positions), micro)]
     with torch.no_grad():
         for first in range(0, len(turns), world):
             if stopping(stop(), device) if together else stop():
                 sums[-1] = 1.0
                 break
-            rows = turns[first + rank] if first + rank < len(turns) else turns[0][:0]
+            kind, start, rows = turns[first + rank] if first + rank < len(turns) else (None, 0, turns[0][2][:0])
             if skip_unreadable:
                 bad = unreadable(index, reader, rows)
                 sums[torch.from_numpy(rows[bad]) + count] = 1.0
                 rows = rows[~bad]
             if len(rows):
-                batch = make_batch(index, reader, tokens, rows, making)
-                sums[torch.from_numpy(rows)] = loss_of(batch.to(device)).double().cpu()
+                batch = make_batch(index, reader, tokens, rows, making, kind)
+                sums[torch.from_numpy(rows) + start] = loss_of(batch.to(device)).double().cpu()
             elif together:
                 width, height = int(index.bucket_w[0]), int(index.bucket_h[0])
                 loss_of(synthetic_part(width, height, 1, tokens, making.max_tokens).to(device))
@@ -148,8 +180,12 @@ def evaluate(
         sums = shared.cpu()
     if sums[-1] > 0:
         return None
-    read = sums[count:-1].numpy() == 0
-    record = summary(index.uids[read], sums[:count].numpy()[read], [index.labels(i) for i in np.flatnonzero(read).tolist()])
+    losses, lost, *of_kinds = sums[:-1].numpy().reshape(-1, count)
+    read = lost == 0
+    record = summary(index.uids[read], losses[read], [index.labels(i) for i in np.flatnonzero(read).tolist()])
+    for (name, (same, others)), values in zip(kinds.items(), of_kinds, strict=True):
+        told = [*losses[same][read[same]].tolist(), *values[others][read[others]].tolist()]
+        record["strata"][f"caption/{name}"] = mean_and_interval(told)
     return record if read.all() else record | {"unreadable": [f"{uid:016x}" for uid in index.uids[~read].tolist()]}
 
 
