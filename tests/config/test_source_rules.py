@@ -68,6 +68,8 @@ def test_a_key_is_read_or_refused(yaml: Path, adapter: str) -> None:
         ("sources.0.tag_separator=''", "tag_separator is empty"), ("sources.0.tag_separator='|||'", "as separator"),
         ("sources.0.caption_ext=''", "caption_ext is ''"), ("sources.0.caption_ext='*.txt'", "such as .caption"),
         ("sources.0.caption_ext=.json", "ending of metadata"), ("sources.0.caption_ext='a/b'", "such as .caption"),
+        ("sources.0.caption_ext=[.txt,.json]", "ending of metadata"), ("sources.0.caption_ext=[]", "an ending at least"),
+        ("sources.0.caption_ext=[.txt,3]", "or a list of them"),
     ],
 )  # fmt: skip
 def test_values_that_mean_nothing(tmp_path: Path, override: str, words: str) -> None:

@@ -16,9 +16,10 @@ from ingests import config, run, write_picture
 
 from train.config.dataset import SourceConfig
 from train.prepare.ingest import read_source
-from train.prepare.posts.caption_text import caption_rules
+from train.prepare.posts.caption_text import _listed, caption_rules
 from train.prepare.posts.normalise import RawPost, to_record
-from train.recipe.captions import split
+from train.recipe.captions import read_stored, split
+from train.recipe.exclusions import R1_WORDS
 
 
 def found(folder: Path, **options: Any) -> dict[str, Any]:
@@ -166,3 +167,58 @@ def test_class_tokens_are_the_caption_of_pictures_without_one(tmp_path: Path) ->
     assert read(class_tokens="kohya") == {
         "10_red_cat/a.png": "a cat of its own", "10_red_cat/b.png": "red cat", "3_blue dog/deep/c.png": "blue dog", "loose/d.png": None,
     }  # fmt: skip
+
+
+def test_several_files_of_one_picture(folder: Path) -> None:
+    for name, text in (("a.txt", "1girl, hat"), ("a.Caption", "She has a hat."), ("a.png.tags", "girl, headwear")):
+        (folder / "b" / name).write_text(text)
+    assert found(folder, caption_ext=[".txt", "caption", "tags"]) == {"b/a.png": ["1girl, hat", "She has a hat.", "girl, headwear"]}
+    assert found(folder, caption_ext=["tags", ".txt"]) == {"b/a.png": ["girl, headwear", "1girl, hat"]}
+    assert found(folder, caption_ext=["cap", ".txt"]) == {"b/a.png": ["1girl, hat"]}  # those that are there
+    assert found(folder, caption_ext=["cap", "prompt"])["b/a.png"].startswith("b/a.cap nor .prompt does not exist, but b/a.")
+    (folder / "b/a.png.txt").write_text("another")
+    assert "are two captions of one picture" in found(folder, caption_ext=[".txt", ".caption"])["b/a.png"]
+
+
+@pytest.mark.parametrize(("lines", "tags", "prose", "variants"), [
+    ("join", "1girl, hat, girl, headwear", ["She has a hat."], []),
+    ("first", "1girl, hat, girl, headwear", ["She has a hat."], []),
+    ("variants", "1girl, hat", ["She has a hat."], ["girl, headwear"]),
+])  # fmt: skip
+@pytest.mark.parametrize("form", ["files", "list"])
+def test_texts_of_one_picture_as_caption_lines_says(folder: Path, form: str, lines: str, tags: str, prose: list[str], variants: list[str]) -> None:
+    texts = {"a.txt": "1girl, hat", "a.caption": "She has a hat.", "a.tags": "girl, headwear"}
+    options: dict[str, Any] = {"caption_lines": lines, "caption_ext": ["txt", "caption", "tags"]}
+    for name, text in texts.items() if form == "files" else {"a.txt": json.dumps(list(texts.values()))}.items():
+        (folder / "b" / name).write_text(text)
+    source = SourceConfig("s", "sidecar", str(folder), **options)
+    [post] = read_source(source)
+    assert isinstance(post, RawPost)
+    record = to_record(post, source)
+    assert isinstance(record, dict)
+    ways, told = read_stored(record["caption"])
+    assert [", ".join(flex) for _, flex, _ in ways] == [tags, *variants]
+    assert told == prose
+
+
+@pytest.mark.parametrize("form", ["files", "list"])
+@pytest.mark.parametrize("lines", ["join", "first", "variants"])
+def test_the_hard_exclusions_see_each_of_several_texts(folder: Path, form: str, lines: str) -> None:
+    word = sorted(R1_WORDS)[0]
+    for place in range(3):
+        texts = ["1girl", "She has a hat.", "girl"]
+        texts[place] = f"{texts[place]}, {word}" if place != 1 else f"She has a {word}."
+        names = ("a.txt", "a.caption", "a.tags")
+        for name, text in zip(names, texts if form == "files" else [json.dumps(texts)], strict=False):
+            (folder / "b" / name).write_text(text)
+        source = SourceConfig("s", "sidecar", str(folder), caption_lines=lines, caption_ext=["txt", "caption", "tags"])  # type: ignore[arg-type]
+        [post] = read_source(source)
+        assert isinstance(post, RawPost)
+        record = to_record(post, source)
+        assert isinstance(record, dict) and record["hard_exclusion"] == "R1"
+
+
+def test_what_begins_like_a_list_is_none() -> None:
+    for text in ("[artist name], hat", "[]", "[1, 2]", '["a", 3]', "[" * 3000):
+        assert _listed(text) == [text]
+    assert _listed(' ["a, b", "c"]\n') == ["a, b", "c"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from train.base.errors import Halt
 from train.recipe.captions import (
     KINDS,
     Caption,
@@ -13,6 +15,8 @@ from train.recipe.captions import (
     DrawOptions,
     draw,
     draw_captions,
+    protect_identity,
+    protected,
     read_stored,
     read_variant,
     stored,
@@ -87,3 +91,22 @@ def test_stored_captions_are_read_back() -> None:
     assert read_stored(text) == ([(["1girl"], ["smile"], ["best", "new"]), ([], ["2girls"], [])], PROSE)
     assert read_stored(stored([], PROSE)) == ([([], [], [])], PROSE)
     assert read_variant(written_variant((["a", "b"], [], ["c"]))) == (["a", "b"], [], ["c"])
+
+
+def test_protected_tags_of_a_list_or_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "kept.txt"
+    file.write_text("\ufefflong_hair\n\n hat,\r\n", encoding="utf-8")
+    assert protected(str(file)) == protected(["long_hair", "hat"]) == {"long_hair", "long hair", "hat"}
+    caption = Caption(["1girl"], ["long hair", *"abcdefgh", "hat"])
+    for epoch in range(20):
+        drawn = one(caption, DrawOptions(tag_dropout=0.9, protect=protected(str(file))), epoch=epoch)
+        assert {"long hair", "hat"} <= set(drawn.flex)
+    assert protect_identity(["hat"]) is None, "a list stands in the config"
+    before = protect_identity(str(file))
+    file.write_text("hat\nlong_hair")
+    assert protect_identity(str(file)) == before
+    file.write_text("hat")
+    assert protect_identity(str(file)) != before
+    for bad in (str(tmp_path / "none.txt"), [1], {"a": 1}):
+        with pytest.raises(Halt, match=r"data\.protect"):
+            protected(bad)  # type: ignore[arg-type]

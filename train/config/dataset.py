@@ -52,7 +52,7 @@ class SourceConfig:
     on_bad_tag: Literal["error", "drop", "replace"] = key("error", "a tag that no caption can hold")
     on_second_separator: Literal["error", "fork", "suffix", "tail"] = key("error", "a caption with the separator twice; tail = what follows the second one stays behind the flex tags")
     prose: Literal["auto", "all", "none"] = key("auto", "sentences of captions, kept whole: auto = recognised, all = every line is one, none = commas part them")
-    caption_ext: str | None = key(None, "ending of the caption files, such as .caption; null = .txt")
+    caption_ext: Any = key(None, "ending of the caption files, such as .caption; a list = several files a picture, whose texts are those of caption_lines; null = .txt")
     caption_lines: Literal["join", "first", "variants"] = key("join", "of a caption of several lines, or a list of captions: joined, the first, or each one of its own")
     keep_tokens: int = key(0, "the first N tags of a caption without separator are fixed", at_least=0)
     repeats: int | Literal["kohya"] = key(1, "visits of each image; kohya = the number that its folder's name begins with", at_least=1, at_most=MAX_REPEATS)

@@ -84,6 +84,7 @@ class Images:
     average: Literal["images", "micro_batches"]  # over what an update's loss is averaged
     flip: bool  # mirror images are drawn too
     masked: bool  # their masks count
+    protect: Any  # tags that are never dropped, or their file, which is part of the plan then
     noise: NoiseConfig  # its law may read a file, which is part of the plan then
     order: Order
     cache_dir: str | None = None  # of what is fetched from a store
@@ -263,6 +264,7 @@ def images(config: StageConfig) -> Images:
         average=config.loss.average,
         flip=config.data.flip,
         masked=config.loss.mask,
+        protect=config.data.protect,
         noise=config.noise,
         order=order,
     )
@@ -318,7 +320,7 @@ def start(config: StageConfig) -> Start:
     """What a start is judged by."""
     model = config.model
     reads = {"model.init_from": model.init_from, "model.vae": model.vae, "model.tokenizers": model.tokenizers,
-             "data.path": config.data.path,
+             "data.path": config.data.path, "data.protect": config.data.protect if isinstance(config.data.protect, str) else None,
              "noise.law_args": config.noise.law_args[0] if config.noise.law == "file" else None}  # fmt: skip
     return Start(
         identity=config.identity,

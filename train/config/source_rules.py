@@ -63,10 +63,18 @@ def _same_mark(source: SourceConfig, separator: str) -> str | None:
     return f"tag_separator is {source.tag_separator!r}, as separator: one stands between tags, the other between fixed and flexible ones"
 
 
-def _ending(source: SourceConfig) -> str | None:
-    ending = source.caption_ext
-    if ending is None:
-        return None
+def _endings(source: SourceConfig) -> str | None:
+    said = source.caption_ext
+    several = isinstance(said, list | tuple)
+    endings = [] if said is None else list(said) if several else [said]
+    if several and (not endings or (len(endings) > 1 and source.adapter != "sidecar")):
+        return f"caption_ext is {said!r}: " + ("an ending at least" if not endings else "adapter sidecar alone reads several files a picture")
+    return next(filter(None, (_ending(ending) for ending in endings)), None)
+
+
+def _ending(ending: object) -> str | None:
+    if not isinstance(ending, str):
+        return f"caption_ext is {ending!r}: the ending of caption files, such as .caption, or a list of them"
     if f".{ending.lower()}".endswith(_METADATA):
         return (f"caption_ext is {ending!r}, the ending of metadata, whose whole text would be the caption: "
                 "choose the adapter that reads it")  # fmt: skip
@@ -77,7 +85,7 @@ def _ending(source: SourceConfig) -> str | None:
 _CAPTION_RULES: tuple[Callable[[SourceConfig], str | None], ...] = (
     lambda s: "tag_separator is empty: name what stands between tags, such as ' ', or leave it out"
     if s.tag_separator == "" else None,
-    _ending,
+    _endings,
     lambda s: f"mask is {s.mask!r}: pictures in a table have no names to look for in a folder; alpha is read from them"
     if s.mask not in (None, "alpha") and s.adapter == "huggingface" else None,
     lambda s: f"class_tokens {s.class_tokens!r} is the caption of pictures that have none: set on_missing_caption: take"

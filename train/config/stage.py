@@ -60,7 +60,7 @@ class DataConfig:
     token_warmup_min: int = key(1, "flex tags that are kept at the warmup's start", at_least=0)
     token_warmup_steps: float = key(0.0, "updates until all tags are kept; below 1: share of all updates", at_least=0)
     mix: dict[str, float] = key(dict, "shares of tags, tags_prose and prose among a picture's visits; empty = all that there is", at_least=0)
-    protect: list[str] = key(list, "flex tags that warmup, tag_dropout and the token budget leave in")
+    protect: Any = key(list, "flex tags that warmup, tag_dropout and the token budget leave in: a list, or a text file with one on each line")
     trigger: str | None = key(None, "a tag that opens every caption")
     flip: bool = key(False, "in half of its visits a picture is its mirror image, where it has one; needs latents.flip: all in the set")
     max_tokens: Literal[75, 150, 225] = key(225, "of a caption, in chunks of 75")

@@ -25,7 +25,7 @@ from train.model.text import TagTokenizer, size_vector
 from train.model.vae_file import LatentScale
 from train.recipe import rng
 from train.recipe.buckets import crop_condition
-from train.recipe.captions import SEPARATOR, Drawn, DrawOptions, draw_captions, tags_of
+from train.recipe.captions import SEPARATOR, Drawn, DrawOptions, draw_captions, protected, tags_of
 from train.recipe.exclusions import excluded_by
 from train.recipe.order import Plan, Tile
 from train.recipe.rng import Stream
@@ -263,7 +263,7 @@ def draw_options(data: DataConfig, total_updates: int) -> DrawOptions:
         caption_dropout_every_epochs=data.caption_dropout_every_epochs,
         warmup_min=data.token_warmup_min,
         warmup_updates=steps_of(data.token_warmup_steps, total_updates),
-        protect=frozenset(data.protect),
+        protect=protected(data.protect),
         trigger=data.trigger,
         mix=data.mix,
     )

@@ -40,6 +40,7 @@ from train.optim.collectives import Place
 from train.optim.offload import HostMasters
 from train.optim.zero1 import Shares
 from train.recipe import timesteps
+from train.recipe.captions import protect_identity
 from train.recipe.order import Plan, plan_fingerprint, share_of
 from train.storage.saver import available_host_bytes
 from train.storage.state_files import PRECISIONS
@@ -144,6 +145,7 @@ def open_data(images: Images, source: LocalModel) -> Data:
         version=selection.plan.version,
         law_file=timesteps.file_identity(images.noise),
         flips=kept.flips_hash if images.flip else None,
+        protect=protect_identity(images.protect),
     )
     return Data(selection.folder, kept, selection.held_out, selection.plan, tokenizer, fingerprint, vae_mark(source))
 

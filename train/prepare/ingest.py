@@ -30,7 +30,7 @@ from train.prepare.folders.unchanged import sources_mark
 from train.prepare.folders.walking import walk
 from train.prepare.formats.mapping import check_columns
 from train.prepare.posts.caption_remarks import CaptionTally, remarks
-from train.prepare.posts.caption_text import caption_ending, caption_rules
+from train.prepare.posts.caption_text import caption_endings, caption_rules
 from train.prepare.posts.census import Census
 from train.prepare.posts.normalise import RawPost, printable, to_record
 from train.prepare.tables import units
@@ -149,7 +149,7 @@ def _plain_folder(source: SourceConfig) -> str:
     if source.adapter == "sidecar" or not Path(source.path).is_dir():
         return ""
     names = [found for found in walk(dataclasses.replace(source, images=None), Path(source.path)) if isinstance(found, str)]
-    texts = {os.path.splitext(name)[0] for name in names if name.lower().endswith(caption_ending(source))}
+    texts = {os.path.splitext(name)[0] for name in names if name.lower().endswith(caption_endings(source))}
     shown = [name for name in names if is_image(name)]
     beside = sum(os.path.splitext(name)[0] in texts or name in texts for name in shown)
     if not shown:

@@ -3,15 +3,18 @@
 Order of operations as in the original trainer: dropout of the whole caption, token warmup, shuffle of the flex tags,
 dropout of single flex tags. Fixed and tail tags and sentences are never moved, dropped or cut at commas, and the
 separator never reaches the text. The tail follows the flex tags, prose follows the tail.
-Imports the standard library and our generator only.
+Imports the standard library, our errors and our generator only.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from train.base.errors import ExitCode, Halt
 from train.recipe import captions, rng
 from train.recipe.rng import Stream
 
@@ -65,6 +68,24 @@ class DrawOptions:
     protect: frozenset[str] = frozenset()  # flex tags that neither warmup nor dropout leaves out
     trigger: str | None = None  # opens every caption that is not dropped
     mix: Mapping[str, float] = field(default_factory=dict)  # shares of KINDS; empty = all that there is
+
+
+def protected(said: Sequence[str] | str) -> frozenset[str]:
+    """The tags of a list, or of a text file with one on each line. Raises Halt(USAGE) for a file that cannot be read, and for other values."""
+    if isinstance(said, str):
+        try:
+            said = Path(said).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeError) as error:
+            raise Halt(ExitCode.USAGE, f"data.protect is {said!r}, a list of tags or a text file of them: {error}") from error
+    if not isinstance(said, list | tuple) or not all(isinstance(tag, str) for tag in said):
+        raise Halt(ExitCode.USAGE, f"data.protect is {said!r}, must be a list of tags, or a text file with one on each line")
+    tags = [stripped for tag in said if (stripped := tag.strip().rstrip(","))]
+    return frozenset([*tags, *(tag.replace("_", " ") for tag in tags)])  # as sites write them, and as captions do
+
+
+def protect_identity(said: Sequence[str] | str) -> str | None:
+    """sha256 of the tags of a file, because its path says nothing of them; None for a list, which stands in the config."""
+    return hashlib.sha256("\n".join(sorted(protected(said))).encode()).hexdigest() if isinstance(said, str) else None
 
 
 def separator_regex(separator: str) -> str:

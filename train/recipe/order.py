@@ -356,13 +356,14 @@ def plan_fingerprint(
     version: int = PLAN_VERSION,
     law_file: str | None = None,
     flips: str | None = None,
+    protect: str | None = None,
 ) -> str:
     """sha256 hex over everything that decides the plan and the captions; not ranks, workers, paths or `batch.split`.
 
     `version`: the plan's own. `min_bucket` is micro where the config leaves it null, which is what that meant when the
     first checkpoints were written. `dataset`: the dataset fingerprint; `selection`: sha256 of the selection after the held-out split; `tokenizers`:
     their identity hash; `law_file`: sha256 of what noise.law reads, where it reads a file; `flips`: of which images
-    have a mirror image, where data.flip draws it.
+    have a mirror image, where data.flip draws it; `protect`: sha256 of the tags of data.protect, where that is a file.
     """
     fields = {
         "plan_version": version,
@@ -376,5 +377,6 @@ def plan_fingerprint(
         "tokenizers": tokenizers,
         **({"law_file": law_file} if law_file else {}),
         **({"flips": flips} if flips else {}),
+        **({"protect": protect} if protect else {}),
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

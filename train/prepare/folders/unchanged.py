@@ -17,7 +17,7 @@ from train.config.dataset import SourceConfig
 from train.prepare.folders.files import is_inside, source_root
 from train.prepare.folders.kinds import ENDINGS, is_image
 from train.prepare.folders.walking import mask_folder
-from train.prepare.posts.caption_text import caption_ending
+from train.prepare.posts.caption_text import caption_endings
 
 _READ = ENDINGS | {"danbooru2023": ("post.parquet", "posts.parquet")}  # of a folder; the table of tags is small
 
@@ -27,7 +27,7 @@ def sources_mark(sources: list[SourceConfig], version: str) -> tuple[str, list[i
     digest = hashlib.sha256(version.encode())
     sizes = []
     for source in sources:
-        size, endings = 0, _READ[source.adapter] if source.adapter != "sidecar" else (caption_ending(source),)
+        size, endings = 0, _READ[source.adapter] if source.adapter != "sidecar" else caption_endings(source)
         read = dataclasses.asdict(dataclasses.replace(source, repeats=1))  # which only `select` looks at
         del read["weight"], read["mask"]  # which only `latents` does; a folder of masks in the source is passed over
         if (masks := mask_folder(source)) is not None and is_inside(source_root(source), masks):

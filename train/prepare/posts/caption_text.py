@@ -6,6 +6,8 @@ at ingest, and nowhere else. The hard exclusions see all of the text, also what 
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -73,9 +75,16 @@ def caption_rules(source: SourceConfig, separator: str = SEPARATOR) -> CaptionRu
     )  # fmt: skip
 
 
+def caption_endings(source: SourceConfig) -> tuple[str, ...]:
+    """Endings of the source's caption files in small letters, with their dots, in their order."""
+    said = source.caption_ext
+    endings = [] if said is None else [said] if isinstance(said, str) else said
+    return tuple(dict.fromkeys("." + ending.lower().lstrip(".") for ending in endings)) or (".txt",)
+
+
 def caption_ending(source: SourceConfig) -> str:
-    """Ending of the source's caption files in small letters, with its dot."""
-    return ".txt" if source.caption_ext is None else "." + source.caption_ext.lower().lstrip(".")
+    """The first of them, or the only one."""
+    return caption_endings(source)[0]
 
 
 def class_caption(source: SourceConfig, uri: str) -> str | None:
@@ -88,12 +97,12 @@ def class_caption(source: SourceConfig, uri: str) -> str | None:
 
 
 def read_caption(text: str | Sequence[str], rules: CaptionRules, tally: CaptionTally) -> tuple[str, str]:
-    """(the captions as a record stores them, all that the hard exclusions must see) of a text, or of several.
+    """(the captions as a record stores them, all that the hard exclusions must see) of a text, or of several, or of a JSON list of them.
 
     Lines of tags make one caption, or one each (`variants`); each line of sentences is a text of prose, and lines that
     follow each other are one where they are no variants. Raises BadCaption.
     """
-    texts = [text] if isinstance(text, str) else list(text)
+    texts = [one for several in ([text] if isinstance(text, str) else text) for one in _listed(several)]
     lines = [_lines(one)[: 1 if rules.first_line else None] for one in texts]
     found = [[_parted(line, rules) for line in some] for some in lines]
     prose = [_sound(told, rules) for told in _told(found, rules)]
@@ -106,6 +115,16 @@ def read_caption(text: str | Sequence[str], rules: CaptionRules, tally: CaptionT
     forms = [one for one, _ in read if one] or [""]
     whole = ", ".join(line for one in texts for line in _lines(one))
     return stored([(one, ()) for one in forms], prose), f"{whole}, {_BAD_IN_CAPTION.sub('', whole)}, {', '.join([*forms, *prose])}"
+
+
+def _listed(text: str) -> list[str]:
+    """The texts of a JSON list of captions; of anything else the text itself."""
+    if text.lstrip("\ufeff \t\r\n")[:1] == "[" and len(text) <= MAX_CAPTION_BYTES:
+        with contextlib.suppress(ValueError, RecursionError):
+            found = json.loads(text.removeprefix("\ufeff"))
+            if isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+                return found
+    return [text]
 
 
 def _parted(line: str, rules: CaptionRules) -> tuple[str, str]:

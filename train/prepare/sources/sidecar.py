@@ -18,7 +18,7 @@ from train.config.dataset import SourceConfig
 from train.prepare.folders.files import UnsafePath, require_source, resolve_inside, source_root
 from train.prepare.folders.kinds import is_image
 from train.prepare.folders.walking import pictures
-from train.prepare.posts.caption_text import MAX_CAPTION_BYTES, TEXT_ENDINGS, BadCaption, caption_ending
+from train.prepare.posts.caption_text import MAX_CAPTION_BYTES, TEXT_ENDINGS, BadCaption, caption_endings
 from train.prepare.posts.normalise import Found, RawPost
 from train.prepare.tables.progress import counted
 from train.prepare.tables.schemas import Quarantine
@@ -64,13 +64,13 @@ def _texts(root: Path, folder: str) -> Texts:
 
 
 def _image(source: SourceConfig, root: Path, uri: str, texts: Texts) -> Found:
-    ending, whole = caption_ending(source), _composed(os.path.basename(uri))
+    endings, whole = caption_endings(source), _composed(os.path.basename(uri))
     # everything before the LAST dot: the sidecar of a.b.jpg is a.b.txt
     stem, suffix = os.path.splitext(whole)
-    beside = [(found, name) for found, name in texts.get(stem, ()) if found == ending or found in TEXT_ENDINGS]
-    beside += [(suffix + found, name) for found, name in texts.get(whole, ()) if found == ending or found in TEXT_ENDINGS]
-    wanted = {ending} if source.caption_ext is None else {ending, suffix + ending}
-    names = dict.fromkeys(name for found, name in beside if found in wanted)
+    beside = [(found, name) for found, name in texts.get(stem, ()) if found in endings or found in TEXT_ENDINGS]
+    beside += [(suffix + found, name) for found, name in texts.get(whole, ()) if found in endings or found in TEXT_ENDINGS]
+    of_ending = {ending: {ending} if source.caption_ext is None else {ending, suffix + ending} for ending in endings}
+    names = {name: ending for ending, wanted in of_ending.items() for found, name in beside if found in wanted}
     other = next((found for found, name in beside if name not in names), None)
     key = f"{source.name}:{uri}"
     try:
@@ -79,14 +79,17 @@ def _image(source: SourceConfig, root: Path, uri: str, texts: Texts) -> Found:
         return Quarantine(key, "ingest", "outside_root", str(error), "UnsafePath")
     except (BadCaption, OSError) as error:
         return Quarantine(key, "ingest", "bad_caption", f"{', '.join(names)}: {error}", type(error).__name__)
-    if len(set(captions.values())) > 1:
-        message = f"{' and '.join(names)} are two captions of one picture: keep one, or name its ending in caption_ext"
+    told = [{name: text for name, text in captions.items() if names[name] == ending} for ending in endings]
+    if (two := next((one for one in told if len(set(one.values())) > 1), None)) is not None:
+        message = f"{' and '.join(two)} are two captions of one picture: keep one, or name its ending in caption_ext"
         return Quarantine(key, "ingest", "bad_caption", message, "BadCaption")
-    for name, caption in captions.items():
-        return RawPost(id=uri, place=name, uri=uri, caption=caption, beside=other)
+    if captions:  # several files: their texts in the order of the endings, equal ones once
+        texts_of = list(dict.fromkeys(text for one in told for text in one.values()))
+        caption = texts_of[0] if len(endings) == 1 else texts_of
+        return RawPost(id=uri, place=next(iter(captions)), uri=uri, caption=caption, beside=other)
     if source.on_missing_caption == "take":
         return RawPost(id=uri, place=uri, uri=uri, beside=other)
-    message = f"{os.path.splitext(uri)[0]}{ending} does not exist"
+    message = f"{os.path.splitext(uri)[0]}{' nor '.join(endings)} does not exist"
     if other is None:
         return Quarantine(key, "ingest", "missing_caption", f"{message}: see on_missing_caption")
     named = next(name for found, name in beside if found == other)
