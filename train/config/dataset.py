@@ -281,6 +281,7 @@ class DatasetConfig:
     buckets: BucketsConfig = field(default_factory=BucketsConfig)
     sources: list[SourceConfig] = key(list, "where images and metadata come from")
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    aliases: str | None = key(None, "CSV of alias and tag, or of name, category, count and aliases: other sites' and taggers' names of a tag, which becomes the tag before the policy reads it")
     corrections: str | None = key(None, "CSV with key, tag and add or drop: what changes in single captions; the dataset's page exports it")
     exclude: ExcludeConfig = field(default_factory=ExcludeConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
@@ -314,7 +315,7 @@ def check_paths(settings: DatasetConfig) -> None:
     """
     score, tag = settings.score, settings.tag
     named = {
-        "tokenizers": settings.tokenizers, "latents.vae": settings.latents.vae, "corrections": settings.corrections,
+        "tokenizers": settings.tokenizers, "latents.vae": settings.latents.vae, "corrections": settings.corrections, "aliases": settings.aliases,
         "score.path": score.path if score.source == "column" else None,
         "score.model": score.model if score.source == "hf_image_classification" else None,
         "tag.path": tag.path if tag.source == "column" else None, "tag.model": tag.model if tag.source == "wd" else None,

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from train.prepare.tables import units
 from train.prepare.tables.refusals import SEEN_COLUMNS, refused_by
 from train.prepare.tables.schemas import LABELS, Quarantine, quarantine_table
 from train.prepare.tables.workers import Peers
+from train.prepare.tagging.aliases import Aliases, read_aliases
 from train.prepare.tagging.corrections import Corrections, Row, read_corrections
 from train.prepare.tagging.matching import plain_tag
 from train.prepare.tagging.policy import freeze, open_words, post_days
@@ -47,7 +49,7 @@ def run(settings: DatasetConfig) -> None:
     dataset = dataset_dir(settings)
     records = units.require_table(dataset, "records")
     policy, today = freeze(settings.policy, dataset)
-    corrections = read_corrections(settings.corrections, settings.separator)
+    corrections, aliases = read_corrections(settings.corrections, settings.separator), read_aliases(settings.aliases, settings.separator)
     for note in open_words(settings.policy, settings.score.model):
         print(f"label: the vocabulary: {note}")
     tag = settings.tag
@@ -59,6 +61,7 @@ def run(settings: DatasetConfig) -> None:
     config = units.config_id(
         code=LABEL_VERSION, policy=policy.hash(), day=str(today) if policy.quality_min_age_days else None,
         tokenizer=tokenizer_id, tag={"general": tag.general_threshold, "character": tag.character_threshold, "use": tag.use}, exclusions=EXCLUSIONS_VERSION,
+        **({"aliases": aliases.identity} if aliases.tags else {}),
     )  # fmt: skip
     step = units.Step(dataset, "labels", LABELS, config, ("records", *used))
     ranges = {table: [(file, _key_range(file)) for file in units.require_table(dataset, table)] for table in used}
@@ -71,7 +74,7 @@ def run(settings: DatasetConfig) -> None:
     ]
 
     def make(number: int) -> None:
-        table, entries = _label_unit(settings, records[number], inputs[number][1], mine[number], policy, today, counter)
+        table, entries = _label_unit(settings, records[number], inputs[number][1], mine[number], policy, today, counter, aliases)
         units.write_parquet(dataset / "quarantine" / "labels" / names[number], quarantine_table(entries))
         units.write_parquet(step.folder / names[number], table)
 
@@ -80,6 +83,9 @@ def run(settings: DatasetConfig) -> None:
     units.finalize(step, names)
     units.merge_quarantine(dataset)
     units_of = [(path, joined, one) for path, (_, joined), one in zip(records, inputs, mine, strict=True)]
+    if aliases.tags:
+        touched = sum(len(aliases.touched(part)) for part in units.stream_table(dataset, "records", _COLUMNS))
+        print(f"label: aliases: {len(aliases.tags)} names; {touched} records have one and are told by its tag")
     _write_facts(dataset, policy, settings, _corrected_facts(settings, corrections, units_of) if settings.corrections else {})
 
 
@@ -121,14 +127,15 @@ def _key_range(path: Path) -> tuple[str, str]:
 
 def _label_unit(
     settings: DatasetConfig, path: Path, joined: dict[str, list[Path]], corrections: Corrections, policy: Policy,
-    today: date | None, counter: TokenCount | None,
+    today: date | None, counter: TokenCount | None, aliases: Aliases,
 ) -> tuple[pa.Table, list[Quarantine]]:  # fmt: skip
     records = pq.read_table(path, columns=_COLUMNS)
     # A hard-excluded record gets no labels: nothing after this step can meet it.
     records = records.filter(pc.is_null(records["hard_exclusion"]))
     records, entries = _with_tagger(records, joined.get("tags", []), settings)
-    records, excluded = _corrected(records, corrections, settings)
-    entries += excluded
+    for change in (partial(_aliased, aliases=aliases), partial(_corrected, corrections=corrections)):
+        records, excluded = change(records, settings=settings)
+        entries += excluded
     inputs = _inputs(records, _scores(records["key"], joined.get("aesthetic", [])), today)
     try:
         columns = label_table(records, inputs, policy, counter)
@@ -196,6 +203,21 @@ def _with_tagger(
         place = records.schema.get_field_index(f"tags_{name}")
         records = records.set_column(place, f"tags_{name}", pa.array(values, pa.list_(pa.string())))
     return records.filter(pa.array(keep)), entries
+
+
+def _aliased(records: pa.Table, aliases: Aliases, settings: DatasetConfig) -> tuple[pa.Table, list[Quarantine]]:
+    """Records with tags for aliases, without those that the hard exclusions refuse when they see both."""
+    named = aliases.applied(records)
+    keep, entries = np.ones(len(records), bool), []
+    for row in aliases.touched(records).tolist():
+        old, new = ({name: table[name][row].as_py() for name in SEEN_COLUMNS} for table in (records, named))
+        both = {name: value + new[name] if isinstance(value, list) else value for name, value in old.items()}
+        both["caption"] = "\n".join(filter(None, (old["caption"], new["caption"]))) or None
+        between = aliases.on_the_way((tag for value in old.values() if isinstance(value, list) for tag in value), old["caption"])
+        if found_rule := refused_by(both, settings, between):
+            keep[row] = False
+            entries.append(Quarantine(records["key"][row].as_py(), "label", "excluded_tag", found_rule[0]))
+    return named.filter(pa.array(keep)), entries
 
 
 def _corrected(

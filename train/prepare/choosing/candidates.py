@@ -21,6 +21,7 @@ from train.prepare.tables.progress import bar
 from train.prepare.tables.refusals import SEEN_COLUMNS, refused_by
 from train.prepare.tables.schemas import LABELS, PROBE, RECORDS, TAG_GROUPS
 from train.prepare.tables.units import has_table, read_table, require_table, stream_table
+from train.prepare.tagging.aliases import read_aliases
 from train.prepare.tagging.corrections import read_corrections
 from train.prepare.tagging.matching import (
     TAG_COLUMNS,
@@ -120,8 +121,9 @@ class Candidates:
         tagger = self.settings.tag.source != "none" and lists_of is searched_lists
         labels = stream_table(self.dataset, "labels", ["key", "fixed_tags", "flex_tags"]) if tagger else None
         corrections = read_corrections(self.settings.corrections, self.settings.separator)
+        aliases = read_aliases(self.settings.aliases, self.settings.separator)
         for part in stream_table(self.dataset, "records", ["key", *columns_of(name)]):
-            lists = [lists_of(corrections.applied(self._of_unit(part)), name)]
+            lists = [lists_of(corrections.applied(aliases.applied(self._of_unit(part))), name)]
             if labels is not None:
                 words = self._of_unit(next(labels))
                 lists += [words.column(column).combine_chunks() for column in ("fixed_tags", "flex_tags")]
