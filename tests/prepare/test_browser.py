@@ -74,12 +74,12 @@ def test_a_large_set_is_cut_and_says_so(made: Path, tmp_path: Path) -> None:
     settings = settings_of(tmp_path / "c", **{"report.captions": 3})
     three = browsed(settings, {})["pictures"]
     assert browsed(settings, {})["pictures"] == three
-    prepare(settings_of(tmp_path / "c", **{"report.captions": 3}))
+    prepare(settings_of(tmp_path / "c", **FT1, **{"report.captions": 3}), "report")
     text = (tmp_path / "c/data/set/report.html").read_text()
     assert [one["key"] for one in data_of(tmp_path / "c")["pictures"]] == [one["key"] for one in three]
     assert "A random 3 of 11 pictures are on this page: report.captions" in text
     assert (tmp_path / "c/data/set/thumbnails.parquet").stat().st_mtime_ns != before
-    prepare(settings_of(tmp_path / "c", **{"report.captions": 0}), "report")
+    prepare(settings_of(tmp_path / "c", **FT1, **{"report.captions": 0}), "report")
     assert "<script" not in (tmp_path / "c/data/set/report.html").read_text()
 
 
@@ -104,7 +104,7 @@ def test_an_unrated_set_says_which_key_shows_it_and_no_table_is_empty(tmp_path: 
     for nothing in ("Hard exclusions", "Duplicates", "Quarantine", "Stale", "0 pictures are enlarged", "Quality by year"):
         assert nothing not in page, nothing
     for shown in ({"report.pictures": "all"}, {"sources.0.assume_rating": "g"}):
-        prepare(settings_of(tmp_path, **shown))
+        prepare(settings_of(tmp_path, **shown), "report")
         assert told not in (tmp_path / "data/set/report.html").read_text()
         assert all(one["thumb"] for one in data_of(tmp_path)["pictures"])
 

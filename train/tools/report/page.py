@@ -108,7 +108,8 @@ def summary_table(runs: Sequence[Run]) -> str:
             text(middle(run, "tflops"), "{:.0f}"), text(middle(run, "mfu"), "{:.1%}"), peak_memory(run),
             text(final.get("skipped"), "{:,.0f}"), with_interval(run.validation[-1] if run.validation else {}),
         ])  # fmt: skip
-    return joined([html.table(head, rows)])
+    said = [place for place in range(len(head)) if any(row[place] != "–" for row in rows)]  # a CPU has no card to speak of
+    return joined([html.table([head[place] for place in said], [[row[place] for place in said] for row in rows])])
 
 
 def middle(run: Run, key: str) -> float | None:
