@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import standin
 from safetensors.numpy import save
+from stages import Stage
 from standin import Fault, Hub, files_of, sha256
 
 from train.base.errors import ExitCode, Halt
@@ -110,7 +111,7 @@ def test_what_has_no_form() -> None:
         assert caught.value.code == ExitCode.USAGE
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_command_asks_the_hub_that_the_environment_names(hub: Hub, tmp_path: Path) -> None:
     """Two at once, as the processes of a run: one fetches, the other waits for it; then without a network."""
     commit = hub.add("owner/name", {"a.safetensors": model(3), "README.md": b""}, license="mit")
@@ -130,6 +131,25 @@ def test_the_command_asks_the_hub_that_the_environment_names(hub: Hub, tmp_path:
     assert found.returncode == ExitCode.MISMATCH and "Traceback" not in found.stderr
     assert re.search(rf"owner/other@{'a' * 40} cannot be fetched: HF_HUB_OFFLINE is set.*into models/other/", found.stderr)
     assert "owner/name@" in found.stdout, "what lies here is checked and told without one"
+
+
+@pytest.mark.slow
+def test_a_stage_starts_from_a_name_and_only_with_its_commit(hub: Hub, base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    """Everything else is looked at first; then the model is fetched, trained, and its licence inherited."""
+    readme = b"---\nlicense: other\nlicense_name: faipl-1.0-sd\n---\n"
+    commit = hub.add("owner/name", {**files_of(base_model), "README.md": readme})
+    stage = Stage(tmp_path, dataset, base_model)
+    assert stage.run("model.init_from=owner/name") == ExitCode.USAGE
+    assert f"model.init_from=owner/name@{commit}" in stage.message
+    hub.asked.clear()
+    assert stage.run(f"model.init_from=owner/name@{commit}", "data.path=nowhere") != 0
+    assert hub.asked == [], "nothing is fetched for a start that is refused"
+    assert stage.run(f"model.init_from=owner/name@{commit}", "max_updates=1", "export.license=null") == 0, stage.message
+    record = json.loads((stage.output / "lineage.json").read_text())
+    assert (record["license"], record["parent"]["title"]) == ("Fair AI Public License 1.0-SD", "name")
+    hub.asked.clear()
+    assert stage.run(f"model.init_from=owner/name@{commit}", "max_updates=2", "export.license=null") == 0, stage.message
+    assert hub.asked == []
 
 
 def test_a_new_folder_takes_a_base_by_name(hub: Hub) -> None:

@@ -95,7 +95,7 @@ def _set(what: Path) -> Publication:
         raise Halt(ExitCode.MISMATCH, f"{what} was looked through by an earlier version of the hard exclusions: run scripts/prepare.py all again, which renews its tables")
     files = {path.relative_to(what).as_posix(): path for form in _OF_A_SET for path in sorted(what.glob(form)) if path.is_file()}
     files = {name: path for name, path in files.items() if not path.name.startswith(".")}
-    found = Publication("dataset", what, str(said.get("name") or what.name), files={**files})
+    found = Publication("dataset", what, str(said.get("name") or what.name), files={**files, "dataset.json": _without_private(what / "dataset.json")})
     found.notes.append("latents can be turned back into pictures by their VAE, and labels are captions: publish only what you may pass on")
     if left := sorted({path.name for path in what.iterdir()} - {name.partition("/")[0] for name in files}):
         found.notes.append(f"left out: {', '.join(left)}")
