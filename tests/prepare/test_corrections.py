@@ -123,6 +123,20 @@ def test_an_added_tag_can_exclude(made: Path) -> None:
     assert "booru:3" not in {index.key(row) for row in range(len(index))}
 
 
+def test_aliases_come_first_and_hide_nothing_from_the_exclusions(made: Path) -> None:
+    """A drop names the tag as the caption shows it; what an alias renamed still counts beside a tag that is added."""
+    post = json.loads((made / "pictures/4.json").read_text())
+    post["tag_string_general"] += " kid"
+    (made / "pictures/4.json").write_text(json.dumps(post))
+    (made / "aliases.csv").write_text("kid,person\nsmile,happy\n")
+    told = corrected(made, "booru:4,nsfw,add\nbooru:5,happy,drop\nbooru:0,nsfw,add\n", "ingest", "label", aliases=str(made / "aliases.csv"))
+    assert told == {"dropped": 1, "added": 1, "captions": 2, "of_excluded": 1, "idle": []}
+    found = labels(made)
+    assert "booru:4" not in found
+    assert "nsfw" in found["booru:0"]["flex_tags"]
+    assert not {"happy", "smile"} & set(found["booru:5"]["flex_tags"])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_captions_lose_what_is_dropped_and_nothing_else(seed: int) -> None:
     """Every part of a stored caption, against the lists it was made of."""

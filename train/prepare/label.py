@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import date
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +85,7 @@ def run(settings: DatasetConfig) -> None:
     if aliases.tags:
         touched = sum(len(aliases.touched(part)) for part in units.stream_table(dataset, "records", _COLUMNS))
         print(f"label: aliases: {len(aliases.tags)} names; {touched} records have one and are told by its tag")
-    _write_facts(dataset, policy, settings, _corrected_facts(settings, corrections, units_of) if settings.corrections else {})
+    _write_facts(dataset, policy, settings, _corrected_facts(settings, corrections, aliases, units_of) if settings.corrections else {})
 
 
 def token_counter(folder: str | None) -> tuple[TokenCount | None, str | None]:
@@ -132,10 +131,10 @@ def _label_unit(
     records = pq.read_table(path, columns=_COLUMNS)
     # A hard-excluded record gets no labels: nothing after this step can meet it.
     records = records.filter(pc.is_null(records["hard_exclusion"]))
-    records, entries = _with_tagger(records, joined.get("tags", []), settings)
-    for change in (partial(_aliased, aliases=aliases), partial(_corrected, corrections=corrections)):
-        records, excluded = change(records, settings=settings)
-        entries += excluded
+    read, entries = _with_tagger(records, joined.get("tags", []), settings)
+    records, excluded = _aliased(read, aliases, settings)
+    records, corrected = _corrected(records, read, aliases, corrections, settings)
+    entries += [*excluded, *corrected]
     inputs = _inputs(records, _scores(records["key"], joined.get("aesthetic", [])), today)
     try:
         columns = label_table(records, inputs, policy, counter)
@@ -210,25 +209,37 @@ def _aliased(records: pa.Table, aliases: Aliases, settings: DatasetConfig) -> tu
     named = aliases.applied(records)
     keep, entries = np.ones(len(records), bool), []
     for row in aliases.touched(records).tolist():
-        old, new = ({name: table[name][row].as_py() for name in SEEN_COLUMNS} for table in (records, named))
-        both = {name: value + new[name] if isinstance(value, list) else value for name, value in old.items()}
-        both["caption"] = "\n".join(filter(None, (old["caption"], new["caption"]))) or None
-        between = aliases.on_the_way((tag for value in old.values() if isinstance(value, list) for tag in value), old["caption"])
-        if found_rule := refused_by(both, settings, between):
+        if found_rule := _refused(_seen(records, row), _seen(named, row), aliases, settings):
             keep[row] = False
             entries.append(Quarantine(records["key"][row].as_py(), "label", "excluded_tag", found_rule[0]))
     return named.filter(pa.array(keep)), entries
 
 
+def _seen(records: pa.Table, row: int) -> dict[str, Any]:
+    """What the hard exclusions read of one record."""
+    return {name: records[name][row].as_py() for name in SEEN_COLUMNS}
+
+
+def _refused(
+    old: Mapping[str, Any], new: Mapping[str, Any], aliases: Aliases, settings: DatasetConfig, added: Sequence[str] = ()
+) -> tuple[str, str] | None:
+    """What the hard exclusions say of all names of a record together: as read, as aliases have it, on the way, and added."""
+    both = {name: value + new[name] if isinstance(value, list) else value for name, value in old.items()}
+    both["caption"] = "\n".join(filter(None, (old["caption"], new["caption"]))) or None
+    between = aliases.on_the_way((tag for value in old.values() if isinstance(value, list) for tag in value), old["caption"])
+    return refused_by(both, settings, [*between, *added])
+
+
 def _corrected(
-    records: pa.Table, corrections: Corrections, settings: DatasetConfig
+    records: pa.Table, read: pa.Table, aliases: Aliases, corrections: Corrections, settings: DatasetConfig
 ) -> tuple[pa.Table, list[Quarantine]]:
-    """Records as the corrections have them, without those that an added tag excludes: beside what a drop takes away."""
+    """Records as the corrections have them, without those that an added tag excludes: beside what a drop takes away, and beside
+    every name that the record was `read` with."""
     keep, entries = np.ones(len(records), bool), []
     unwanted = set(map(plain_tag, settings.exclude.tags))
     for row, change in corrections.touched(records["key"]):
-        record = {name: records[name][row].as_py() for name in SEEN_COLUMNS}
-        found_rule = refused_by(record, settings, change.add) if change.add else None
+        first = _seen(read, pc.index(read["key"], records["key"][row]).as_py())
+        found_rule = _refused(first, _seen(records, row), aliases, settings, change.add) if change.add else None
         theirs = [tag for tag in change.add if plain_tag(tag) in unwanted]
         if found_rule or theirs:
             keep[row] = False
@@ -237,7 +248,7 @@ def _corrected(
 
 
 def _corrected_facts(
-    settings: DatasetConfig, corrections: Corrections, parts: Sequence[tuple[Path, dict[str, list[Path]], Corrections]]
+    settings: DatasetConfig, corrections: Corrections, aliases: Aliases, parts: Sequence[tuple[Path, dict[str, list[Path]], Corrections]]
 ) -> dict[str, Any]:
     """What the corrections did, for dataset.json, and printed; which of them did nothing."""
     idle, known = list[Row](), set[str]()
@@ -247,7 +258,7 @@ def _corrected_facts(
             records = records.take(pa.array([row for row, _ in mine.touched(records["key"])], pa.int64()))
             known |= set(records["key"].to_pylist())
             records = records.filter(pc.is_null(records["hard_exclusion"]))
-            idle += mine.idle(_with_tagger(records, joined.get("tags", []), settings)[0])
+            idle += mine.idle(aliases.applied(_with_tagger(records, joined.get("tags", []), settings)[0]))
     wanted = pa.array(sorted(known), pa.string())
     labels = units.stream_table(dataset_dir(settings), "labels", ["key"])
     labelled = {key for unit in labels for key in unit["key"].filter(pc.is_in(unit["key"], value_set=wanted)).to_pylist()}
