@@ -12,13 +12,16 @@ import torch
 from launches import launch
 from stages import Stage, losses, opened, result, weights
 
-from train.base.errors import ExitCode
+from train.base.errors import ExitCode, Halt
 from train.diffusion.objective import image_losses
 from train.model import layouts, source
 from train.model.adapters import layers, reading, training
 from train.model.networks import Networks, trained_parameters
 from train.observe import anymodel
 from train.storage.state_files import to_tensor
+from train.tools.quality import loss
+from train.tools.quality.record import write_quality
+from train.tools.report.page import write_page
 from train.tools.show import model as show_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -233,13 +236,30 @@ def test_the_run_opens_as_its_base_with_the_adapter_added(run: Stage, base_model
 
 def test_the_report_and_the_plan_know_an_adapters_run(run: Stage, tmp_path: Path) -> None:
     from train.tools.estimate.estimate import _foreign_size
-    from train.tools.report.page import write_page
 
     file = run.output / "pretrain-lora.safetensors"
     page = write_page([run.output], tmp_path / "page.html", loras=[f"{file}:0.5"]).read_text()
     section = page.partition('id="adapters"')[2].partition("<section")[0]
     assert "pretrain-lora" in section and "0.5" in section and "2, 4" in section
     assert _foreign_size(str(run.output)) == [8, 16]
+
+
+@pytest.mark.slow
+def test_a_report_compares_base_adapter_and_full(run: Stage, base_model: Path, dataset: Path, tmp_path: Path) -> None:
+    full = Stage(tmp_path / "full", dataset, base_model)
+    assert full.run("max_updates=2", "validation.share=0.3", "validation.every_steps=2") == ExitCode.DONE, full.message
+    file = run.output / "pretrain-lora.safetensors"
+    record = loss.measure([f"base={base_model}", f"full={full.output}"], dataset, share=0.3, device="cpu", loras=[f"{file}:0.5"])
+    write_quality(tmp_path / "loss.json", record)
+    page = write_page([run.output, full.output], tmp_path / "page.html", losses=tmp_path / "loss.json", loras=[f"{file}:0.5"]).read_text()
+    section = page.partition('id="held-out-loss"')[2].partition("<section")[0]
+    name = f"base + {file.name}:0.5"
+    assert list(record["models"]) == ["base", "full", name]
+    for told in ("Model files on the same images", "<th>base</th>", f"base → {name}", "base → full", f"{record['models'][name]['loss']:.4f}"):
+        assert told in section, told
+    (tmp_path / "loss.json").write_text(json.dumps({"version": 1, "models": {"a": {}}, "changes": []}))
+    with pytest.raises(Halt, match="--loss: no complete record"):
+        write_page([run.output], tmp_path / "page.html", losses=tmp_path / "loss.json")
 
 
 def test_a_stage_goes_on_with_its_parents_adapter(run: Stage, dataset: Path, tmp_path: Path) -> None:

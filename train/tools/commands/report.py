@@ -20,6 +20,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:weight]", help="adapter to tell of beside those of the runs (repeatable)")
     parser.add_argument("--quality", type=Path, metavar="JSON", help="what scripts/quality.py measured")
+    parser.add_argument("--loss", type=Path, metavar="JSON", help="what scripts/quality.py loss measured: a base, it with an adapter, a full finetune side by side")
     arguments = parser.parse_args()
     extra: dict[str, Path] = {}
     for given in arguments.samples:
@@ -33,4 +34,4 @@ def main() -> None:
     from train.tools.report.page import write_page
 
     runs, out, quality = arguments.runs, arguments.out, arguments.quality
-    print(write_page(runs, out, title=arguments.title, extra_samples=extra, quality=quality, loras=arguments.lora))
+    print(write_page(runs, out, title=arguments.title, extra_samples=extra, quality=quality, losses=arguments.loss, loras=arguments.lora))

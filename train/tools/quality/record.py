@@ -29,14 +29,14 @@ def write_quality(path: Path, record: Mapping[str, Any]) -> None:
         raise Halt(ExitCode.CANNOT_WRITE, f"--out {path}: {error}") from error
 
 
-def read_quality(path: Path) -> dict[str, Any]:
-    """What `write_quality` wrote. Raises Halt(USAGE) for anything else."""
+def read_quality(path: Path, key: str = "--quality") -> dict[str, Any]:
+    """What `write_quality` wrote; `key` of the command line names it. Raises Halt(USAGE) for anything else."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise Halt(ExitCode.USAGE, f"--quality {path}: cannot be read ({error})") from error
+        raise Halt(ExitCode.USAGE, f"{key} {path}: cannot be read ({error})") from error
     if not isinstance(record, dict) or record.get("version") != VERSION:
-        raise Halt(ExitCode.USAGE, f"--quality {path}: no record of scripts/quality.py, version {VERSION}")
+        raise Halt(ExitCode.USAGE, f"{key} {path}: no record of scripts/quality.py, version {VERSION}")
     return record
 
 

@@ -8,14 +8,20 @@ from typing import Any
 
 from markupsafe import Markup
 
+from train.base.errors import ExitCode, Halt
 from train.observe.runs import Run, finite
 from train.observe.validation import LABELS, paired_change
 from train.prepare.health.pages import html, joined
 from train.recipe.tag_policy import AESTHETIC_TAGS, QUALITY_TAGS, RATING_TAGS, YEAR_RANGES
 from train.tools.report.charts import colour_of, extent, line_chart
-from train.tools.report.parts import charts, name_of, with_interval
+from train.tools.report.parts import charts, listed, name_of, with_interval
 
 KIND_OF_LOSS = ("loss.prediction", "noise.zero_terminal_snr")  # all that train/observe/heldout.py takes from the stage's own
+_INTERVAL = "Mean ± half-width of the 95 % interval over images (number of images)."
+_PAIRED = (
+    "The mean of each image's own difference: most of what makes one image harder than another cancels. "
+    "In colour where the 95 % interval leaves 0 out: green falls, red rises."
+)
 BAND = "timestep/"  # how the strata of bands of timesteps begin
 _ORDER = (  # of the strata's names, best first
     *QUALITY_TAGS, *(tags[0] for tags in RATING_TAGS.values()), *(name for name, _, _ in reversed(YEAR_RANGES)),
@@ -58,7 +64,7 @@ def held_out_section(runs: Sequence[Run]) -> str:
         _by_timestep(measured),
         html.h3("At the end of each run"),
         html.table(["stratum", *(name_of(run, number) for number, run in measured)], rows),
-        html.p("Mean ± half-width of the 95 % interval over images (number of images)."),
+        html.p(_INTERVAL),
         _changes([run for _, run in measured]),
     ]
     return joined(parts)
@@ -98,6 +104,32 @@ def _by_timestep(measured: Sequence[tuple[int, Run]]) -> str:
     ])  # fmt: skip
 
 
+def files_section(record: Mapping[str, Any] | None) -> str:
+    """What `scripts/quality.py loss` measured of model files, a base, it with an adapter, a whole finetune, on the same images; "" without.
+
+    Raises Halt(USAGE) for a record that lacks something.
+    """
+    if record is None:
+        return ""
+    try:
+        models, changes = record["models"], record["changes"]
+        names = in_order({name for one in models.values() for name in one["strata"]})
+        rows = [["all", *(with_interval(one) for one in models.values())]]
+        rows += [[stratum(name), *(with_interval(one["strata"].get(name, {})) for one in models.values())] for name in names]
+        parts = [
+            html.h3("Model files on the same images"),
+            html.table(["stratum", *models], rows),
+            html.p(f"{record['images']} images of {record['data']}, selection {record['selection']}, {record['precision']}. {_INTERVAL}"),
+        ]
+        if changes:
+            moved = [["all", *(_coloured(one) for one in changes)]]
+            moved += [[stratum(name), *(_coloured(one["strata"].get(name)) for one in changes)] for name in names]
+            parts += [html.table(["stratum", *(f"{one['from']} → {one['to']}" for one in changes)], moved), html.p(_PAIRED)]
+        return joined([*parts, listed([str(note) for note in record["notes"]])])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise Halt(ExitCode.USAGE, f"--loss: no complete record of scripts/quality.py loss ({error!r})") from error
+
+
 def _over_updates(run: Run, name: str) -> list[tuple[float, float]]:
     """(update, loss) of one stratum where it is a finite number."""
     return [(float(r["update"]), float(loss)) for r in run.validation if finite(loss := r["strata"].get(name, {}).get("loss"))]
@@ -128,11 +160,7 @@ def _changes(runs: Sequence[Run]) -> str:
     rows = [["all", *(_change(before, after, None) for before, after in pairs)]]
     rows += [[stratum(name), *(_change(before, after, name) for before, after in pairs)] for name in names]
     head = ["stratum", *(f"{before.name} → {after.name}" for before, after in pairs)]
-    explained = (
-        "The mean of each image's own difference: most of what makes one image harder than another cancels. "
-        "In colour where the 95 % interval leaves 0 out: green falls, red rises."
-    )
-    return joined([html.h3("Change on the images both measured"), html.table(head, rows), html.p(explained), told])
+    return joined([html.h3("Change on the images both measured"), html.table(head, rows), html.p(_PAIRED), told])
 
 
 def _measured_otherwise(before: Run, after: Run) -> list[str]:
@@ -146,7 +174,11 @@ def _change(before: Run, after: Run, name: str | None) -> str:
     losses = _losses(after)
     if name is not None:
         losses = {uid: loss for uid, loss in losses.items() if name in after.held.get(uid, ())}
-    found = paired_change(_losses(before), losses)
+    return _coloured(paired_change(_losses(before), losses))
+
+
+def _coloured(found: Mapping[str, Any] | None) -> str:
+    """A mean difference, in colour where its interval leaves 0 out."""
     if found is None:
         return "–"
     shown, interval = with_interval(found, signed=True), found["interval"]

@@ -19,7 +19,7 @@ from train.tools.quality.record import read_quality
 from train.tools.report.adapters import adapters_section
 from train.tools.report.charts import Points, bar_chart, colour_of, extent, line_chart, smooth
 from train.tools.report.charts import number as short
-from train.tools.report.heldout import held_out_section
+from train.tools.report.heldout import files_section, held_out_section
 from train.tools.report.parts import charts, digest, listed, name_of, text, with_interval
 from train.tools.report.quality import quality_section
 from train.tools.report.samples import comparison, strips
@@ -40,21 +40,21 @@ EDGE_UPDATES = 50  # first and last updates whose mean the summary shows
 
 def write_page(
     runs: Sequence[str | Path], out: str | Path, *, title: str = "", extra_samples: Mapping[str, Path] | None = None,
-    quality: Path | None = None, loras: Sequence[str] = (),
+    quality: Path | None = None, losses: Path | None = None, loras: Sequence[str] = (),
 ) -> Path:  # fmt: skip
     """Write the report of `runs` (in the order of the recipe) to `out` and return its path.
 
     `extra_samples` names folders of pictures by scripts/sample.py that take part in the comparison (such as the base
-    model's); `loras`: adapters to tell of beside those of the runs, FILE or FILE:weight; `quality` is a file by scripts/quality.py. Raises Halt: USAGE for a path that is no directory or a file
+    model's); `loras`: adapters to tell of beside those of the runs, FILE or FILE:weight; `quality` is a file by scripts/quality.py, `losses` one by its `loss`. Raises Halt: USAGE for a path that is no directory or a file
     that is no such record, CANNOT_WRITE.
     """
-    judged = read_quality(quality) if quality is not None else None
+    judged, measured = (read_quality(file, key) if file is not None else None for file, key in ((quality, "--quality"), (losses, "--loss")))
     for path in runs:
         run_files.check_run(path)
     read = run_files.told_apart([run_files.read_run(path) for path in runs])
     notes: list[str] = []
     others = {name: run_files.read_pictures(folder, notes) for name, folder in (extra_samples or {}).items()}
-    out, text_of_page = Path(out), page(read, others, notes, title, judged, adapters_section(read, loras, notes))
+    out, text_of_page = Path(out), page(read, others, notes, title, judged, measured, adapters_section(read, loras, notes))
     if out.is_dir():
         raise Halt(ExitCode.USAGE, f"--out {out} is a directory: name a file in it")
     try:
@@ -67,14 +67,14 @@ def write_page(
 
 def page(
     runs: Sequence[Run], others: Mapping[str, list[Picture]], notes: Sequence[str], title: str, quality: Mapping[str, Any] | None,
-    adapters: str = "",
+    losses: Mapping[str, Any] | None = None, adapters: str = "",
 ) -> str:  # fmt: skip
     """The whole HTML text. `adapters`: the section that tells of them."""
     heading = title or "Training report: " + ", ".join(run.name for run in runs)
     made = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     sections = [
         ("Stage comparison", comparison(runs, others)),
-        ("Held-out loss", held_out_section(runs)),
+        ("Held-out loss", joined([held_out_section(runs), files_section(losses)])),
         ("Summary", summary_table(runs)),
         ("Samples over time", joined(strips(run) for run in runs)),
         ("Quality of the samples", quality_section(quality, [run.name for run in runs])),
