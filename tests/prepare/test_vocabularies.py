@@ -13,10 +13,13 @@ import yaml
 
 from train.base.errors import ExitCode, Halt
 from train.config.dataset import AestheticConfig, PolicyConfig, QualityConfig, SourceConfig, YearConfig, YearRange
+from train.config.prompts import load_prompts
+from train.config.vocabulary import Vocabulary, load_vocabulary
 from train.prepare.posts.caption_remarks import CaptionTally
 from train.prepare.posts.caption_text import caption_rules, read_caption
 from train.prepare.tagging.policy import counted_thresholds, open_words, resolve
 from train.prepare.tagging.vectorised import Inputs, label_table
+from train.recipe.captions import tags_of
 from train.recipe.exclusions import R1_WORDS
 from train.recipe.tag_policy import Policy
 
@@ -195,3 +198,29 @@ def test_thresholds_of_another_scorer_are_said(tmp_path: Path) -> None:
     assert open_words(own, "one") == open_words(own) == []
     assert "thresholds are of one, and score.model is two" in open_words(own, "two")[0]
     assert open_words(dataclasses.replace(own, aesthetic=AestheticConfig([0.7, 0.5, 0.3])), "two") == []
+
+
+PROMPTS = {"animagine31": "", "animagine30": "animagine_3_0/", "animagine40": "animagine_4_0/"}
+
+
+@pytest.mark.parametrize("name", GOLDEN["captions"])
+def test_prompts_of_each_base_are_in_its_own_words(name: str) -> None:
+    """Sampler, CFG, prefix and negative of its own, the last two told by their keys; no quality or rating word of another base."""
+    files = sorted((ROOT / "configs" / PROMPTS.get(name, f"{name}/")).glob("prompts*.yaml"))
+    assert files
+    own, others = (load_vocabulary(other) for other in (name, "animagine31"))
+    every = {word for other in GOLDEN["captions"] for word in _words_of(load_vocabulary(other))}
+    known = _words_of(own) or _words_of(others)  # illustrious has none of its own
+    for file in files:
+        said = yaml.safe_load(file.read_text())
+        assert {"sampler", "steps", "guidance", "quality_prefix", "negative"} <= set(said), file
+        settings = load_prompts(file)
+        used = {tag for text in (settings.quality_prefix, *(prompt.text for prompt in settings.prompts)) for tag in tags_of(text)}
+        assert used & every <= known, file
+        for line in file.read_text().splitlines():
+            if line.split(":")[0] in ("sampler", "steps", "guidance"):
+                assert "#" in line, "a number says where it comes from"
+
+
+def _words_of(vocabulary: Vocabulary) -> set[str]:
+    return {*filter(None, vocabulary.quality.words), *(word for words in vocabulary.rating.values() for word in words)}
