@@ -39,3 +39,14 @@ def refusal(*overrides: str) -> str:
 def test_all_that_is_wrong_is_told_at_once(overrides: list[str], told: list[str]) -> None:
     message = refusal(*overrides)
     assert [words for words in told if words not in message] == [], message
+
+
+def test_a_key_that_went_is_passed_over_where_it_said_nothing(tmp_path: Path) -> None:
+    """A copy of the dataset.yaml of before has it with null."""
+    path = tmp_path / "d.yaml"
+    text = "name: d\nsources: [{name: a, adapter: sidecar, path: x}]\npolicy: {rating_words: %s, preset: animagine31}\n"
+    path.write_text(text % "null")
+    assert load_settings([path]).policy.preset == "animagine31"
+    path.write_text(text % "raise")
+    with pytest.raises(Halt, match=r"policy\.rating_words is 'raise', and is no key any more: ingest reads letters and words"):
+        load_settings([path])

@@ -97,11 +97,9 @@ def rating_of(rating: str | None, policy: Policy) -> str | None:
     """`g`, `s`, `q`, `e` or None for a missing or unknown rating."""
     if rating in RATING_TAGS:
         return rating
-    if rating in RATING_WORDS and policy.rating_words == "accept":
-        return RATING_WORDS[rating]
-    if policy.missing_rating_or_score == "raise" or (rating in RATING_WORDS and policy.rating_words == "raise"):
+    if policy.missing_rating_or_score == "raise":
         raise LabelError(f"rating is {rating!r}, expected one of g, s, q, e")
-    return None
+    return RATING_WORDS.get(rating or "")
 
 
 def quality_tag(

@@ -19,6 +19,7 @@ from train.config.key import key
 from train.config.schema import load_into
 
 MAX_REPEATS = 32_767  # what the tables' int16 holds
+GONE = {"policy.rating_words": "ingest reads letters and words of ratings alike"}  # keys of earlier configs: why nothing reads them
 STEPS = ("ingest", "probe", "score", "tag", "dedupe", "label", "select", "latents", "report")
 
 
@@ -121,7 +122,6 @@ class PolicyConfig:
     aesthetic_skip_substring: bool | None = key(None, "no aesthetic tag where a quality tag holds the same words")
     banned_artist: Literal["drop", "keep"] | None = key(None, "the tag banned_artist")
     missing_rating_or_score: Literal["omit", "raise"] | None = key(None, "of posts that lack one")
-    rating_words: Literal["accept", "raise"] | None = key(None, "rating words instead of letters")
     empty_tags: Literal["remove", "keep"] | None = key(None, "tags that are empty after cleaning")
     duplicate_tags: Literal["first", "all"] | None = key(None, "tags that stand twice")
     quality: QualityConfig = field(default_factory=QualityConfig)
@@ -300,7 +300,7 @@ def load_settings(paths: Sequence[str | Path], overrides: Sequence[str] = ()) ->
 
     Raises Halt(USAGE) naming the key; nothing is repaired.
     """
-    return load_into(DatasetConfig, paths, overrides, DATASET_RULES)
+    return load_into(DatasetConfig, paths, overrides, DATASET_RULES, GONE)
 
 
 def dataset_dir(settings: DatasetConfig) -> Path:

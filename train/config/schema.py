@@ -14,7 +14,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -41,12 +41,17 @@ Problem = tuple[str, str]  # (key, sentence)
 _MISSING = ""  # in the place of a sentence: nobody set a key that has no default; all of them are told in one
 
 
-def load_into(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = (), rules: Sequence[Rule] = ()) -> T:
+def load_into(
+    schema: type[T], paths: Sequence[str | Path], overrides: Sequence[str] = (), rules: Sequence[Rule] = (),
+    gone: Mapping[str, str] = types.MappingProxyType({}),
+) -> T:  # fmt: skip
     """An instance of the frozen dataclass `schema` from files (later win) and overrides (win over files).
 
-    Raises Halt(USAGE) for a missing file, and naming everything that is wrong with the keys and their values.
+    `gone`: keys that earlier configs had, and why they went; one that is null there is passed over. Raises Halt(USAGE) for a missing
+    file, and naming everything that is wrong with the keys and their values.
     """
     merged = merge_sources(paths, overrides)
+    _pass_over(merged, gone)
     try:
         # Types are judged as they are after resolution: what the environment holds is text, and nothing is converted.
         if problems := all_problems(schema, OmegaConf.to_container(merged, resolve=True), rules):
@@ -56,6 +61,17 @@ def load_into(schema: type[T], paths: Sequence[str | Path], overrides: Sequence[
         key = getattr(error, "full_key", None)
         first_line = str(error).splitlines()[0]
         raise Halt(ExitCode.USAGE, f"{key}: {first_line}" if key else first_line) from error
+
+
+def _pass_over(merged: DictConfig, gone: Mapping[str, str]) -> None:
+    """Take keys out that went and that say nothing. Raises Halt(USAGE) for one that says something."""
+    for key, why in gone.items():
+        section, _, name = key.rpartition(".")
+        holder = OmegaConf.select(merged, section) if section else merged
+        if isinstance(holder, DictConfig) and name in holder:
+            if holder[name] is not None:
+                raise Halt(ExitCode.USAGE, f"{key} is {holder[name]!r}, and is no key any more: {why}; leave it out")
+            del holder[name]
 
 
 def all_problems(schema: type, found: Any, rules: Sequence[Rule] = ()) -> list[str]:

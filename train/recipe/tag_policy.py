@@ -87,7 +87,6 @@ class Policy:
     aesthetic_skip_substring: bool = False
     banned_artist: Literal["drop", "keep"] = "drop"
     missing_rating_or_score: Literal["omit", "raise"] = "omit"
-    rating_words: Literal["accept", "raise"] = "accept"
     empty_tags: Literal["remove", "keep"] = "remove"
     duplicate_tags: Literal["first", "all"] = "first"
     quality: bool = True
@@ -105,6 +104,8 @@ class Policy:
     def hash(self) -> str:
         """sha256 over version, switches and words; equal hashes give equal labels."""
         content = asdict(self)
+        # A switch that nothing read, of before ingest made letters of rating words; labels of then are still these.
+        content["rating_words"] = "raise" if self.missing_rating_or_score == "raise" else "accept"
         if self.words == Words():  # labels of before there were vocabularies are still these
             del content["words"]
         elif not self.words.tail:  # nor did a vocabulary have a tail
@@ -123,7 +124,7 @@ def preset(name: str) -> Policy:
         Policy(),
         meta_blacklist="whole_group", year_source="media", year_fallback="early",
         aesthetic_edges="very_displeasing", aesthetic_skip_substring=True, banned_artist="keep",
-        missing_rating_or_score="raise", rating_words="raise", empty_tags="keep", duplicate_tags="all",
+        missing_rating_or_score="raise", empty_tags="keep", duplicate_tags="all",
     )  # fmt: skip
 
 

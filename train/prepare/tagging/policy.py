@@ -138,7 +138,6 @@ def _switches(config: PolicyConfig) -> dict[str, Any]:
         "aesthetic_skip_substring": config.aesthetic_skip_substring,
         "banned_artist": config.banned_artist,
         "missing_rating_or_score": config.missing_rating_or_score,
-        "rating_words": config.rating_words,
         "empty_tags": config.empty_tags,
         "duplicate_tags": config.duplicate_tags,
     }
