@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""A finished run or a prepared set to a page of the hub, with a card made from its records, or a set to an object store; a dry run unless --go."""
+"""A finished run or a prepared set to a page of the hub, or to an object store, with a card made from its records; a dry run unless --go."""
 
 import sys
 from pathlib import Path

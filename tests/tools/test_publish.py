@@ -22,6 +22,7 @@ from train.data.index import Index
 from train.observe.runs import Picture, Run
 from train.recipe.exclusions import EXCLUSIONS_VERSION
 from train.storage import hub as hub_room
+from train.storage.objects import Store
 from train.storage.revision import Name
 from train.tools.commands import publish as command
 from train.tools.publish import captions, gather, licences, page, upload
@@ -227,15 +228,44 @@ def test_heads_that_a_hub_reads() -> None:
     assert licences.fields("My Own (2)") == {"license": "other", "license_name": "my-own-2"}
 
 
-@pytest.mark.parametrize("to", ["s3://bucket/mine", "gs://bucket/mine", "https://elsewhere.example/me/mine"])
-def test_object_stores_are_refused_until_they_are_written_to(to: str, run: Path) -> None:
-    with pytest.raises(Halt, match=f"--to {to}: only prepared sets go to an object store") as caught:
-        publish(str(run), "--to", to)
+def test_pages_by_name() -> None:
+    with pytest.raises(Halt, match=r"--to https://elsewhere.example/me/mine: an object store is named s3://bucket/folder") as caught:
+        upload.page_of("https://elsewhere.example/me/mine")
     assert caught.value.code == ExitCode.USAGE
     for odd in ("mine", "me/mine@main", "me/mine:file"):
         with pytest.raises(Halt, match="named owner/name"):
             upload.page_of(odd)
     assert upload.page_of("https://huggingface.co/me/mine") == "me/mine"
+
+
+def test_a_run_in_a_store_of_ones_own(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same files and card; a start that was cut goes on, and what changed alone is sent again."""
+    put, sent = Store.put, list[str]()
+
+    def counted(self: Store, path: Path, name: str) -> None:
+        if len(sent) == 8 and name != "published.json":
+            sent.append("cut")
+            raise Halt(ExitCode.UNEXPECTED, "the line was cut")
+        sent.extend([name] if name != "published.json" else [])
+        put(self, path, name)
+
+    monkeypatch.setattr(Store, "put", counted)
+    to = f"file://{tmp_path}/store"
+    publish(str(run), "--to", to)
+    assert not (tmp_path / "store").exists(), "a dry run"
+    with pytest.raises(Halt, match="cut"):
+        publish(str(run), "--to", to, "--go")
+    first, sent[:] = sent[:8], []
+    monkeypatch.setattr(Store, "put", lambda self, path, name: (sent.extend([name] if name != "published.json" else []), put(self, path, name))[1])
+    publish(str(run), "--to", to, "--go")
+    assert not set(first) & set(sent) and sent[-1] == "README.md"
+    there = files_of(tmp_path / "store")
+    assert set(there) - {"published.json"} == {*first, *sent} and there[WEIGHTS] == (run / "model" / WEIGHTS).read_bytes()
+    assert f'from_pretrained("{to}")'.encode() not in there["README.md"], "a store is no page that a program opens by name"
+    sent.clear()
+    (run / "model/training.yaml").write_text("seed: 2\n")
+    publish(str(run), "--to", to, "--go")
+    assert sent == ["training.yaml"]
 
 
 def test_what_is_not_finished_is_not_published(run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A finished run or a prepared set to a page of the hub, with a card made from its records, or a set to an object store; a dry run unless --go."""
+"""A finished run or a prepared set to a page of the hub, or to an object store, with a card made from its records; a dry run unless --go."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ def main() -> int:
     """Parse, gather, show the card, send where asked to."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", type=Path, metavar="RUN|SET", help="finished run, folder of new.py, or prepared set")
-    parser.add_argument("--to", required=True, metavar="OWNER/NAME|URL", help="the page, made where it does not exist; or, of a set, s3://bucket/folder or gs://, which data.path reads")
+    parser.add_argument("--to", required=True, metavar="OWNER/NAME|URL", help="the page, made where it does not exist; or s3://bucket/folder, gs://: of a set what data.path reads")
     parser.add_argument("--go", action="store_true", help="send it; without this nothing is asked of any network")
     parser.add_argument("--public", action="store_true", help="a page that is made anew can be seen by everybody (default: by you)")
     parser.add_argument("--samples", type=Path, metavar="DIR", help="pictures by sample.py for the card (default: the run's newest previews)")
     parser.add_argument("--license", help="of a set, which knows none; a run states its own")
     a = parser.parse_args()
-    if a.to.startswith(("s3://", "gs://", "file://")) and (a.what / "dataset.json").is_file():
+    in_store = a.to.startswith(("s3://", "gs://", "file://"))
+    if in_store and (a.what / "dataset.json").is_file():
         return _to_store(a.what, a.to, go=a.go)
-    from train.tools.publish import gather, licences, page, upload
+    from train.storage.objects import Store
+    from train.tools.publish import gather, licences, page, store, upload
 
-    to = upload.page_of(a.to)
+    to = Store(a.to).url if in_store else upload.page_of(a.to)
     found = gather.gather(a.what, a.samples)
     if found.kind == "dataset":
         if not a.license:
@@ -33,7 +35,7 @@ def main() -> int:
         if a.license:
             raise Halt(ExitCode.USAGE, "--license is of sets: a run's licence is that of its lineage (export.license)")
         found.license = licences.of_run(found.source)
-        text = page.text_of_run(found, to)
+        text = page.text_of_run(found, "path/to/this/folder" if in_store else to)
     found.files["README.md"] = text.encode()
     gather.refuse_private(found)
     total = 0
@@ -47,7 +49,7 @@ def main() -> int:
     if not a.go:
         print(f"\n{text}\ndry run: nothing was sent to {to}; --go sends it")
         return ExitCode.DONE
-    print(upload.send(found, to, public=a.public))
+    print(store.send(found, Store(to)) if in_store else upload.send(found, to, public=a.public))
     return ExitCode.DONE
 
 

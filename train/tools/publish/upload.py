@@ -24,7 +24,7 @@ def page_of(to: str) -> str:
     if name is not None and name.revision is None and name.file is None:
         return name.repository
     if "://" in to:
-        raise Halt(ExitCode.USAGE, f"--to {mask(to)}: only prepared sets go to an object store, and only to s3:// or gs://; name a page of the hub, owner/name")
+        raise Halt(ExitCode.USAGE, f"--to {mask(to)}: an object store is named s3://bucket/folder or gs://, a page of the hub owner/name")
     raise Halt(ExitCode.USAGE, f"--to {to}: a page of the hub is named owner/name, without a revision or a file")
 
 
