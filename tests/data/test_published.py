@@ -147,7 +147,7 @@ def test_the_order_begins_with_what_is_measured_and_asked_for_first(tmp_path: Pa
 
     order = Order(3, 2, 2, 2, None, "drop")
     images = Images(folder=str(SET), selection="pretrain", separator=None, held_out_share=0.3, held_out_selection="pretrain", min_bucket=None,
-                    average="images", flip=False, masked=False, noise=NoiseConfig(), order=order)  # fmt: skip
+                    average="images", flip=False, masked=False, protect=(), noise=NoiseConfig(), order=order)  # fmt: skip
     selection = open_selection(images)
     shards = in_plan_order(selection.kept, selection.held_out, selection.plan, 0)
     held = selection.held_out.shards()
