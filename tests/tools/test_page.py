@@ -575,3 +575,14 @@ def test_long_values_stay_on_paper_and_long_prompts_in_their_column(runs: list[P
             assert browser.evaluate(wide.format("#configuration .scroll")) == []
     finally:
         browser.close()
+
+
+def test_strata_stand_in_the_order_of_their_own_vocabulary() -> None:
+    quality = {f"quality/{word}" for word in ("worst quality", "high quality", "masterpiece", "medium quality")}
+    assert in_order(quality | {"rating/rating: explicit", "rating/rating: general", "year/late", "year/newest"}) == [
+        "quality/masterpiece", "quality/high quality", "quality/medium quality", "quality/worst quality",
+        "rating/rating: general", "rating/rating: explicit", "year/newest", "year/late",
+    ]  # fmt: skip
+    assert in_order({"quality/worst quality", "quality/great quality", "rating/nsfw", "rating/safe", "year/mid", "year/recent", "own/x"}) == [
+        "quality/great quality", "quality/worst quality", "rating/safe", "rating/nsfw", "year/recent", "year/mid", "own/x",
+    ]  # fmt: skip

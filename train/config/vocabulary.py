@@ -10,6 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -76,6 +77,19 @@ class Vocabulary:
     time: TimeWords = field(default_factory=TimeWords)
     aesthetic: AestheticWords = field(default_factory=AestheticWords)
     order: OrderWords = field(default_factory=OrderWords)
+
+    @property
+    def best_first(self) -> list[str]:
+        """Its words by kind, each kind from its best down: quality, the first of each rating, time from the newest, aesthetic."""
+        ratings, times = [tags[0] for tags in self.rating.values() if tags], [one.tag for one in reversed(self.time.ranges)]
+        return [word for word in (*self.quality.words, *ratings, *times, *self.aesthetic.words) if word]
+
+
+@cache
+def shipped_vocabularies() -> tuple[Vocabulary, ...]:
+    """Those of configs/vocabularies, Animagine XL 3.1's first."""
+    names = sorted((file.stem for file in (shipped.folder() / "vocabularies").glob("*.yaml")), key=lambda name: (name != "animagine31", name))
+    return tuple(map(load_vocabulary, names))
 
 
 def load_vocabulary(name: str) -> Vocabulary:

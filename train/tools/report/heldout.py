@@ -9,10 +9,10 @@ from typing import Any
 from markupsafe import Markup
 
 from train.base.errors import ExitCode, Halt
+from train.config.vocabulary import shipped_vocabularies
 from train.observe.runs import Run, finite
 from train.observe.validation import LABELS, paired_change
 from train.prepare.health.pages import html, joined
-from train.recipe.tag_policy import AESTHETIC_TAGS, QUALITY_TAGS, RATING_TAGS, YEAR_RANGES
 from train.tools.report.charts import colour_of, extent, line_chart
 from train.tools.report.parts import charts, listed, name_of, with_interval
 
@@ -23,10 +23,6 @@ _PAIRED = (
     "In colour where the 95 % interval leaves 0 out: green falls, red rises."
 )
 BAND = "timestep/"  # how the strata of bands of timesteps begin
-_ORDER = (  # of the strata's names, best first
-    *QUALITY_TAGS, *(tags[0] for tags in RATING_TAGS.values()), *(name for name, _, _ in reversed(YEAR_RANGES)),
-    *AESTHETIC_TAGS,
-)  # fmt: skip
 
 
 def held_out_section(runs: Sequence[Run]) -> str:
@@ -193,11 +189,13 @@ def _losses(run: Run) -> Mapping[str, Any]:
 
 
 def in_order(names: set[str]) -> list[str]:
-    """`label/value` names: quality, rating, year, aesthetic, each from its best value down."""
+    """`label/value` names: quality, rating, year, aesthetic, each from its best value down: in the words of the base that has most of them."""
+    values = {name.partition("/")[2] for name in names}
+    words = max((vocabulary.best_first for vocabulary in shipped_vocabularies()), key=lambda words: len(values & {*words}))
 
     def place(name: str) -> tuple[Any, ...]:
         label, _, value = name.partition("/")
-        return (*(known.index(one) if one in known else len(known) for known, one in ((LABELS, label), (_ORDER, value))), value)
+        return (*(known.index(one) if one in known else len(known) for known, one in ((LABELS, label), (words, value))), value)
 
     return sorted(names, key=place)
 
