@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The stages of the recipe in order, each from its predecessor; finished stages are skipped."""
+"""The stages of a recipe in order, finished ones skipped; of a folder by new.py everything, from prepare to report."""
 
 import sys
 from pathlib import Path

@@ -23,7 +23,7 @@ from train.storage import state_files
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 EVERY = "export.every_epochs=1"
 # 26 images in tiles of 2, 4 tiles an update: 13 tiles an epoch, so epochs end with updates 4 and 7; the third with the stage.
-ENDS = {4: "pretrain-e0001", 7: "pretrain-e0002"}
+ENDS = {4: "e0001", 7: "e0002"}
 LORA = ("adapter.type=lora", "adapter.rank=2", "model.train_text_encoders=false", "optimizer.text_encoder_lr=null")
 
 
@@ -63,16 +63,16 @@ def test_when_epochs_end() -> None:
 
 
 def test_each_epoch_leaves_a_whole_model_of_its_weights(run: Path, base_model: Path) -> None:
-    assert files(run) == sorted(f"{name}{kind}.safetensors" for name in ENDS.values() for kind in ("", "-ema"))
+    assert files(run) == sorted(f"pretrain{kind}-{name}.safetensors" for name in ENDS.values() for kind in ("", "-ema"))
     for step, name in ENDS.items():
         for kind, group in (("", "model"), ("-ema", "ema")):
             trained = load_file(run / f"checkpoints/step-{step:08d}/{group}.safetensors")
-            model = open_single_file(run / f"{name}{kind}.safetensors")
+            model = open_single_file(run / f"pretrain{kind}-{name}.safetensors")
             for tensor, value in trained.items():
                 assert torch.equal(state_files.to_tensor(model.weights[tensor]), value.half()), (name, kind, tensor)
             assert model.lineage is not None
             assert (model.lineage["updates"], model.lineage["images"], model.lineage["stage"]) == (step, 8 * step, "pretrain")
-    title = export.read_metadata(run / "pretrain-e0001-ema.safetensors")["modelspec.title"]
+    title = export.read_metadata(run / "pretrain-ema-e0001.safetensors")["modelspec.title"]
     assert title.endswith(" (EMA)")
 
 
@@ -92,7 +92,7 @@ def test_killed_while_a_file_is_written(run: Path, base_model: Path, dataset: Pa
 
     def killed(path: Path, *more: Any) -> str:
         calls.append(path.name)
-        if path.name == "pretrain-e0002-ema.safetensors":
+        if path.name == "pretrain-ema-e0002.safetensors":
             raise KeyboardInterrupt
         return real(path, *more)
 
@@ -100,7 +100,7 @@ def test_killed_while_a_file_is_written(run: Path, base_model: Path, dataset: Pa
         patch.setattr(export, "write_single", killed)
         with pytest.raises(KeyboardInterrupt), clean_process({}):
             stage.run(EVERY, "ema.decay=0.9")
-    assert files(stage.output) == ["pretrain-e0001-ema.safetensors", "pretrain-e0001.safetensors", "pretrain-e0002.safetensors"]
+    assert files(stage.output) == ["pretrain-e0001.safetensors", "pretrain-e0002.safetensors", "pretrain-ema-e0001.safetensors"]
     before = seen(stage.output)
     assert stage.run(EVERY, "ema.decay=0.9") == 0, stage.message
     assert {name: seen(stage.output)[name] for name in before} == before
@@ -125,14 +125,14 @@ def test_a_stage_that_goes_on_leaves_its_first_end_too(base_model: Path, dataset
 def test_an_adapter_leaves_its_own_file(base_model: Path, dataset: Path, tmp_path: Path) -> None:
     stage = Stage(tmp_path, dataset, base_model)
     assert stage.run(EVERY, *LORA) == 0, stage.message
-    assert files(stage.output) == [f"{name}-lora.safetensors" for name in ENDS.values()]
+    assert files(stage.output) == [f"pretrain-lora-{name}.safetensors" for name in ENDS.values()]
     last = reading.open_adapter(stage.output / "pretrain-lora.safetensors", layouts.read_configs(base_model))
-    first = reading.open_adapter(stage.output / "pretrain-e0001-lora.safetensors", layouts.read_configs(base_model))
+    first = reading.open_adapter(stage.output / "pretrain-lora-e0001.safetensors", layouts.read_configs(base_model))
     assert first.layers.keys() == last.layers.keys()
     assert first.bases == last.bases
-    assert first.metadata["ss_output_name"] == "pretrain-e0001-lora"
+    assert first.metadata["ss_output_name"] == "pretrain-lora-e0001"
     assert int(first.metadata["ss_steps"]) == 4
-    assert (stage.output / "pretrain-e0001-lora.safetensors").stat().st_size < (base_model / "unet/diffusion_pytorch_model.safetensors").stat().st_size
+    assert (stage.output / "pretrain-lora-e0001.safetensors").stat().st_size < (base_model / "unet/diffusion_pytorch_model.safetensors").stat().st_size
 
 
 @pytest.fixture

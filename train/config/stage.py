@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import MISSING, OmegaConf
 
+from train.base.errors import ExitCode, Halt
 from train.config import derived
 from train.config.adapter import AdapterConfig
 from train.config.derived import Identity, Images, Objective, Origin, Owners, Rates, Running, Start, TrainedAs
@@ -219,14 +222,14 @@ class ExportConfig:
     description: str | None = key(None, "in the single file's metadata", resume="free")
     tags: str | None = key(None, "in the single file's metadata", resume="free")
     merged: bool = key(False, "of an adapter's stage: write the whole model with the adapter added too", resume="free")
-    every_epochs: int | None = key(None, "epochs between usable files <stage>-eNNNN.safetensors (of an adapter's stage <stage>-eNNNN-lora.safetensors); null = at the end alone", at_least=1, resume="free")
+    every_epochs: int | None = key(None, "epochs between usable files <stage>-eNNNN.safetensors (of an adapter's stage <stage>-lora-eNNNN.safetensors); null = at the end alone", at_least=1, resume="free")
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
     """Preview pictures during training."""
 
-    every_steps: int = key(0, "updates between previews, and at the stage's end; 0 = off", at_least=0, resume="free")
+    every_steps: int = key(0, "updates between previews; also at the stage's end and where export.every_epochs leaves a file; 0 = off", at_least=0, resume="free")
     at_start: bool = key(False, "previews before the first update too, of what the stage starts from: with them the report begins at the base", resume="free")
     prompts: str = key("configs/prompts.yaml", "the prompts file", resume="free")
     loras: list[str] = key(list, "adapters that are added for the previews alone: FILE or FILE:weight", resume="free")
@@ -236,7 +239,7 @@ class SamplingConfig:
 class ValidationConfig:
     """Held-out loss."""
 
-    every_steps: int = key(0, "updates between held-out losses, and at the stage's end; 0 = off", at_least=0, resume="free")
+    every_steps: int = key(0, "updates between held-out losses; also at the stage's end and where export.every_epochs leaves a file; 0 = off", at_least=0, resume="free")
     at_start: bool = key(False, "measured before the first update too, of what the stage starts from; with loss.convert always", resume="free")
     share: float = key(0.0, "keys held out by a hash of the key alone", at_least=0, below=1)
     images: int = key(256, "those with the lowest hashes", at_least=1, resume="free")
@@ -340,12 +343,31 @@ class StageConfig:
         return derived.owners(self)
 
 
+_FOR_ONE = re.compile(r"([^=:]+):([^=]+=.*)", re.DOTALL)
+
+
 def load_stage(paths: Sequence[str | Path], overrides: Sequence[str] = ()) -> StageConfig:
     """Load a stage from YAML files (later override earlier) and `key=value` overrides.
 
     Raises Halt(USAGE) naming the key, with a suggestion for a misspelt one; nothing is repaired.
     """
     return load_into(StageConfig, paths, overrides, [stage_problems])
+
+
+def overrides_of(configs: Sequence[str | Path], overrides: Sequence[str]) -> list[list[str]]:
+    """Each config's own overrides: `key=value` is for every stage, `ft1:key=value` for the stage of that name and wins.
+
+    Raises Halt(USAGE) for a name that no config has, with a suggestion.
+    """
+    named = [(found[1], found[2]) if (found := _FOR_ONE.fullmatch(one)) else ("", one) for one in overrides]
+    for_all = [one for stage, one in named if not stage]
+    stages = [str(merge_sources([config], for_all).get("stage")) for config in configs]
+    for stage, one in named:
+        if stage and stage not in stages:
+            near = get_close_matches(stage, stages, n=1)
+            meant = f"; did you mean {near[0]}?" if near else "."
+            raise Halt(ExitCode.USAGE, f"{stage}:{one}: no config is of the stage {stage!r}{meant} There are {', '.join(stages)}")
+    return [[*for_all, *(one for stage, one in named if stage == its)] for its in stages]
 
 
 def resume_classes() -> dict[str, Resume]:

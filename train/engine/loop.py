@@ -167,7 +167,8 @@ def look_when_due(session: Session, *, last: bool = False) -> None:
     """Previews and held-out loss of the weights of now; at the end both are due."""
     seen, done = session.observers, session.run.progress.step
     look(session, *(
-        bool(every) and (last or done % every == 0) for every in (seen.previews_every_steps, seen.held_out_every_steps)
+        bool(every) and (last or done % every == 0 or done in session.run.files.epochs)
+        for every in (seen.previews_every_steps, seen.held_out_every_steps)
     ))  # fmt: skip
 
 

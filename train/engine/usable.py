@@ -139,9 +139,9 @@ def write_folder(out: Path, files: Files, loaded: Loaded, yaml: str, *, average:
 
 
 def epoch_file(files: Files, epoch: int, *, average: bool = False) -> str:
-    """`<stage>-e0005.safetensors`, with `-ema` for the average and `-lora` for an adapter behind the epoch."""
+    """`<stage>-e0005.safetensors`: the name of the stage's own file, `-ema` and `-lora` included, with the epoch behind it."""
     kind = ("-ema" if average else "") + ("-lora" if files.origin.adapter is not None else "")
-    return f"{files.identity.stage}-e{epoch:04d}{kind}.safetensors"
+    return f"{files.identity.stage}{kind}-e{epoch:04d}.safetensors"
 
 
 def leave_epochs(run_path: Path, files: Files, done: int, poll: Callable[[], None]) -> list[str]:

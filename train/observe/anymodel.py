@@ -1,6 +1,6 @@
 """Any model by its path: run directory, checkpoint of a run, diffusers folder, single file. No tensor is read yet.
 
-A stage starts from finished models alone (`model.source`); whoever looks may also look at a run that is under way.
+A checkpoint's folder means its weights as they were trained; its ema.safetensors their average. A stage starts from finished models alone (`model.source`); whoever looks may also look at a run that is under way.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from train.base.errors import ExitCode, Halt
-from train.config.derived import Owners, TrainedAs
+from train.config.derived import Owners, Start, TrainedAs
 from train.config.stage import ModelConfig, load_stage
 from train.diffusion.sampling import RECIPE
 from train.model import prediction, source
@@ -23,6 +23,7 @@ from train.storage import manifest, tensor_files
 from train.storage.rundir import read_done
 
 log = logging.getLogger("anix")
+TRAINED, AVERAGE = "model.safetensors", "ema.safetensors"  # of a checkpoint
 CONDITIONING: dict[str, tuple[Any, ...]] = {
     "max_tokens": (75, 150, 225),
     "context": ("stitched", "chunks"),
@@ -37,28 +38,41 @@ def open_any(path: str | Path, *, tokenizers: str | None = None, hashed: bool = 
     Raises Halt: USAGE (no such path), MISMATCH (damaged or foreign, the start of a checkpoint's stage gone),
     NO_CHECKPOINT (a run without a sound one, a checkpoint that is damaged).
     """
-    folder = checkpoint_at(Path(path))
-    if folder is None:
+    found = checkpoint_file(Path(path))
+    if found is None:
         try:
             return source.resolve(ModelConfig(init_from=str(path), tokenizers=tokenizers), hashed=hashed)
         except Halt as halt:  # nobody wrote that key
             raise Halt(halt.code, halt.message.removeprefix("model.init_from ")) from halt
-    config = folder.parents[1] / "config.yaml"
-    if not config.is_file():
-        raise Halt(ExitCode.MISMATCH, f"{folder} is a checkpoint without its run: {folder.parents[1]} holds no config.yaml, which says what it started from")
-    stage = load_stage([config])
+    folder, stage = found.parent, stage_at(found.parent)
     model, adapter = stage.origin.model, stage.running.adapter
     start = source.resolve(replace(model, tokenizers=tokenizers) if tokenizers else model, hashed=False)
-    trained = tensor_files.open_file(folder / "model.safetensors")
-    record = manifest.read(folder).files["model.safetensors"]
+    trained = tensor_files.open_file(found)
+    record = manifest.read(folder).files[found.name]
+    averaged = " (EMA)" if found.name == AVERAGE else ""
+    title = f"{stage.identity.stage} at update {step_at(folder)}{averaged}"
+    other = f"; their average: {folder / AVERAGE}" if not averaged and (folder / AVERAGE).is_file() else ""
+    told = (f"the average of its weights{averaged}" if averaged else f"its weights as they were trained{other}",)
+    said: dict[str, Any] = {"path": folder, "sha256": record.sha256, "metadata": {"modelspec.title": title}, "lineage": None, "notes": told}
     if adapter is not None:
-        found = runs.summed(start, trained.blobs, adapter, trained.path)
-        return replace(found, kind="run", path=folder, sha256=record.sha256, metadata={}, lineage=None)
+        return replace(runs.summed(start, trained.blobs, adapter, trained.path), kind="run", **said)
     foreign = [name for name, blob in sorted(trained.blobs.items()) if name not in start.weights or start.weights[name].shape != blob.shape]
     if foreign:
         raise Halt(ExitCode.MISMATCH, f"{trained.path} does not belong to model.init_from {start.path}: {foreign[:5]}")
-    weights = {**start.weights, **trained.blobs}
-    return replace(start, kind="run", path=folder, sha256=record.sha256, weights=weights, metadata={}, lineage=None)
+    return replace(start, kind="run", weights={**start.weights, **trained.blobs}, **said)
+
+
+def step_at(checkpoint: Path) -> int:
+    """Plan steps that a checkpoint has behind it."""
+    return manifest.read(checkpoint).step
+
+
+def stage_at(checkpoint: Path) -> Start:
+    """The stage that a checkpoint is of. Raises Halt(MISMATCH) for one that was moved out of its run."""
+    config = checkpoint.parents[1] / "config.yaml"
+    if not config.is_file():
+        raise Halt(ExitCode.MISMATCH, f"{checkpoint} is a checkpoint without its run: {config.parent} holds no config.yaml, which says what it started from")
+    return load_stage([config]).start
 
 
 def with_adapters(local: LocalModel, given: Sequence[str]) -> LocalModel:
@@ -77,6 +91,17 @@ def with_adapters(local: LocalModel, given: Sequence[str]) -> LocalModel:
     named = " + ".join([title, *(f"{adapter.path.stem}:{weight:g}" for adapter, weight in adapters)])
     weights = merging.widened(local.weights, adapters)
     return replace(local, weights=weights, sha256=digest, metadata={**local.metadata, "modelspec.title": named})
+
+
+def checkpoint_file(path: Path) -> Path | None:
+    """The weights file that `path` means where it means a checkpoint: of its trained weights or, named itself, their average."""
+    if path.name in (TRAINED, AVERAGE) and (path.parent / manifest.NAME).is_file():
+        folder, name = checkpoint_at(path.parent), path.name
+    else:
+        folder, name = checkpoint_at(path), TRAINED
+    if folder is not None and not (folder / name).is_file():
+        raise Halt(ExitCode.MISMATCH, f"{folder} holds no {name}: the stage kept no average (ema.decay)")
+    return folder / name if folder is not None else None
 
 
 def checkpoint_at(path: Path) -> Path | None:
@@ -104,7 +129,7 @@ def stage_of(path: Path) -> Owners | None:
 
     Beside a lone file only the config of a finished run counts: any other may be of a stage that starts from the file.
     """
-    inside = path.absolute()
+    inside = path.absolute().parent if path.name in (TRAINED, AVERAGE) and (path.parent / manifest.NAME).is_file() else path.absolute()
     own = [inside / "training.yaml", inside / "config.yaml", *([inside.parents[1] / "config.yaml"] if (inside / manifest.NAME).is_file() else [])]
     beside = inside.parent / "config.yaml"
     if (inside.parent / "DONE").is_file():

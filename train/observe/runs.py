@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 from train.base.errors import ExitCode, Halt
 from train.config.stage import load_stage
 from train.observe.metrics import read_metrics
+from train.storage import manifest
 
 STEP_FOLDER = re.compile(r"step-(\d+)$")
 LARGEST = 1e150  # its square is finite still, and a sum of such squares
@@ -50,6 +51,12 @@ class Run:
     ending: str = ""
     samples: dict[int, list[Picture]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def epoch_of(self, update: int) -> str:
+        """`epoch 3 of 10` for an update of the metrics, empty for another."""
+        found = [one["epoch"] for one in self.metrics if one.get("step") == update and finite(one.get("epoch"))]
+        of = f" of {self.config['epochs']}" if self.config.get("epochs") else ""
+        return f"epoch {int(found[-1]) + 1}{of}" if found else ""
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """(update, value) where the metric is a finite number."""
@@ -92,15 +99,17 @@ class Run:
 def check_run(path: str | Path) -> None:
     """Raises Halt(USAGE) for a folder that holds other things alone, such as a prepared set: it would be an empty page."""
     folder = Path(path)
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in _OF_A_RUN):
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / manifest.NAME).is_file() and not any((folder / name).exists() for name in _OF_A_RUN):
         raise Halt(ExitCode.USAGE, f"{folder} is no run directory: it holds none of {', '.join(_OF_A_RUN)}")
 
 
 def read_run(path: str | Path) -> Run:
-    """The run at `path`. Raises Halt(USAGE) only when there is no such directory."""
+    """The run at `path`; of a checkpoint its run up to that update. Raises Halt(USAGE) only when there is no such directory."""
     folder = Path(path)
     if not folder.is_dir():
         raise Halt(ExitCode.USAGE, f"{folder} is no run directory")
+    if (folder / manifest.NAME).is_file() and (step := manifest.step_of(folder.resolve().name)) is not None:
+        return _up_to(read_run(folder.resolve().parents[1]), step)
     run = Run(folder, folder.resolve().name)
     run.metrics = _latest(_lines(run, "metrics.jsonl"))
     run.validation = _measurements(run)
@@ -117,6 +126,16 @@ def read_run(path: str | Path) -> Run:
         pictures = read_pictures(child, run.notes) if match else []
         if match and pictures:
             run.samples[int(match.group(1))] = pictures
+    return run
+
+
+def _up_to(run: Run, step: int) -> Run:
+    """What was there after `step` updates. What came of the run later is left out, its lineage too."""
+    run.metrics, run.validation = (
+        [one for one in records if one.get("step", one.get("update", 0)) <= step] for records in (run.metrics, run.validation)
+    )
+    run.samples = {update: pictures for update, pictures in run.samples.items() if update <= step}
+    run.name, run.ending, run.lineage = f"{run.name} at update {step}", "a checkpoint", {}
     return run
 
 

@@ -24,6 +24,7 @@ from train.config.prompts import CARD_SIZES, SAMPLER_TITLES, Prompt, PromptsFile
 from train.config.vocabulary import Vocabulary, load_vocabulary
 from train.diffusion.sampling import captions_text
 from train.model import source
+from train.observe import anymodel
 from train.observe.inference import Model, draw, name_of, open_model
 from train.observe.pictures import parameters_text, require_folder, save_png
 from train.observe.runs import read_run
@@ -114,6 +115,8 @@ class Studio:
 def require_model(path: str) -> None:
     """Raises Halt for what is certainly no model, without reading one."""
     found = source.find(path)
+    if anymodel.checkpoint_file(found) is not None:
+        return
     if found.is_file():
         tensor_files.open_file(found)
     elif not (found / "DONE").exists():

@@ -20,7 +20,8 @@ from train.base.console import EXIT_NOTE, noted_codes
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json
 from train.config import shipped
-from train.config.stage import load_stage
+from train.config.derived import Start
+from train.config.stage import load_stage, overrides_of
 from train.engine.finished import answer
 
 RUN_PY = Path(__file__).resolve().parents[1] / "run.py"
@@ -56,7 +57,7 @@ class Stops:
         if sys.platform.startswith("linux"):
             ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
 
-    def run(self, command: Sequence[str], environment: dict[str, str], done: Callable[[], bool]) -> int:
+    def run(self, command: Sequence[str], environment: dict[str, str] | None, done: Callable[[], bool]) -> int:
         """Start the launcher in a process group of its own; its code once it and the trainer have ended.
 
         `done`: whether the trainer needs no more waiting for although helpers of it still run.
@@ -116,30 +117,40 @@ def _children() -> list[int]:
 def run_stages(configs: Sequence[Path], overrides: Sequence[str], launch: Path | None, processes: int) -> int:
     """Run every stage in order and return the first code that is not 0; 85 after a stop signal.
 
-    All configs are loaded before the first stage starts, so that a typo in the last costs nothing.
+    `overrides`: for every stage, or for one as `ft1:key=value`. All configs are loaded before the first stage starts, so
+    that a typo in the last costs nothing.
     """
-    stages = [load_stage([config], overrides) for config in configs]
+    own = overrides_of(configs, overrides)
+    stages = [load_stage([config], its) for config, its in zip(configs, own, strict=True)]
     directories = [stage.output_dir for stage in stages]
     if len(set(directories)) != len(directories):
         raise Halt(ExitCode.USAGE, f"two stages share an output_dir: {directories}")
     with Stops() as stops:
-        for config, stage in zip(configs, stages, strict=True):
+        for config, stage, its in zip(configs, stages, own, strict=True):
             try:
-                finished = answer(stage.start)
+                code = run_unless_done(config, its, stage.start, launch_command(launch, processes), stops)
             except Halt as halt:  # made under other settings: as a start of that stage would end
                 raise Halt(halt.code, f"{halt.message}\nThe stages from {stage.stage} on were not started") from halt
-            if finished is not None and not finished.goes_on:
-                print(finished.text, file=sys.stderr)
-                continue
-            if stops.name is not None:
-                print(f"stopped by {stops.name} before stage {stage.stage}: the same command goes on", file=sys.stderr)
-                return ExitCode.STOPPED
-            code = launch_stage([config], overrides, launch_command(launch, processes), Path(stage.output_dir), stops)
             if code != 0:
-                after = "the stages after it were not started"
-                print(f"stage {stage.stage} ended with code {code}; {after}", file=sys.stderr)
+                if stops.name is None or code != ExitCode.STOPPED:
+                    print(f"stage {stage.stage} ended with code {code}; the stages after it were not started", file=sys.stderr)
                 return code
     return 0
+
+
+def run_unless_done(config: Path, overrides: Sequence[str], stage: Start, launcher: Sequence[str], stops: Stops) -> int:
+    """The trainer's code, 0 for a stage that is finished, which is said; 85 where a stop came before it.
+
+    Raises Halt(MISMATCH) for one that was finished under other settings.
+    """
+    finished = answer(stage)
+    if finished is not None and not finished.goes_on:
+        print(finished.text, file=sys.stderr)
+        return ExitCode.DONE
+    if stops.name is not None:
+        print(f"stopped by {stops.name} before stage {stage.identity.stage}: the same command goes on", file=sys.stderr)
+        return ExitCode.STOPPED
+    return launch_stage([config], overrides, launcher, Path(stage.identity.output_dir), stops)
 
 
 def run_stage(

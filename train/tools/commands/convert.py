@@ -19,7 +19,7 @@ def main() -> int:
     if sys.argv[1:2] and sys.argv[1] in OF_SEVERAL:
         return _of_several(sys.argv[1], sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", metavar="IN", type=Path, help="diffusers folder, .safetensors file, .toml or .json")
+    parser.add_argument("source", metavar="IN", type=Path, help="diffusers folder, .safetensors file, checkpoint of a run, .toml or .json")
     parser.add_argument("out", metavar="OUT", type=Path, help="what to write; nothing is written over")
     parser.add_argument(
         "--tokenizers",
@@ -37,6 +37,12 @@ def main() -> int:
 
         refuse_options(arguments, "a config", "processes")
         for line in convert_file(source, out, 1 if arguments.processes is None else arguments.processes):
+            print(line)
+    elif _is_checkpoint(source):
+        from train.tools.convert import checkpoints
+
+        refuse_options(arguments, "a checkpoint")
+        for line in checkpoints.convert(source, out):
             print(line)
     elif _is_adapter(source):
         from train.tools.convert import adapters
@@ -63,6 +69,12 @@ def main() -> int:
 
 
 OF_SEVERAL = ("merge", "extract", "add")
+
+
+def _is_checkpoint(source: Path) -> bool:
+    from train.tools.convert import checkpoints  # loads torch
+
+    return source.exists() and checkpoints.is_one(source)
 
 
 def _is_adapter(source: Path) -> bool:

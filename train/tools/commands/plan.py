@@ -6,14 +6,19 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from train.base.errors import ExitCode, Halt
+
+if TYPE_CHECKING:
+    from train.tools.estimate.estimate import Request
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--config", action="append", required=True, metavar="YAML", help="may be repeated: later wins")
+    parser.add_argument("--config", action="append", metavar="YAML", help="may be repeated: later wins")
+    parser.add_argument("--recipe", nargs="+", default=[], metavar="YAML", help="one per stage, in place of --config: all of them, and their sum")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--updates", default="", metavar="0,1,4549", help="updates whose learning rate to print")
     parser.add_argument("--images", type=int, help="plan for this many images instead of the prepared dataset")
@@ -26,8 +31,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--disk-gb", type=float, help="free disk; default: this machine's, if planned for its GPU")
     parser.add_argument("--out", type=Path, help="folder for plan.json and lr.svg")
     parser.add_argument("--write", action="store_true", help="write both into the stage's output_dir")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    return parser.parse_intermixed_args()
+    parser.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value", help="with --recipe for every stage, or for one, as ft1:batch.micro=12")
+    arguments = parser.parse_intermixed_args()
+    # `--recipe a b key=value`: argparse gives everything to --recipe, so the overrides are told apart by "=".
+    arguments.overrides = [word for word in (*arguments.recipe, *arguments.overrides) if "=" in word]
+    arguments.recipe = [word for word in arguments.recipe if "=" not in word]
+    if bool(arguments.config) == bool(arguments.recipe):
+        parser.error("name a stage with --config, or several with --recipe")
+    return arguments
 
 
 def numbers(text: str) -> tuple[int, ...]:
@@ -55,13 +66,35 @@ def main() -> int:
         price_per_hour=arguments.price_per_hour,
         disk_gb=arguments.disk_gb,
     )
+    if arguments.recipe:
+        return _of_recipe(arguments, request)
     config = load_stage(arguments.config, arguments.overrides)
     plan = estimate.plan_stage(config.start, request) | {"finished": page.finished_before(config.start)}
     out = arguments.out or (Path(config.output_dir) if arguments.write else None)
     if out is not None:
         page.write_files(out, config.rates, plan)
     print(json.dumps(plan) if arguments.json else page.describe(plan))
-    problems = page.problems(plan)
+    return _ends_with(page.problems(plan))
+
+
+def _of_recipe(arguments: argparse.Namespace, request: Request) -> int:
+    """All stages, each from its predecessor, and their sum."""
+    from train.config.stage import load_stage, overrides_of
+    from train.tools.estimate import page, recipe
+
+    own = overrides_of(arguments.recipe, arguments.overrides)
+    stages = [load_stage([config], its) for config, its in zip(arguments.recipe, own, strict=True)]
+    plans = recipe.plan_stages([stage.start for stage in stages], request)
+    total = recipe.total(plans)
+    for stage, plan in zip(stages, plans, strict=True):
+        out = arguments.out / stage.identity.stage if arguments.out else Path(stage.identity.output_dir) if arguments.write else None
+        if out is not None:
+            page.write_files(out, stage.rates, plan)
+    print(json.dumps({"stages": plans, "total": total}) if arguments.json else "\n".join([*map(page.describe, plans), *recipe.lines(total)]))
+    return _ends_with([*(f"{plan['stage']}: {problem}" for plan in plans for problem in page.problems(plan)), *recipe.problems(total)])
+
+
+def _ends_with(problems: list[str]) -> int:
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     return ExitCode.MISMATCH if problems else ExitCode.DONE

@@ -30,7 +30,7 @@ def strips(run: Run) -> str:
     for wanted in every[:MOST_PROMPTS]:
         raw, average = (
             [
-                cell(found[0], f"update {update:,}{' (EMA)' if ema else ''}")
+                cell(found[0], ", ".join(filter(None, (f"update {update:,}{' (EMA)' if ema else ''}", run.epoch_of(update)))))
                 for update in updates
                 if (found := [p for p in run.samples[update] if p.same == wanted.same and p.ema == ema])
             ]

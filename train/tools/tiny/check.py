@@ -11,9 +11,10 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,13 @@ from train.base.errors import ExitCode, Halt
 from train.base.files import file_sha256, replace_file
 from train.config.prompts import PromptsFile, load_prompts
 from train.diffusion import sampling
-from train.model import prediction, text
+from train.model import networks, prediction, text
+from train.observe import anymodel
 from train.observe.metrics import read_metrics
 from train.observe.pictures import grid
 from train.recipe import captions
-from train.tools.tiny.draw import HAIR, hair_boxes
+from train.tools.tiny.character import character_prompts
+from train.tools.tiny.draw import HAIR, NEW_HAIR, Colour, hair_boxes
 from train.tools.tiny.posts import CheckPrompt, check_prompts
 
 # Shape legend: B pictures of one size, S noise draws, C H W latent channels, rows, columns.
@@ -54,17 +57,17 @@ class Agreement:
         return self.right / self.total
 
 
-def hair_of(image: Image.Image) -> str:
+def hair_of(image: Image.Image, palette: Mapping[str, Colour] = HAIR) -> str:
     """The palette name nearest to the median colour of the strands beside the cheeks, in RGB."""
     pixels = np.asarray(image.convert("RGB"), dtype=np.float64)
     strands = [pixels[top:bottom, left:right].reshape(-1, 3) for left, top, right, bottom in hair_boxes(*image.size)]
     median = np.median(np.concatenate(strands), axis=0)
-    return min(HAIR, key=lambda name: float(((np.array(HAIR[name]) - median) ** 2).sum()))
+    return min(palette, key=lambda name: float(((np.array(palette[name]) - median) ** 2).sum()))
 
 
-def agreement(images: Sequence[Image.Image], prompts: Sequence[CheckPrompt]) -> Agreement:
+def agreement(images: Sequence[Image.Image], prompts: Sequence[CheckPrompt], palette: Mapping[str, Colour] = HAIR) -> Agreement:
     """Compare pictures with what their prompts ask for."""
-    seen = [(prompt.hair, hair_of(image)) for image, prompt in zip(images, prompts, strict=True)]
+    seen = [(prompt.hair, hair_of(image, palette)) for image, prompt in zip(images, prompts, strict=True)]
     wrong = Counter(f"{asked} -> {found}" for asked, found in seen if asked != found)
     return Agreement(len(prompts) - wrong.total(), len(prompts), dict(sorted(wrong.items())))
 
@@ -83,11 +86,29 @@ def check_model(folder: Path, settings: PromptsFile | None = None, out: Path | N
     prompts = check_prompts()
     images = sample(pipeline, prompts, settings or load_prompts(SETTINGS))
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for number, image in enumerate(images):
-            image.save(out / f"{number:02d}.png")
-        grid([images], SHEET_COLUMNS).save(out / "sheet.png")
+        _keep(images, out)
     return agreement(images, prompts)
+
+
+def check_character(model: Path, loras: Sequence[str] = (), out: Path | None = None) -> Agreement:
+    """Sample the 48 prompts with the new character's name from any model, adapters added, with the check's own settings.
+
+    Raises the Halts of `anymodel.open_any`.
+    """
+    local = anymodel.with_adapters(anymodel.open_any(model), loras)
+    parts = SimpleNamespace(**vars(networks.build(local)), scheduler=SimpleNamespace(config=local.configs["scheduler"]))
+    prompts = character_prompts()
+    images = sample(parts, prompts, load_prompts(SETTINGS))
+    if out is not None:
+        _keep(images, out)
+    return agreement(images, prompts, HAIR | NEW_HAIR)
+
+
+def _keep(images: Sequence[Image.Image], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    for number, image in enumerate(images):
+        image.save(out / f"{number:02d}.png")
+    grid([images], SHEET_COLUMNS).save(out / "sheet.png")
 
 
 @torch.no_grad()
@@ -177,11 +198,13 @@ def _kept_agreement(path: Path, folder: Path) -> Agreement:
 def main() -> None:
     """Command line: python -m train.tools.tiny.check --model runs/tiny/ft2/model."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, required=True, help="diffusers folder of a tiny model")
+    parser.add_argument("--model", type=Path, required=True, help="diffusers folder of a tiny model; with --character any model")
+    parser.add_argument("--character", action="store_true", help="prompts with the name of tiny_world.py --character")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:weight]", help="with --character: adapter to add")
     parser.add_argument("--out", type=Path, help="keep the pictures here")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     options = parser.parse_args()
-    found = check_model(options.model, out=options.out)
+    found = check_character(options.model, options.lora, options.out) if options.character else check_model(options.model, out=options.out)
     if options.json:
         print(json.dumps(asdict(found)))
     else:

@@ -42,7 +42,7 @@ CHARACTERS = (
 )
 # name, weight of the outline
 ARTISTS = (("inkwell_anna", 0.7), ("broad_nib", 1.5), ("kettle_studio", 1.0), ("paper_moth", 0.8), ("tin_brush", 1.25))
-_BACKGROUND_TAGS = {
+BACKGROUND_TAGS = {
     "sky": ("sky", "outdoors"), "sunset": ("sunset", "outdoors"), "night": ("night_sky", "night"),
     "beach": ("beach", "outdoors"), "forest": ("forest", "outdoors"), "grey_background": ("grey_background",),
 }
@@ -102,7 +102,7 @@ def check_prompts() -> list[CheckPrompt]:
     for number, (hair, eyes, background) in enumerate(HELD_OUT):
         tags = [pick.choice(("1girl", "1boy")), "original", "solo", f"{hair}_hair", f"{eyes}_eyes"]
         tags += [pick.choice(("long_hair", "short_hair")), pick.choice(EXPRESSIONS[:5])]
-        tags += [pick.choice(list(SHIRTS)), *_BACKGROUND_TAGS[background], "looking_at_viewer", "portrait"]
+        tags += [pick.choice(list(SHIRTS)), *BACKGROUND_TAGS[background], "looking_at_viewer", "portrait"]
         tags += ["hat"] if pick.random() < 0.3 else []
         text = ", ".join(tag.replace("_", " ") for tag in tags)
         prompts.append(CheckPrompt(text, hair, *sizes[number % len(sizes)], seed=1000 + number))
@@ -174,7 +174,7 @@ def _tags(pick: random.Random, look: Look, count_tag: str, named: tuple[str, ...
           score: int) -> dict[str, Any]:
     general = [count_tag, "solo", f"{look.hair}_hair", "long_hair" if look.long_hair else "short_hair", look.expression]
     general += [] if look.expression == "closed_eyes" else [f"{look.eyes}_eyes", "looking_at_viewer"]
-    general += [look.shirt, *_BACKGROUND_TAGS[look.background], "portrait"]
+    general += [look.shirt, *BACKGROUND_TAGS[look.background], "portrait"]
     general += [tag for tag, worn in (("hat", look.hat), ("glasses", look.glasses), ("beard", look.beard)) if worn]
     general += [look.skin] if look.skin else []
     meta = [tag for tag, holds in (("lowres", look.skill < 0.2), ("highres", look.skill > 0.5),
