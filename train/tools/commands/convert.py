@@ -107,7 +107,7 @@ def _of_several(what: str, words: list[str]) -> int:
             parser.add_argument(name, type=Path, metavar=name.upper(), help="run, checkpoint, diffusers folder or .safetensors file")
         parser.add_argument("out", type=Path, metavar="OUT", help="a .safetensors file, or a folder; nothing is written over")
         parser.add_argument("--times", type=float, default=1.0, metavar="X", help="default: 1")
-    a = parser.parse_args(words)
+    a = parser.parse_intermixed_args(words)
     from train.tools.convert import adapters
 
     if what == "merge":
