@@ -314,3 +314,9 @@ def test_masks_are_a_key_of_their_source(tmp_path: Path) -> None:
     (tmp_path / "a.toml").write_text(lines)
     convert_file(tmp_path / "a.toml", tmp_path / "out.yaml")
     assert [source.mask for source in load_settings([tmp_path / "out.yaml"]).sources] == ["alpha", "pictures/masks"]
+
+
+def test_flips_are_second_latents_and_drawn(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text('pretrained_model_name_or_path = "m"\ntrain_data_dir = "mine"\nflip_aug = true\n')
+    convert_file(tmp_path / "a.toml", tmp_path / "out.yaml")
+    assert load_settings([tmp_path / "out_dataset.yaml"]).latents.flip == "all" and load_stage([tmp_path / "out.yaml"]).data.flip is True

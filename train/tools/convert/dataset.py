@@ -21,7 +21,7 @@ from train.tools.convert.kinds import number, switch, whole
 SELECTION = "pretrain"  # the one selection, by the name that a dataset config has without asking; the stage's data.select
 _STAGE: dict[str, Any] = {  # theirs: their default; one value for the whole stage here
     "shuffle_caption": False, "caption_dropout_rate": 0.0, "caption_dropout_every_n_epochs": 0,
-    "caption_tag_dropout_rate": 0.0, "token_warmup_min": 1, "token_warmup_step": 0, "batch_size": 1,
+    "flip_aug": False, "caption_tag_dropout_rate": 0.0, "token_warmup_min": 1, "token_warmup_step": 0, "batch_size": 1,
 }  # fmt: skip
 _ARGUMENT = {"batch_size": "train_batch_size", "num_repeats": "dataset_repeats"}  # their name in a training TOML
 _CAPTION_EXT = ".caption"  # theirs where none is given
@@ -90,6 +90,8 @@ def convert(dataset: Mapping[str, Any], arguments: Mapping[str, Any], name: str)
     made.config["select"] = {SELECTION: {"min_bucket": batch}}
     vae = arguments.get("vae") or arguments.get("pretrained_model_name_or_path")
     latents = {"vae": vae} if vae else {}
+    if made.stage["flip_aug"]:
+        latents["flip"] = "all"
     resize = _agreed("resize_interpolation", _said(subsets, "resize_interpolation"))
     if resize in ("lanczos", "area"):
         latents["resize"] = resize

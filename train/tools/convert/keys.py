@@ -37,6 +37,8 @@ DIRECT = {  # theirs: ours, same meaning and same values
     "huber_c": "loss.huber_c",
     "huber_schedule": "loss.huber_schedule",
     "save_every_n_steps": "checkpoint.every_steps",
+    "save_every_n_epochs": "export.every_epochs",
+    "flip_aug": "data.flip",
     "sample_every_n_steps": "sampling.every_steps",
     "metadata_title": "export.title",
     "metadata_author": "export.author",
@@ -56,13 +58,15 @@ CHOICES: dict[str, tuple[str, dict[Any, Any]]] = {  # theirs: (ours, their value
 }
 OPTIMIZERS = {  # the last part of theirs, in small letters: ours
     "adamw": "adamw", "adamw8bit": "adamw8bit", "adafactor": "adafactor", "lion": "lion", "lion8bit": "lion8bit",
-    "prodigy": "prodigy", "came": "came",
+    "prodigy": "prodigy", "came": "came", "adamwschedulefree": "schedulefree", "schedulefreeadamw": "schedulefree",
+    "pagedadamw8bit": "adamw8bit", "pagedlion8bit": "lion8bit",
 }  # fmt: skip
 DEFAULT_LR = 2e-6
 _ADAMW = {"weight_decay": 0.01, "betas": [0.9, 0.999]}
 DEFAULT_ARGUMENTS: dict[str, dict[str, Any]] = {  # what the libraries do when optimizer_args is silent
     "adamw": _ADAMW, "adamw8bit": _ADAMW, "adafactor": {"relative_step": True, "scale_parameter": True},
     "prodigy": {"betas": [0.9, 0.999]}, "came": {"betas": [0.9, 0.999, 0.9999]},
+    "adamwschedulefree": {"betas": [0.9, 0.999]}, "schedulefreeadamw": {"betas": [0.9, 0.999]}, "pagedadamw8bit": _ADAMW,
 }  # fmt: skip
 RENAMED = {"decouple": "weight_decouple", "use_bias_correction": "bias_correction"}  # arguments of Prodigy: the class's here
 ARGUMENTS = ("weight_decay", "betas", "eps", "scale_parameter", "relative_step", "warmup_init", "clip_threshold",
@@ -78,11 +82,10 @@ DATASET = {  # keys of the original's dataset part; ours are in dataset.yaml
 }  # fmt: skip
 NO_COUNTERPART = {
     "bucket_no_upscale": "small images are enlarged, or excluded at probe",
-    "flip_aug": "no flips: the recipe has none", "color_aug": "latents are prepared once",
+    "color_aug": "latents are prepared once",
     "random_crop": "the crop is the centre's and told to the network",
     "cache_text_encoder_outputs": "would freeze the shuffled captions",
     "cache_text_encoder_outputs_to_disk": "would freeze the shuffled captions",
-    "save_every_n_epochs": "see checkpoint.permanent_every_steps: one per epoch by default",
     "save_last_n_steps": "see checkpoint.keep, which counts checkpoints", "save_last_n_epochs": "see checkpoint.keep",
     "save_state": "always", "save_model_as": "always .safetensors", "resume": "resumes by itself from output_dir",
     "sample_prompts": "see sampling.prompts: a YAML of its own", "sample_sampler": "see sampling.prompts: sampler in that file",
@@ -117,7 +120,7 @@ NO_COUNTERPART = {
     "diffusers_xformers": "see model.attention", "ckpt": "see model.init_from",
     "dataset_class": "see sources", "text_encoder_batch_size": "no such cache", "cache_info": "not needed",
     "resize_interpolation": "see latents.resize of dataset.yaml", "disable_mmap_load_safetensors": "not needed",
-    "fused_optimizer_groups": "not needed", "blocks_to_swap": "see configs/memory", "console_log_simple": "not needed",
+    "fused_optimizer_groups": "not needed", "blocks_to_swap": "see optimizer.offload: host", "console_log_simple": "not needed",
     "log_config": "config.yaml is always written", "metadata_merged_from": "see export.description",
     "metadata_trigger_phrase": "see export.description", "metadata_usage_hint": "see export.description",
     "metadata_thumbnail": "no picture in the file",
@@ -134,7 +137,7 @@ NO_COUNTERPART = {
 }  # fmt: skip
 SPECIAL = {  # of a training TOML, each with a rule of its own in toml.py: where it goes, what to know
     "gradient_accumulation_steps": ("batch.effective", "train_batch_size x accumulation x processes (--processes)"),
-    "optimizer_type": ("optimizer.name", "AdamW, AdamW8bit, AdaFactor, Lion, Lion8bit, Prodigy, CAME"),
+    "optimizer_type": ("optimizer.name", "AdamW, AdaFactor, Lion, Prodigy, CAME, AdamWScheduleFree; AdamW8bit, Lion8bit, also paged"),
     "optimizer_args": ("optimizer.*, optimizer.args", "by name; what is silent there is the library's default"),
     "use_8bit_adam": ("optimizer.name", "adamw8bit"), "use_lion_optimizer": ("optimizer.name", "lion"),
     "learning_rate_te1": ("optimizer.text_encoder_lr", "learning_rate where it is not given"),
@@ -167,7 +170,7 @@ ADAPTER = {  # of its LoRA trainer: ours, what to know; such a TOML is refused w
 }  # fmt: skip
 NOT_CARRIED = {  # keys of a dataset config that have no counterpart
     **{key: NO_COUNTERPART[key] for key in (
-        "bucket_no_upscale", "flip_aug", "color_aug", "random_crop", "face_crop_aug_range", "secondary_separator",
+        "bucket_no_upscale", "color_aug", "random_crop", "face_crop_aug_range", "secondary_separator",
         "enable_wildcard", "caption_prefix", "caption_suffix", "random_crop_padding_percent", "cache_info",
         "skip_cache_check",
     )},
@@ -179,7 +182,7 @@ NOT_CARRIED = {  # keys of a dataset config that have no counterpart
 }  # fmt: skip
 DATASET_PART = {  # every key that a dataset config may hold
     *NOT_CARRIED, "image_dir", "metadata_file", "num_repeats", "keep_tokens", "keep_tokens_separator", "caption_separator",
-    "caption_extension", "caption_extention", "class_tokens", "alpha_mask", "conditioning_data_dir", "is_reg", "name", "resolution", "enable_bucket",
+    "caption_extension", "caption_extention", "class_tokens", "alpha_mask", "conditioning_data_dir", "flip_aug", "is_reg", "name", "resolution", "enable_bucket",
     "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "batch_size", "shuffle_caption", "caption_dropout_rate",
     "caption_dropout_every_n_epochs", "caption_tag_dropout_rate", "token_warmup_min", "token_warmup_step",
     "resize_interpolation",

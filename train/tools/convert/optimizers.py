@@ -42,6 +42,8 @@ def optimizer(theirs: Mapping[str, Any], config: dict[str, Any], notes: dict[str
         notes["optimizer_type"] = f"{kind} has no counterpart: choose optimizer.name"
     else:
         config["optimizer.name"] = name
+        if word.startswith("paged"):
+            config["optimizer.paged"] = True
     given = {**keys.DEFAULT_ARGUMENTS.get(word, {}), **arguments(theirs, "optimizer_args")}
     args = dict(_argument(name or "", keys.RENAMED.get(key, key), value, config, notes) for key, value in given.items())
     args.pop("", None)
