@@ -167,7 +167,7 @@ def test_without_buckets_everything_is_a_square(tmp_path: Path) -> None:
     made = load_settings([tmp_path / "out.yaml"])
     assert (made.buckets.area_px, made.buckets.min_px, made.buckets.max_px) == (512 * 512, 512, 512)
     assert (made.sources[0].tag_separator, made.sources[0].caption_ext) == (";", ".caption")
-    for key in ("flip_aug: not carried", "random_crop: not carried"):
+    for key in ("random_crop: not carried",):
         assert f"datasets[0].subsets[0].{key}" in lines
     assert "color_aug" not in lines, "off there, and here"
 
