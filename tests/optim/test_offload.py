@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tinysdxl
 import torch
+from launches import launch
 from stages import Stage, opened, result
 from updates import gradients, one_update
 
@@ -43,28 +46,40 @@ def the_same(one: Path, other: Path) -> None:
         (m["step"], m["loss"], m["grad_norm"], m["lr_unet"]) for m in right["metrics"]
     ]
     assert {k: left[k] for k in left if k != "metrics"} == {k: right[k] for k in right if k != "metrics"}
+    seen = [{path.name: path.read_bytes() for path in output.glob("samples/step-00000010/*.png")} for output in (one, other)]
+    assert seen[0] == seen[1]
+    lines = [output / "validation.jsonl" for output in (one, other)]
+    told = [[json.loads(line)["losses"] for line in path.read_text().splitlines()] if path.exists() else [] for path in lines]
+    assert told[0] == told[1]
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
     "changes",
     [
-        ("optimizer.name=adamw", *TRAINS_TEXT, "ema.decay=0.9", "validation.share=0.2", "validation.every_steps=5"),
+        ("optimizer.name=adamw", *TRAINS_TEXT, "ema.decay=0.9", "validation.share=0.2", "validation.every_steps=5", "sampling.every_steps=10",
+         "optimizer.groups=[{match: 'unet.conv_in.*', lr: 0}, {match: 'unet.mid_block.*', lr: 2e-4}]"),
         ("optimizer.name=adafactor", "optimizer.weight_decay=0"),
     ],
     ids=["adamw", "adafactor"],
-)
+)  # fmt: skip
 def test_a_run_is_the_plain_one_bit_by_bit_and_either_goes_on_from_the_other(
     changes: tuple[str, ...], model: Path, dataset: Path, tmp_path: Path
 ) -> None:
-    """20 updates of 4 tiles in 2 parts; another is stopped as plain, goes on on the host, fails, is stopped, and ends as plain."""
-    changes = (*changes, "precision=fp32", "batch.split=2", "epochs=8", "max_updates=20", "tracking.trace=true", "noise.offset=0.03")
+    """20 updates of 3 tiles in 2 parts; another is killed in a forward, in a step and in a save, fails, is stopped, and goes on as the other."""
+    (tmp_path / "prompts.yaml").write_text("steps: 2\nprompts:\n  - {text: 1girl, width: 64, height: 64, seed: 3}\n")
+    changes = (
+        *changes, "precision=fp32", "batch.effective=6", "batch.split=2", "epochs=8", "max_updates=20", "tracking.trace=true",
+        "noise.offset=0.03", "checkpoint.every_steps=3", f"sampling.prompts={tmp_path / 'prompts.yaml'}",
+    )  # fmt: skip
     plain, host, mixed = (Stage(tmp_path / name, dataset, model) for name in ("plain", "host", "mixed"))
     assert plain.run(*changes) == 0, plain.message
     assert host.run(*changes, HOST) == 0, host.message
     the_same(host.output, plain.output)
-    assert mixed.run(*changes, ANIX_FAULT="forward@6:term") == ExitCode.STOPPED, mixed.message
-    assert mixed.run(*changes, HOST, ANIX_FAULT="forward@12:oom") == ExitCode.OUT_OF_MEMORY, mixed.message
+    assert launch(mixed, 1, *changes, fault="forward@4:kill") == [-signal.SIGKILL], mixed.message
+    assert launch(mixed, 1, *changes, HOST, fault="optimizer@7:kill") == [-signal.SIGKILL], mixed.message
+    assert launch(mixed, 1, *changes, fault="snapshot@12:kill") == [-signal.SIGKILL], mixed.message
+    assert mixed.run(*changes, HOST, ANIX_FAULT="forward@13:oom") == ExitCode.OUT_OF_MEMORY, mixed.message
     assert mixed.run(*changes, HOST, ANIX_FAULT="clip@15:term") == ExitCode.STOPPED, mixed.message
     assert mixed.run(*changes) == 0, mixed.message
     the_same(mixed.output, plain.output)
