@@ -11,4 +11,4 @@ if [ "$#" -eq 0 ]; then
   set -- -m "not slow and not gpu"
 fi
 # Two test processes, a file to one of them; `-n 0` after it runs all in this process, as a debugger wants.
-exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations=40 --durations-min=8 "$@"
