@@ -188,3 +188,35 @@ def test_the_command_sends_a_set_to_a_store(tmp_path: Path, capsys: pytest.Captu
         assert told in capsys.readouterr().out
         assert (tmp_path / "store").exists() == bool(words)
     assert len(rows(local_set(to, Cache(tmp_path / "cache", None), ["pretrain"]))) == len(rows(SET))
+
+
+HOSTILE = {
+    "a name that leads out": lambda record: record["files"].update({"../../evil.arrow": record["files"]["index.arrow"]}),
+    "an absolute name": lambda record: record["files"].update({"/tmp/evil.arrow": record["files"]["index.arrow"]}),
+    "another kind of file": lambda record: record["files"].update({"latents/../x": record["files"]["index.arrow"]}),
+    "no hash": lambda record: record["files"]["index.arrow"].update(sha256="x"),
+    "a size that is none": lambda record: record["files"]["index.arrow"].update(size=-1),
+    "rows beyond all": lambda record: next(iter(record["rows"].values())).update(each=1 << 50),
+    "rows of another shape": lambda record: next(iter(record["rows"].values())).update(shape=[1, 2]),
+    "digests too few": lambda record: next(iter(record["rows"].values())).update(digests=""),
+    "rows of no file": lambda record: record["rows"].update({"latents/absent.safetensors": next(iter(record["rows"].values()))}),
+    "another version": lambda record: record.update(version=2),
+    "no files": lambda record: record.pop("files"),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_what_ours_does_not_write_is_refused_before_anything_is(what: str, tmp_path: Path) -> None:
+    store = Store(f"file://{tmp_path}/store")
+    publish(SET, store)
+    path = tmp_path / "store" / PUBLISHED
+    record = json.loads(path.read_text())
+    HOSTILE[what](record)  # type: ignore[no-untyped-call]
+    path.write_text(json.dumps(record))
+    with pytest.raises(Halt, match=r"published\.json is damaged or of another version .* publish the set again") as caught:
+        local_set(store.url, Cache(tmp_path / "cache", None), ["pretrain"])
+    assert caught.value.code == ExitCode.MISMATCH
+    assert [str(found.relative_to(tmp_path / "cache")) for found in (tmp_path / "cache").rglob("*") if found.is_file()] == []
+    path.write_text("[" * 100_000)
+    with pytest.raises(Halt, match="is damaged or of another version"):
+        local_set(store.url, Cache(tmp_path / "cache", None), ["pretrain"])

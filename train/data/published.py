@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -126,13 +127,14 @@ def local_set(path: str, cache: Cache, selections: Sequence[str]) -> str:
     except OSError as error:
         raise Halt(ExitCode.CANNOT_WRITE, f"data.cache_dir {cache.folder}: cannot be written ({error.strerror})") from error
     try:
+        if (store.size(PUBLISHED) or 0) > _MAX_JSON:
+            raise ValueError("too large")
         text = store.read(PUBLISHED)
-        published = json.loads(text)
-        files = published["files"] if published["version"] == _VERSION else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        files = None
-    if files is None:
-        raise Halt(ExitCode.MISMATCH, f"data.path {path} holds no set that scripts/publish.py of this version put there (no {PUBLISHED})")
+        files = _checked(json.loads(text))
+    except FileNotFoundError:
+        raise Halt(ExitCode.MISMATCH, f"data.path {path} holds no set that scripts/publish.py put there (no {PUBLISHED})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise Halt(ExitCode.MISMATCH, f"data.path {path}: {PUBLISHED} is damaged or of another version ({error!r}): publish the set again") from None
     _forget_other(folder, files)
     replace_file(folder / PUBLISHED, text)
     for needed in ("dataset.json", INDEX, *(f"index_{selection}.arrow" for selection in dict.fromkeys(selections))):
@@ -140,6 +142,25 @@ def local_set(path: str, cache: Cache, selections: Sequence[str]) -> str:
     most = None if cache.most_gb is None else int(cache.most_gb * GB)
     write_json(folder / MARK, {"url": store.url, "most_bytes": most})
     return str(folder)
+
+
+def _checked(record: Any) -> dict[str, Any]:
+    """The files of a `published.json`. Raises ValueError and its like for anything that ours does not write: it names what is
+    written, read and removed in the cache."""
+    if record["version"] != _VERSION:
+        raise ValueError(f"version {record['version']!r}")
+    for name, entry in record["files"].items():
+        if not re.fullmatch(r"(dataset\.json|[\w-]+\.(arrow|parquet)|(labels|latents|masks)/[\w.-]+)", name) or ".." in name:
+            raise ValueError(f"name {name!r}")
+        if type(entry["size"]) is not int or entry["size"] < 0 or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            raise ValueError(f"what it says of {name}")
+    for name, about in record["rows"].items():
+        count, *shape = about["shape"]
+        numbers = (about["start"], about["each"], count, *shape)
+        fits = all(type(number) is int and 0 < number < 1 << 40 for number in numbers) and len(shape) == 3
+        if not fits or name not in record["files"] or about["each"] % math.prod(shape) or len(about["digests"]) != 2 * DIGEST_BYTES * count:
+            raise ValueError(f"what it says of the images of {name}")
+    return dict(record["files"])
 
 
 def _forget_other(folder: Path, files: dict[str, Any]) -> None:

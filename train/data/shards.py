@@ -76,6 +76,8 @@ class ShardReader:
     def _row(self, shard: str, row: int) -> torch.Tensor:
         if self.published is not None and not (self.folder / shard).is_file():  # not yet fetched, or gone from the cache
             data, dtype, shape = self.published.row(shard, row)
+            if dtype not in DTYPES or len(data) != math.prod(shape) * DTYPES[dtype].itemsize:
+                raise Halt(ExitCode.MISMATCH, f"{self.folder / shard} row {row} does not hold {shape} in {dtype}: publish the set again")
             return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(*shape)
         if shard not in self._maps:
             self._maps[shard] = self._open(shard)
