@@ -131,7 +131,7 @@ def test_the_plans_epoch_is_as_long_as_the_visits(tmp_path: Path) -> None:
     images = derived.Images(
         noise=NoiseConfig(),
         folder=str(Path(made.root) / made.name), selection="pretrain", separator=None, held_out_share=0.0,
-        held_out_selection="pretrain", min_bucket=None, average="images", order=order,
+        held_out_selection="pretrain", min_bucket=None, average="images", flip=False, masked=False, protect=(), order=order,
     )  # fmt: skip
     found = find_images(images, "pretrain", None)
     assert found.count == sum(visits(made).values()) == 22

@@ -18,7 +18,8 @@ tracking.trace sampling.every_steps sampling.prompts checkpoint.every_steps chec
 export.license launch.grace_s launch.collective_timeout_s validation.every_steps validation.images
 validation.select data.separator""".split())  # noqa: SIM905
 WARN = set("""epochs max_updates batch.split batch.accumulation model.gradient_checkpointing model.compile
-model.channels_last model.attention optimizer.sharding optimizer.shard_group optimizer.gather ema.device""".split())  # noqa: SIM905
+model.channels_last model.attention optimizer.sharding optimizer.shard_group optimizer.gather optimizer.offload
+optimizer.paged ema.device""".split())  # noqa: SIM905
 REFUSE = set("""stage seed precision validation.share batch.micro batch.effective batch.min_bucket batch.remainder
 batch.determinism data.path data.select data.shuffle_tags data.tag_dropout data.caption_dropout data.mix data.protect data.trigger
 data.max_tokens model.init_from model.vae model.tokenizers model.train_text_encoders model.pooled_projection
@@ -50,6 +51,8 @@ def test_every_key_of_a_real_config_has_been_thought_about():
         "export",
         "launch",
         "resume",
+        "validation",  # at_start
+        "data",  # cache_dir, cache_gb
     }
     assert warn == set()
 

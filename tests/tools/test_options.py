@@ -18,7 +18,7 @@ from train.tools.convert import options
 from train.tools.convert.optimizers import block_groups
 
 ROOT = Path(__file__).parents[2]
-NAMES = json.loads((ROOT / "tests/golden/sd_scripts/options.json").read_text())["options"]
+NAMES = json.loads((ROOT / "tests/golden/convert/sd_scripts_options.json").read_text())["options"]
 
 
 def test_every_option_of_its_trainers_has_a_row() -> None:

@@ -18,6 +18,7 @@ import torch
 
 from train.data.shards import write_shard
 from train.observe.metrics import read_metrics
+from train.testing.loop import NOTHING_SHOWN
 from train.testing.references import write_index
 from train.tools.tiny.model import write_model
 
@@ -59,7 +60,7 @@ def _prepare(folder: Path) -> list[str]:
         f"output_dir={folder / 'run'}", f"model.init_from={folder / 'model'}", f"data.path={folder / 'data'}",
         "data.select=bench", "data.workers=2", "precision=fp16", "batch.micro=8", "batch.effective=16", "epochs=10",
         f"max_updates={UPDATES}", f"checkpoint.every_steps={EVERY}", "checkpoint.background=true",
-        "sampling.every_steps=0", "validation.every_steps=0", "tracking.times_every=1",
+        *NOTHING_SHOWN, "tracking.times_every=1",
     ]  # fmt: skip
 
 
