@@ -153,6 +153,7 @@ MATRIX = {
     "sentences": Row(lambda at: pictures(at / "places", 30, sentence), UNKNOWN, card("T4", 14.6, bf16=False)),
     "tags_and_sentences": Row(lambda at: pictures(at / "both", 60, lambda n: f"tamar, 1girl, {said(n)}\n{sentence(n)}"), NOOB, card("RTX-3090", 23.0)),
     "several_captions": Row(lambda at: pictures(at / "several", 24, several), FLOW, card("L40S", 44.0)),
+    "two_files": Row(lambda at: pictures(pictures(at / "pair", 24, lambda n: f"sorrel, 1girl, {said(n)}"), 24, sentence, ".caption"), V4, card("A100-40GB", 39.0)),
     "blanks_between": Row(lambda at: pictures(at / "booru", 30, lambda n: f"tin_brush 1girl {said(n).replace(' ', '_').replace(',_', ' ')}"), PONY, card("RTX-4090", 23.0)),
     "separator": Row(lambda at: pictures(at / "marked", 30, lambda n: f"1girl, quill ### {said(n)}"), ANIMAGINE, card("RTX-4090", 23.0)),
     "kohya": Row(lambda at: kohya(at / "img", (("10_red cat", 12), ("4_blue dog", 20))), PONY, card("RTX-3060", 11.6)),

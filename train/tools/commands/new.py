@@ -13,7 +13,7 @@ def main() -> None:
     """Parse, look, decide, write, say."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pictures", type=Path, metavar="PICTURES", help="folder of pictures, or the file that lists them")
-    parser.add_argument("--base", default="runs/ft2", metavar="FILE|FOLDER|NAME", help="model to start from: .safetensors file, diffusers folder, finished run, owner/name@<commit>")
+    parser.add_argument("--base", metavar="FILE|FOLDER|NAME", help="model to start from: .safetensors file, diffusers folder, finished run, owner/name[@REVISION] of the hub; default: runs/ft2, else Animagine XL 3.1")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (default: runs/<name of PICTURES>)")
     parser.add_argument("--gpu", metavar="NAME", help="card to decide for, as RTX-4090, A100-80GB; default: the one here")
     parser.add_argument("--memory-gib", type=float, metavar="N", help="its free memory, in place of the known figure")

@@ -6,8 +6,10 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import os
 import re
 import statistics
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ from train.recipe.tag_policy import COUNT_TAGS, Policy, spaced
 from train.tools.new.facts import Captions, Layout
 from train.tools.new.words import is_generic
 
-LOOK_RECORDS = 4000  # beyond it every n-th picture of a folder, or the first records of a list
+LOOK_RECORDS = 4000  # beyond it about so many pictures of a folder, or the first records of a list
 _NEARLY_ALL = 0.9
 _EACH = 0.98  # of the captions: what all hold, a few slips apart
 _MOST = 0.8  # of the captions: what belongs to what they show
@@ -85,7 +87,9 @@ def _posts(source: SourceConfig, count: int) -> Look:
     with contextlib.redirect_stdout(io.StringIO()), Census(source).open() as census:
         found = read_source(source)
         if step > 1:
-            found = sidecar.captioned(source, itertools.islice(pictures(source, source_root(source)), 0, None, step))
+            # by a hash of the name: every n-th of names that are numbered would be those of one kind
+            some = (name for name in pictures(source, source_root(source)) if isinstance(name, str) and zlib.crc32(os.fsencode(name)) % step == 0)
+            found = sidecar.captioned(source, some)
         for post in found:
             if isinstance(post, Quarantine):
                 seen.refused.append(post)

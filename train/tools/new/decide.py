@@ -15,7 +15,7 @@ from train.model import memory
 from train.recipe.captions import tags_of
 from train.recipe.rng import uid_of
 from train.tools.new.facts import Base, Captions, Facts, Machine
-from train.tools.new.words import is_generic
+from train.tools.new.words import counts_or_judges, is_generic
 
 EPOCHS = 10  # of every stage of Animagine 3.0 and 3.1 (cards); of an adapter: ten files to choose from
 FULL_FROM = 2000  # pictures: the smallest set of a published finetune (3.1: 2,000 to 15,000 likely; 3.0: 2,500)
@@ -92,7 +92,7 @@ def pictures_of(facts: Facts) -> int:
     """Pictures that a set of these facts will hold, about."""
     layout, captions = facts.own.layout, facts.own.captions
     good = len(captions.keys) if captions.whole and captions.keys else max(layout.pictures, captions.looked) - captions.excluded
-    return max(1, good - facts.own.pictures.doubles)
+    return max(1, good - (facts.own.pictures.doubles if captions.whole else 0))
 
 
 def asked_visits(facts: Facts) -> int | None:
@@ -213,6 +213,13 @@ def subject(captions: Captions) -> str | None:
     """The usual count word of the captions: what is shown, by its class."""
     first = [tag for text in captions.examples for tag in tags_of(text)[:3] if is_generic(tag) and tag[:1].isdigit()]
     return max(set(first), key=lambda tag: (first.count(tag), tag)) if first else None
+
+
+def described(captions: Captions, goal: str) -> list[str]:
+    """Tags that most captions hold beside a name: they would learn what it is to mean."""
+    if captions.trigger is None or captions.trigger_place is None or goal not in ("character", "concept"):
+        return []
+    return [tag for tag, _, _ in captions.shared if tag != captions.trigger and not counts_or_judges(tag)]
 
 
 def wants_words(captions: Captions) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from train.config.prompts import NEGATIVE, QUALITY_PREFIX
 from train.config.vocabulary import Vocabulary
 from train.prepare.posts.caption_text import KOHYA_FOLDER
 from train.recipe.captions import join, tags_of
-from train.tools.new.decide import Line, objective, subject, vocabulary
+from train.tools.new.decide import Line, described, objective, subject, vocabulary
 from train.tools.new.decide_data import bare_word, buckets
 from train.tools.new.facts import Facts
 
@@ -34,7 +34,7 @@ _WAYS = {
 _OTHER = _Way("euler_a", 28, 6.0, "a usual choice: the base's own is not known here")
 
 
-def prompt_lines(facts: Facts, words: Vocabulary) -> Iterator[Line]:
+def prompt_lines(facts: Facts, goal: str, words: Vocabulary) -> Iterator[Line]:
     """Every line, in the order of the file."""
     name, _ = vocabulary(facts)
     way = _WAYS.get(name, _OTHER)
@@ -49,7 +49,7 @@ def prompt_lines(facts: Facts, words: Vocabulary) -> Iterator[Line]:
     yield Line("quality_prefix", prefix, f"{why}; put before every prompt")
     yield Line("negative", negative, why)
     sizes = facts.own.pictures.sizes[:3] or [(buckets(facts.base, facts.machine.gpu)["min_px"],) * 2]
-    for number, (text, told) in enumerate(_texts(facts)):
+    for number, (text, told) in enumerate(_texts(facts, goal)):
         width, height = sizes[number % len(sizes)]
         yield Line(f"prompts.{number}", {"text": text, "width": width, "height": height, "seed": 1000 + number}, told)
 
@@ -62,14 +62,16 @@ def _quality(name: str, words: Vocabulary) -> tuple[str, str, str]:
     return join(known[:2]) if not tail else "", join(known[-2:]), f"words of {name}" if known else f"{name} names none"
 
 
-def _texts(facts: Facts) -> Iterator[tuple[str, str]]:
+def _texts(facts: Facts, goal: str) -> Iterator[tuple[str, str]]:
     """(text, what it is): captions of the set, the trigger in another scene, and one without it."""
     captions = facts.own.captions
+    looks = described(captions, goal)
+    told = "caption of one of the pictures" + (f", without {', '.join(looks[:3])}, which the name shall bring" if looks else "")
     trigger = facts.asked.trigger or (captions.trigger if captions.trigger_place is not None else _bare(facts))
-    texts = list(captions.examples)
+    texts = list(dict.fromkeys(captions.examples))
     chosen = [texts[number * len(texts) // min(_FROM_CAPTIONS, len(texts))] for number in range(min(_FROM_CAPTIONS, len(texts)))]
-    for number, text in enumerate(dict.fromkeys(_short(text, trigger) for text in chosen)):
-        yield text, "caption of one of the pictures" if number == 0 else ""
+    for number, text in enumerate(dict.fromkeys(_short(text, trigger, looks) for text in chosen)):
+        yield text, told if number == 0 else ""
     shown = [word] if (word := subject(captions)) is not None else []
     if trigger is not None:
         yield join([*shown, trigger]), "the name alone: what it has come to mean"
@@ -77,9 +79,9 @@ def _texts(facts: Facts) -> Iterator[tuple[str, str]]:
     yield join([*(shown or ["1girl"]), "solo", "smile", "standing"]), "without the name: what should stay as it was"
 
 
-def _short(text: str, trigger: str | None) -> str:
-    tags = tags_of(text)
-    if len(tags) < 3:
+def _short(text: str, trigger: str | None, looks: Sequence[str]) -> str:
+    tags = [tag for tag in tags_of(text) if tag not in looks]
+    if len(tags_of(text)) < 3:
         return text
     return join([*([trigger] if trigger and trigger not in tags else []), *tags[:_MOST_TAGS]])
 

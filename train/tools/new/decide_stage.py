@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from train.base.errors import ExitCode, Halt
-from train.tools.new.decide import _ROOMY_GIB, EPOCHS, Course, Line, asked_visits, objective, pictures
+from train.tools.new.decide import _ROOMY_GIB, EPOCHS, Course, Line, asked_visits, described, objective, pictures
 from train.tools.new.decide_data import kept_in_front
 from train.tools.new.facts import Captions, Facts
-from train.tools.new.words import counts_or_judges
 
 PREVIEWS = 10  # of a run
 _MAX_TOKENS = 225
@@ -111,16 +110,9 @@ def _data(facts: Facts, course: Course) -> Iterator[Line]:
     if captions.both or (captions.tagged and captions.told):
         yield Line("data.mix", dict(_MIX), f"{captions.both:,} captions have tags and sentences: half of the visits show the tags alone, as the base knows them")
     yield from _names(captions, facts)
-    if described := _described(captions, course):
-        yield Line("data.tag_dropout", 0.5, f"the name shall come to mean the look, not {', '.join(described[:3])} beside it: half of the other tags are left "
+    if looks := described(captions, course.goal):
+        yield Line("data.tag_dropout", 0.5, f"the name shall come to mean the look, not {', '.join(looks[:3])} beside it: half of the other tags are left "
                    "out each time")  # fmt: skip
-
-
-def _described(captions: Captions, course: Course) -> list[str]:
-    """Tags that most captions hold beside a name: they would learn what it is to mean."""
-    if captions.trigger is None or captions.trigger_place is None or course.goal not in ("character", "concept"):
-        return []
-    return [tag for tag, _, _ in captions.shared if tag != captions.trigger and not counts_or_judges(tag)]
 
 
 def _names(captions: Captions, facts: Facts) -> Iterator[Line]:

@@ -28,6 +28,7 @@ from train.tools.new.facts import Layout
 _METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _SAVED = ("state.json", "dataset_dict.json")  # of save_to_disk
 _ABOUT = (*_SAVED, "dataset_info.json", "dataset_infos.json")
+_FULL = 0.9  # of the pictures have such a text: it belongs to the set
 _LOOK_FILES = 20  # metadata files whose first value is asked what it is
 
 
@@ -273,16 +274,19 @@ def _beside(place: Path, met: _Met) -> _Rule:
     }
     ending, covered = max(covers.items(), key=lambda one: (one[1], one[0] == ".txt"), default=(".txt", 0))
     count = len(met.pictures)
+    full = sorted((other for other, found in covers.items() if found >= _FULL * count), key=lambda other: (other != ".txt", other))
     keys: dict[str, Any] = {"adapter": "sidecar"}
     seen = {"adapter": f"{count:,} picture{'s' if count != 1 else ''}, {covered:,} of them with a {ending} beside them"}
     if not covered:
         seen["adapter"] = f"{count:,} picture{'s' if count != 1 else ''} and no captions"
+    elif len(full) > 1:
+        keys["caption_ext"], seen["caption_ext"] = full, f"most pictures have {' and '.join(full)}: all are captions of theirs"
     elif ending != ".txt":
         keys["caption_ext"], seen["caption_ext"] = ending, f"the ending of {covered:,} captions"
     if covered < count:
         keys["on_missing_caption"] = "take"
         seen["on_missing_caption"] = f"{count - covered:,} of {count:,} have no caption"
-    others = {other: found for other, found in covers.items() if other != ending and found}
+    others = {other: found for other, found in covers.items() if other not in (ending, *full) and found}
     if others:
         told = ", ".join(f"{found:,} {other}" for other, found in sorted(others.items()))
         seen["adapter"] += f"; {told} beside them are not read"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.base.errors import Halt
+from train.base.errors import ExitCode, Halt
+from train.config import shipped
 from train.config.dataset import load_settings
 from train.config.prompts import load_prompts
 from train.config.stage import load_stage
@@ -22,13 +24,15 @@ from train.tools.new.decide_stage import stage_lines
 from train.tools.new.facts import Asked, Base, Facts, Machine, Set
 from train.tools.new.write import as_yaml, write_all
 
+_RECIPE_RUN, _RECIPE_BASE = Path("runs/ft2"), "cagliostrolab/animagine-xl-3.1"  # where no base is named: the recipe's own result
+
 
 @dataclass(frozen=True)
 class Wish:
     """The command line."""
 
     pictures: Path
-    base: str
+    base: str | None = None
     out: Path | None = None
     gpu: str | None = None
     memory_gib: float | None = None
@@ -50,15 +54,27 @@ class Recipe:
 
 def look(wish: Wish) -> Facts:
     """Everything that decides. Raises Halt(USAGE, MISMATCH) for what cannot be trained on or from."""
-    known = base.look(wish.base, *base.find(wish.base))
+    asked = wish.base or (str(_RECIPE_RUN) if (_RECIPE_RUN / "DONE").is_file() else _RECIPE_BASE)
+    known = base.look(asked, *base.find(asked))
+    if wish.vocabulary is None and known.standard and known.vocabulary is None and sys.stdin.isatty():
+        wish = dataclasses.replace(wish, vocabulary=_ask())
     return facts_of(wish, known, machine.look(wish.gpu, wish.memory_gib, _out(wish), small=not known.standard))
+
+
+def _ask() -> str | None:
+    """The one question: whose words the base knows, which its files do not say."""
+    names = ", ".join(sorted(file.stem for file in (shipped.folder() / "vocabularies").glob("*.yaml")))
+    return input(f"Whose words does this base know? {names}, or Enter where it is none of these: ").strip() or None
 
 
 def facts_of(wish: Wish, known: Base, around: Machine) -> Facts:
     """The facts of the pictures, beside a base and a machine that are known."""
     out = _out(wish)
+    if out.resolve().is_relative_to(wish.pictures.resolve()):
+        raise Halt(ExitCode.USAGE, f"--out {out} lies in the folder of the pictures, where what it draws would be one of them: name another place")
     asked = Asked(
-        str(out), name_of(out), wish.pictures.resolve().stem, wish.goal, wish.trigger, wish.vocabulary, wish.tagger, wish.license
+        str(out), name_of(out), wish.pictures.resolve().stem, wish.goal, wish.trigger, wish.vocabulary,
+        str(Path(wish.tagger).resolve()) if wish.tagger else None, wish.license
     )
     table = buckets(known, around.gpu)
     own, prior = (_set(place, name, known.side_px, table) if place else None for place, name in ((wish.pictures, "own"), (wish.prior, "prior")))
@@ -87,7 +103,7 @@ def decide(facts: Facts) -> Recipe:
     words = load_vocabulary(vocabulary(facts)[0])
     return Recipe(chosen, {
         "dataset.yaml": list(dataset_lines(facts, chosen)), "train.yaml": list(stage_lines(facts, chosen)),
-        "prompts.yaml": list(prompt_lines(facts, words)),
+        "prompts.yaml": list(prompt_lines(facts, chosen.goal, words)),
     })  # fmt: skip
 
 

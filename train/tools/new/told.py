@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from train.prepare.tables.quarantine import too_many
 from train.tools.new.decide import Course, objective, pictures, pictures_of, vocabulary
-from train.tools.new.facts import Facts, Set
+from train.tools.new.facts import Facts, Pictures, Set
+
+_BROKEN = 0.02  # max_quarantine_fraction's default
 
 
 def seen(facts: Facts) -> Iterator[str]:
@@ -32,7 +35,7 @@ def _of_set(title: str, found: Set) -> Iterator[str]:
         some = "" if captions.whole and pictures.looked >= layout.pictures else f", of {pictures.looked:,} headers"
         least, _, most = pictures.areas_px
         yield f"          half above {pictures.median_px[0]}x{pictures.median_px[1]}{some}; {least / 1e6:.2g} to {most / 1e6:.2g} megapixels"
-    told = [f"{pictures.unreadable} cannot be taken ({', '.join(pictures.reasons)})"] if pictures.unreadable else []
+    told = [f"{pictures.unreadable} cannot be taken ({', '.join(pictures.reasons)})" + _stops(pictures)] if pictures.unreadable else []
     told += [f"{pictures.doubles} equal files, of which one is kept"] if pictures.doubles else []
     told += [f"{pictures.alike} of {pictures.compared} looked at are nearly like another (prepare reports them)"] if pictures.alike else []
     told += [f"{captions.refused} records cannot be read, the first: {captions.first_refusal}"] if captions.refused else []
@@ -45,6 +48,13 @@ def _of_set(title: str, found: Set) -> Iterator[str]:
         yield f"          captions{some}: {kinds}, at most {captions.tokens} tokens, about"
     if captions.trigger is not None:
         yield f"          name {captions.trigger!r}: {captions.trigger_why}"
+
+
+def _stops(found: Pictures) -> str:
+    """What too many broken pictures lead to."""
+    if not too_many(found.unreadable, found.looked, _BROKEN):
+        return ""
+    return ": prepare stops at so many; remove them, or raise max_quarantine_fraction in dataset.yaml"
 
 
 def decided(facts: Facts, course: Course) -> Iterator[str]:
