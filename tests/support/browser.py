@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -70,9 +71,9 @@ class Browser:
         """Ask until the expression is true; fails with the page's text after `timeout_s`."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
-            value = self.evaluate(expression)
-            if value:
-                return value
+            with contextlib.suppress(AssertionError):  # between two pages there is none to ask
+                if value := self.evaluate(expression):
+                    return value
             time.sleep(0.2)
         pytest.fail(f"{expression} never came true; the page says: {self.evaluate('document.body.innerText')}")
 

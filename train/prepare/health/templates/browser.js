@@ -194,7 +194,10 @@ $("dropall").addEventListener("click", () => bulk("drop"));
 $("keepall").addEventListener("click", () => bulk(null));
 $("export").addEventListener("click", download);
 $("undo").addEventListener("click", () => { restart(); search(); tell(); });
-addEventListener("beforeunload", (event) => { if (!$("undo").hidden && exported !== written()) event.preventDefault(); });
+// Without a click a browser refuses to ask, and says so on its console.
+addEventListener("beforeunload", (event) => {
+  if (!$("undo").hidden && exported !== written() && navigator.userActivation?.hasBeenActive) event.preventDefault();
+});
 $("browser").hidden = false;
 search();
 tell();
