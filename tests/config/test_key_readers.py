@@ -31,7 +31,6 @@ SHARED = {
     "rules by pattern are handed on whole: which group a tensor is in and what its rate is are two questions of one list": (
         "optimizer.groups", "optimizer.groups[].lr", "optimizer.groups[].match",
     ),
-    "a full disk means the same for a checkpoint and for the file of an epoch": ("checkpoint.on_full_disk",),
     "the size of the export in the dry run": ("export.dtype", "export.merged"),
 }  # fmt: skip
 MOST_SHARED = 12

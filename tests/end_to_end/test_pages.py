@@ -26,11 +26,12 @@ ELSEWHERE = {
     r"scripts/quickstart\.sh": "ten minutes: test_tiny_recipe.py runs its stages",
     r"scripts/fetch\.py": "a network: tests/tools/test_fetch.py asks a stand-in of the hub",
     r"scripts/publish\.py .* --go": "a network: tests/tools/test_publish.py and tests/data/test_published.py send to stand-ins",
+    r"(scripts/tiny_world\.py --character|accelerate launch .*runs/mirelle)": "the own-pictures walk: test_own_pictures.py",
     r"accelerate launch .*configs/(ft1|lora)\.yaml": "a whole SDXL on a card: test_run.py launches the tiny stages by the same line",
     r"scripts/recipe\.py --configs configs/pretrain": "two cards: test_recipe.py runs the tiny stages",
     r"scripts/prepare\.py all --config configs/dataset\.yaml": "needs a VAE of SDXL: test_matrix.py prepares every layout",
     r"scripts/demo\.py": "serves until it is ended: tests/tools/test_demo.py",
-    r"(scripts|anix) ?/?(new|recipe)(\.py)?": "a folder of pictures: the own-pictures walk",
+    r"(scripts|anix) ?/?(new|recipe)(\.py)?": "a folder of pictures: test_own_pictures.py, the own-pictures walk",
 }  # fmt: skip
 # Words of the pages -> what stands for them in the tiny world.
 STANDS_FOR = {

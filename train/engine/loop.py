@@ -28,6 +28,7 @@ from train.observe.times import peak_bytes
 from train.observe.tracker import loss_by_decile
 from train.optim import collectives, optimizers, schedule_free
 from train.recipe.order import Tile
+from train.storage import checkpoint
 from train.storage.checkpoint import Progress
 from train.storage.saver import Saver
 
@@ -209,7 +210,7 @@ def leave_files(session: Session) -> None:
         except InterruptedError:
             log.info("the file of an epoch is left to the next start")
         except Halt as halt:
-            if halt.code != ExitCode.CANNOT_WRITE or run.checkpoint.on_full_disk == "stop":
+            if halt.code != ExitCode.CANNOT_WRITE or checkpoint.ends_when_full(run.checkpoint):
                 raise
             session.observers.tracker.alert(f"the file of an epoch is not written: {halt.message}")
 

@@ -122,6 +122,11 @@ def require_space(
         time.sleep(_DISK_POLL_S)
 
 
+def ends_when_full(settings: CheckpointConfig) -> bool:
+    """Whether a file that finds no room ends the run."""
+    return settings.on_full_disk == "stop"
+
+
 def retain(run: RunDir, keep: int, newest: int) -> list[int]:
     """Delete this run's checkpoints up to step `newest` but the last `keep` and the permanent ones; the steps.
 

@@ -55,7 +55,7 @@ def refuse_conflicts(record: Mapping[str, Any], init_from: str | None) -> str:
     """
     own = str(record.get("license") or "").strip()
     if not own:
-        raise Halt(ExitCode.USAGE, "lineage.json states no licence: start the stage again with export.license")
+        raise Halt(ExitCode.USAGE, "lineage.json states no licence: set export.license, remove the run's DONE and start the stage again, which only makes its files anew")
     found = {
         f"{who} is under {stated}": None for who, stated in _inherited(record, init_from)
         if short(stated) != short(own) and short(stated) not in _LETS_GO
@@ -64,7 +64,7 @@ def refuse_conflicts(record: Mapping[str, Any], init_from: str | None) -> str:
         raise Halt(
             ExitCode.MISMATCH,
             f"{record.get('stage')} states {own}, but {'; '.join(found)}, which goes on to what is made from it: nothing is published. "
-            "Set export.license to that licence and start the stage again, which only makes its files anew",
+            "Set export.license to that licence, remove the run's DONE and start the stage again, which only makes its files anew",
         )
     return own
 
