@@ -12,6 +12,7 @@ import pytest
 from lab import Lab
 
 import train
+from train.engine import setup
 from train.observe import validation
 from train.optim import collectives, stepping
 from train.testing.chaos import kills
@@ -52,6 +53,7 @@ COLLECTIVES: dict[str, tuple[str, tuple[str, ...], Spoil]] = {  # fault, setting
     "shards, hanging forward": ("forward@5:1:hang", ("batch.determinism=fast", "optimizer.sharding=fsdp2"), None),
     "sums of shards": ("", ("batch.determinism=fast", "optimizer.sharding=fsdp2", "optimizer.name=adafactor"),
                        lambda patch: hang_on_rank_1(patch, stepping.Across, "sum")),
+    "weights that one reads": ("", (), lambda patch: hang_on_rank_1(patch, setup, "receive")),
     "stop before the first update": ("", (), lambda patch: hang_on_rank_1(patch, collectives, "stop_if_asked")),
 }  # fmt: skip
 
@@ -67,7 +69,7 @@ def test_a_deadlock_ends_with_everybodys_stacks(lab: Lab, collective: str, monke
     assert codes[0] == 9, lab.last.text()
     assert codes[1] == 9, lab.last.text()
     folder = lab.folder / name
-    last = max(path.stat().st_mtime for path in (folder / "metrics.jsonl", folder / "config.yaml") if path.exists())
+    last = max(path.stat().st_mtime for path in (folder / "metrics.jsonl", folder / "config.yaml", folder / "run.json") if path.exists())
     took_s = (folder / "exit.json").stat().st_mtime - last
     assert took_s < TIMEOUT_S + 5 + 10, took_s  # and an update on a crowded machine
     for rank in (0, 1):
@@ -83,4 +85,4 @@ def test_every_collective_of_ours_is_in_the_list() -> None:
     users = {p.stem for p in root.rglob("*.py") if p.parent.name not in ("tools", "testing") and any(
         call in p.read_text() for call in ("dist.all_reduce(", "dist.broadcast(", "dist.barrier(", "dist.all_gather")
     )}  # fmt: skip
-    assert users <= {"step", "collectives", "validation", "setup", "zero1", "heldout", "processes", "stepping"}, users
+    assert users <= {"step", "collectives", "validation", "setup", "zero1", "heldout", "processes", "stepping", "networks"}, users

@@ -51,15 +51,21 @@ def test_hair_colour_follows_the_tag_for_combinations_never_drawn(runs: Path, tm
     assert (tmp_path / "sheet.png").is_file()
 
 
-def test_colours_follow_the_tag_after_a_conversion_to_flow(runs: Path, tmp_path: Path) -> None:
+CONVERSIONS = {
+    "flow": ("loss.prediction=flow", "noise.law=logit_normal", "noise.stratified=true"),
+    "v": ("loss.prediction=v", "noise.zero_terminal_snr=true"),
+}
+
+
+@pytest.mark.parametrize("kind", CONVERSIONS)
+def test_colours_follow_the_tag_after_a_conversion(kind: str, runs: Path, tmp_path: Path) -> None:
     """48 of 48 with each of the three samplers, when it was measured; its parent, an epsilon model, 47."""
     folder = runs.parents[1]
-    changes = ("stage=flow", "data.select=pretrain", "model.init_from=runs/tiny/pretrain", "output_dir=runs/tiny/flow",
-               "loss.prediction=flow", "loss.convert=true", "noise.law=logit_normal", "noise.stratified=true", "epochs=16",
-               "schedule.cycles=16")  # fmt: skip
+    changes = (f"stage={kind}", "data.select=pretrain", "model.init_from=runs/tiny/pretrain", f"output_dir=runs/tiny/{kind}",
+               "loss.convert=true", "epochs=16", "schedule.cycles=16", *CONVERSIONS[kind])  # fmt: skip
     run(folder, "../train/run.py", "--config", "configs/tiny/pretrain.yaml", *changes)
     for sampler in ("euler_a", "euler", "dpmpp_2m"):
-        found = check_model(runs / "flow" / "model", replace(load_prompts(SETTINGS), sampler=sampler), out=tmp_path)
+        found = check_model(runs / kind / "model", replace(load_prompts(SETTINGS), sampler=sampler), out=tmp_path)
         print(f"{sampler}: colours follow the tag in {found.right} of {found.total} pictures")
         assert found.right >= 40, (sampler, found.wrong)
 
