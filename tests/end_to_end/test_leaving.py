@@ -123,19 +123,21 @@ def test_a_dead_launcher_ends_both_ranks_in_seconds_with_85(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ANIX_FAULT": fault}
     with open(tmp_path / "launch.log", "w") as log:
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, process_group=0)
-    end = time.monotonic() + 240
+    begun = time.monotonic()
     while len(kills.metrics(output)) < update or not (output / ".lock").exists():
-        assert time.monotonic() < end
+        assert time.monotonic() < begun + 240
         assert launcher.poll() is None, (tmp_path / "launch.log").read_text()[-2000:]
         time.sleep(0.05)
     time.sleep(delay_s)
     launcher.kill()
     launcher.wait()
     start = time.monotonic()
+    # What is still loading the libraries is asked when it has: on a crowded machine that takes as long again as until now.
+    limit_s = IN_SECONDS + 4 + (2 * (start - begun) if phase == "meeting" else 0)
     # A rank that never met the main process leaves no record: the directory might be another run's.
     files = [output / "exit.json", output / "exit.1.json"][: 1 if phase == "meeting" else 2]
     while any(str(output) in command for command in commands()):
-        assert time.monotonic() - start < IN_SECONDS + 4, (tmp_path / "launch.log").read_text()[-2000:]
+        assert time.monotonic() - start < limit_s, (tmp_path / "launch.log").read_text()[-2000:]
         time.sleep(0.05)
     assert [json.loads(file.read_text())["code"] for file in files] == [85] * len(files)
     assert max(kills.steps_of(output), default=0) == len(kills.metrics(output))
