@@ -64,7 +64,7 @@ def test_code(lab: Lab, code: ExitCode) -> None:
     assert record["checkpoint"] == (f"checkpoints/step-{newest:08d}" if newest else None)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_code_6_leaves_the_owner_alone(lab: Lab, world: int) -> None:
     name = f"code-6-{world}"
     first = lab.start(name, fault="forward@3:0:sleep=8")

@@ -71,7 +71,7 @@ def test_f3_accelerate_with_one_process_dies_and_the_orphan_saves(yaml, tmp_path
     assert nothing_lost(output)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, "requeue"), (signal.SIGTERM, "stopped")])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGUSR1, "requeue"), pytest.param(signal.SIGTERM, "stopped", marks=pytest.mark.long)])
 def test_f3_f5_torchrun_forwards_what_it_is_told_to(yaml, tmp_path, number, status):
     output = tmp_path / "run"
     handled = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"

@@ -131,7 +131,7 @@ def test_a_refused_run_directory_has_its_own_code(damage: str, code: int, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)])
 def test_a_real_stage_saves_and_says_85(number: int, tmp_path: Path) -> None:
     yaml, output = world.write_chaos_world(tmp_path), tmp_path / "run"
     more = (f"output_dir={output}", "max_updates=2000", "epochs=999", "schedule.decay=1.0")

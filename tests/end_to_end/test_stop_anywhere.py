@@ -66,6 +66,7 @@ def stop_once(lab: Lab, name: str, overrides: tuple[str, ...], number: int, dela
     raise AssertionError(record["reason"])
 
 
+@pytest.mark.long
 def test_twenty_stops_at_random_moments_of_loading_training_previews_export(lab: Lab, previews: tuple[str, str]) -> None:
     draw = random.Random(7)
     started = time.monotonic()
