@@ -20,7 +20,7 @@ if not __package__:  # started as a file
 from train.base.console import EXIT_NOTE, run_cli
 from train.base.errors import ExitCode
 from train.data.index import Index
-from train.data.published import Published, is_remote
+from train.data.published import Published
 from train.data.selection import in_plan_order
 from train.recipe.order import Plan
 
@@ -42,8 +42,8 @@ class Fetching:
 
 
 def fetching(folder: str, kept: Index, held_out: Index, plan: Plan, first_step: int) -> Fetching | None:
-    """The process for these images, on the first rank of a machine; None for a set of this machine."""
-    if not is_remote(folder) or os.environ.get("LOCAL_RANK", "0") != "0":
+    """The process for these images of a set in a store, on the first rank of a machine."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
         return None
     return Fetching(folder, in_plan_order(kept, held_out, plan, first_step))
 

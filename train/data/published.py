@@ -188,11 +188,6 @@ def changed(store: Store, name: str) -> Halt:
     return Halt(ExitCode.MISMATCH, f"{store.url}/{name} is not what {PUBLISHED} says: it was changed or removed; publish the set again")
 
 
-def is_remote(folder: str) -> bool:
-    """Whether a set's folder stands for one in a store."""
-    return (Path(folder) / MARK).is_file()
-
-
 class Published:
     """What a folder of the cache stands for. Sent to workers, it connects there."""
 

@@ -54,10 +54,12 @@ def open_selection(images: Images) -> Selection:
 
 def brought(images: Images) -> Images:
     """The same images in a folder of this machine, where their set lies in a store. Raises Halt as `local_set`."""
+    if "://" not in images.folder:
+        return images
     cache = default_cache()
     wanted = Cache(Path(images.cache_dir) if images.cache_dir else cache.folder, images.cache_gb)
     folder = local_set(images.folder, wanted, (images.selection, images.held_out_selection))
-    return images if folder == images.folder else replace(images, folder=folder)
+    return replace(images, folder=folder)
 
 
 def open_index(images: Images) -> Index:
@@ -185,8 +187,8 @@ def refuse_missing_shards(folder: str, shards: Iterable[str]) -> None:
 
 def _absent(folder: str, files: Iterable[str]) -> list[str]:
     """Those of a set's files that are neither here nor in the store that the folder stands for."""
-    published = Published.of(Path(folder))
     missing = sorted(name for name in set(files) if not (Path(folder) / name).is_file())
+    published = Published.of(Path(folder)) if missing else None
     return missing if published is None else published.lacks(missing)
 
 

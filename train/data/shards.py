@@ -15,6 +15,7 @@ import torch
 
 from train.base.errors import ExitCode, Halt
 from train.base.files import read_json, replacing
+from train.data.index import MARK
 from train.data.published import Published
 from train.storage import tensor_files
 from train.storage.state_files import DTYPE_NAMES, DTYPES
@@ -44,7 +45,8 @@ class ShardReader:
 
     def __init__(self, dataset_dir: str | Path) -> None:
         self.folder = Path(dataset_dir)
-        self.published = Published.of(self.folder)  # shards that are not here are read there
+        # Shards that are not here are read there.
+        self.published = Published.of(self.folder) if (self.folder / MARK).is_file() else None
         self._maps: dict[str, tuple[torch.Tensor, int]] = {}  # latents, bytes of their file
         self._wanted_vae: str | None = None
 

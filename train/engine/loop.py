@@ -178,7 +178,9 @@ def look(session: Session, previews: bool, held_out: bool) -> None:
     seen, run, done = session.observers, session.run, session.run.progress.step
     if previews or held_out:
         session.trained.gradients.clear()  # 10 to 13 GB that nobody needs any more, and a VAE does
-    with schedule_free.averaged(session.trained.optimizer) if previews or held_out else contextlib.nullcontext():
+    trained = session.trained.optimizer
+    looks = (previews or held_out) and optimizers.keeps_average(trained)
+    with schedule_free.averaged(trained) if looks else contextlib.nullcontext():
         if previews:
             gathered = session.trained.networks_whole()  # with shards a collective, so before anybody is waited for
             with run.watch.main_only("previews"):

@@ -25,6 +25,7 @@ from train.config.derived import Owners, Watching
 from train.config.stage import CheckpointConfig, DataConfig, EmaConfig, OptimizerConfig
 from train.data.dataset import TileDataset
 from train.data.fetching import Fetching, fetching
+from train.data.index import MARK
 from train.data.loader import Loader
 from train.data.selection import flips_note, masks_note, short_tiles_note
 from train.data.shards import ShardReader
@@ -167,7 +168,8 @@ def open_session(
     images = partial(TileDataset, seed=feeding.seed, data=feeding.data, noise=feeding.noise, scale=latent_scale, masked=feeding.masked)
     scale = loss_scale(running.precision, loaded.state.get("scaler") if loaded else None)
     loader = open_loader(images, feeding.data, machine, data, progress.step)
-    fetched = fetching(data.folder, data.index, data.held_out, data.plan, progress.step)
+    in_store = (Path(data.folder) / MARK).is_file()
+    fetched = fetching(data.folder, data.index, data.held_out, plan, progress.step) if in_store else None
     return Session(
         open_trained(settings, machine, model, optimizer, shares, ema, scale, rates_at, rounding_seed=learning.rounding_seed),
         TrainingData(plan, loader, feeding.seed, loader.dataset.law, fetched),

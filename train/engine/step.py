@@ -188,7 +188,7 @@ class Trained:
     def tensors_here(self) -> dict[str, dict[str, torch.Tensor]]:
         """The part of `tensors` that this process has."""
         found = {"model": {name: parameter.detach() for name, parameter in self.parameters.items()}}
-        if schedule_free.is_one(self.optimizer):
+        if optimizers.keeps_average(self.optimizer):
             found["model"] = schedule_free.averages(self.optimizer, self.parameters)
         found["optimizer"] = optimizers.state_tensors(self.optimizer, self.parameters)
         if self.ema is not None:

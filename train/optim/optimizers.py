@@ -16,7 +16,7 @@ from torch import nn
 
 from train.base.errors import ExitCode, Halt
 from train.config.stage import OptimizerConfig
-from train.optim import schedule_free, stepping
+from train.optim import stepping
 from train.optim.schedule_free import TRAINED
 from train.recipe.optimizer_state import GROUP_NUMBERS, GROUP_SHAPES, MIN_8BIT_VALUES, state_shapes
 
@@ -158,6 +158,11 @@ def _scaled_in_fp32(gradient: torch.Tensor) -> bool:
     return gradient.dtype == torch.float32 or gradient.is_cpu
 
 
+def keeps_average(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether what is judged and exported is an average that the optimizer keeps (`optim.schedule_free`)."""
+    return "weight_sum" in optimizer.param_groups[0]
+
+
 def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """`<parameter name>/<state key>` to tensor; host numbers become 0-dim int64 or float64 tensors."""
     tensors: dict[str, torch.Tensor] = {}
@@ -165,7 +170,7 @@ def state_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.
     shared = optimizer.param_groups[0]
     if "d_numerator" in shared:  # prodigy after a step: the same numbers in every group
         held.append((SHARED, {key: shared[key] for key in GROUP_SHAPES["prodigy"]}))
-    if schedule_free.is_one(optimizer) and "step" in shared:
+    if keeps_average(optimizer) and "step" in shared:
         held += [(f"{SHARED}/{g['name']}", {key: g[key] for key in GROUP_NUMBERS["schedulefree"]}) for g in optimizer.param_groups]
         held += [(name, {TRAINED: parameter}) for name, parameter in parameters.items()]
     for name, state in held:

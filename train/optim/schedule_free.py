@@ -17,11 +17,6 @@ from torch import nn
 TRAINED = "y"  # state key, in a checkpoint, of the weights that train
 
 
-def is_one(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether `optimizer` keeps an average in the place of a schedule."""
-    return "weight_sum" in optimizer.param_groups[0]
-
-
 def averages(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
     """x of each parameter, a copy on the host: a second set of weights is more than a card has room for while gradients exist."""
     share = {id(p): 1.0 - 1.0 / group["betas"][0] for group in optimizer.param_groups for p in group["params"]}
@@ -35,10 +30,7 @@ def averages(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Param
 
 @contextlib.contextmanager
 def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Inside, the weights are the average where `optimizer` keeps one; afterwards they are those that train, to the bit."""
-    if not is_one(optimizer):
-        yield
-        return
+    """Inside, the weights are the average; afterwards they are those that train, to the bit."""
     held = [(p, p.detach().clone()) for group in optimizer.param_groups for p in group["params"]]
     optimizer.eval()  # type: ignore[attr-defined]
     try:
