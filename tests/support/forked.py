@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
 
 
 def run_ranks(world: int, function: Callable[..., Any], folder: Path, *args: Any, timeout_s: float = 120, joined: bool = True) -> list[Any]:
@@ -40,6 +41,8 @@ def run_ranks(world: int, function: Callable[..., Any], folder: Path, *args: Any
 
 def _rank(rank: int, world: int, function: Callable[..., Any], folder: str, args: tuple[Any, ...], joined: bool) -> None:
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)  # of a stage that an earlier test ran in the process that this one is forked from
+    GradientState._reset_state()
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # accelerate asks for them, and uses the group that exists
     try:
