@@ -65,7 +65,7 @@ def same_run(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "adafactor"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adafactor", marks=pytest.mark.long)])
 def test_twenty_updates_are_those_of_ddp(optimizer: str, model: Path, dataset: Path, tmp_path: Path) -> None:
     """Beside previews, held-out loss, an average, tiles in parts and short tiles: whoever gathers, all do."""
     prompts = tmp_path / "prompts.yaml"
