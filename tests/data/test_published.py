@@ -19,6 +19,7 @@ from train.data.index import Index
 from train.data.published import PUBLISHED, SENT, Cache, Published, files_of, local_set, publish
 from train.data.selection import in_plan_order, open_selection
 from train.data.shards import ShardReader
+from train.recipe.exclusions import EXCLUSIONS_VERSION
 from train.storage.objects import Store
 
 SET = Path(__file__).parents[1] / "fixtures/c93b03a/set"
@@ -181,9 +182,16 @@ def test_addresses_that_are_refused(address: str, told: str) -> None:
 def test_the_command_sends_a_set_to_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from train.tools.commands import publish as command
 
-    to = f"file://{tmp_path}/store"
+    to, mine = f"file://{tmp_path}/store", tmp_path / "mine"
+    shutil.copytree(SET, mine)
+    monkeypatch.setattr("sys.argv", ["publish.py", str(mine), "--to", to, "--go"])
+    with pytest.raises(Halt, match="an earlier version of the hard exclusions"):
+        command.main()
+    assert not (tmp_path / "store").exists()
+    record = json.loads((mine / "dataset.json").read_text())
+    (mine / "dataset.json").write_text(json.dumps(record | {"hard_exclusion_version": EXCLUSIONS_VERSION}))
     for words, told in (([], "dry run: nothing was sent"), (["--go"], f"train from it with data.path={to}")):
-        monkeypatch.setattr("sys.argv", ["publish.py", str(SET), "--to", to, *words])
+        monkeypatch.setattr("sys.argv", ["publish.py", str(mine), "--to", to, *words])
         assert command.main() == ExitCode.DONE
         assert told in capsys.readouterr().out
         assert (tmp_path / "store").exists() == bool(words)

@@ -57,7 +57,9 @@ def _to_store(folder: Path, url: str, *, go: bool) -> int:
     """A set for `data.path: URL`: tables, captions and latents, resumed where an earlier start was ended."""
     from train.data.published import files_of, publish
     from train.storage.objects import Store
+    from train.tools.publish.gather import refuse_unchecked
 
+    refuse_unchecked(folder)
     store = Store(url)
     if go:
         print("\n".join(publish(folder, store)))

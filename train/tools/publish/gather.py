@@ -89,10 +89,16 @@ def _run(what: Path) -> Publication:
     return found
 
 
-def _set(what: Path) -> Publication:
+def refuse_unchecked(what: Path) -> dict[str, Any]:
+    """`dataset.json` of a set; Halt(MISMATCH) where today's hard exclusions have not seen what it holds."""
     said = read_json(what / "dataset.json") or {}
     if said.get("hard_exclusion_version") != EXCLUSIONS_VERSION:
         raise Halt(ExitCode.MISMATCH, f"{what} was looked through by an earlier version of the hard exclusions: run scripts/prepare.py all again, which renews its tables")
+    return said
+
+
+def _set(what: Path) -> Publication:
+    said = refuse_unchecked(what)
     files = {path.relative_to(what).as_posix(): path for form in _OF_A_SET for path in sorted(what.glob(form)) if path.is_file()}
     files = {name: path for name, path in files.items() if not path.name.startswith(".")}
     found = Publication("dataset", what, str(said.get("name") or what.name), files={**files, "dataset.json": _without_private(what / "dataset.json")})
